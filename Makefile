@@ -1,0 +1,61 @@
+# make demo          train a CLIP on emoji, evaluate it, search with it (README: "Two commands")
+# make test          lint and tests
+# make test-lowest   the tests with the lowest versions that setup.py allows
+# make clean         remove environments, caches and the demo's run
+#
+# PYTHON=python3.12 chooses the interpreter of a new environment.
+
+PYTHON ?= python3
+VENV ?= .venv
+LOWEST ?= .venv-lowest
+DEMO ?= runs/emoji
+BIN := $(VENV)/bin
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test test-lowest clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/python -m clip_jax.main --config=configs/emoji.py --workdir=$(DEMO) --export=$(DEMO)/params.msgpack
+	$(BIN)/python -m clip_jax.search --weights=$(DEMO)/params.msgpack "a happy dog"
+
+test: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+# The tests only: a lint of an older ruff says nothing about the code.
+test-lowest: $(LOWEST)/.installed-test
+	$(LOWEST)/bin/python -m pytest
+
+clean:
+	rm -rf $(VENV) $(LOWEST) $(DEMO) build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# ------------------------------------------------------------------------------------------- environments
+# An environment is installed again when setup.py changes, else left alone.
+
+$(VENV)/.installed-%: setup.py | $(VENV)/bin/pip
+	@echo "installing clip_jax[$*] and what it needs into $(VENV); the first time takes a minute or two"
+	@$(BIN)/pip install -qq -e '.[$*]'
+	@touch $@
+
+$(LOWEST)/.installed-test: setup.py tests/lowest.txt | $(LOWEST)/bin/pip
+	@echo "installing clip_jax[test] and the lowest versions that it allows into $(LOWEST)"
+	@$(LOWEST)/bin/pip install -qq -c tests/lowest.txt -e '.[test]'
+	@touch $@
+
+$(VENV)/bin/pip $(LOWEST)/bin/pip:
+	@$(check_python)
+	@$(PYTHON) -m venv $(@D)/..
+	@$(@D)/python -m pip install -qq --upgrade pip
+
+define check_python
+command -v $(PYTHON) >/dev/null || { \
+    echo "make: there is no '$(PYTHON)'. Install Python, e.g. apt install python3 python3-venv, or say make PYTHON=python3.12" >&2; exit 1; }; \
+$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
+    echo "make: $$($(PYTHON) -V 2>&1) will not do: clip_jax needs Python 3.11, 3.12 or 3.13. Install one and say, e.g., make PYTHON=python3.12" >&2; exit 1; }; \
+$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+    echo "make: '$(PYTHON)' cannot make virtual environments. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+endef

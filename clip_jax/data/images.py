@@ -1,0 +1,260 @@
+"""Encoded pictures to pixels, and the random changes of training; as TensorFlow graphs, so that threads share it.
+
+Decoding agrees with Pillow's, on a white page, except where noted:
+
+* JPEG by libjpeg's accurate integer transform (TensorFlow's default is the fast one, off by up to 4 of 255).
+  CMYK becomes RGB. EXIF orientation is not applied, as in CLIP's own preprocessing.
+* Alpha is composited on white. Decoding three channels instead would show whatever lies beneath it.
+* 16-bit PNG keeps its high byte; Pillow clips at 255.
+* The rest goes through Pillow inside the graph: GIF, BMP, animated WebP (first frame) and PNG of fewer than 8 bits
+  a channel, which TensorFlow 2.21 gives an alpha of 1 in 255.
+
+Augmentation's default is the paper's (section 2.5): a random square crop, nothing else. Every draw is stateless.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+
+import numpy as np
+import tensorflow as tf
+from PIL import Image
+
+from clip_jax.config import AugmentConfig
+
+# A 1.2 MB PNG can hold 20,000² pixels: 1.2 GB in each decoding thread. 100 Mpx are 300 MB.
+MAX_PIXELS = 100_000_000
+PILLOW_FORMATS = ("GIF", "BMP", "WEBP", "PNG")
+HEADER_BYTES = 32  # the widths and heights of all formats but JPEG stand in the first 30
+
+# One uniform draw for each use, from one stateless call: a use that is switched off leaves the others as they were.
+CROP_AREA, CROP_X, CROP_Y, ROTATE, ZOOM, SHIFT_X, SHIFT_Y, BRIGHTNESS, CONTRAST, SATURATION, HUE = range(11)
+GRAYSCALE, FLIP, CUTOUT_SIDE, CUTOUT_X, CUTOUT_Y = range(11, 16)
+DRAWS = 16
+
+# NTSC's luma and chroma; hue turns the chroma plane, saturation scales it.
+RGB_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]], np.float32)
+YIQ_TO_RGB = np.linalg.inv(RGB_TO_YIQ)
+
+
+# ------------------------------------------------------------------------------------------------------- decoding
+
+
+def decode(encoded: tf.Tensor) -> tf.Tensor:
+    """Decode JPEG, PNG, WebP, GIF or BMP, told apart by their first bytes; uint8[H W 3].
+
+    Raises:
+      tf.errors.InvalidArgumentError, UnknownError: if it is none of these, damaged, or larger than MAX_PIXELS.
+    """
+    header = tf.strings.substr(tf.strings.join([encoded, "\0" * HEADER_BYTES]), 0, HEADER_BYTES)
+    byte = tf.cast(tf.io.decode_raw(header, tf.uint8), tf.int32)
+    is_jpeg = tf.reduce_all(byte[:3] == [0xFF, 0xD8, 0xFF])
+    is_png = _starts(header, b"\x89PNG\r\n\x1a\n")
+    is_webp = _starts(header, b"RIFF") & (tf.strings.substr(header, 8, 4) == b"WEBP")
+    rgb = tf.cond(
+        is_jpeg,
+        lambda: _decode_jpeg(encoded),
+        lambda: tf.cond(
+            is_png & (byte[24] >= 8),
+            lambda: _decode_png(encoded, byte),
+            lambda: tf.cond(
+                is_webp & ~_is_animated(header, byte),
+                lambda: _decode_webp(encoded, header, byte),
+                lambda: _decode_by_pillow(encoded),
+            ),
+        ),
+    )
+    return tf.ensure_shape(rgb, [None, None, 3])
+
+
+def why_undecodable(encoded: bytes) -> str | None:
+    """Say in a few words why `decode` refuses a picture, in Pillow's words if it does too; None if it is fine."""
+    try:
+        decode(tf.constant(encoded))
+    except tf.errors.OpError as error:
+        return _pillows_complaint(encoded) or f"undecodable image: {error.message.splitlines()[0]}"
+    return None
+
+
+def _pillows_complaint(encoded: bytes) -> str | None:
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                return f"{width} × {height} pixels, more than {MAX_PIXELS:,}"
+            image.load()
+    except Image.UnidentifiedImageError:
+        return f"not a picture; it begins with {encoded[:12]!r}"
+    except (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError) as error:
+        return f"undecodable image: {error}"
+    return None
+
+
+def _starts(header: tf.Tensor, magic: bytes) -> tf.Tensor:
+    return tf.strings.substr(header, 0, len(magic)) == magic
+
+
+def _guard(width: tf.Tensor, height: tf.Tensor) -> tf.Operation:
+    pixels = tf.cast(width, tf.int64) * tf.cast(height, tf.int64)
+    return tf.debugging.Assert((pixels > 0) & (pixels <= MAX_PIXELS), ["width and height:", width, height])
+
+
+def _decode_jpeg(encoded: tf.Tensor) -> tf.Tensor:
+    shape = tf.io.extract_jpeg_shape(encoded)
+    with tf.control_dependencies([_guard(shape[1], shape[0])]):
+        return tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE")
+
+
+def _decode_png(encoded: tf.Tensor, byte: tf.Tensor) -> tf.Tensor:
+    with tf.control_dependencies([_guard(_big_endian(byte[16:20]), _big_endian(byte[20:24]))]):
+        return _on_white(tf.io.decode_png(encoded, channels=4))
+
+
+def _decode_webp(encoded: tf.Tensor, header: tf.Tensor, byte: tf.Tensor) -> tf.Tensor:
+    """Decode one frame; TensorFlow returns (1, H, W, 3 or 4) as the file has it."""
+    chunk = tf.strings.substr(header, 12, 4)
+    # Extended: two 24-bit numbers less one. Lossless: two 14-bit numbers less one. Lossy: two of 14 bits.
+    extended = tf.stack([_little_endian(byte[24:27]) + 1, _little_endian(byte[27:30]) + 1])
+    bits = _little_endian(byte[21:25])
+    lossless = tf.stack([bits % 2**14 + 1, bits // 2**14 % 2**14 + 1])
+    lossy = tf.stack([_little_endian(byte[26:28]) % 2**14, _little_endian(byte[28:30]) % 2**14])
+    size = tf.where(chunk == b"VP8X", extended, tf.where(chunk == b"VP8L", lossless, lossy))
+    with tf.control_dependencies([_guard(size[0], size[1])]):
+        pixels = tf.io.decode_webp(encoded)[0]
+    return tf.cond(tf.shape(pixels)[-1] == 4, lambda: _on_white(pixels), lambda: pixels)
+
+
+def _is_animated(header: tf.Tensor, byte: tf.Tensor) -> tf.Tensor:
+    return (tf.strings.substr(header, 12, 4) == b"VP8X") & (byte[20] // 2 % 2 == 1)
+
+
+def _big_endian(digits: tf.Tensor) -> tf.Tensor:
+    return _little_endian(digits[::-1])
+
+
+def _little_endian(digits: tf.Tensor) -> tf.Tensor:
+    return tf.reduce_sum(tf.cast(digits, tf.int64) * 256 ** tf.range(tf.size(digits, tf.int64)))
+
+
+def _on_white(rgba: tf.Tensor) -> tf.Tensor:
+    """Composite uint8 RGBA on white, rounding to nearest; in integers, so that every machine agrees."""
+    color, alpha = tf.cast(rgba[..., :3], tf.int32), tf.cast(rgba[..., 3:4], tf.int32)
+    return tf.cast((color * alpha + 255 * (255 - alpha) + 127) // 255, tf.uint8)
+
+
+def _decode_by_pillow(encoded: tf.Tensor) -> tf.Tensor:
+    return tf.numpy_function(_pillow_rgb, [encoded], tf.uint8, stateful=False)
+
+
+def _pillow_rgb(encoded: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(encoded), formats=PILLOW_FORMATS) as image:
+        if math.prod(image.size) > MAX_PIXELS:
+            raise ValueError(f"{image.size[0]} × {image.size[1]} pixels, more than {MAX_PIXELS:,}")
+        rgba = image.convert("RGBA")
+    page = Image.new("RGBA", rgba.size, "white")
+    page.alpha_composite(rgba)
+    return np.asarray(page.convert("RGB"))
+
+
+# --------------------------------------------------------------------------------------------------- augmentation
+
+
+def augment(image: tf.Tensor, size: int, seed: tf.Tensor, config: AugmentConfig) -> tf.Tensor:
+    """Return a random square of the picture, resized and changed as `config` says; uint8[size size 3].
+
+    What is switched off costs nothing, and the result depends on these arguments alone.
+
+    Args:
+      image: uint8[H W 3].
+      size: of the result, in pixels.
+      seed: int64[2]; the same seed gives the same change.
+    """
+    uniform = tf.random.stateless_uniform([DRAWS], seed, alg="philox")
+    pixels = _resize(_random_square(image, uniform, config.min_crop_area), size)
+    if config.rotate_degrees or config.zoom or config.shift:
+        pixels = _affine(pixels, size, uniform, config)
+    if config.brightness or config.contrast:
+        pixels = _tone(pixels, uniform, config)
+    if config.saturation or config.hue_degrees or config.grayscale_probability:
+        pixels = _color(pixels, size, uniform, config)
+    if config.flip_probability:
+        flip = uniform[FLIP] < config.flip_probability
+        pixels = tf.cond(flip, lambda: tf.reverse(pixels, [1]), lambda: pixels)
+    if config.cutout:
+        pixels = _cutout(pixels, size, uniform, config.cutout)
+    return tf.cast(tf.round(tf.clip_by_value(pixels, 0.0, 255.0)), tf.uint8)
+
+
+def _random_square(image: tf.Tensor, uniform: tf.Tensor, min_area: float) -> tf.Tensor:
+    """Cut out a square of an area between `min_area` and 1 of the largest that fits, anywhere."""
+    height, width = tf.shape(image)[0], tf.shape(image)[1]
+    largest = tf.cast(tf.minimum(height, width), tf.float32)
+    area = 1.0 - (1.0 - min_area) * uniform[CROP_AREA]
+    side = tf.maximum(1, tf.cast(tf.round(largest * tf.sqrt(area)), tf.int32))
+    top = _position(uniform[CROP_Y], height - side)
+    left = _position(uniform[CROP_X], width - side)
+    return tf.slice(image, [top, left, 0], [side, side, 3])
+
+
+def _position(uniform: tf.Tensor, room: tf.Tensor) -> tf.Tensor:
+    """Map [0, 1) to 0 … room; a float32 just below 1 may round up to room + 1."""
+    return tf.minimum(room, tf.cast(uniform * tf.cast(room + 1, tf.float32), tf.int32))
+
+
+def _resize(image: tf.Tensor, size: int) -> tf.Tensor:
+    pixels = tf.image.resize(image, [size, size], method="bicubic", antialias=True)
+    return tf.clip_by_value(tf.ensure_shape(pixels, [size, size, 3]), 0.0, 255.0)
+
+
+def _affine(pixels: tf.Tensor, size: int, uniform: tf.Tensor, config: AugmentConfig) -> tf.Tensor:
+    """Rotate, zoom and shift about the centre at once; white comes in from outside."""
+    angle = _signed(uniform[ROTATE]) * math.radians(config.rotate_degrees)
+    scale = 1.0 / (1.0 + _signed(uniform[ZOOM]) * config.zoom)  # of the result's coordinates, to find their source
+    cos, sin = scale * tf.cos(angle), scale * tf.sin(angle)
+    center = (size - 1) / 2
+    to_x = center + _signed(uniform[SHIFT_X]) * config.shift * size
+    to_y = center + _signed(uniform[SHIFT_Y]) * config.shift * size
+    # source = R (result − to) + center
+    row_x = [cos, -sin, center - cos * to_x + sin * to_y]
+    row_y = [sin, cos, center - sin * to_x - cos * to_y]
+    return tf.raw_ops.ImageProjectiveTransformV3(
+        images=pixels[None],
+        transforms=tf.stack([*row_x, *row_y, 0.0, 0.0])[None],
+        output_shape=[size, size],
+        fill_value=255.0,
+        interpolation="BILINEAR",
+        fill_mode="CONSTANT",
+    )[0]
+
+
+def _tone(pixels: tf.Tensor, uniform: tf.Tensor, config: AugmentConfig) -> tf.Tensor:
+    """Scale about the picture's mean, then move."""
+    contrast = 1.0 + _signed(uniform[CONTRAST]) * config.contrast
+    mean = tf.reduce_mean(pixels)
+    return (pixels - mean) * contrast + mean + _signed(uniform[BRIGHTNESS]) * config.brightness * 255.0
+
+
+def _color(pixels: tf.Tensor, size: int, uniform: tf.Tensor, config: AugmentConfig) -> tf.Tensor:
+    """Turn and scale the chroma plane: hue, saturation and grey in one 3 × 3 matrix."""
+    saturation = 1.0 + _signed(uniform[SATURATION]) * config.saturation
+    saturation = tf.where(uniform[GRAYSCALE] < config.grayscale_probability, 0.0, saturation)
+    angle = _signed(uniform[HUE]) * math.radians(config.hue_degrees)
+    cos, sin = saturation * tf.cos(angle), saturation * tf.sin(angle)
+    turn = tf.reshape(tf.stack([1.0, 0.0, 0.0, 0.0, cos, -sin, 0.0, sin, cos]), [3, 3])
+    matrix = tf.constant(YIQ_TO_RGB) @ turn @ tf.constant(RGB_TO_YIQ)
+    pixels = tf.reshape(tf.clip_by_value(pixels, 0.0, 255.0), [-1, 3])
+    return tf.reshape(tf.matmul(pixels, matrix, transpose_b=True), [size, size, 3])
+
+
+def _cutout(pixels: tf.Tensor, size: int, uniform: tf.Tensor, fraction: float) -> tf.Tensor:
+    """Whiten a square with sides up to `fraction` of the picture's, its centre anywhere."""
+    half = uniform[CUTOUT_SIDE] * fraction * size / 2
+    at = tf.range(size, dtype=tf.float32) + 0.5
+    in_x = tf.abs(at - uniform[CUTOUT_X] * size) < half
+    in_y = tf.abs(at - uniform[CUTOUT_Y] * size) < half
+    return tf.where((in_y[:, None] & in_x[None, :])[..., None], 255.0, pixels)
+
+
+def _signed(uniform: tf.Tensor) -> tf.Tensor:
+    return 2.0 * uniform - 1.0

@@ -1,0 +1,274 @@
+"""TFRecord shards with img2dataset's features, read at random.
+
+A shard is a sequence of frames: length (u64), its checksum (u32), the bytes, their checksum (u32); checksums are
+CRC-32C, rotated and offset. A reader that walks a shard loses the rest of it to one flipped byte. Here the headers
+of every shard are walked once, by seeking, and the offsets kept; a record is then read by itself, so a flipped byte
+costs one record. What can't be indexed (a truncated record, a damaged header and what follows it) is left out and
+named in the log.
+
+Format: https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details
+Features: https://github.com/rom1504/img2dataset (`jpg`, `png` or `webp`, `txt`, `caption`, `key`).
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import logging
+import os
+import re
+import struct
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+import tensorflow as tf
+from google.protobuf.message import DecodeError
+
+from clip_jax.config import DataConfig
+from clip_jax.typing import BadRecord, Record
+
+logger = logging.getLogger(__name__)
+
+IMAGE_FEATURES = ("jpg", "jpeg", "png", "webp", "image")
+HEADER_BYTES, FOOTER_BYTES = 12, 4
+SCAN_THREADS = 16
+EXAMPLES = "'/data/cc3m/*.tfrecord', '/data/cc3m/{00000..00331}.tfrecord' or 'a.tfrecord,b.tfrecord'"
+
+Values = bytes | str | int | float | Sequence[bytes | str]
+
+
+class TFRecordSource:
+    """Records of TFRecord shards in the order of the shards' names, each read by its offset."""
+
+    def __init__(self, files: Sequence[str], captions: Iterable[str], cache_dir: str):
+        """Index the shards. Raises ValueError if no record is left.
+
+        Args:
+          captions: the features to return as captions.
+          cache_dir: where indices are kept, by path, size and time of change; '' keeps none.
+        """
+        self._files = sorted(files, key=lambda path: (os.path.basename(path), path))
+        self._captions = tuple(captions)
+        with ThreadPoolExecutor(SCAN_THREADS) as pool:
+            shards = list(pool.map(lambda path: _index_cached(path, cache_dir), self._files))
+        self._offsets = [offsets for offsets, _ in shards]
+        self._sizes = [size for _, size in shards]
+        counts = [len(offsets) - 1 for offsets in self._offsets]
+        self._starts = np.cumsum([0, *counts])
+        for path, offsets, size in zip(self._files, self._offsets, self._sizes, strict=True):
+            _warn_of_what_is_left_out(path, offsets, size)
+        if not len(self):
+            raise ValueError(
+                f"data.files: the {len(self._files)} shards hold no records; the first is {self._files[0]}. "
+                f"Give TFRecord files such as {EXAMPLES}"
+            )
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def key(self, index: int) -> str:
+        """Return 'path#number of the record in the shard'."""
+        shard, number = self._place(index)
+        return f"{self._files[shard]}#{number}"
+
+    def read(self, index: int) -> Record:
+        """Return record `index`, its checksum verified. Raises BadRecord if it can't be used."""
+        shard, number = self._place(index)
+        start, end = (int(offset) for offset in self._offsets[shard][number : number + 2])
+        try:
+            with _open(self._files[shard]) as file:
+                file.seek(start + HEADER_BYTES)
+                framed = file.read(end - start - HEADER_BYTES)
+        except (OSError, tf.errors.OpError) as error:
+            raise BadRecord(f"unreadable: {error}") from error
+        data, footer = framed[:-FOOTER_BYTES], framed[-FOOTER_BYTES:]
+        if len(framed) != end - start - HEADER_BYTES or footer != _masked_crc(data):
+            raise BadRecord("checksum mismatch")
+        return self._parse(data, self.key(index))
+
+    def fingerprint(self) -> str:
+        """Hash the shards' names, sizes and counts in their order; their folder does not matter."""
+        digest = hashlib.sha256()
+        for path, size, offsets in zip(self._files, self._sizes, self._offsets, strict=True):
+            digest.update(f"{os.path.basename(path)} {size} {len(offsets) - 1}\n".encode())
+        return digest.hexdigest()[:16]
+
+    def _place(self, index: int) -> tuple[int, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return shard, index - int(self._starts[shard])
+
+    def _parse(self, data: bytes, key: str) -> Record:
+        try:
+            features = tf.train.Example.FromString(data).features.feature
+        except DecodeError as error:
+            raise BadRecord("not a tf.train.Example") from error
+        names = [name for name in IMAGE_FEATURES if name in features and features[name].bytes_list.value]
+        if not names:
+            raise BadRecord(f"no image feature; features are {', '.join(sorted(features))}")
+        image = features[names[0]].bytes_list.value[0]
+        if not image:
+            raise BadRecord("empty image")
+        if "key" in features and features["key"].bytes_list.value:
+            key = features["key"].bytes_list.value[0].decode("utf-8", "replace") or key
+        captions = {name: _texts(name, features[name].bytes_list.value) for name in self._captions if name in features}
+        return Record(key=key, image=image, captions=captions)
+
+
+def source(config: DataConfig) -> TFRecordSource:
+    """Open the shards that `data.files` names. Raises ValueError if there are none."""
+    return TFRecordSource(expand(config.files), config.captions, os.path.expanduser(config.cache_dir))
+
+
+def expand(files: str) -> list[str]:
+    """Return the paths that a glob, a brace range or a comma list means.
+
+    Raises:
+      ValueError: if a path does not exist or a pattern matches nothing.
+    """
+    if not files.strip():
+        raise ValueError(f"data.source='tfrecord' reads the shards that data.files names, e.g. {EXAMPLES}")
+    paths = []
+    for pattern in files.split(","):
+        for path in _expand_braces(os.path.expanduser(pattern.strip())):
+            found = _glob(path)
+            if not found:
+                problem = "matches no file" if glob.has_magic(path) else "does not exist"
+                raise ValueError(f"data.files={files!r}: {path!r} {problem}. Give files such as {EXAMPLES}")
+            paths += found
+    return paths
+
+
+def write_tfrecord(path: str | os.PathLike, records: Iterable[Mapping[str, Values]]) -> None:
+    """Write records with the given features, as img2dataset would: `key`, `jpg`/`png`/`webp`, `txt`, ….
+
+    A feature is bytes, text, a number, or a sequence of bytes or texts.
+    """
+    with tf.io.TFRecordWriter(os.fspath(path)) as writer:
+        for record in records:
+            feature = {name: _feature(value) for name, value in record.items()}
+            writer.write(tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString())
+
+
+def _feature(value: Values) -> tf.train.Feature:
+    if isinstance(value, int):
+        return tf.train.Feature(int64_list=tf.train.Int64List(value=[value]))
+    if isinstance(value, float):
+        return tf.train.Feature(float_list=tf.train.FloatList(value=[value]))
+    values = [value] if isinstance(value, (bytes, str)) else value
+    encoded = [item.encode() if isinstance(item, str) else item for item in values]
+    return tf.train.Feature(bytes_list=tf.train.BytesList(value=encoded))
+
+
+def _texts(name: str, values: Iterable[bytes]) -> tuple[str, ...]:
+    try:
+        return tuple(value.decode() for value in values)
+    except UnicodeDecodeError as error:
+        raise BadRecord(f"caption {name!r} is not UTF-8") from error
+
+
+# ------------------------------------------------------------------------------------------------------ file names
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    """Expand each '{00..12}' of a pattern, keeping leading zeros."""
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if not match:
+        if "{" in pattern:
+            raise ValueError(f"data.files: {pattern!r} has a brace that is no range such as {{00000..00331}}")
+        return [pattern]
+    first, last = match.groups()
+    if int(first) > int(last):
+        raise ValueError(f"data.files: {pattern!r} counts down; write {{{last}..{first}}}")
+    width = len(first) if first.startswith("0") or len(first) == len(last) else 0
+    numbers = (f"{number:0{width}d}" for number in range(int(first), int(last) + 1))
+    return [path for n in numbers for path in _expand_braces(pattern[: match.start()] + n + pattern[match.end() :])]
+
+
+def _is_remote(path: str) -> bool:
+    return "://" in path
+
+
+def _glob(path: str) -> list[str]:
+    if _is_remote(path):
+        return sorted(tf.io.gfile.glob(path))
+    if glob.has_magic(path) and not os.path.exists(path):
+        return sorted(glob.glob(path, recursive=True))
+    return [path] if os.path.isfile(path) else []
+
+
+def _open(path: str):
+    """Open a file for seeking; local ones without a buffer, since every read is of a known length."""
+    return tf.io.gfile.GFile(path, "rb") if _is_remote(path) else open(path, "rb", buffering=0)
+
+
+# ------------------------------------------------------------------------------------------------------- the index
+
+
+def _masked_crc(data: bytes) -> bytes:
+    crc = google_crc32c.value(data)
+    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+
+
+def _header_length(header: bytes) -> int | None:
+    """Return the length that a frame's header announces, or None if its checksum is wrong."""
+    return struct.unpack_from("<Q", header)[0] if header[8:] == _masked_crc(header[:8]) else None
+
+
+def _index(file, size: int) -> np.ndarray:
+    """Return the offsets of the whole frames at the beginning of a shard, and the offset where they end."""
+    offsets, at = [0], 0
+    while at + HEADER_BYTES + FOOTER_BYTES <= size:
+        file.seek(at)
+        length = _header_length(file.read(HEADER_BYTES))
+        if length is None or at + HEADER_BYTES + length + FOOTER_BYTES > size:
+            break
+        at += HEADER_BYTES + length + FOOTER_BYTES
+        offsets.append(at)
+    return np.array(offsets, np.int64)
+
+
+def _index_cached(path: str, cache_dir: str) -> tuple[np.ndarray, int]:
+    """Return a shard's offsets and size; from the cache if the shard is as old and as long as then."""
+    size, changed = _stat(path)
+    name = hashlib.sha256(f"{os.path.abspath(path) if not _is_remote(path) else path} {size} {changed}".encode())
+    cached = Path(cache_dir) / "tfrecord-index" / f"{name.hexdigest()[:32]}.npy"
+    if cache_dir and cached.exists():
+        return np.load(cached), size
+    with _open(path) as file:
+        offsets = _index(file, size)
+    if cache_dir:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=cached.parent, suffix=".tmp", delete=False) as file:
+            np.save(file, offsets)
+        os.replace(file.name, cached)  # whole or not at all, whoever else writes it
+    return offsets, size
+
+
+def _stat(path: str) -> tuple[int, int]:
+    if _is_remote(path):
+        stat = tf.io.gfile.stat(path)
+        return stat.length, stat.mtime_nsec
+    stat = os.stat(path)
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _warn_of_what_is_left_out(path: str, offsets: np.ndarray, size: int) -> None:
+    whole, end = len(offsets) - 1, int(offsets[-1])
+    if not size:
+        logger.warning("%s is empty", path)
+    elif end < size:
+        with _open(path) as file:
+            file.seek(end)
+            header = file.read(HEADER_BYTES)
+        damaged = len(header) == HEADER_BYTES and _header_length(header) is None
+        problem = "has a damaged header" if damaged else "is truncated"
+        logger.warning(
+            "%s: record %d at byte %d %s; %d records before it are used, %d bytes from it on are not",
+            *(path, whole, end, problem, whole, size - end),
+        )

@@ -1,0 +1,13 @@
+"""What is measured of a model: each evaluator sees an Embedder and an EvalSet, and returns a flat dict of fractions.
+
+A line in EVALUATORS is also the registration with tests/contracts/test_evaluators.py.
+"""
+
+from clip_jax.evals.retrieval import retrieval
+from clip_jax.evals.zeroshot import zeroshot
+from clip_jax.typing import Evaluator
+
+EVALUATORS: dict[str, Evaluator] = {
+    "retrieval": retrieval,
+    "zeroshot": zeroshot,
+}

@@ -1,0 +1,144 @@
+"""From encoded pictures and texts to unit vectors on the host: the model as evaluators see it.
+
+Classes with several wordings follow Radford et al. 2021, section 3.1.4: the mean of the wordings' unit embeddings,
+at length 1 again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from clip_jax.evals.ranking import unit
+from clip_jax.typing import Embedder, EvalSet, Params, Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelEmbedder:
+    """Embed in batches of one size, so that each encoder compiles once.
+
+    Build it with the same two functions every time: JAX keeps what it compiled by the function, not by the embedder.
+    With several processes every one passes all inputs and gets all outputs.
+
+    encode_image: (params, uint8[B H W 3]) -> float[B E], pure.
+    encode_text: (params, int32[B L]) -> float[B E], pure.
+    preprocess: encoded pictures -> uint8[n H W 3].
+    batch_size: rows of a batch in all processes together; a multiple of the devices that `put` spreads it over.
+    put: a host array, the same on every process, to a device array, sharded over the batch if there is a mesh.
+    out_sharding: of the encoders' outputs; with a mesh the replicated one, so that every process can read all rows.
+    on_batch: called between batches; the training loop looks for preemption there. What it raises ends the embedding.
+    """
+
+    encode_image: Callable[[Params, jax.Array], jax.Array]
+    encode_text: Callable[[Params, jax.Array], jax.Array]
+    params: Any
+    tokenizer: Tokenizer
+    preprocess: Callable[[Sequence[bytes]], np.ndarray]
+    batch_size: int = 256
+    put: Callable[[np.ndarray], jax.Array] = jnp.asarray
+    out_sharding: jax.sharding.Sharding | None = None
+    on_batch: Callable[[], None] | None = None
+
+    def image(self, images: Sequence[bytes]) -> Float[np.ndarray, "n E"]:
+        """Return a unit vector for every encoded picture, NaN where the model gave none."""
+        return self._embed(self.encode_image, map(self.preprocess, self._slices(images, "picture")))
+
+    def text(self, texts: Sequence[str]) -> Float[np.ndarray, "m E"]:
+        """Return a unit vector for every text, NaN where the model gave none."""
+        return self._embed(self.encode_text, map(self.tokenizer, self._slices(texts, "text")))
+
+    def _slices(self, items: Sequence[Any], kind: str) -> Iterator[Sequence[Any]]:
+        if not len(items):
+            raise ValueError(f"there is no {kind} to embed; give at least one")
+        return (items[start : start + self.batch_size] for start in range(0, len(items), self.batch_size))
+
+    def _embed(self, encode: Callable[..., jax.Array], batches: Iterable[np.ndarray]) -> Float[np.ndarray, "n E"]:
+        jitted = jax.jit(encode, out_shardings=self.out_sharding)
+        done: list[np.ndarray] = []
+        running: tuple[jax.Array, int] | None = None
+        for rows in batches:
+            padding = [(0, self.batch_size - len(rows))] + [(0, 0)] * (rows.ndim - 1)
+            started = jitted(self.params, self.put(np.pad(rows, padding, mode="edge"))), len(rows)
+            if running:  # fetched only now: the next batch was decoded while this one was computed
+                done.append(_fetch(*running))
+            running = started
+            if self.on_batch:
+                self.on_batch()
+        return unit(np.concatenate([*done, _fetch(*running)]))
+
+
+def _fetch(output: jax.Array, count: int) -> np.ndarray:
+    return np.asarray(output)[:count].astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedEmbedder:
+    """Embed every picture and text once, however many evaluators, sets and panels ask for it.
+
+    It holds the pictures as well as their embeddings: for sets that fit into memory, as the report needs them anyway.
+    """
+
+    embedder: Embedder
+    _images: dict[bytes, np.ndarray] = dataclasses.field(default_factory=dict)
+    _texts: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    def image(self, images: Sequence[bytes]) -> Float[np.ndarray, "n E"]:
+        """Return the embedder's vectors for pictures, asking it only for those not seen before."""
+        return _remembered(self.embedder.image, self._images, images)
+
+    def text(self, texts: Sequence[str]) -> Float[np.ndarray, "m E"]:
+        """Return the embedder's vectors for texts, asking it only for those not seen before."""
+        return _remembered(self.embedder.text, self._texts, texts)
+
+
+def _remembered(embed: Callable[[list[Any]], np.ndarray], seen: dict[Any, np.ndarray], items: Sequence[Any]) -> np.ndarray:
+    new = [item for item in dict.fromkeys(items) if item not in seen]
+    if new:
+        seen.update(zip(new, embed(new), strict=True))
+    return np.stack([seen[item] for item in items])
+
+
+def embed_set(
+    embedder: Embedder, eval_set: EvalSet
+) -> tuple[Float[np.ndarray, "n E"], Float[np.ndarray, "M E"]]:
+    """Return the embeddings of a set's pictures and of its texts, the wordings of one text averaged.
+
+    Raises:
+      ValueError: for a set without pictures or texts, a text without wordings, targets that don't fit, or an embedder
+        that returns another number of rows.
+    """
+    check_set(eval_set)
+    image_nE = embedder.image(eval_set.images)
+    wordings_TE = embedder.text([wording for wordings in eval_set.texts for wording in wordings])
+    counts_M = np.array([len(wordings) for wordings in eval_set.texts])
+    for kind, got, expected in (
+        ("pictures", len(image_nE), len(eval_set.images)),
+        ("wordings", len(wordings_TE), counts_M.sum()),
+    ):
+        if got != expected:
+            raise ValueError(f"the embedder returned {got} rows for the {expected} {kind} of {eval_set.name}")
+    starts_M = np.concatenate([[0], np.cumsum(counts_M)[:-1]])
+    return image_nE, unit(np.add.reduceat(unit(wordings_TE), starts_M, axis=0))
+
+
+def check_set(eval_set: EvalSet) -> None:
+    """Raise ValueError unless every picture of the set has a text that has a wording."""
+    name, images, texts, targets = eval_set.name, eval_set.images, eval_set.texts, eval_set.targets
+    if not len(images) or not len(texts):
+        raise ValueError(f"evaluation set {name} has {len(images)} pictures and {len(texts)} texts; it needs some of both")
+    if len(targets) != len(images):
+        raise ValueError(f"evaluation set {name} has {len(targets)} targets for {len(images)} pictures; give one for each")
+    if targets.min() < 0 or targets.max() >= len(texts):
+        raise ValueError(
+            f"evaluation set {name} has targets from {targets.min()} to {targets.max()};"
+            f" its {len(texts)} texts have indices 0 to {len(texts) - 1}"
+        )
+    empty = [index for index, wordings in enumerate(texts) if not wordings]
+    if empty:
+        raise ValueError(f"text {empty[0]} of evaluation set {name} has no wording, as have {len(empty)} in all")

@@ -1,0 +1,159 @@
+"""Trained weights as functions of pictures and strings.
+
+    model = clip_jax.load("params.msgpack")
+    model.zero_shot(["photo.jpg"], ["dog", "cat"])
+
+Each encoder is compiled once for every batch size of 1, 2, 4 … 64 that is met: other numbers of inputs are split and
+filled up. Neither TensorFlow nor Orbax is imported.
+
+Source of the zero-shot classifier: Radford et al. 2021, section 3.1.4.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from clip_jax.architectures import WeightsConfig
+from clip_jax.interop import msgpack
+from clip_jax.models import make_model
+from clip_jax.preprocess import ImageLike, preprocess_many
+from clip_jax.tokenizers import make_tokenizer
+from clip_jax.typing import Params, Tokenizer
+
+_MAX_BATCH = 64  # 64 pictures of 336 px in ViT-L/14 take some 2 GiB of activations
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """A model with its weights. Images are PIL's, paths, encoded bytes, or uint8 arrays [H W 3]."""
+
+    config: WeightsConfig
+    params: Params = dataclasses.field(repr=False)
+    tokenizer: Tokenizer = dataclasses.field(repr=False)
+    _encode_image: Callable[..., jax.Array] = dataclasses.field(repr=False)
+    _encode_text: Callable[..., jax.Array] = dataclasses.field(repr=False)
+
+    def encode_image(self, images: Sequence[ImageLike]) -> Float[np.ndarray, "n E"]:
+        """Return a unit vector for every picture.
+
+        Raises:
+          ValueError: if a picture can't be decoded, saying which.
+          TypeError: if one picture was given where several are expected.
+        """
+        size = self.config.model.image.image_size
+
+        def prepare(batch: Sequence[ImageLike], first: int) -> np.ndarray:
+            return preprocess_many(batch, size, self.config.preprocess, first=first)
+
+        return self._encode(self._encode_image, prepare, _several(images, "picture"))
+
+    def encode_text(self, texts: Sequence[str]) -> Float[np.ndarray, "n E"]:
+        """Return a unit vector for every text.
+
+        Raises:
+          ValueError: if a text is too long, unless the model was loaded with `truncate=True`.
+          TypeError: if one text was given where several are expected.
+        """
+        return self._encode(self._encode_text, lambda batch, first: self.tokenizer(batch), _several(texts, "text"))
+
+    def logits(self, images: Sequence[ImageLike], texts: Sequence[str]) -> Float[np.ndarray, "n m"]:
+        """Return the cosine of every picture with every text, times the learnt scale."""
+        return self.scale * self.encode_image(images) @ self.encode_text(texts).T
+
+    def zero_shot(
+        self, images: Sequence[ImageLike], classes: Sequence[str], templates: Sequence[str] = ("a photo of a {}.",)
+    ) -> Float[np.ndarray, "n Q"]:
+        """Return the probability of every class for every picture; a row sums to 1.
+
+        Args:
+          templates: sentences with `{}` where the class's name goes. A class is the mean of its sentences' vectors.
+        """
+        templates = _several(templates, "template")
+        for template in templates:
+            if "{}" not in template:
+                raise ValueError(
+                    f"the template {template!r} has no '{{}}' for the class's name, e.g. 'a photo of a {{}}.'"
+                )
+        prompts = [template.replace("{}", name) for name in _several(classes, "class") for template in templates]
+        text_QTE = self.encode_text(prompts).reshape(len(classes), len(templates), -1)
+        class_QE = text_QTE.mean(axis=1)
+        class_QE /= np.linalg.norm(class_QE, axis=1, keepdims=True)
+        logits_nQ = self.scale * self.encode_image(images) @ class_QE.T
+        exp_nQ = np.exp(logits_nQ - logits_nQ.max(axis=1, keepdims=True))
+        return exp_nQ / exp_nQ.sum(axis=1, keepdims=True)
+
+    @property
+    def scale(self) -> np.float32:
+        """The factor between cosines and logits: the inverse of the learnt temperature."""
+        return np.exp(np.asarray(self.params["logit_scale"], np.float32))
+
+    def _encode(
+        self, encode: Callable[..., jax.Array], prepare: Callable[[Any, int], np.ndarray], items: Sequence[Any]
+    ) -> Float[np.ndarray, "n E"]:
+        outputs = [np.zeros((0, self.config.model.embed_dim), np.float32)]
+        for start in range(0, len(items), _MAX_BATCH):
+            rows = prepare(items[start : start + _MAX_BATCH], start)
+            missing = _bucket(len(rows)) - len(rows)
+            filled = np.pad(rows, [(0, missing)] + [(0, 0)] * (rows.ndim - 1), mode="edge")
+            outputs.append(np.asarray(encode(self.params, filled))[: len(rows)])
+        return np.concatenate(outputs)
+
+
+def load(path: str | os.PathLike[str], *, truncate: bool = False) -> Clip:
+    """Return the model of a file that `clip_jax.interop.msgpack.write` (or `--export`) wrote.
+
+    Args:
+      truncate: cut texts that are longer than the model reads, keeping the end token; else they are an error, as in
+        OpenAI's code.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if the file is not ours, damaged, or its parameters are not the ones that its config describes.
+    """
+    params, config = msgpack.read(path)
+    model = make_model(config.model, config.preprocess)
+    _check_shapes(os.fspath(path), params, jax.eval_shape(model.init, jax.random.key(0)))
+    tokenizer = make_tokenizer(
+        config.tokenizer, config.model.text, truncate=truncate, tokenizer_file=config.tokenizer_file
+    )
+    return Clip(
+        config,
+        jax.tree.map(jnp.asarray, params),
+        tokenizer,
+        jax.jit(model.encode_image),
+        jax.jit(model.encode_text),
+    )
+
+
+def _check_shapes(path: str, params: Any, expected: Any) -> None:
+    """Compare by name, so that an error says which array it is."""
+    found_shapes, expected_shapes = _shapes(params), _shapes(expected)
+    for name in [*expected_shapes, *found_shapes]:
+        found, wanted = found_shapes.get(name, "none"), expected_shapes.get(name, "none")
+        if found != wanted:
+            raise ValueError(f"{path}: the parameter {name} has shape {found}, its config describes {wanted}")
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): x.shape for p, x in jax.tree.leaves_with_path(tree)}
+
+
+def _several(items: Sequence[Any], kind: str) -> Sequence[Any]:
+    """Refuse one item where several are expected: a string is a sequence of letters, an array one of rows."""
+    single_array = isinstance(items, np.ndarray) and items.ndim < 4
+    if isinstance(items, (str, bytes, os.PathLike)) or single_array or not hasattr(items, "__len__"):
+        raise TypeError(f"expected a sequence, e.g. a list with one {kind}, got one {type(items).__name__}")
+    return list(items)
+
+
+def _bucket(count: int) -> int:
+    """Return the power of two that holds `count` rows."""
+    return 1 << (count - 1).bit_length()

@@ -1,0 +1,1 @@
+"""Weights in and out: each format a module with `read` and `write`."""

@@ -1,0 +1,171 @@
+"""Our own weight files: parameters together with all that gives them meaning.
+
+A file is flax's msgpack of one mapping:
+
+    format     'clip_jax'
+    version    1
+    config     JSON of WeightsConfig: model, tokenizer, preprocess, source
+    tokenizer  what `tokenizer.path` contained, b'' without one
+    params     nested mappings of arrays
+    sha256     hex, over the above
+
+The checksum is compared before anything is believed: a flipped bit in a weight changes results, not shapes, and nothing
+else would notice it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from flax import serialization
+
+from clip_jax.architectures import WeightsConfig
+from clip_jax.config import build
+
+FORMAT, VERSION = "clip_jax", 1
+_KEYS = {"config", "format", "params", "sha256", "tokenizer", "version"}
+# msgpack's own bytes for the first key, after one byte that tells the number of keys: they tell our files from others
+# even where the rest is missing.
+_FIRST_KEY = b"\xa6config"
+
+
+def write(path: str | os.PathLike[str], params: Mapping[str, Any], config: WeightsConfig) -> None:
+    """Write a file that is there in full or not at all: the old one stays until the new one is on the disk.
+
+    Where `config.tokenizer.path` names a file and `config.tokenizer_file` is empty, the file is read and goes in too.
+
+    Raises:
+      ValueError: if the path isn't a local one, or the tokenizer's file is missing.
+    """
+    target = _local(path)
+    tokenizer = config.tokenizer_file or _tokenizer_file(config)
+    fields = dataclasses.asdict(dataclasses.replace(config, tokenizer_file=b""))
+    del fields["tokenizer_file"]
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "config": json.dumps(fields),
+        "tokenizer": tokenizer,
+        "params": _as_numpy(params),
+    }
+    content["sha256"] = _checksum(content)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _write_atomically(target, serialization.msgpack_serialize(content))
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], WeightsConfig]:
+    """Return the parameters, nested dicts of NumPy arrays, and what they mean.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if it is not ours, cut short, damaged, or of a version that is newer than this code.
+    """
+    data = _local(path).read_bytes()
+    if not data:
+        raise ValueError(f"{path} is empty: whatever wrote it did not finish")
+    if not data.startswith(_FIRST_KEY, 1):
+        raise ValueError(f"{path} is not a weight file of clip_jax: it begins with {data[:12]!r}")
+    try:
+        content = serialization.msgpack_restore(data)
+    # Any byte may be wrong, so the parser and flax's decoder may raise anything: they are asked once, here.
+    except Exception as error:
+        if "incomplete input" in str(error):
+            reason = f"truncated: its {len(data):,} bytes end before its content does"
+        else:
+            reason = f"damaged: it can't be read as msgpack ({error})"
+        raise ValueError(f"{path} is {reason}; copy or export it again") from error
+    content = content if isinstance(content, dict) else {}
+    version = content.get("version")
+    if isinstance(version, int) and version > VERSION:
+        raise ValueError(f"{path} is of version {version}, this clip_jax reads up to {VERSION}: install a newer one")
+    known = (content.get("format"), version, content.keys()) == (FORMAT, VERSION, _KEYS)
+    if not known or content["sha256"] != _checksum_or_none(content):
+        raise ValueError(f"{path} is damaged: its checksum does not fit its content; copy or export it again")
+    fields = json.loads(content["config"])
+    return content["params"], build(WeightsConfig, {**fields, "tokenizer_file": content["tokenizer"]})
+
+
+def _local(path: str | os.PathLike[str]) -> pathlib.Path:
+    if "://" in os.fspath(path):
+        raise ValueError(f"{path} is not a local path; use one and copy, e.g. gcloud storage cp params.msgpack gs://…")
+    return pathlib.Path(path).expanduser()
+
+
+def _tokenizer_file(config: WeightsConfig) -> bytes:
+    if not config.tokenizer.path:
+        return b""
+    file = pathlib.Path(config.tokenizer.path).expanduser()
+    if not file.is_file():
+        raise ValueError(
+            f"tokenizer.path={config.tokenizer.path!r}: there is no such file, but the weights mean nothing without it"
+        )
+    return file.read_bytes()
+
+
+def _as_numpy(tree: Any) -> Any:
+    return {key: _as_numpy(value) for key, value in tree.items()} if isinstance(tree, Mapping) else np.asarray(tree)
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(content["config"].encode())
+    digest.update(b"\0" + content["tokenizer"])
+    for name, array in _leaves(content["params"]):
+        digest.update(f"\0{name}\0{array.dtype.name}\0{array.shape}\0".encode())
+        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _checksum_or_none(content: Mapping[str, Any]) -> str | None:
+    # A damaged byte may turn an array or a text into something else that msgpack knows.
+    try:
+        return _checksum(content)
+    except (AttributeError, TypeError, ValueError):
+        return None
+
+
+def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, np.ndarray]]:
+    if not isinstance(tree, dict):
+        yield path, tree
+        return
+    for key in sorted(tree):
+        yield from _leaves(tree[key], f"{path}/{key}")
+
+
+def _write_atomically(target: pathlib.Path, data: bytes) -> None:
+    # In the target's own folder: a rename is atomic within one file system only.
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    _sync_folder(target.parent)
+
+
+def _umask() -> int:
+    # mkstemp's files are for their owner alone; the mask can only be read by setting it.
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: pathlib.Path) -> None:
+    """Put the new name on the disk too, as the content is."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,126 @@
+"""One training step, as a pure function of state and batch.
+
+A step whose loss or gradient is not finite changes nothing but counters: `optax.apply_if_finite` would apply the NaN
+after enough of them, so the guard is our own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int32, PyTree
+
+from clip_jax.config import Config
+from clip_jax.sharding import BATCH, BATCH_AXIS, REPLICATED, batch_sharding, replicated
+from clip_jax.typing import Batch, Leaf, Loss, Metrics, Params
+
+# (params, image) -> embeddings, (params, text) -> embeddings: what a step needs of a model.
+EncodeImage = Callable[[Params, Array], Float[Array, "B E"]]
+EncodeText = Callable[[Params, Array], Float[Array, "B E"]]
+TrainStep = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that training changes.
+
+    step: int32, steps taken; the position in the data follows from it.
+    params, opt_state: float32, replicated.
+    ema: moving average of the parameters; None without `optim.ema_decay`.
+    skipped, skipped_in_a_row: int32, steps that were not finite, since the beginning and just now.
+    """
+
+    step: Leaf
+    params: Params
+    opt_state: PyTree
+    ema: Params | None
+    skipped: Leaf
+    skipped_in_a_row: Leaf
+
+    @property
+    def eval_params(self) -> Params:
+        """The parameters that are evaluated and exported."""
+        return self.params if self.ema is None else self.ema
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation, *, ema: bool) -> TrainState:
+    """Return the state before the first step."""
+    zero = jnp.zeros((), jnp.int32)
+    average = jax.tree.map(jnp.copy, params) if ema else None  # a copy: the step donates both
+    return TrainState(zero, params, optimizer.init(params), average, zero + 0, zero + 0)
+
+
+def make_train_step(
+    encode_image: EncodeImage,
+    encode_text: EncodeText,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    config: Config,
+    mesh: Mesh,
+) -> TrainStep:
+    """Return the compiled step: (state, batch) -> (state, metrics). The state is donated.
+
+    Metrics are float32 scalars, equal on every device: loss, accuracy/image_to_text, accuracy/text_to_image,
+    logit_scale, grad_norm, skipped, skipped_in_a_row.
+    """
+    sharded_loss = jax.shard_map(
+        functools.partial(loss, logit_bias=None, axis=BATCH_AXIS),
+        mesh=mesh,
+        in_specs=(BATCH, BATCH, REPLICATED),
+        out_specs=REPLICATED,
+    )
+
+    def objective(params: Params, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
+        images_BE, texts_BE = encode_image(params, batch.image), encode_text(params, batch.text)
+        return sharded_loss(images_BE, texts_BE, jnp.exp(params["logit_scale"]))
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        (value, metrics), grads = jax.value_and_grad(objective, has_aux=True)(state.params, batch)
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
+
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        params = params | {"logit_scale": _clip_log_scale(params["logit_scale"], config.loss.logit_scale_max)}
+        ema = state.ema and _average(state.ema, params, state.step, config.optim.ema_decay)
+
+        proposed = (params, opt_state, ema)
+        kept = (state.params, state.opt_state, state.ema)
+        params, opt_state, ema = jax.tree.map(lambda new, old: jnp.where(finite, new, old), proposed, kept)
+        skipped = state.skipped + ~finite
+        in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
+        metrics |= {
+            "loss": value,
+            "logit_scale": jnp.exp(params["logit_scale"]),
+            "grad_norm": grad_norm,
+            "skipped": skipped.astype(jnp.float32),
+            "skipped_in_a_row": in_a_row.astype(jnp.float32),
+        }
+        return TrainState(state.step + 1, params, opt_state, ema, skipped, in_a_row), metrics
+
+    return jax.jit(
+        train_step,
+        in_shardings=(replicated(mesh), batch_sharding(mesh)),
+        out_shardings=replicated(mesh),
+        donate_argnums=0,
+    )
+
+
+def _clip_log_scale(log_scale: Float[Array, ""], maximum: float) -> Float[Array, ""]:
+    # From above as in the paper (section 2.5); from below at 1 as open_clip does, where a softmax learns nothing.
+    return jnp.clip(log_scale, 0.0, math.log(maximum))
+
+
+def _average(ema: Params, params: Params, step: Int32[Array, ""], decay: float) -> Params:
+    # Early on the average forgets faster, or it would still hold the initialisation when training ends.
+    step = step.astype(jnp.float32)
+    decay = jnp.minimum(decay, (1 + step) / (10 + step))
+    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)

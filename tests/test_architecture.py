@@ -1,0 +1,209 @@
+"""The house's rules, read off the syntax trees. A rule that no test checks is gone in a month.
+
+Floors: a module imports only lower floors, and floor-1 siblings never import each other: what one needs of another is
+handed in. A new module gets its line in FLOORS. Every rule has a bad snippet below that it must catch.
+"""
+
+import ast
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+FLOORS = {
+    **dict.fromkeys(["typing", "architectures", "config"], 0),
+    **dict.fromkeys(["models", "tokenizers", "preprocess", "losses", "data"], 1),
+    **dict.fromkeys(["optim", "sharding", "checkpoint", "metrics", "distributed"], 1),
+    **dict.fromkeys(["step", "evals", "interop"], 2),
+    **dict.fromkeys(["inference", "train", "plan"], 3),
+    **dict.fromkeys(["main", "evaluate", "convert", "search"], 4),
+    "__init__": 5,  # hands on what is below, lazily: the subprocess test sees to that
+}
+COMMANDS = {name for name, floor in FLOORS.items() if floor == 4}
+
+# Heavy dependencies, each with the only paths (units or modules of clip_jax) that may import it.
+OWNERS = {
+    "tensorflow": {"data"},
+    "tensorflow_datasets": {"data"},
+    "orbax": {"checkpoint"},
+    "flax": {"models", "interop/msgpack"},
+    "absl": COMMANDS,
+    "torch": set(),
+}
+CONFIG_IMPORTS = {"clip_jax.config", "ml_collections", "__future__"}
+CATCH_ALLS = {"utils", "util", "common", "helpers", "misc"}
+# Words that the house doesn't use in names of its own, and what it says instead.
+WORDS = {"img": "image", "imgs": "images", "txt": "text", "txts": "texts", "label": "class_id", "labels": "class_ids"}
+MAX_LINES = 450
+
+
+# --------------------------------------------------------------------------------------------------- the rules
+# Each takes (path relative to the root, source, tree) and yields what is wrong.
+
+
+def imports_of(path, tree):
+    """Yield (line, dotted module) of all imports, those inside functions too; relative ones made absolute."""
+    package = ["clip_jax", *path.relative_to("clip_jax").parent.parts] if path.parts[0] == "clip_jax" else []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            if module == "clip_jax":  # `from clip_jax import config` imports a module
+                yield from ((node.lineno, f"clip_jax.{alias.name}") for alias in node.names)
+            else:
+                yield node.lineno, module
+
+
+def unit_of(path):
+    """Return the name in FLOORS of a path such as clip_jax/data/images.py: data."""
+    return path.with_suffix("").parts[1]
+
+
+def floors(path, source, tree):
+    if path.parts[0] != "clip_jax":
+        return
+    unit = unit_of(path)
+    if unit not in FLOORS:
+        yield f"{path}: {unit!r} has no floor; add it to FLOORS in {pathlib.Path(__file__).name}"
+        return
+    for line, module in imports_of(path, tree):
+        parts = module.split(".")
+        other = parts[1] if parts[0] == "clip_jax" and len(parts) > 1 else None
+        if other is None or other == unit or other == "__version__":
+            continue
+        floor, below = FLOORS[unit], FLOORS.get(other)
+        if below is None or not (below < floor or below == floor == 0):
+            yield f"{path}:{line}: {unit} (floor {floor}) imports {other} (floor {below})"
+
+
+def owners(path, source, tree):
+    if path.parts[0] == "clip_jax":
+        module = "/".join(path.with_suffix("").parts[1:])
+        for line, imported in imports_of(path, tree):
+            allowed = OWNERS.get(imported.split(".")[0])
+            if allowed is not None and not any(module == a or module.startswith(a + "/") for a in allowed):
+                yield f"{path}:{line}: imports {imported}, which belongs to {', '.join(sorted(allowed)) or 'nobody'}"
+
+
+def configs(path, source, tree):
+    if path.parts[0] == "configs":
+        for line, module in imports_of(path, tree):
+            if module not in CONFIG_IMPORTS:
+                yield f"{path}:{line}: a config imports {module}"
+
+
+def names(path, source, tree):
+    if path.stem in CATCH_ALLS:
+        yield f"{path}: say what is in it; {path.stem!r} says nothing"
+    for node in ast.walk(tree):
+        for name in defined_names(node):
+            for word in WORDS.keys() & set(re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower().split("_")):
+                yield f"{path}:{node.lineno}: {name!r}: say {WORDS[word]!r}, not {word!r}"
+
+
+def defined_names(node):
+    """Yield the names that a node gives, not the ones that it uses: others may call theirs as they like."""
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        yield node.name
+    elif isinstance(node, ast.arg):
+        yield node.arg
+    elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        yield node.id
+    elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+        yield node.attr
+
+
+def docstrings(path, source, tree):
+    if not ast.get_docstring(tree):
+        yield f"{path}: has no docstring; say what it is, its source, and deviations from it"
+
+
+def lengths(path, source, tree):
+    if (lines := source.count("\n")) > MAX_LINES:
+        yield f"{path}: {lines} lines, at most {MAX_LINES}"
+
+
+RULES = (floors, owners, configs, names, docstrings, lengths)
+
+
+def violations(path, source):
+    path, tree = pathlib.PurePosixPath(path), ast.parse(source)
+    return [message for rule in RULES for message in rule(path, source, tree)]
+
+
+# ------------------------------------------------------------------------------------------------------- the tests
+
+SOURCES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for folder in ("clip_jax", "configs", "tests")
+    for path in (ROOT / folder).rglob("*.py")
+)
+
+
+@pytest.mark.parametrize("path", SOURCES)
+def test_file_keeps_the_rules(path):
+    assert not violations(path, (ROOT / path).read_text(encoding="utf-8"))
+
+
+def test_every_folder_of_the_package_is_a_package():
+    """Otherwise setup.py's find_packages leaves it out, and only the installed package misses it."""
+    folders = {path.parent for path in (ROOT / "clip_jax").rglob("*.py")}
+    assert not [str(folder) for folder in folders if not (folder / "__init__.py").exists()]
+
+
+DOC = '"""What it is."""\n'
+
+
+@pytest.mark.parametrize(
+    ("path", "code", "message"),
+    [
+        ("clip_jax/config.py", "import clip_jax.models", r"config \(floor 0\) imports models \(floor 1\)"),
+        ("clip_jax/losses/softmax.py", "from clip_jax import sharding", r"losses \(floor 1\) imports sharding"),
+        ("clip_jax/losses/softmax.py", "from ..data import order", r"losses \(floor 1\) imports data"),
+        ("clip_jax/optim.py", "def f():\n    import clip_jax.metrics", "optim .* imports metrics"),
+        ("clip_jax/step.py", "from clip_jax.evals.embed import embed", r"step \(floor 2\) imports evals \(floor 2\)"),
+        ("clip_jax/train.py", "from clip_jax.main import main", r"train \(floor 3\) imports main \(floor 4\)"),
+        ("clip_jax/search.py", "from clip_jax import load", r"imports load \(floor None\)"),
+        ("clip_jax/surprise.py", "", "'surprise' has no floor"),
+        ("clip_jax/models/vit.py", "import tensorflow as tf", "tensorflow, which belongs to data"),
+        ("clip_jax/train.py", "from orbax import checkpoint", "orbax, which belongs to checkpoint"),
+        ("clip_jax/interop/openai.py", "from flax import serialization", "belongs to interop/msgpack, models"),
+        ("clip_jax/train.py", "from absl import logging", "absl, which belongs to convert, evaluate, main, search"),
+        ("clip_jax/interop/openai.py", "import torch", "torch, which belongs to nobody"),
+        ("configs/x.py", "import jax", "a config imports jax"),
+        ("configs/x.py", "from clip_jax import models", "a config imports clip_jax.models"),
+        ("clip_jax/evals/utils.py", "", "'utils' says nothing"),
+        ("clip_jax/evals/embed.py", "def f(img_size): pass", "'img_size': say 'image', not 'img'"),
+        ("clip_jax/evals/embed.py", "def encode_txt(): pass", "say 'text', not 'txt'"),
+        ("clip_jax/evals/embed.py", "class EmbedTxt: pass", "say 'text', not 'txt'"),
+        ("clip_jax/evals/embed.py", "for label in targets: pass", "say 'class_id', not 'label'"),
+        ("tests/test_x.py", "imgs = []", "say 'images', not 'imgs'"),
+        ("clip_jax/evals/embed.py", "x = record.txt", None),
+        ("clip_jax/config.py", "from clip_jax.architectures import MODELS", None),
+        ("clip_jax/data/pipeline.py", "from clip_jax.data import order", None),
+        ("clip_jax/interop/msgpack.py", "from flax import serialization", None),
+        ("clip_jax/main.py", "from absl import app", None),
+    ],
+)
+def test_rules_catch_what_they_name_and_nothing_else(path, code, message):
+    found = violations(path, DOC + code)
+    assert bool(found) == (message is not None), found
+    if message:
+        assert re.search(message, found[0])
+
+
+def test_a_missing_docstring_and_a_long_file_are_caught():
+    assert "has no docstring" in violations("clip_jax/step.py", "x = 1\n")[0]
+    assert f"at most {MAX_LINES}" in violations("clip_jax/step.py", DOC + "x = 1\n" * MAX_LINES)[0]
+
+
+@pytest.mark.parametrize("heavy", ["tensorflow", "orbax", "flax", "torch"])
+def test_importing_the_package_imports_nothing_heavy(heavy):
+    code = f"import sys, clip_jax; sys.exit({heavy!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

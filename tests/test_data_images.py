@@ -1,0 +1,274 @@
+"""Decoding against Pillow on a white page; augmentation against what its numbers promise."""
+
+import dataclasses
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from clip_jax.config import AugmentConfig
+from clip_jax.data import images
+
+EXACT = 0  # the same library with the same settings
+COMPOSITE_TOLERANCE = 1  # Pillow's blend rounds otherwise than to nearest
+ALL = AugmentConfig(0.5, 15.0, 0.2, 0.1, 0.2, 0.3, 0.5, 30.0, 0.1, 0.5, 0.3)
+NONE = AugmentConfig(min_crop_area=1.0)
+SEED = np.array([3, 4])
+
+
+def _pixels(height=13, width=17, channels=4, seed=0):
+    """Smooth enough for JPEG, with every alpha from 0 to 255."""
+    small = np.random.default_rng(seed).integers(0, 256, (5, 6, channels), np.uint8)
+    mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
+    return Image.fromarray(small.squeeze()).convert(mode).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _encode(image, format_, **options):
+    file = io.BytesIO()
+    image.save(file, format_, **options)
+    return file.getvalue()
+
+
+def _on_white(encoded):
+    rgba = Image.open(io.BytesIO(encoded)).convert("RGBA")
+    page = Image.new("RGBA", rgba.size, "white")
+    page.alpha_composite(rgba)
+    return np.asarray(page.convert("RGB")).astype(int)
+
+
+RGBA, RGB, GREY = _pixels(channels=4), _pixels(channels=3), _pixels(channels=1)
+FILES = {
+    "jpeg": (_encode(RGB, "JPEG"), EXACT),
+    "jpeg progressive": (_encode(RGB, "JPEG", progressive=True), EXACT),
+    "jpeg grey": (_encode(GREY, "JPEG"), EXACT),
+    "jpeg cmyk": (_encode(RGB.convert("CMYK"), "JPEG"), EXACT),
+    "png": (_encode(RGB, "PNG"), EXACT),
+    "png alpha": (_encode(RGBA, "PNG"), COMPOSITE_TOLERANCE),
+    "png grey": (_encode(GREY, "PNG"), EXACT),
+    "png grey alpha": (_encode(RGBA.convert("LA"), "PNG"), COMPOSITE_TOLERANCE),
+    "png palette": (_encode(RGB.convert("P"), "PNG"), EXACT),
+    "png palette transparent": (_encode(RGB.convert("P"), "PNG", transparency=3), EXACT),
+    "png palette of 4 bits": (_encode(RGB.quantize(16), "PNG", bits=4), EXACT),
+    "png of 1 bit": (_encode(GREY.convert("1"), "PNG"), EXACT),
+    "webp": (_encode(RGB, "WEBP"), EXACT),
+    "webp lossless": (_encode(RGB, "WEBP", lossless=True), EXACT),
+    "webp alpha": (_encode(RGBA, "WEBP", lossless=True), COMPOSITE_TOLERANCE),
+    "webp lossy alpha": (_encode(RGBA, "WEBP"), COMPOSITE_TOLERANCE),
+    "webp animated": (_encode(RGBA, "WEBP", save_all=True, append_images=[RGBA.rotate(90)]), EXACT),
+    "gif": (_encode(RGB.convert("P"), "GIF"), EXACT),
+    "gif transparent": (_encode(RGBA, "GIF"), EXACT),
+    "gif animated": (_encode(RGB, "GIF", save_all=True, append_images=[RGB.rotate(180)]), EXACT),
+    "bmp": (_encode(RGB, "BMP"), EXACT),
+    "bmp palette": (_encode(RGB.convert("P"), "BMP"), EXACT),
+    "one pixel": (_encode(RGB.resize((1, 1)), "PNG"), EXACT),
+}
+
+
+@pytest.fixture(scope="module")
+def decode():
+    graph = tf.function(images.decode, input_signature=[tf.TensorSpec([], tf.string)], autograph=False)
+    return lambda encoded: graph(tf.constant(encoded)).numpy()
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_pixels_are_pillows_on_white(decode, kind):
+    encoded, tolerance = FILES[kind]
+    expected = _on_white(encoded)
+    found = decode(encoded)
+    assert found.dtype == np.uint8 and found.shape == expected.shape
+    assert np.abs(found - expected).max() <= tolerance
+
+
+def test_what_lies_beneath_full_transparency_is_not_shown(decode):
+    hidden = Image.new("RGBA", (4, 4), (71, 112, 76, 0))
+    for format_, options in (("PNG", {}), ("WEBP", {"lossless": True, "exact": True})):
+        assert (decode(_encode(hidden, format_, **options)) == 255).all()
+
+
+def test_16_bits_keep_their_high_byte(decode):
+    deep = np.arange(0, 65536, 321, dtype=np.uint16).reshape(5, 41)
+    found = decode(_encode(Image.fromarray(deep), "PNG"))
+    np.testing.assert_array_equal(found, np.repeat((deep >> 8)[..., None], 3, axis=-1))
+
+
+def _png_of_size(width, height):
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    png = FILES["png"][0]
+    return png[:12] + header + struct.pack(">I", zlib.crc32(header)) + png[33:]
+
+
+def _jpeg_of_size(width, height):
+    jpeg = FILES["jpeg"][0]
+    at = jpeg.index(b"\xff\xc0") + 5
+    return jpeg[:at] + struct.pack(">HH", height, width) + jpeg[at + 4 :]
+
+
+def _webp_of_size(width, height):
+    webp = FILES["webp lossy alpha"][0]
+    assert webp[12:16] == b"VP8X"
+    return webp[:24] + (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little") + webp[30:]
+
+
+def _lossy_webp_of_size(width, height):
+    webp = FILES["webp"][0]
+    assert webp[12:16] == b"VP8 "
+    return webp[:26] + struct.pack("<HH", width, height) + webp[30:]
+
+
+def _lossless_webp_of_size(width, height):
+    webp = FILES["webp lossless"][0]
+    assert webp[12:16] == b"VP8L"
+    return webp[:21] + struct.pack("<I", (width - 1) | (height - 1) << 14) + webp[25:]
+
+
+def _gif_of_size(width, height):
+    gif = FILES["gif"][0]
+    return gif[:6] + struct.pack("<HH", width, height) + gif[10:]
+
+
+def _bmp_of_size(width, height):
+    bmp = FILES["bmp"][0]
+    return bmp[:18] + struct.pack("<ii", width, height) + bmp[26:]
+
+
+WITH_SIZE = {
+    "png": _png_of_size,
+    "jpeg": _jpeg_of_size,
+    "webp": _webp_of_size,
+    "webp lossy": _lossy_webp_of_size,
+    "webp lossless": _lossless_webp_of_size,
+    "gif": _gif_of_size,
+    "bmp": _bmp_of_size,
+}
+
+
+@pytest.mark.parametrize("kind", WITH_SIZE)
+def test_a_bomb_is_refused_for_its_size(decode, kind):
+    """13,000 × 13,000 pixels by its header; refused by the guard, not by a decoder that ran out of data."""
+    bomb = WITH_SIZE[kind](13_000, 13_000)
+    with pytest.raises(tf.errors.OpError, match="width and height|more than 100,000,000"):
+        decode(bomb)
+    assert "pixels" in images.why_undecodable(bomb)
+
+
+@pytest.mark.parametrize("kind", WITH_SIZE)
+def test_the_guard_reads_the_size_that_the_decoder_reads(decode, kind):
+    """The same patch with the true size leaves a picture that decodes: the bomb test patches the right bytes."""
+    encoded = WITH_SIZE[kind](*RGB.size)
+    assert decode(encoded).shape == (*RGB.size[::-1], 3)
+
+
+BAD = {
+    "empty": b"",
+    "a page": b"<html><body>404</body></html>",
+    "truncated jpeg": FILES["jpeg"][0][:-40],
+    "truncated png": FILES["png"][0][:-40],
+    "truncated webp": FILES["webp"][0][:-40],
+    "svg": b'<svg xmlns="http://www.w3.org/2000/svg"/>',
+    "tiff": _encode(RGB, "TIFF"),
+    "short": b"\xff\xd8\xff",
+    "png signature": b"\x89PNG\r\n\x1a\n",
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_bytes_raise_and_are_explained(decode, kind):
+    with pytest.raises(tf.errors.OpError):
+        decode(BAD[kind])
+    assert len(images.why_undecodable(BAD[kind])) > 10
+
+
+def test_a_good_picture_has_no_complaint():
+    assert images.why_undecodable(FILES["png"][0]) is None
+
+
+# --------------------------------------------------------------------------------------------------- augmentation
+
+
+def _augment(config, image=None, size=16, seed=SEED):
+    image = np.asarray(_pixels(40, 60, 3)) if image is None else image
+    return images.augment(tf.constant(image), size, tf.constant(seed), config).numpy()
+
+
+def test_without_changes_the_square_is_the_resized_whole():
+    image = np.asarray(_pixels(40, 40, 3))
+    expected = tf.image.resize(image, [16, 16], "bicubic", antialias=True).numpy()
+    np.testing.assert_array_equal(_augment(NONE, image), np.round(expected.clip(0, 255)).astype(np.uint8))
+
+
+def test_the_same_seed_gives_the_same_change_and_another_another():
+    np.testing.assert_array_equal(_augment(ALL), _augment(ALL))
+    assert (_augment(ALL) != _augment(ALL, seed=SEED + 1)).mean() > 0.5
+
+
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(AugmentConfig) if f.name != "min_crop_area"])
+def test_every_key_changes_pixels_by_itself(field):
+    value = {"rotate_degrees": 90.0, "hue_degrees": 120.0}.get(field, 0.9)
+    image = np.asarray(_pixels(40, 40, 3))
+    config = dataclasses.replace(NONE, **{field: value})
+    plain = _augment(NONE, image)
+    changed = [(_augment(config, image, seed=np.array([0, s])) != plain).any() for s in range(5)]
+    assert any(changed)
+
+
+@pytest.mark.parametrize("field", ["zoom", "brightness", "hue_degrees", "cutout"])
+def test_switching_one_change_on_leaves_the_crop_as_it_was(field):
+    """Draws don't shift when another is added: the crop's corner shows in a picture of coordinates."""
+    crop = AugmentConfig(min_crop_area=0.3)
+    with_tiny = dataclasses.replace(crop, **{field: 1e-6})
+    y, x = np.mgrid[0:64, 0:64]
+    coordinates = np.stack([x * 4, y * 4, 0 * x], -1).astype(np.uint8)
+    difference = _augment(crop, coordinates).astype(int) - _augment(with_tiny, coordinates)
+    # Only rounding, but for zoom's last row and column, which touch the white outside.
+    assert np.abs(difference[1:-1, 1:-1]).max() <= 1
+
+
+def test_crops_are_squares_of_the_area_asked_for_anywhere():
+    """A picture of coordinates says where each crop was."""
+    y, x = np.mgrid[0:100, 0:200]
+    coordinates = np.stack([x, y, 0 * x], -1).astype(np.uint8)
+    crops = np.stack([_augment(AugmentConfig(0.25), coordinates, 8, np.array([1, s])) for s in range(200)]).astype(int)
+    widths, heights = crops[:, 4, -1, 0] - crops[:, 4, 0, 0], crops[:, -1, 4, 1] - crops[:, 0, 4, 1]
+    np.testing.assert_allclose(widths, heights, atol=2)
+    # Corners' centres lie 7/8 of the side apart: sides of 50 to 100 pixels.
+    assert 42 <= widths.min() < 50 and 80 < widths.max() <= 88
+    assert crops[:, 0, 0, 0].min() < 15 and crops[:, 0, -1, 0].max() > 185
+
+
+@pytest.mark.parametrize("degrees", [90.0, 180.0])
+def test_a_rotation_turns_about_the_centre(degrees):
+    """A draw of 1 turns by the whole angle: a quarter turn moves pixels onto pixels."""
+    image = np.asarray(_pixels(16, 16, 3))
+    uniform = tf.one_hot(images.ROTATE, images.DRAWS) * 0.5 + 0.5  # signed: 1 for rotation, 0 for the rest
+    config = AugmentConfig(rotate_degrees=degrees)
+    turned = images._affine(tf.constant(image, tf.float32), 16, uniform, config).numpy()
+    expected = np.rot90(image, -int(degrees) // 90).astype(np.float32)
+    inner = np.s_[1:-1, 1:-1]  # the border blends with the white outside by rounding of sines
+    np.testing.assert_allclose(turned[inner], expected[inner], atol=0.05)
+
+
+def test_a_shift_moves_by_its_fraction_and_lets_white_in():
+    image = np.asarray(_pixels(16, 16, 3))
+    uniform = tf.one_hot(images.SHIFT_X, images.DRAWS) * 0.5 + 0.5
+    shifted = images._affine(tf.constant(image, tf.float32), 16, uniform, AugmentConfig(shift=0.25)).numpy()
+    np.testing.assert_allclose(shifted[:, 4:], image[:, :-4], atol=1e-3)
+    assert (shifted[:, :4] == 255).all()
+
+
+def test_full_grayscale_keeps_the_luma_and_drops_the_color():
+    image = np.asarray(_pixels(16, 16, 3))
+    grey = _augment(dataclasses.replace(NONE, grayscale_probability=1.0), image)
+    assert np.ptp(grey, axis=-1).max() <= 1
+    luma = image @ np.array([0.299, 0.587, 0.114])
+    np.testing.assert_allclose(grey[..., 0], luma, atol=1.5)  # rounding, and the matrix's four digits
+
+
+def test_a_flip_of_probability_one_mirrors_left_and_right():
+    image = np.asarray(_pixels(16, 16, 3))
+    np.testing.assert_array_equal(
+        _augment(dataclasses.replace(NONE, flip_probability=1.0), image), _augment(NONE, image)[:, ::-1]
+    )

@@ -1,0 +1,156 @@
+"""The towers: counts, shapes, and a forward pass in NumPy that shares no code with them."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clip_jax.architectures import MODELS, Architecture, Preprocess, TextTransformer, ViT
+from clip_jax.models import count_parameters, make_model
+
+# Radford et al. 2021's released weights, counted.
+PARAMETERS = {"vit_b32": 151_277_313, "vit_b16": 149_620_737, "vit_l14": 427_616_513, "vit_l14_336": 427_944_193}
+
+SMALL = Architecture(ViT(16, 8, 32, 3, 2), TextTransformer(64, 8, 63, width=32, layers=3, heads=2), 16)
+# Six layer norms and three blocks in float32 against float64.
+FORWARD_TOLERANCE = 2e-5
+
+
+@pytest.fixture(scope="module")
+def params():
+    return make_model(SMALL).init(jax.random.key(0))
+
+
+def _inputs(rows: int = 3):
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (rows, 16, 16, 3), dtype=np.uint8)
+    text = rng.integers(1, 63, (rows, 8)).astype(np.int32)
+    text[np.arange(rows), rng.integers(2, 8, rows)] = 63
+    return image, text
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_the_papers_models_have_the_papers_parameters(name):
+    shapes = jax.eval_shape(make_model(MODELS[name]).init, jax.random.key(0))
+    assert count_parameters(shapes) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_the_forward_pass_is_the_papers_in_numpy(params, activation):
+    architecture = Architecture(SMALL.image, SMALL.text, SMALL.embed_dim, activation)
+    model = make_model(architecture)
+    image, text = _inputs()
+    reference = _Numpy(params, architecture)
+    np.testing.assert_allclose(model.encode_image(params, image), reference.image(image), atol=FORWARD_TOLERANCE)
+    np.testing.assert_allclose(model.encode_text(params, text), reference.text(text), atol=FORWARD_TOLERANCE)
+
+
+def test_what_follows_the_end_token_changes_nothing(params):
+    _, text = _inputs()
+    changed = text.copy()
+    for row in changed:
+        row[list(row).index(63) + 1 :] = 5
+    model = make_model(SMALL)
+    np.testing.assert_array_equal(model.encode_text(params, text), model.encode_text(params, changed))
+
+
+def test_the_first_end_token_is_the_one_that_counts(params):
+    model = make_model(SMALL)
+    one, two = np.full((2, 1, 8), 3, np.int32)
+    one[0, 4] = two[0, 4] = two[0, 7] = 63
+    np.testing.assert_array_equal(model.encode_text(params, one), model.encode_text(params, two))
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_rematerialisation_changes_no_gradient(params, remat):
+    image, _ = _inputs()
+
+    def gradient(policy: str):
+        model = make_model(SMALL, remat=policy)
+        return jax.grad(lambda params: model.encode_image(params, image)[0, 0])(params)
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradient(remat), gradient("none"))
+
+
+@pytest.mark.parametrize("name", ["vit_b32", "emoji"])
+def test_the_logit_scale_starts_where_it_is_told(name):
+    model = make_model(MODELS[name], logit_scale_init=1 / 0.07)
+    if name == "emoji":
+        np.testing.assert_allclose(jnp.exp(model.init(jax.random.key(0))["logit_scale"]), 1 / 0.07, rtol=1e-6)
+    else:
+        assert jax.eval_shape(model.init, jax.random.key(0))["logit_scale"].dtype == jnp.float32
+
+
+def test_the_pixels_are_normalised_as_preprocessing_says(params):
+    image, _ = _inputs()
+    white = make_model(SMALL, Preprocess(mean=(1.0, 1.0, 1.0), std=(0.5, 0.5, 0.5)))
+    black = make_model(SMALL, Preprocess(mean=(0.0, 0.0, 0.0), std=(0.5, 0.5, 0.5)))
+    np.testing.assert_allclose(
+        white.encode_image(params, np.full_like(image, 255)), black.encode_image(params, np.zeros_like(image)), atol=1e-6
+    )
+
+
+class _Numpy:
+    """CLIP after figure 3 and section 2.4 of the paper, in float64."""
+
+    def __init__(self, params, architecture: Architecture):
+        self.params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+        self.architecture = architecture
+
+    def image(self, image: np.ndarray) -> np.ndarray:
+        params, tower, spec = self.params["image"], self.architecture.image, Preprocess()
+        pixels = (image / 255 - np.array(spec.mean)) / np.array(spec.std)
+        p, rows = tower.patch_size, []
+        for picture in pixels:
+            patches = [
+                np.einsum("hwc,hwcd->d", picture[y : y + p, x : x + p], params["patch_embedding"])
+                for y in range(0, tower.image_size, p)
+                for x in range(0, tower.image_size, p)
+            ]
+            x = np.stack([params["class_embedding"], *patches]) + params["positional_embedding"]
+            x = self._blocks(self._norm(x, params["norm_pre"]), params, tower, causal=False)
+            rows.append(self._norm(x[0], params["norm_post"]) @ params["projection"])
+        return self._unit(rows)
+
+    def text(self, text: np.ndarray) -> np.ndarray:
+        params, tower = self.params["text"], self.architecture.text
+        rows = []
+        for tokens in text:
+            x = params["token_embedding"]["embedding"][tokens] + params["positional_embedding"]
+            x = self._norm(self._blocks(x, params, tower, causal=True), params["norm_final"])
+            rows.append(x[list(tokens).index(tower.eos_id)] @ params["projection"])
+        return self._unit(rows)
+
+    def _blocks(self, x, params, tower, causal: bool):
+        for layer in range(tower.layers):
+            block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["transformer"]["blocks"])
+            x = x + self._attention(self._norm(x, block["norm1"]), block["attention"], causal)
+            hidden = self._norm(x, block["norm2"]) @ block["mlp_in"]["kernel"] + block["mlp_in"]["bias"]
+            x = x + self._activation(hidden) @ block["mlp_out"]["kernel"] + block["mlp_out"]["bias"]
+        return x
+
+    def _attention(self, x, params, causal: bool):
+        q, k, v = (np.einsum("ld,dnk->nlk", x, params[n]["kernel"]) + params[n]["bias"][:, None] for n in ("query", "key", "value"))
+        scores = q @ k.transpose(0, 2, 1) / np.sqrt(q.shape[-1])
+        if causal:
+            scores = np.where(np.tri(len(x), dtype=bool), scores, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        return np.einsum("nlk,nkd->ld", weights @ v, params["out"]["kernel"]) + params["out"]["bias"]
+
+    def _activation(self, x):
+        if self.architecture.activation == "quick_gelu":
+            return x / (1 + np.exp(-1.702 * x))
+        return np.vectorize(lambda z: z * 0.5 * (1 + math.erf(z / 2**0.5)))(x)
+
+    @staticmethod
+    def _norm(x, params):
+        centred = x - x.mean(-1, keepdims=True)
+        return centred / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * params["scale"] + params["bias"]
+
+    @staticmethod
+    def _unit(rows):
+        rows = np.stack(rows)
+        return rows / np.linalg.norm(rows, axis=-1, keepdims=True)

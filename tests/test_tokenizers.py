@@ -1,0 +1,234 @@
+"""Token ids: OpenAI's, to the last one; and what a text tower may rely on."""
+
+import concurrent.futures
+import gzip
+import hashlib
+import io
+import json
+import pathlib
+import random
+import time
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from clip_jax.architectures import TextTransformer, TokenizerConfig
+from clip_jax.tokenizers import ClipBPE, SentencePiece, make_tokenizer
+from clip_jax.tokenizers.bpe import MAX_VOCAB_SIZE
+
+GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden/clip_bpe.json").read_text())["rows"]
+START, END = 49_406, 49_407
+# One second with shape checks on a slow core; OpenAI's way, which rescans the word for every merge, takes a minute.
+LONG_WORD_SECONDS = 10.0
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return ClipBPE()
+
+
+@pytest.fixture(scope="module")
+def train_sentencepiece():
+    def train(**options):
+        sentences = [
+            f"a {colour} {animal} in the park" for colour in ("red", "blue") for animal in ("dog", "cat", "owl")
+        ]
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences * 5), model_writer=model, vocab_size=40, minloglevel=2, **options
+        )
+        return model.getvalue()
+
+    return train
+
+
+# ------------------------------------------------------------------------------------------------------ clip_bpe
+
+
+@pytest.mark.parametrize("group", sorted({row["group"] for row in GOLDEN}))
+def test_against_openai(bpe, group):
+    """The command in golden/clip_bpe.json made these with OpenAI's own code."""
+    for row in (row for row in GOLDEN if row["group"] == group):
+        ids = bpe.encode(row["text"] * row["times"])
+        assert len(ids) == row["count"], row["text"]
+        if "ids" in row:
+            assert ids == row["ids"], row["text"]
+        else:
+            assert hashlib.sha256(json.dumps(ids).encode()).hexdigest() == row["sha256"], row["text"]
+
+
+def test_a_row_is_start_tokens_end_zeros(bpe):
+    rows = bpe(["a happy dog", ""])
+    assert rows.dtype == np.int32 and rows.shape == (2, 77)
+    assert rows[0, :5].tolist() == [START, 320, 900, 1929, END] and not rows[0, 5:].any()
+    assert rows[1, :2].tolist() == [START, END] and not rows[1, 2:].any()
+    assert (bpe.vocab_size, bpe.length, bpe.pad_id, bpe.eos_id) == (MAX_VOCAB_SIZE, 77, 0, END)
+
+
+def test_no_texts_make_no_rows(bpe):
+    assert bpe([]).shape == (0, 77)
+
+
+def test_truncation_keeps_the_end_token_and_the_first_tokens():
+    rows = ClipBPE(length=6)(["a happy dog", "a happy dog dog", "a happy dog dog dog"])
+    assert rows.tolist() == [
+        [START, 320, 900, 1929, END, 0],
+        [START, 320, 900, 1929, 1929, END],  # fits exactly
+        [START, 320, 900, 1929, 1929, END],  # one too many
+    ]
+
+
+def test_an_overlong_text_is_refused_with_its_start_its_length_and_the_key():
+    with pytest.raises(ValueError, match=r"'dog dog .* has 102 tokens .*model\.text\.length=77.*truncate=True"):
+        ClipBPE(truncate=False)(["dog " * 100])
+    assert ClipBPE(truncate=False)(["dog " * 75])[0, -1] == END
+
+
+def test_one_string_is_not_a_sequence_of_texts(bpe):
+    with pytest.raises(TypeError, match="wrap it"):
+        bpe("dog")
+
+
+def test_decode_returns_the_text_set_apart_in_lower_case(bpe):
+    assert bpe.decode(bpe(["A Dog's  12 ©😀!!"])[0]) == "a dog 's 1 2 ©😀!!"
+
+
+@pytest.mark.parametrize("vocab_size", [515, 600, 4096, MAX_VOCAB_SIZE])
+def test_a_small_vocabulary_still_writes_any_text(vocab_size):
+    tokenizer = ClipBPE(length=400, vocab_size=vocab_size, truncate=False)
+    texts = ["a photo of a dog", "犬 と 猫", "😀 naïve \x07 ½"]
+    rows = tokenizer(texts)
+    assert rows.max() == vocab_size - 1 == tokenizer.eos_id
+    assert [tokenizer.decode(row) for row in rows] == ["a photo of a dog", "犬 と 猫", "😀 naïve ½"]
+
+
+def test_a_small_vocabulary_uses_the_same_first_merges():
+    small, large = ClipBPE(vocab_size=4096), ClipBPE()
+    texts = [row["text"] for row in GOLDEN if row["group"] == "plain"]
+    for text in texts:
+        if max(large.encode(text), default=0) < 4094:
+            assert small.encode(text) == large.encode(text)
+        else:
+            assert len(small.encode(text)) > len(large.encode(text))
+
+
+@pytest.mark.parametrize("vocab_size", [0, 514, MAX_VOCAB_SIZE + 1])
+def test_a_vocabulary_out_of_range_is_refused(vocab_size):
+    with pytest.raises(ValueError, match=rf"model\.text\.vocab_size={vocab_size} .*use 515 to 49408"):
+        ClipBPE(vocab_size=vocab_size)
+
+
+def test_a_length_without_room_is_refused():
+    with pytest.raises(ValueError, match=r"model\.text\.length=2"):
+        ClipBPE(length=2)
+
+
+def test_long_words_take_no_quadratic_time(bpe):
+    word = "".join(random.Random(0).choices("abcdefghij", k=50_000))
+    began = time.monotonic()
+    bpe([word])
+    assert time.monotonic() - began < LONG_WORD_SECONDS
+
+
+def test_threads_get_the_ids_that_one_thread_gets(bpe):
+    texts = [row["text"] for row in GOLDEN if row["times"] == 1] * 4
+    fresh = ClipBPE()
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        rows = list(pool.map(lambda text: fresh([text])[0], texts))
+    np.testing.assert_array_equal(np.stack(rows), bpe(texts))
+
+
+def test_the_word_cache_is_bounded_and_keeps_no_long_words():
+    tokenizer = ClipBPE()
+    tokenizer(["x" * 65, "y" * 64])
+    assert tokenizer._recent.cache_info().currsize == 1
+    assert tokenizer._recent.cache_info().maxsize == 65_536
+
+
+def test_a_merge_table_of_ones_own_is_read_plain_zipped_and_with_a_header(tmp_path):
+    table = "t h\nth e</w>\na n\n"
+    variants = {"plain.txt": table, "header.txt": "#version: 0.2\n" + table}
+    for name, text in variants.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "zipped.gz").write_bytes(gzip.compress(table.encode()))
+    for name in (*variants, "zipped.gz"):
+        tokenizer = ClipBPE(vocab_size=517, merges_path=str(tmp_path / name))
+        assert tokenizer.encode("the") == [513] and tokenizer.encode("ththe") == [512, 513]
+    assert ClipBPE(vocab_size=517, merges_path=table.encode()).encode("the") == [513]
+
+
+@pytest.mark.parametrize("line", ["th", "a b c", "ab c", "t h", "犬 b"])
+def test_a_line_that_is_no_merge_is_named(line, tmp_path):
+    (tmp_path / "merges.txt").write_text(f"t h\n{line}\n")
+    with pytest.raises(ValueError, match="line 2: .*is not a merge"):
+        ClipBPE(vocab_size=515, merges_path=str(tmp_path / "merges.txt"))
+
+
+def test_a_missing_merge_table_is_named():
+    with pytest.raises(ValueError, match=r"tokenizer\.path='/nowhere/merges\.txt'"):
+        ClipBPE(merges_path="/nowhere/merges.txt")
+
+
+# ------------------------------------------------------------------------------------------------- sentencepiece
+
+
+def test_sentencepiece_rows_are_start_pieces_end_padding(train_sentencepiece):
+    tokenizer = SentencePiece(train_sentencepiece(pad_id=3), length=24)
+    row = tokenizer(["a red dog"])[0]
+    assert row[0] == tokenizer.bos_id and tokenizer.eos_id in row and row[-1] == tokenizer.pad_id == 3
+    assert tokenizer.decode(row) == "a red dog" and tokenizer.vocab_size == 40
+
+
+def test_sentencepiece_without_start_and_padding_pads_with_the_end_token(train_sentencepiece):
+    tokenizer = SentencePiece(train_sentencepiece(bos_id=-1, eos_id=1, unk_id=2), length=24)
+    row = tokenizer(["a red dog"])[0]
+    assert row[0] != 1 and row[-1] == tokenizer.pad_id == tokenizer.eos_id == 1
+    assert tokenizer.decode(row) == "a red dog"
+
+
+def test_sentencepiece_truncates_before_the_end_token_or_refuses(train_sentencepiece):
+    model = train_sentencepiece()
+    row = SentencePiece(model, length=5)(["a red dog in the park"])[0]
+    assert row[-1] == SentencePiece(model, length=5).eos_id
+    np.testing.assert_array_equal(row[:-1], SentencePiece(model, length=40)(["a red dog in the park"])[0, :4])
+    with pytest.raises(ValueError, match=r"'a red dog in the park'.*model\.text\.length=5"):
+        SentencePiece(model, length=5, truncate=False)(["a red dog in the park"])
+
+
+def test_sentencepiece_says_what_is_wrong_with_a_file(train_sentencepiece, tmp_path):
+    with pytest.raises(ValueError, match=r"tokenizer\.path='/nowhere\.model'.*--config\.tokenizer\.path="):
+        SentencePiece("/nowhere.model", length=24)
+    (tmp_path / "bad.model").write_bytes(b"not a model")
+    with pytest.raises(ValueError, match="is not a SentencePiece model"):
+        SentencePiece(tmp_path / "bad.model", length=24)
+    with pytest.raises(ValueError, match="no end token.*--eos_id=1"):
+        SentencePiece(train_sentencepiece(eos_id=-1), length=24)
+
+
+# -------------------------------------------------------------------------------------------------- make_tokenizer
+
+
+def test_make_tokenizer_gives_what_config_and_tower_say():
+    tokenizer = make_tokenizer(TokenizerConfig(), TextTransformer(vocab_size=4096, length=24, eos_id=4095))
+    assert (tokenizer.vocab_size, tokenizer.length, tokenizer.eos_id) == (4096, 24, 4095)
+
+
+def test_a_tower_that_looks_for_another_end_token_is_refused():
+    with pytest.raises(ValueError, match=r"model\.text\.eos_id=49407 does not fit .* set model\.text\.eos_id=4095"):
+        make_tokenizer(TokenizerConfig(), TextTransformer(vocab_size=4096))
+
+
+def test_a_vocabulary_that_does_not_fit_is_refused_with_both_numbers(train_sentencepiece, tmp_path):
+    path = tmp_path / "park.model"
+    path.write_bytes(train_sentencepiece())
+    config = TokenizerConfig("sentencepiece", str(path))
+    with pytest.raises(ValueError, match=r"model\.text\.vocab_size=49408 .* is 40; set model\.text\.vocab_size=40"):
+        make_tokenizer(config, TextTransformer())
+    assert make_tokenizer(config, TextTransformer(vocab_size=40, eos_id=2)).vocab_size == 40
+
+
+def test_a_tokenizers_file_that_travelled_needs_no_path(train_sentencepiece):
+    config = TokenizerConfig("sentencepiece", "/gone.model")
+    tokenizer = make_tokenizer(config, TextTransformer(vocab_size=40, eos_id=2), tokenizer_file=train_sentencepiece())
+    assert tokenizer.vocab_size == 40
