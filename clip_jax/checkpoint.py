@@ -10,7 +10,8 @@ The only module that knows Orbax (0.12). What it adds, because measured on Orbax
 from __future__ import annotations
 
 import logging
-from pathlib import Path
+import os
+
 from typing import Any
 
 import jax
@@ -32,7 +33,7 @@ class SaveFailed(RuntimeError):
 class Checkpoints:
     """The checkpoints of one run, in one directory (a local path or gs://)."""
 
-    def __init__(self, directory: str | Path, *, keep: int = 3, keep_every_steps: int = 0) -> None:
+    def __init__(self, directory: str | os.PathLike[str], *, keep: int = 3, keep_every_steps: int = 0) -> None:
         """Open or create the directory.
 
         Args:

@@ -225,7 +225,9 @@ def _build(hint: Any, value: Any, path: str) -> Any:
         return _build_dataclass(hint, value, path)
     if origin is Literal:
         if value not in options:
-            raise ValueError(f"{path}={value!r} is none of {', '.join(map(repr, options))}{_nearest(str(value), options)}")
+            raise ValueError(
+                f"{path}={value!r} is none of {', '.join(map(repr, options))}{_nearest(str(value), options)}"
+            )
         return value
     if origin is tuple:
         if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
@@ -368,7 +370,11 @@ def resolve(config: Config, *, devices: int, processes: int = 1, examples: int |
         raise ValueError(f"train.batch_size={batch} does not divide over {devices} devices; use {choices}")
     if devices % processes:
         raise ValueError(f"{devices} devices do not divide over {processes} processes; every host needs as many")
-    lengths = {"total_steps": total.total_steps, "total_epochs": total.total_epochs, "total_examples": total.total_examples}
+    lengths = {
+        "total_steps": total.total_steps,
+        "total_epochs": total.total_epochs,
+        "total_examples": total.total_examples,
+    }
     given = {f"train.{name}": value for name, value in lengths.items() if value}
     if len(given) != 1:
         said = " and ".join(f"{k}={v}" for k, v in given.items()) or "none of them"
@@ -391,13 +397,12 @@ def resolve(config: Config, *, devices: int, processes: int = 1, examples: int |
 
 def _check_architecture(model: Architecture) -> None:
     image, text = model.image, model.text
-    if image.kind == "vit" and image.image_size % image.patch_size:
+    part = "patch_size" if image.kind == "vit" else "cell"
+    size, step = image.image_size, getattr(image, part)
+    if size % step:
         raise ValueError(
-            f"model.image.image_size={image.image_size} is not a multiple of model.image.patch_size={image.patch_size};"
-            f" use {max(1, image.image_size // image.patch_size) * image.patch_size}"
+            f"model.image.image_size={size} is not a multiple of model.image.{part}={step}; use {max(1, size // step) * step}"
         )
-    if image.kind == "convnet" and len(image.widths) != len(image.blocks):
-        raise ValueError(f"model.image.widths={image.widths} and model.image.blocks={image.blocks} differ in length")
     for key, tower in (("image", image), ("text", text)):
-        if tower.kind != "convnet" and tower.width % tower.heads:
+        if hasattr(tower, "heads") and tower.width % tower.heads:
             raise ValueError(f"model.{key}.width={tower.width} is not a multiple of model.{key}.heads={tower.heads}")

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 
 from clip_jax.architectures import WeightsConfig
 from clip_jax.interop import msgpack
@@ -27,6 +27,8 @@ from clip_jax.models import make_model
 from clip_jax.preprocess import ImageLike, preprocess_many
 from clip_jax.tokenizers import make_tokenizer
 from clip_jax.typing import Params, Tokenizer
+
+Images = Sequence[ImageLike] | UInt8[np.ndarray, "n H W 3"]
 
 _MAX_BATCH = 64  # 64 pictures of 336 px in ViT-L/14 take some 2 GiB of activations
 
@@ -41,7 +43,7 @@ class Clip:
     _encode_image: Callable[..., jax.Array] = dataclasses.field(repr=False)
     _encode_text: Callable[..., jax.Array] = dataclasses.field(repr=False)
 
-    def encode_image(self, images: Sequence[ImageLike]) -> Float[np.ndarray, "n E"]:
+    def encode_image(self, images: Images) -> Float[np.ndarray, "n E"]:
         """Return a unit vector for every picture.
 
         Raises:
@@ -64,12 +66,12 @@ class Clip:
         """
         return self._encode(self._encode_text, lambda batch, first: self.tokenizer(batch), _several(texts, "text"))
 
-    def logits(self, images: Sequence[ImageLike], texts: Sequence[str]) -> Float[np.ndarray, "n m"]:
+    def logits(self, images: Images, texts: Sequence[str]) -> Float[np.ndarray, "n m"]:
         """Return the cosine of every picture with every text, times the learnt scale."""
         return self.scale * self.encode_image(images) @ self.encode_text(texts).T
 
     def zero_shot(
-        self, images: Sequence[ImageLike], classes: Sequence[str], templates: Sequence[str] = ("a photo of a {}.",)
+        self, images: Images, classes: Sequence[str], templates: Sequence[str] = ("a photo of a {}.",)
     ) -> Float[np.ndarray, "n Q"]:
         """Return the probability of every class for every picture; a row sums to 1.
 
@@ -146,7 +148,7 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     return {jax.tree_util.keystr(p, simple=True, separator="/"): x.shape for p, x in jax.tree.leaves_with_path(tree)}
 
 
-def _several(items: Sequence[Any], kind: str) -> Sequence[Any]:
+def _several(items: Any, kind: str) -> list[Any]:
     """Refuse one item where several are expected: a string is a sequence of letters, an array one of rows."""
     single_array = isinstance(items, np.ndarray) and items.ndim < 4
     if isinstance(items, (str, bytes, os.PathLike)) or single_array or not hasattr(items, "__len__"):

@@ -18,7 +18,9 @@ from ml_collections import ConfigDict, config_flags
 
 from clip_jax import config as configs
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file with get_config(), e.g. configs/emoji.py.", lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A file with get_config(), e.g. configs/emoji.py.", lock_config=True
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; runs/<name of the config> by default.")
 _EXPORT = flags.DEFINE_string("export", None, "Write the trained weights to this msgpack file at the end.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what the run would do, and end.")
@@ -28,7 +30,9 @@ FINISHED, FAILED, REFUSED = 0, 1, 2
 
 def main(argv: list[str]) -> None:
     """Run as the flags say, and leave with a documented exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname).1s %(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    logging.basicConfig(
+        level=logging.INFO, format="%(levelname).1s %(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
+    )
     for chatty in ("absl", "jax", "orbax", "tensorflow", "fontTools"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     if len(argv) > 1:

@@ -2,7 +2,8 @@
 
 The shorter side is resized to `size` in the picture's own mode, the centre is cropped, and the result becomes RGB;
 division by 255, mean and standard deviation follow on the device, in the model. Pillow rounds to uint8 between its two
-passes and antialiases: no bicubic of TensorFlow, JAX or torch gives the same bytes.
+passes and antialiases: no bicubic of TensorFlow, JAX or torch gives the same bytes. Pillow 13 resizes the height first
+where that shrinks more, so pictures more than twice as high as wide differ by some levels from Pillow 12's.
 
 Source: openai/CLIP `clip/clip.py` (`_transform`) with torchvision's Resize and CenterCrop. As there, palette pictures
 are resized to the nearest pixel, and EXIF orientation is not applied: rotate such pictures first if you want them

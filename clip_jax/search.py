@@ -5,6 +5,7 @@ Several queries make several tables. Exit codes: 0; 2, wrong flags or input, wit
 
 from __future__ import annotations
 
+import logging
 import os
 import pathlib
 import sys
@@ -24,6 +25,7 @@ _TOP = flags.DEFINE_integer("top", 10, "How many matches to print for each query
 
 def main(argv: Sequence[str]) -> None:
     """Print the best matches of every query."""
+    logging.getLogger("jax").setLevel(logging.WARNING)  # absl shows its search for a TPU
     try:
         _search(_WEIGHTS.value, argv[1:], _IMAGES.value, _TOP.value)
     except (ValueError, FileNotFoundError) as error:

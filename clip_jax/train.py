@@ -97,9 +97,7 @@ def prepare(config: Config, directory: epath.Path) -> Run:
     """Check everything that can be checked, on all hosts, before anything costs time."""
     source = data.SOURCES[config.data.source](config.data)
     tokenizer = make_tokenizer(config.tokenizer, config.model.text)
-    resolved = resolve(
-        config, devices=jax.device_count(), processes=jax.process_count(), examples=len(source)
-    )
+    resolved = resolve(config, devices=jax.device_count(), processes=jax.process_count(), examples=len(source))
     versions = workdir.versions()
     distributed.check_agreement(
         {
@@ -178,7 +176,9 @@ def _steps(run: Run, state: TrainState, checkpoints: Checkpoints, suite: Suite) 
     replaced = 0
 
     def save(at: int) -> None:
-        checkpoints.save(at, state, {"training_data": run.source.fingerprint(), "examples": at * config.train.batch_size})
+        checkpoints.save(
+            at, state, {"training_data": run.source.fingerprint(), "examples": at * config.train.batch_size}
+        )
 
     for at, host_batch in zip(range(first + 1, total + 1), _batches(run, first, meter), strict=False):
         state, outputs = train_step(state, sharding.to_global(host_batch.batch, run.mesh))
@@ -255,7 +255,11 @@ def _finish(run: Run, checkpoints: Checkpoints, suite: Suite, export: str | None
         if run.config.eval.floors_split:
             fitted_on = data.EVAL_SETS[run.config.data.source](run.config.data, run.config.eval.floors_split)
             measured |= suite.floors(fitted_on)
-        described = {"config": dataclasses.asdict(run.config), "versions": workdir.versions(), "left_out": suite.left_out}
+        described = {
+            "config": dataclasses.asdict(run.config),
+            "versions": workdir.versions(),
+            "left_out": suite.left_out,
+        }
         write_report(run.workdir, measured, metrics.read_lines(run.workdir), panels, described)
         print(table(measured))
         for name, reason in suite.left_out.items():

@@ -129,6 +129,7 @@ class Unavailable(RuntimeError):
     """An evaluation set that can't be had on this machine. The message says why and how to get it."""
 
 
+@runtime_checkable
 class Embedder(Protocol):
     """The only view of a model that evaluators have, so a fake one can test them.
 

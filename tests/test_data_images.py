@@ -150,9 +150,9 @@ WITH_SIZE = {
 def test_a_bomb_is_refused_for_its_size(decode, kind):
     """13,000 × 13,000 pixels by its header; refused by the guard, not by a decoder that ran out of data."""
     bomb = WITH_SIZE[kind](13_000, 13_000)
-    with pytest.raises(tf.errors.OpError, match="width and height|more than 100,000,000"):
+    with pytest.raises(tf.errors.OpError, match="width and height"):
         decode(bomb)
-    assert "pixels" in images.why_undecodable(bomb)
+    assert images.why_undecodable(bomb) == "13000 × 13000 pixels, more than 100,000,000"
 
 
 @pytest.mark.parametrize("kind", WITH_SIZE)
@@ -246,7 +246,7 @@ def test_a_rotation_turns_about_the_centre(degrees):
     uniform = tf.one_hot(images.ROTATE, images.DRAWS) * 0.5 + 0.5  # signed: 1 for rotation, 0 for the rest
     config = AugmentConfig(rotate_degrees=degrees)
     turned = images._affine(tf.constant(image, tf.float32), 16, uniform, config).numpy()
-    expected = np.rot90(image, -int(degrees) // 90).astype(np.float32)
+    expected = np.rot90(image, int(degrees) // 90).astype(np.float32)
     inner = np.s_[1:-1, 1:-1]  # the border blends with the white outside by rounding of sines
     np.testing.assert_allclose(turned[inner], expected[inner], atol=0.05)
 

@@ -41,7 +41,7 @@ def test_neighbours_in_the_order_are_unrelated(lag):
 def test_draws_are_uniform_and_depend_on_every_word():
     ids = np.arange(100_000)
     u = order.fraction(order.draw(order.FEATURE, 7, 1, ids))
-    assert 0 <= u.min() and u.max() < 1
+    assert u.min() >= 0 and u.max() < 1
     counts = np.bincount((u * 10).astype(int), minlength=10)
     assert abs(counts - 10_000).max() < 500  # 5 standard deviations of 95
     for other in [(order.VALUE, 7, 1), (order.FEATURE, 8, 1), (order.FEATURE, 7, 2)]:

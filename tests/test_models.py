@@ -88,7 +88,9 @@ def test_the_pixels_are_normalised_as_preprocessing_says(params):
     white = make_model(SMALL, Preprocess(mean=(1.0, 1.0, 1.0), std=(0.5, 0.5, 0.5)))
     black = make_model(SMALL, Preprocess(mean=(0.0, 0.0, 0.0), std=(0.5, 0.5, 0.5)))
     np.testing.assert_allclose(
-        white.encode_image(params, np.full_like(image, 255)), black.encode_image(params, np.zeros_like(image)), atol=1e-6
+        white.encode_image(params, np.full_like(image, 255)),
+        black.encode_image(params, np.zeros_like(image)),
+        atol=1e-6,
     )
 
 
@@ -132,7 +134,10 @@ class _Numpy:
         return x
 
     def _attention(self, x, params, causal: bool):
-        q, k, v = (np.einsum("ld,dnk->nlk", x, params[n]["kernel"]) + params[n]["bias"][:, None] for n in ("query", "key", "value"))
+        q, k, v = (
+            np.einsum("ld,dnk->nlk", x, params[n]["kernel"]) + params[n]["bias"][:, None]
+            for n in ("query", "key", "value")
+        )
         scores = q @ k.transpose(0, 2, 1) / np.sqrt(q.shape[-1])
         if causal:
             scores = np.where(np.tri(len(x), dtype=bool), scores, -np.inf)

@@ -31,12 +31,24 @@ def bpe():
 @pytest.fixture(scope="module")
 def train_sentencepiece():
     def train(**options):
-        sentences = [
-            f"a {colour} {animal} in the park" for colour in ("red", "blue") for animal in ("dog", "cat", "owl")
+        nouns = [
+            "dog",
+            "wolf",
+            "owl",
+            "mouse",
+            "bridge",
+            "jacket",
+            "zebra",
+            "vixen",
+            "quince",
+            "harp",
+            "church",
+            "oven",
         ]
+        sentences = [f"a {colour} {noun} in the park" for colour in ("red", "yellow", "blue") for noun in nouns]
         model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences * 5), model_writer=model, vocab_size=40, minloglevel=2, **options
+            sentence_iterator=iter(sentences * 5), model_writer=model, vocab_size=32, minloglevel=2, **options
         )
         return model.getvalue()
 
@@ -177,7 +189,7 @@ def test_sentencepiece_rows_are_start_pieces_end_padding(train_sentencepiece):
     tokenizer = SentencePiece(train_sentencepiece(pad_id=3), length=24)
     row = tokenizer(["a red dog"])[0]
     assert row[0] == tokenizer.bos_id and tokenizer.eos_id in row and row[-1] == tokenizer.pad_id == 3
-    assert tokenizer.decode(row) == "a red dog" and tokenizer.vocab_size == 40
+    assert tokenizer.decode(row) == "a red dog" and tokenizer.vocab_size == 32
 
 
 def test_sentencepiece_without_start_and_padding_pads_with_the_end_token(train_sentencepiece):
@@ -223,12 +235,12 @@ def test_a_vocabulary_that_does_not_fit_is_refused_with_both_numbers(train_sente
     path = tmp_path / "park.model"
     path.write_bytes(train_sentencepiece())
     config = TokenizerConfig("sentencepiece", str(path))
-    with pytest.raises(ValueError, match=r"model\.text\.vocab_size=49408 .* is 40; set model\.text\.vocab_size=40"):
+    with pytest.raises(ValueError, match=r"model\.text\.vocab_size=49408 .* is 32; set model\.text\.vocab_size=32"):
         make_tokenizer(config, TextTransformer())
-    assert make_tokenizer(config, TextTransformer(vocab_size=40, eos_id=2)).vocab_size == 40
+    assert make_tokenizer(config, TextTransformer(vocab_size=32, eos_id=2)).vocab_size == 32
 
 
 def test_a_tokenizers_file_that_travelled_needs_no_path(train_sentencepiece):
     config = TokenizerConfig("sentencepiece", "/gone.model")
-    tokenizer = make_tokenizer(config, TextTransformer(vocab_size=40, eos_id=2), tokenizer_file=train_sentencepiece())
-    assert tokenizer.vocab_size == 40
+    tokenizer = make_tokenizer(config, TextTransformer(vocab_size=32, eos_id=2), tokenizer_file=train_sentencepiece())
+    assert tokenizer.vocab_size == 32

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 
 import numpy as np
 import tensorflow as tf
@@ -61,7 +62,7 @@ def decode(encoded: tf.Tensor) -> tf.Tensor:
             lambda: tf.cond(
                 is_webp & ~_is_animated(header, byte),
                 lambda: _decode_webp(encoded, header, byte),
-                lambda: _decode_by_pillow(encoded),
+                lambda: _decode_by_pillow(encoded, header, byte),
             ),
         ),
     )
@@ -71,18 +72,20 @@ def decode(encoded: tf.Tensor) -> tf.Tensor:
 def why_undecodable(encoded: bytes) -> str | None:
     """Say in a few words why `decode` refuses a picture, in Pillow's words if it does too; None if it is fine."""
     try:
-        decode(tf.constant(encoded))
+        _decode_as_in_training(tf.constant(encoded))
     except tf.errors.OpError as error:
+        if too_large := re.search(r"width and height:\] \[(\d+)\] \[(\d+)\]", error.message):
+            return f"{too_large[1]} × {too_large[2]} pixels, more than {MAX_PIXELS:,}"
         return _pillows_complaint(encoded) or f"undecodable image: {error.message.splitlines()[0]}"
     return None
+
+
+_decode_as_in_training = tf.function(decode, [tf.TensorSpec([], tf.string)], autograph=False)
 
 
 def _pillows_complaint(encoded: bytes) -> str | None:
     try:
         with Image.open(io.BytesIO(encoded)) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                return f"{width} × {height} pixels, more than {MAX_PIXELS:,}"
             image.load()
     except Image.UnidentifiedImageError:
         return f"not a picture; it begins with {encoded[:12]!r}"
@@ -95,7 +98,8 @@ def _starts(header: tf.Tensor, magic: bytes) -> tf.Tensor:
     return tf.strings.substr(header, 0, len(magic)) == magic
 
 
-def _guard(width: tf.Tensor, height: tf.Tensor) -> tf.Operation:
+def _guard(width: tf.Tensor, height: tf.Tensor) -> tf.Operation | None:
+    """Refuse what is too large: an operation to wait for in a graph, an error at once outside."""
     pixels = tf.cast(width, tf.int64) * tf.cast(height, tf.int64)
     return tf.debugging.Assert((pixels > 0) & (pixels <= MAX_PIXELS), ["width and height:", width, height])
 
@@ -143,14 +147,21 @@ def _on_white(rgba: tf.Tensor) -> tf.Tensor:
     return tf.cast((color * alpha + 255 * (255 - alpha) + 127) // 255, tf.uint8)
 
 
-def _decode_by_pillow(encoded: tf.Tensor) -> tf.Tensor:
-    return tf.numpy_function(_pillow_rgb, [encoded], tf.uint8, stateful=False)
+def _decode_by_pillow(encoded: tf.Tensor, header: tf.Tensor, byte: tf.Tensor) -> tf.Tensor:
+    gif = tf.stack([_little_endian(byte[6:8]), _little_endian(byte[8:10])])
+    bmp = tf.stack([_little_endian(byte[18:22]), _little_endian(byte[22:26])])
+    bmp = tf.where(bmp < 2**31, bmp, 2**32 - bmp)  # a negative height counts rows from the top
+    png = tf.stack([_big_endian(byte[16:20]), _big_endian(byte[20:24])])
+    webp = tf.stack([_little_endian(byte[24:27]) + 1, _little_endian(byte[27:30]) + 1])
+    size = tf.ones(2, tf.int64)  # of what is none of these: Pillow refuses it
+    for magic, declared in ((b"GIF8", gif), (b"BM", bmp), (b"\x89PNG", png), (b"RIFF", webp)):
+        size = tf.where(_starts(header, magic), declared, size)
+    with tf.control_dependencies([_guard(size[0], size[1])]):
+        return tf.numpy_function(_pillow_rgb, [encoded], tf.uint8, stateful=False)
 
 
 def _pillow_rgb(encoded: bytes) -> np.ndarray:
     with Image.open(io.BytesIO(encoded), formats=PILLOW_FORMATS) as image:
-        if math.prod(image.size) > MAX_PIXELS:
-            raise ValueError(f"{image.size[0]} × {image.size[1]} pixels, more than {MAX_PIXELS:,}")
         rgba = image.convert("RGBA")
     page = Image.new("RGBA", rgba.size, "white")
     page.alpha_composite(rgba)

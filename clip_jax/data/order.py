@@ -41,9 +41,9 @@ def indices(positions: np.ndarray | tf.Tensor, examples: int, seed: int) -> tf.T
 def draw(purpose: int, *words: np.ndarray | int) -> np.ndarray:
     """Return a uint64 for each row of the words (seed, epoch, example, …), which broadcast against each other."""
     with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is the point
-        state = np.atleast_1d(np.asarray(_mix(np.uint64(purpose + 1))))
+        state = _mix(np.array([purpose + 1], np.uint64))
         for word in words:
-            state = _mix(state + np.uint64(0x9E3779B97F4A7C15) + _mix(np.asarray(word).astype(np.uint64)))
+            state = _mix(state + np.uint64(0x9E3779B97F4A7C15) + _mix(np.atleast_1d(word).astype(np.uint64)))
     return state
 
 

@@ -79,13 +79,15 @@ def _batches(source, tokenizer, config, image_size, batch_size, seed, start_step
     errors: list[BaseException] = []
     with ThreadPoolExecutor(READ_THREADS, "clip_jax-read") as pool:
         fetch = _remember_errors(functools.partial(_fetch, source, tokenizer, config, seed, pool), errors)
-        prepare = functools.partial(_decode_chunk, size=image_size, length=tokenizer.length, config=config.augment)
+        prepare = _preparation(image_size, tokenizer.length, config.augment)
         dataset = _positions(start_step, batch_size, first_row, host_batch_size)
         dataset = dataset.map(_untransformed(lambda p: (order.indices(p, len(source), seed), p // len(source))))
-        dataset = dataset.map(_untransformed(functools.partial(_fetch_op, fetch)), num_parallel_calls=2)
-        dataset = dataset.map(_untransformed(prepare), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        dataset = dataset.map(
+            _untransformed(functools.partial(_fetch_op, fetch, tokenizer.length)), num_parallel_calls=2
+        )
+        dataset = dataset.map(_untransformed(prepare), num_parallel_calls=_threads(config))
         dataset = dataset.rebatch(host_batch_size).prefetch(config.prefetch_batches)
-        repair = _Repair(source, config, fetch, tf.function(prepare, autograph=False))
+        repair = _Repair(source, config, fetch, prepare)
         iterator = dataset.with_options(_options(config)).as_numpy_iterator()
         while True:
             try:
@@ -107,9 +109,16 @@ def _positions(start_step: int, batch_size: int, first_row: int, host_batch_size
 def _options(config: DataConfig) -> tf.data.Options:
     options = tf.data.Options()
     options.deterministic = True
-    options.threading.private_threadpool_size = config.decode_threads or os.cpu_count() or 1
+    options.threading.private_threadpool_size = _threads(config)
     options.threading.max_intra_op_parallelism = 1  # pictures in parallel, not within one
+    # Every number is given and every stage is its own: looking for better ones only doubles the time to start.
+    options.autotune.enabled = False
+    options.experimental_optimization.apply_default_optimizations = False
     return options
+
+
+def _threads(config: DataConfig) -> int:
+    return config.decode_threads or os.cpu_count() or 1
 
 
 def _untransformed(function: Callable) -> Callable:
@@ -188,12 +197,25 @@ def _remember_errors(fetch: Fetch, errors: list[BaseException]) -> Fetch:
     return fetch_and_remember
 
 
-def _fetch_op(fetch: Fetch, example_ids: tf.Tensor, epochs: tf.Tensor) -> tuple[tf.Tensor, ...]:
+def _fetch_op(fetch: Fetch, length: int, example_ids: tf.Tensor, epochs: tf.Tensor) -> tuple[tf.Tensor, ...]:
     types = (tf.string, tf.int32, tf.bool, tf.int64)
-    return example_ids, epochs, *tf.numpy_function(fetch, [example_ids, epochs], types, stateful=False)
+    shapes = ([None], [None, length], [None], [None, 2])
+    fetched = tf.numpy_function(fetch, [example_ids, epochs], types, stateful=False)
+    return example_ids, epochs, *map(tf.ensure_shape, fetched, shapes)
 
 
 # ----------------------------------------------------------------------------------------------- decode and augment
+
+
+@functools.lru_cache(maxsize=16)
+def _preparation(size: int, length: int, config: AugmentConfig) -> Callable:
+    """Trace `_decode_chunk` once: the data set, the replacements and later pipelines share the graph."""
+    chunk = {"example_ids": tf.int64, "epochs": tf.int64, "encoded": tf.string}
+    signature = [tf.TensorSpec([None], dtype, name) for name, dtype in chunk.items()]
+    signature += [tf.TensorSpec([None, length], tf.int32), tf.TensorSpec([None], tf.bool)]
+    signature += [tf.TensorSpec([None, 2], tf.int64)]
+    prepare = functools.partial(_decode_chunk, size=size, config=config)
+    return tf.function(prepare, signature, autograph=False).get_concrete_function()
 
 
 def _decode_chunk(
@@ -205,7 +227,6 @@ def _decode_chunk(
     seeds: tf.Tensor,
     *,
     size: int,
-    length: int,
     config: AugmentConfig,
 ) -> tuple[tf.Tensor, ...]:
     """Return image uint8[n size size 3], tokens, ok, example ids, epochs; blank where the picture can't be decoded."""
@@ -214,15 +235,14 @@ def _decode_chunk(
     def prepare(row: tf.Tensor, image: tf.Tensor, key: tf.Tensor):
         return row, images.augment(images.decode(image), size, key, config)
 
-    rows = tf.data.Dataset.from_tensor_slices((tf.range(count), encoded, tf.ensure_shape(seeds, [None, 2])))
+    rows = tf.data.Dataset.from_tensor_slices((tf.range(count), encoded, seeds))
     decoded = rows.map(_untransformed(prepare)).ignore_errors(log_warning=False)
     # One blank at the end, so that `batch` has something to yield when every row failed.
     blank = tf.data.Dataset.from_tensors((count, tf.zeros([size, size, 3], tf.uint8)))
     kept, pixels = decoded.concatenate(blank).batch(tf.cast(count, tf.int64) + 1).get_single_element()
     image = tf.scatter_nd(kept[:, None], pixels, tf.stack([count + 1, size, size, 3]))[:-1]
     decodable = tf.scatter_nd(kept[:, None], tf.ones_like(kept), [count + 1])[:-1] > 0
-    image = tf.ensure_shape(image, [None, size, size, 3])
-    return image, tf.ensure_shape(tokens, [None, length]), tf.ensure_shape(ok, [None]) & decodable, example_ids, epochs
+    return tf.ensure_shape(image, [None, size, size, 3]), tokens, ok & decodable, example_ids, epochs
 
 
 # ------------------------------------------------------------------------------------------------- replace and tell

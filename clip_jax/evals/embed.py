@@ -97,16 +97,16 @@ class CachedEmbedder:
         return _remembered(self.embedder.text, self._texts, texts)
 
 
-def _remembered(embed: Callable[[list[Any]], np.ndarray], seen: dict[Any, np.ndarray], items: Sequence[Any]) -> np.ndarray:
+def _remembered(
+    embed: Callable[[list[Any]], np.ndarray], seen: dict[Any, np.ndarray], items: Sequence[Any]
+) -> np.ndarray:
     new = [item for item in dict.fromkeys(items) if item not in seen]
     if new:
         seen.update(zip(new, embed(new), strict=True))
     return np.stack([seen[item] for item in items])
 
 
-def embed_set(
-    embedder: Embedder, eval_set: EvalSet
-) -> tuple[Float[np.ndarray, "n E"], Float[np.ndarray, "M E"]]:
+def embed_set(embedder: Embedder, eval_set: EvalSet) -> tuple[Float[np.ndarray, "n E"], Float[np.ndarray, "M E"]]:
     """Return the embeddings of a set's pictures and of its texts, the wordings of one text averaged.
 
     Raises:
@@ -131,9 +131,13 @@ def check_set(eval_set: EvalSet) -> None:
     """Raise ValueError unless every picture of the set has a text that has a wording."""
     name, images, texts, targets = eval_set.name, eval_set.images, eval_set.texts, eval_set.targets
     if not len(images) or not len(texts):
-        raise ValueError(f"evaluation set {name} has {len(images)} pictures and {len(texts)} texts; it needs some of both")
+        raise ValueError(
+            f"evaluation set {name} has {len(images)} pictures and {len(texts)} texts; it needs some of both"
+        )
     if len(targets) != len(images):
-        raise ValueError(f"evaluation set {name} has {len(targets)} targets for {len(images)} pictures; give one for each")
+        raise ValueError(
+            f"evaluation set {name} has {len(targets)} targets for {len(images)} pictures; give one for each"
+        )
     if targets.min() < 0 or targets.max() >= len(texts):
         raise ValueError(
             f"evaluation set {name} has targets from {targets.min()} to {targets.max()};"

@@ -1,4 +1,4 @@
-"""Pictures of what a model does: answers to texts and to pictures chosen evenly through a set, and its worst mistakes."""
+"""Pictures of what a model does: answers to texts and pictures taken evenly from a set, and its worst mistakes."""
 
 from __future__ import annotations
 
@@ -55,29 +55,29 @@ def panels(
     ahead of the right one by most. Give the CachedEmbedder that the metrics used, and nothing is embedded twice.
     """
     image_nE, text_ME = embed_set(embedder, eval_set)
-    targets_n = eval_set.targets
+    targets = eval_set.targets.tolist()
 
     def shown(score: float, right: bool, *, text: int | None = None, image: int | None = None) -> Match:
         name = eval_set.image_names[image] if image is not None and len(eval_set.image_names) else ""
         said = eval_set.texts[text][0] if text is not None else name
         return Match(said, "" if image is None else thumbnail(eval_set.images[image]), score, right)
 
-    asked_t = _evenly(np.unique(targets_n), texts)
+    asked_t = _evenly(np.unique(eval_set.targets), texts)
     text_rows = [
-        Row(shown(math.nan, True, text=t), tuple(shown(s, targets_n[i] == t, image=i) for i, s in best))
+        Row(shown(math.nan, True, text=t), tuple(shown(s, targets[i] == t, image=i) for i, s in best))
         for t, best in zip(asked_t.tolist(), _best(text_ME[asked_t], image_nE, answers), strict=True)
     ]
     asked_p = _evenly(np.arange(len(image_nE)), pictures)
     image_rows = [
-        Row(shown(math.nan, True, image=i), tuple(shown(s, targets_n[i] == t, text=t) for t, s in best))
+        Row(shown(math.nan, True, image=i), tuple(shown(s, targets[i] == t, text=t) for t, s in best))
         for i, best in zip(asked_p.tolist(), _best(image_nE[asked_p], text_ME, answers), strict=True)
     ]
     mistake_rows = [
         Row(
             shown(math.nan, True, image=i),
-            (shown(said_score, False, text=t), shown(right_score, True, text=int(targets_n[i]))),
+            (shown(said_score, False, text=t), shown(right_score, True, text=targets[i])),
         )
-        for i, t, said_score, right_score in _mistakes(image_nE, text_ME, targets_n, mistakes)
+        for i, t, said_score, right_score in _mistakes(image_nE, text_ME, eval_set.targets, mistakes)
     ]
     return Panels(eval_set.name, tuple(text_rows), tuple(image_rows), tuple(mistake_rows))
 
@@ -121,7 +121,9 @@ def _mistakes(
     for rows, scores_bM in score_blocks(image_nE, text_ME):
         numbers_b, targets_b = np.arange(len(image_nE))[rows], targets_n[rows]
         right_b = np.take_along_axis(scores_bM, targets_b[:, None], 1)[:, 0]
-        wrong_bM = np.where(np.arange(len(text_ME)) == targets_b[:, None], -np.inf, np.nan_to_num(scores_bM, nan=-np.inf))
+        wrong_bM = np.where(
+            np.arange(len(text_ME)) == targets_b[:, None], -np.inf, np.nan_to_num(scores_bM, nan=-np.inf)
+        )
         said_b = wrong_bM.argmax(1)
         said_score_b = wrong_bM.max(1)
         lead_b = np.where(np.isnan(right_b), -np.inf, said_score_b - right_b)

@@ -2,8 +2,8 @@
 
 The page stands alone: no script, no request, pictures and charts inside; it follows the reader's light or dark.
 
-Keys of metrics are paths. Below a metric `a/b/c` stand `a/b/c/candidates` and `/chance`, where known `/majority` (what the
-most frequent class gives) and `/gate` (what the run was asked to reach); its floor is any `floor/<name>/b/c`.
+Keys of metrics are paths. Below a metric `a/b/c` stand `a/b/c/candidates` and `/chance`, where known `/majority` (what
+the most frequent class gives) and `/gate` (what the run was asked to reach); its floor is any `floor/<name>/b/c`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 from etils import epath
 
-from clip_jax.evals.charts import Points, line_chart
+from clip_jax.evals.charts import SERIES, Number, Points, line_chart
 from clip_jax.evals.panels import Panels
 
 ATTRIBUTES = ("candidates", "chance", "majority", "gate")
@@ -77,16 +77,16 @@ class Result:
         return self.value <= self.gate if self.is_rank else self.value >= self.gate
 
 
-def results(metrics: Mapping[str, float | None]) -> list[Result]:
-    """Return the metrics in their order with candidates, chance, floor and gate gathered; floors without a metric last."""
+def results(metrics: Mapping[str, Number | None]) -> list[Result]:
+    """Return the metrics in their order, each with what stands below it and its floor; floors of no metric last."""
     gathered: list[Result] = []
     claimed: set[str] = set()
     for key, value in metrics.items():
         parent, _, last = key.rpartition("/")
         if key.startswith("floor/") or (last in ATTRIBUTES and parent in metrics):
             continue
-        below = {name: metrics.get(f"{key}/{name}") for name in ATTRIBUTES}
-        floors = {k: v for k, v in metrics.items() if k.startswith("floor/") and _same_measure(k, key)}
+        below = {name: _float_or_none(metrics.get(f"{key}/{name}")) for name in ATTRIBUTES}
+        floors = {k: _float_or_none(v) for k, v in metrics.items() if k.startswith("floor/") and _same_measure(k, key)}
         claimed |= set(floors)
         named = {_words(k.split("/")[1]): v for k, v in floors.items() if v is not None}
         if below["majority"] is not None:
@@ -95,7 +95,7 @@ def results(metrics: Mapping[str, float | None]) -> list[Result]:
         gathered.append(
             Result(
                 key,
-                math.nan if value is None else value,
+                _or_nan(value),
                 below["candidates"],
                 below["chance"],
                 named.get(floor_name),
@@ -104,17 +104,26 @@ def results(metrics: Mapping[str, float | None]) -> list[Result]:
             )
         )
     rest = [k for k in metrics if k.startswith("floor/") and k not in claimed]
-    return gathered + [Result(k, math.nan if metrics[k] is None else metrics[k]) for k in rest]
+    return gathered + [Result(k, _or_nan(metrics[k])) for k in rest]
 
 
-def table(metrics: Mapping[str, float | None]) -> str:
-    """Return the metrics as aligned text: metric, value, candidates, chance, floor and, if any is set, gate."""
-    rows = results(metrics)
+def table(metrics: Mapping[str, Number | None]) -> str:
+    """Return the metrics as aligned text: metric, value, candidates, chance, floor and, if any is set, gate.
+
+    Of a set in one language among many a single line, image to text at 5; report.json has them all.
+    """
+    rows = [r for r in results(metrics) if not _language(r.set_name) or r.measure == LANGUAGE_MEASURES[1]]
     gates = any(r.gate is not None for r in rows)
     lines = [("metric", "value", "candidates", "chance", "floor", *(("gate",) if gates else ()))]
     for r in rows:
-        gate = ((f"{_cell(r)(r.gate)} {'passed' if r.passed else 'MISSED'}" if r.gate is not None else ""),) if gates else ()
-        lines.append((r.key, *map(_cell(r), (r.value,)), _count(r.candidates), *map(_cell(r), (r.chance, r.floor)), *gate))
+        gate = (
+            ((f"{_cell(r)(r.gate)} {'passed' if r.passed else 'MISSED'}" if r.gate is not None else ""),)
+            if gates
+            else ()
+        )
+        lines.append(
+            (r.key, *map(_cell(r), (r.value,)), _count(r.candidates), *map(_cell(r), (r.chance, r.floor)), *gate)
+        )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     aligned = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
     return "\n".join([aligned[0], "-" * max(map(len, aligned)), *aligned[1:]])
@@ -122,8 +131,8 @@ def table(metrics: Mapping[str, float | None]) -> str:
 
 def write_report(
     workdir: str | os.PathLike[str],
-    metrics: Mapping[str, float],
-    curves: Sequence[Mapping[str, float]],
+    metrics: Mapping[str, Number | None],
+    curves: Sequence[Mapping[str, Number | None]],
     panels: Sequence[Panels],
     run: Mapping[str, Any],
 ) -> None:
@@ -133,20 +142,21 @@ def write_report(
       metrics: what evaluators and floors returned, and `<metric>/gate`.
       curves: JSON-lines records of the run. Those with `loss` are training's, with the keys of CURVES; those with keys
         that begin with an evaluator's name are evaluations'. Each has `step`.
-      run: facts by name (`name` is the title, `attribution` the foot); a mapping, such as `config` or `versions`, becomes a
-        table of its own. In report.json all of it stands under `run/`.
+      run: facts by name (`name` is the title, `attribution` the foot); a mapping, such as `config` or `versions`,
+        becomes a table of its own, and `left_out`, from sets to reasons, a note. report.json has all under `run/`.
     """
-    flat = {key: _number_or_none(value) for key, value in metrics.items()}
-    flat |= {f"run/{key}": _plain(value) for key, value in _flatten(run).items()}
     directory = epath.Path(workdir)
+    run = {"name": directory.name, **run}
+    flat = {key: _as_json(key, value) for key, value in metrics.items()}
+    flat |= {f"run/{key}": _as_json(key, value) for key, value in _flatten(run).items()}
     directory.mkdir(parents=True, exist_ok=True)
     _replace(directory / "report.json", json.dumps(flat, sort_keys=True, indent=1, ensure_ascii=False) + "\n")
     _replace(directory / "report.html", page(metrics, curves, panels, run))
 
 
 def page(
-    metrics: Mapping[str, float | None],
-    curves: Sequence[Mapping[str, float]],
+    metrics: Mapping[str, Number | None],
+    curves: Sequence[Mapping[str, Number | None]],
     panels: Sequence[Panels],
     run: Mapping[str, Any],
 ) -> str:
@@ -154,7 +164,9 @@ def page(
     import jinja2
     import markupsafe
 
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
     environment.filters |= {"words": _words, "fraction": _fraction, "count": _count, "percent": _percent}
     template = importlib.resources.files("clip_jax.evals").joinpath("report.html.jinja").read_text(encoding="utf-8")
     rows = results(metrics)
@@ -163,7 +175,8 @@ def page(
         title=run.get("name", "A run of clip_jax"),
         attribution=run.get("attribution", ""),
         facts={k: v for k, v in run.items() if not isinstance(v, Mapping) and k not in ("name", "attribution")},
-        sections={k: _flatten(v) for k, v in run.items() if isinstance(v, Mapping)},
+        sections={k: _flatten(v) for k, v in run.items() if isinstance(v, Mapping) and k != "left_out"},
+        left_out=run.get("left_out", {}),
         headlines=[r for r in rows if r.gate is not None] or [r for r in rows if r.floor is not None][:4],
         groups=_by_set(r for r in rows if r.set_name not in {language["set"] for language in languages}),
         languages=languages,
@@ -183,19 +196,24 @@ def _by_set(rows: Iterable[Result]) -> dict[str, list[Result]]:
     return groups
 
 
-def _languages(metrics: Mapping[str, float | None]) -> list[dict[str, Any]]:
+def _language(set_name: str) -> str:
+    """Return the language that a set's name ends in, `German` for `emoji_de`; '' without one."""
+    code = re.search(r"_([a-z]{2})$", set_name)
+    return LANGUAGES.get(code[1], "") if code else ""
+
+
+def _languages(metrics: Mapping[str, Number | None]) -> list[dict[str, Any]]:
     """Return a row for every retrieval set whose name ends in a language's code, the best first."""
     rows = []
     for name in dict.fromkeys(key.split("/")[1] for key in metrics if key.startswith("retrieval/")):
-        code = re.search(r"_([a-z]{2})$", name)
-        if code and code[1] in LANGUAGES:
-            values = [_number_or_none(metrics.get(f"retrieval/{name}/{measure}")) for measure in LANGUAGE_MEASURES]
-            chance = _number_or_none(metrics.get(f"retrieval/{name}/image_to_text/recall_at_5/chance"))
-            rows.append({"set": name, "language": LANGUAGES[code[1]], "values": values, "chance": chance})
+        if language := _language(name):
+            values = [_float_or_none(metrics.get(f"retrieval/{name}/{measure}")) for measure in LANGUAGE_MEASURES]
+            chance = _float_or_none(metrics.get(f"retrieval/{name}/image_to_text/recall_at_5/chance"))
+            rows.append({"set": name, "language": language, "values": values, "chance": chance})
     return sorted(rows, key=lambda row: -(row["values"][1] or 0))
 
 
-def _charts(curves: Sequence[Mapping[str, float]]) -> list[tuple[str, list[str], str]]:
+def _charts(curves: Sequence[Mapping[str, Number | None]]) -> list[tuple[str, list[str], str]]:
     """Return (title, names of the lines if there are several, SVG) for all that was recorded."""
     charts = []
     for key, title in CURVES.items():
@@ -203,10 +221,19 @@ def _charts(curves: Sequence[Mapping[str, float]]) -> list[tuple[str, list[str],
         charts.append((title, [], line_chart({title: points}, title)))
     evaluations = [r for r in curves if any(k.startswith(EVALUATED) for k in r)]
     for measure in ("image_to_text/recall_at_5", "top1"):
-        keys = dict.fromkeys(k for r in evaluations for k in r if k.startswith(EVALUATED) and k.endswith(f"/{measure}"))
+        found = dict.fromkeys(
+            k for r in evaluations for k in r if k.startswith(EVALUATED) and k.endswith(f"/{measure}")
+        )
+        keys = [k for k in found if not _language(k.split("/")[1])]
         series = {_words(k.split("/")[1]): [(r["step"], _or_nan(r[k])) for r in evaluations if k in r] for k in keys}
         title = f"{_words(measure)}, held out"
-        charts.append((title[0].upper() + title[1:], list(series)[:6], line_chart(dict(list(series.items())[:6]), title)))
+        charts.append(
+            (
+                title[0].upper() + title[1:],
+                list(series)[:SERIES],
+                line_chart(dict(list(series.items())[:SERIES]), title),
+            )
+        )
     return [chart for chart in charts if chart[2]]
 
 
@@ -216,15 +243,15 @@ def _words(key: str) -> str:
     return key.replace("recall_at_", "recall@").replace("_", " ").replace("top1", "top-1").replace("top5", "top-5")
 
 
-def _fraction(value: float | None) -> str:
+def _fraction(value: Number | None) -> str:
     return "–" if value is None or not math.isfinite(value) else f"{value:.3f}"
 
 
-def _count(value: float | None) -> str:
+def _count(value: Number | None) -> str:
     return "–" if value is None or not math.isfinite(value) else f"{value:,.0f}"
 
 
-def _percent(value: float | None) -> str:
+def _percent(value: Number | None) -> str:
     """Return a fraction as a CSS length along a bar."""
     return f"{100 * min(max(value, 0), 1):.1f}%" if value is not None and math.isfinite(value) else "0%"
 
@@ -233,21 +260,21 @@ def _cell(result: Result):
     return _count if result.is_rank else _fraction
 
 
-def _or_nan(value: float | None) -> float:
+def _or_nan(value: Number | None) -> float:
     return math.nan if value is None else float(value)
 
 
-def _number_or_none(value: Any) -> float | None:
-    """Return a JSON number: None for NaN, which JSON does not have, and an int where it was one."""
-    if value is None or not math.isfinite(value):
-        return None
-    return int(value) if float(value).is_integer() and not isinstance(value, float) else float(value)
+def _float_or_none(value: Number | None) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None
 
 
-def _plain(value: Any) -> float | str | None:
+def _as_json(key: str, value: Any) -> Number | str | None:
+    """Return a JSON number or string: null for NaN, which JSON doesn't have, and candidates as the count they are."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return _number_or_none(value)
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        if not math.isfinite(value):
+            return None
+        return int(value) if key.endswith("/candidates") else value
+    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -36,7 +36,7 @@ def retrieval(embedder: Embedder, eval_set: EvalSet) -> dict[str, float]:
     return {
         **_recalls(f"{prefix}/image_to_text", text_ranks_n, len(text_ME), np.ones_like(text_ranks_n)),
         median_rank: float(np.floor(np.median(text_ranks_n)) + 1),  # open_clip's definition
-        f"{median_rank}/candidates": len(text_ME),
+        f"{median_rank}/candidates": float(len(text_ME)),
         f"{median_rank}/chance": (len(text_ME) + 1) / 2,
         **_recalls(f"{prefix}/text_to_image", image_ranks_T, len(image_nE), right_images_T),
     }
@@ -60,6 +60,6 @@ def _recalls(
         if k <= candidates:
             key = f"{prefix}/recall_at_{k}"
             metrics[key] = float(np.mean(ranks_N < k))
-            metrics[f"{key}/candidates"] = candidates
+            metrics[f"{key}/candidates"] = float(candidates)
             metrics[f"{key}/chance"] = chance_of_recall(candidates, right_N, k)
     return metrics

@@ -37,6 +37,6 @@ def zeroshot(embedder: Embedder, eval_set: EvalSet) -> dict[str, float]:
     metrics: dict[str, float] = {f"{prefix}/top1/majority": float(pictures_Q.max() / pictures_Q.sum())}
     for name, (value, chance) in values.items():
         metrics[f"{prefix}/{name}"] = float(value)
-        metrics[f"{prefix}/{name}/candidates"] = classes
+        metrics[f"{prefix}/{name}/candidates"] = float(classes)
         metrics[f"{prefix}/{name}/chance"] = chance
     return metrics

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32, UInt8
 
 from clip_jax.architectures import Architecture, Preprocess
-from clip_jax.models.convnet import ConvolutionNet
+from clip_jax.models.edgenet import EdgeNet
 from clip_jax.models.text import TextTransformer
 from clip_jax.models.vit import VisionTransformer
 from clip_jax.typing import ArrayLike, Params
@@ -48,7 +48,7 @@ class CLIP(nn.Module):
         if arch.image.kind == "vit":
             self.image = VisionTransformer(arch.image, arch.embed_dim, arch.activation, self.dtype, self.remat)
         else:
-            self.image = ConvolutionNet(arch.image, arch.embed_dim, self.dtype)
+            self.image = EdgeNet(arch.image, arch.embed_dim, self.dtype)
         self.text = TextTransformer(arch.text, arch.embed_dim, arch.activation, self.dtype, self.remat)
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(math.log(self.logit_scale_init)), ())
 

@@ -138,7 +138,7 @@ class ClipBPE:
         if not self.truncate:
             raise ValueError(
                 f"the text {text[:60]!r}… has {tokens} tokens with start and end, but model.text.length={self.length};"
-                " shorten it, or make the tokenizer with truncate=True to cut it"
+                " shorten it, or pass truncate=True to have it cut"
             )
 
 

@@ -70,8 +70,8 @@ class SentencePiece:
             if len(ids) > self.length:
                 if not self.truncate:
                     raise ValueError(
-                        f"the text {text[:60]!r}… has {len(ids)} tokens with start and end, but model.text"
-                        f".length={self.length}; shorten it, or make the tokenizer with truncate=True to cut it"
+                        f"the text {text[:60]!r}… has {len(ids)} tokens with start and end, but"
+                        f" model.text.length={self.length}; shorten it, or pass truncate=True to have it cut"
                     )
                 ids[self.length - 1 :] = [self.eos_id]
             row[: len(ids)] = ids

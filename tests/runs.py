@@ -1,0 +1,61 @@
+"""Starting whole runs as a user does, in processes of their own, for the tests that kill them."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+TINY = "tests/configs/tiny.py"
+
+
+def start(workdir: Path, *flags: str, devices: int = 1, process: int = 0, processes: int = 1, port: int = 0, config: str = TINY):
+    """Start one process of `python -m clip_jax.main`; its messages come line by line from `.stderr`."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": str(ROOT),
+        "CLIP_JAX_HEARTBEAT_SECONDS": "10",
+        "CLIP_JAX_SHUTDOWN_SECONDS": "10",
+    }
+    if processes > 1:
+        environment |= {
+            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+            "JAX_NUM_PROCESSES": str(processes),
+            "JAX_PROCESS_ID": str(process),
+        }
+    command = [sys.executable, "-m", "clip_jax.main", f"--config={config}", f"--workdir={workdir}", *flags]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def start_two(workdir: Path, *flags: str) -> list[subprocess.Popen]:
+    """Start two processes with one device each, as one job."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    return [start(workdir, *flags, process=process, processes=2, port=port) for process in range(2)]
+
+
+def finish(*processes: subprocess.Popen, code: int = 0) -> list[str]:
+    """Wait for the processes, check their exit code, and return what each said to stderr."""
+    said = [process.communicate(timeout=240)[1] for process in processes]
+    for process, words in zip(processes, said, strict=True):
+        assert process.returncode == code, f"exit code {process.returncode}, expected {code}:\n{words}"
+    return said
+
+
+def wait_for_step(process: subprocess.Popen, step: int) -> None:
+    """Read messages until the progress line of `step`."""
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if line.startswith(f"step {step}/"):
+            return
+    raise AssertionError("ended before step " + str(step) + ":\n" + "".join(said))
+
+
+def fingerprint(workdir: Path, step: int) -> int:
+    """Return the checksum of all arrays of a saved state, optimizer and counters included."""
+    return json.loads((workdir / "checkpoints" / str(step) / "info" / "metadata").read_text())["fingerprint"]

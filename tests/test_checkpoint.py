@@ -1,0 +1,207 @@
+"""Checkpoints that are damaged are never used in silence, and failures to save are heard."""
+
+import json
+import logging
+import resource
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clip_jax import sharding
+from clip_jax.checkpoint import Checkpoints, SaveFailed, fingerprint
+
+
+def _state(value: float = 1.0, devices: int = 8, dtype=jnp.float32):
+    mesh = sharding.make_mesh(jax.devices()[:devices])
+    rng = np.random.default_rng(0)
+    # Noise does not compress, so a flipped bit lands in data and not in a header.
+    state = {"kernel": rng.normal(size=(64, 32)).astype(np.float32) + value, "step": np.int32(value)}
+    return jax.device_put(
+        jax.tree.map(lambda x: jnp.asarray(x, dtype if x.ndim else None), state), sharding.replicated(mesh)
+    )
+
+
+def _like(state):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    opened = Checkpoints(tmp_path / "checkpoints", keep=3)
+    yield opened
+    opened.close()
+
+
+def _save(checkpoints: Checkpoints, *steps: int) -> None:
+    for step in steps:
+        checkpoints.save(step, _state(step), {"examples": step * 8})
+    checkpoints.wait()
+
+
+def test_what_was_saved_comes_back_on_any_number_of_devices(checkpoints):
+    _save(checkpoints, 1, 2)
+    for devices in (1, 2, 8):
+        state, info = checkpoints.restore(_like(_state(devices=devices)))
+        np.testing.assert_array_equal(state["kernel"], _state(2)["kernel"])
+        assert info["examples"] == 16
+        assert len(state["kernel"].sharding.device_set) == devices
+
+
+def test_a_new_directory_has_nothing_to_restore(checkpoints):
+    assert checkpoints.restore(_like(_state())) is None
+
+
+def test_the_newest_are_kept(checkpoints):
+    _save(checkpoints, 1, 2, 3, 4, 5)
+    assert checkpoints.steps() == [3, 4, 5]
+
+
+def test_multiples_are_kept_for_good(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1, keep_every_steps=2)
+    _save(checkpoints, 1, 2, 3, 4, 5)
+    assert checkpoints.steps() == [2, 4, 5]
+    checkpoints.close()
+
+
+def test_every_flipped_bit_of_the_arrays_is_noticed(checkpoints, caplog):
+    _save(checkpoints, 1, 2)
+    directory = Path(checkpoints.directory)
+    pristine = directory.parent / "pristine"
+    checkpoints.close()
+    shutil.copytree(directory, pristine)
+    expected = np.asarray(_state(2)["kernel"]), np.asarray(_state(1)["kernel"])
+    files = sorted(p for p in (pristine / "2" / "state").rglob("*") if p.is_file() and p.stat().st_size > 4096)
+    assert files
+    rng = np.random.default_rng(0)
+    older = 0
+    for file in files:
+        for position in rng.integers(0, file.stat().st_size, 4):
+            shutil.rmtree(directory)
+            shutil.copytree(pristine, directory)
+            content = bytearray(file.read_bytes())
+            content[position] ^= 1 << rng.integers(8)
+            (directory / file.relative_to(pristine)).write_bytes(content)
+            again = Checkpoints(directory)
+            state, info = again.restore(_like(_state()))
+            again.close()
+            # Either the bit did not matter, or the older step was taken; never wrong numbers.
+            newest, fallback = expected
+            took_older = info["examples"] == 8
+            np.testing.assert_array_equal(state["kernel"], fallback if took_older else newest)
+            older += took_older
+    assert older
+
+
+@pytest.mark.parametrize("damage", ["arrays truncated", "info missing", "info truncated", "arrays missing"])
+def test_a_damaged_step_is_set_aside_and_the_one_before_is_used(checkpoints, caplog, damage):
+    _save(checkpoints, 1, 2)
+    newest = Path(checkpoints.directory) / "2"
+    if damage == "arrays truncated":
+        for file in (newest / "state").rglob("*"):
+            if file.is_file() and file.stat().st_size > 4096:
+                file.write_bytes(file.read_bytes()[:100])
+    elif damage == "info truncated":
+        file = newest / "info" / "metadata"
+        file.write_text(file.read_text()[:20])
+    else:
+        shutil.rmtree(newest / ("info" if damage == "info missing" else "state"))
+    with caplog.at_level(logging.WARNING):
+        state, info = checkpoints.restore(_like(_state()))
+    assert info["examples"] == 8 and int(state["step"]) == 1
+    assert "2 (" in caplog.text and "going on from step 1" in caplog.text
+    assert (Path(checkpoints.directory) / "2.corrupt").exists()
+    _save(checkpoints, 2)
+    assert checkpoints.steps() == [1, 2]
+
+
+def test_a_directory_named_like_a_step_is_not_a_checkpoint(checkpoints):
+    _save(checkpoints, 1)
+    (Path(checkpoints.directory) / "500").mkdir()
+    again = Checkpoints(checkpoints.directory)
+    assert again.steps() == [1]
+    again.close()
+
+
+def test_when_all_are_damaged_nothing_starts_over(checkpoints):
+    _save(checkpoints, 1)
+    shutil.rmtree(Path(checkpoints.directory) / "1" / "state")
+    with pytest.raises(RuntimeError, match="every checkpoint .* is damaged: 1"):
+        checkpoints.restore(_like(_state()))
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (
+            {"kernel": jnp.zeros((64, 33)), "step": jnp.int32(0)},
+            r"kernel is float32\[64, 32\] there, float32\[64, 33\] here",
+        ),
+        ({"kernel": jnp.zeros((64, 32), jnp.bfloat16), "step": jnp.int32(0)}, "kernel is float32.* there, bfloat16"),
+        ({"weight": jnp.zeros((64, 32)), "step": jnp.int32(0)}, "weight is absent there"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused_in_one_sentence(checkpoints, other, message):
+    _save(checkpoints, 1)
+    with pytest.raises(ValueError, match=message):
+        checkpoints.restore(_like(other))
+    assert checkpoints.steps() == [1]
+
+
+def test_a_save_that_fails_is_heard_at_the_next_poll(checkpoints):
+    _save(checkpoints, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # a disk that is full after a kilobyte
+    try:
+        with pytest.raises(SaveFailed, match="Earlier checkpoints are intact"):
+            checkpoints.save(2, _state(2), {})
+            while checkpoints._manager.is_saving_in_progress():
+                pass
+            checkpoints.poll()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    again = Checkpoints(checkpoints.directory)
+    state, _ = again.restore(_like(_state()))
+    assert int(state["step"]) == 1
+    again.close()
+
+
+def test_a_directory_that_cannot_be_written_is_refused_at_once(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(SaveFailed, match="choose another --workdir"):
+        Checkpoints(tmp_path / "file" / "checkpoints")
+
+
+def test_saved_arrays_are_those_before_the_next_step(checkpoints):
+    """The training step donates its state: a save in the background must hold a copy."""
+    state = _state(1)
+    expected = np.asarray(state["kernel"])
+    add = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    checkpoints.save(1, state, {})
+    for _ in range(5):
+        state = add(state)
+    checkpoints.wait()
+    restored, _ = checkpoints.restore(_like(_state()))
+    np.testing.assert_array_equal(restored["kernel"], expected)
+
+
+def test_the_fingerprint_sees_every_bit_and_no_sharding():
+    whole = _state(devices=1)
+    spread = {"kernel": sharding.spread(np.asarray(whole["kernel"]), sharding.make_mesh()), "step": whole["step"]}
+    spread["step"] = jax.device_put(np.asarray(whole["step"]), sharding.replicated(sharding.make_mesh()))
+    assert int(fingerprint(whole)) == int(fingerprint(spread))
+    rng = np.random.default_rng(0)
+    for position, bit in zip(rng.integers(0, 64 * 32, 100), rng.integers(0, 32, 100), strict=True):
+        bits = np.asarray(whole["kernel"]).view(np.uint32).copy().ravel()
+        bits[position] ^= np.uint32(1) << np.uint32(bit)
+        changed = whole | {"kernel": jnp.asarray(bits.view(np.float32).reshape(64, 32))}
+        assert int(fingerprint(changed)) != int(fingerprint(whole))
+
+
+def test_info_is_plain_json(checkpoints):
+    _save(checkpoints, 1)
+    info = json.loads((Path(checkpoints.directory) / "1" / "info" / "metadata").read_text())
+    assert info["arrays"] == {"kernel": "float32[64, 32]", "step": "int32[]"}

@@ -1,0 +1,339 @@
+"""The batches are a function of integers, and no input kills or shifts them."""
+
+import io
+import itertools
+import logging
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clip_jax import data
+from clip_jax.config import AugmentConfig, DataConfig
+from clip_jax.data import order, pipeline
+from clip_jax.data.sources.synthetic import SyntheticSource
+from clip_jax.typing import BadRecord, Record
+
+SIZE, LENGTH = 16, 24
+ALL = AugmentConfig(0.5, 15.0, 0.2, 0.1, 0.2, 0.3, 0.5, 30.0, 0.1, 0.5, 0.3)
+CONFIG = DataConfig(source="synthetic", augment=ALL, decode_threads=2)
+
+
+class Bytes:
+    """A tokenizer: one token a byte."""
+
+    vocab_size, length, pad_id, eos_id = 258, LENGTH, 0, 1
+
+    def __call__(self, texts):
+        rows = np.zeros((len(texts), LENGTH), np.int32)
+        for row, text in zip(rows, texts, strict=True):
+            ids = [byte + 2 for byte in text.encode()[: LENGTH - 1]] + [1]
+            row[: len(ids)] = ids
+        return rows
+
+
+def untokenize(row):
+    return bytes(int(token) - 2 for token in row if token > 1).decode()
+
+
+class Listed:
+    """A source of given records; an exception among them is raised when it is read."""
+
+    def __init__(self, records):
+        self.records = records
+
+    def __len__(self):
+        return len(self.records)
+
+    def key(self, index):
+        return f"listed#{index}"
+
+    def read(self, index):
+        if isinstance(self.records[index], Exception):
+            raise self.records[index]
+        return self.records[index]
+
+    def fingerprint(self):
+        return "listed"
+
+
+def _png(value, side=20):
+    file = io.BytesIO()
+    Image.new("RGB", (side, side), (value % 256, 50, 200)).save(file, "PNG")
+    return file.getvalue()
+
+
+def _record(i, image=None, text=None):
+    return Record(f"key {i}", _png(i) if image is None else image, {"txt": (f"text {i}" if text is None else text,)})
+
+
+def take(source, count, *, config=CONFIG, batch_size=8, start_step=0, rows=None, seed=0, tokenizer=None):
+    iterator = data.batches(
+        source,
+        tokenizer or Bytes(),
+        config,
+        image_size=SIZE,
+        batch_size=batch_size,
+        seed=seed,
+        start_step=start_step,
+        rows=rows or slice(0, batch_size),
+    )
+    try:
+        return list(itertools.islice(iterator, count))
+    finally:
+        iterator.close()
+
+
+def assert_same(found, expected):
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a.example_ids, b.example_ids)
+        np.testing.assert_array_equal(a.batch.text, b.batch.text)
+        np.testing.assert_array_equal(a.batch.image, b.batch.image)
+
+
+# 20 examples and 16 rows: the second step holds the end of one epoch and the beginning of the next.
+@pytest.fixture(scope="module")
+def uninterrupted():
+    return take(SyntheticSource(20), 4, batch_size=16)
+
+
+def test_a_batch_has_the_types_of_the_contract(uninterrupted):
+    batch = uninterrupted[0].batch
+    assert batch.image.dtype == np.uint8 and batch.image.shape == (16, SIZE, SIZE, 3)
+    assert batch.text.dtype == np.int32 and batch.text.shape == (16, LENGTH)
+    assert batch.mask.dtype == bool and batch.mask.all()
+    assert uninterrupted[0].replaced == ()
+
+
+@pytest.mark.parametrize("hosts", [2, 4, 8])
+def test_the_global_batch_is_the_same_for_any_number_of_hosts(uninterrupted, hosts):
+    size = 16 // hosts
+    shards = [take(SyntheticSource(20), 2, batch_size=16, rows=slice(h * size, (h + 1) * size)) for h in range(hosts)]
+    for step in range(2):
+        whole = uninterrupted[step]
+        for field in ("image", "text", "mask"):
+            found = np.concatenate([getattr(shard[step].batch, field) for shard in shards])
+            np.testing.assert_array_equal(found, getattr(whole.batch, field))
+        np.testing.assert_array_equal(np.concatenate([s[step].example_ids for s in shards]), whole.example_ids)
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_resumed_equals_uninterrupted(uninterrupted, step):
+    assert_same(take(SyntheticSource(20), 4 - step, batch_size=16, start_step=step), uninterrupted[step:])
+
+
+def test_the_number_of_threads_changes_nothing(uninterrupted):
+    config = DataConfig(source="synthetic", augment=ALL, decode_threads=7, prefetch_batches=5)
+    assert_same(take(SyntheticSource(20), 4, batch_size=16, config=config), uninterrupted)
+
+
+def test_another_seed_gives_another_order_and_other_changes(uninterrupted):
+    other = take(SyntheticSource(20), 1, batch_size=16, seed=1)[0]
+    assert (other.example_ids != uninterrupted[0].example_ids).any()
+    by_id = dict(zip(other.example_ids.tolist(), other.batch.image, strict=True))
+    ours = dict(zip(uninterrupted[0].example_ids.tolist(), uninterrupted[0].batch.image, strict=True))
+    shared = by_id.keys() & ours.keys()
+    assert len(shared) > 4 and all((by_id[i] != ours[i]).any() for i in shared)
+
+
+def test_every_epoch_holds_every_example_once():
+    ids = np.concatenate([b.example_ids for b in take(SyntheticSource(20), 5, batch_size=8)])
+    first, second = ids.reshape(2, 20)
+    assert sorted(first) == sorted(second) == list(range(20))
+    assert (first != second).any()
+
+
+def test_step_ten_million_is_where_the_order_says():
+    (batch,) = take(SyntheticSource(1000), 1, start_step=10_000_000)
+    expected = order.indices(np.arange(80_000_000, 80_000_008), 1000, seed=0)
+    np.testing.assert_array_equal(batch.example_ids, expected)
+
+
+def test_a_picture_does_not_depend_on_the_batch_around_it():
+    small, large = take(SyntheticSource(50), 4, batch_size=4), take(SyntheticSource(50), 1, batch_size=16)
+    np.testing.assert_array_equal(np.concatenate([b.batch.image for b in small]), large[0].batch.image)
+    np.testing.assert_array_equal(np.concatenate([b.batch.text for b in small]), large[0].batch.text)
+
+
+def test_the_same_example_is_changed_otherwise_in_the_next_epoch():
+    batches = take(SyntheticSource(8), 2)
+    images = [dict(zip(b.example_ids.tolist(), b.batch.image, strict=True)) for b in batches]
+    assert all((images[0][i] != images[1][i]).any() for i in range(8))
+
+
+# ----------------------------------------------------------------------------------------------------- bad records
+
+BAD = {
+    "checksum mismatch": BadRecord("checksum mismatch"),
+    "not a picture": _record(1, image=b"<html>404</html>"),
+    "undecodable image": _record(2, image=_png(2)[:-30]),
+    "100,000,000": _record(3, image=_png(3)[:16] + (13_000).to_bytes(4, "big") * 2 + _png(3)[24:]),
+    "empty caption": _record(4, text=""),
+    "blank caption: ' \\n\\t'": _record(5, text=" \n\t"),
+    "blank caption: '\\x00\\x00'": _record(6, text="\0\0"),
+    "no caption: data.captions wants txt, caption; the record has name": Record("7", _png(7), {"name": ("dog",)}),
+}
+TOLERANT = DataConfig(source="tfrecord", max_bad_fraction=1.0, decode_threads=2)
+
+
+def _with_bad(good=32):
+    records = [_record(i) for i in range(good + len(BAD))]
+    for place, record in enumerate(BAD.values()):
+        records[1 + 3 * place] = record
+    return Listed(records), {1 + 3 * place: reason for place, reason in enumerate(BAD)}
+
+
+def test_every_kind_of_bad_record_is_counted_named_and_replaced(caplog):
+    source, reasons = _with_bad()
+    expected_ids = order.indices(np.arange(40), 40, seed=0).numpy()
+    with caplog.at_level(logging.WARNING):
+        batches = take(source, 5, config=TOLERANT)
+    replaced = {r.key: r for b in batches for r in b.replaced}
+    assert set(replaced) == {f"listed#{i}" for i in reasons}
+    for i, reason in reasons.items():
+        assert reason in replaced[f"listed#{i}"].reason
+        assert caplog.text.count(f"listed#{i}:") == 1
+    rows = zip(
+        np.concatenate([b.example_ids for b in batches]),
+        np.concatenate([b.batch.text for b in batches]),
+        np.concatenate([b.batch.image for b in batches]),
+        expected_ids,
+        strict=True,
+    )
+    for example, text, image, ordered in rows:
+        assert untokenize(text) == f"text {example}"
+        assert image[0, 0, 0] == example and (image[..., 2] == 200).all()
+        if ordered in reasons:
+            assert replaced[f"listed#{ordered}"].replacement == f"listed#{example}"
+            assert example not in reasons
+        else:
+            assert example == ordered
+
+
+def test_replacements_are_the_same_for_any_number_of_hosts_and_after_a_resume():
+    source, _ = _with_bad()
+    whole = take(source, 4, config=TOLERANT)
+    halves = [take(source, 4, config=TOLERANT, rows=slice(4 * h, 4 * h + 4)) for h in range(2)]
+    for step in range(4):
+        ids = np.concatenate([half[step].example_ids for half in halves])
+        np.testing.assert_array_equal(ids, whole[step].example_ids)
+        assert halves[0][step].replaced + halves[1][step].replaced == whole[step].replaced
+    assert_same(take(source, 2, config=TOLERANT, start_step=2), whole[2:])
+
+
+def test_a_replacement_is_changed_as_if_it_were_in_its_own_place():
+    """Same example, epoch and seed: the picture is the one that the example's own row shows."""
+    config = DataConfig(augment=ALL, max_bad_fraction=1.0, decode_threads=2)
+
+    class Shapes(SyntheticSource):
+        def read(self, index):
+            if index == 3:
+                raise BadRecord("gone")
+            return super().read(index)
+
+    (batch,) = take(Shapes(8), 1, config=config)
+    (row,) = (i for i, ordered in enumerate(order.indices(np.arange(8), 8, seed=0).numpy()) if ordered == 3)
+    twins = np.flatnonzero(batch.example_ids == batch.example_ids[row])
+    assert len(twins) == 2
+    np.testing.assert_array_equal(batch.batch.image[twins[0]], batch.batch.image[twins[1]])
+
+
+def test_a_whole_chunk_of_bad_records_is_replaced():
+    bad = set(order.indices(np.arange(8), 64, seed=0).numpy().tolist())
+    source = Listed([BadRecord("gone") if i in bad else _record(i) for i in range(64)])
+    (batch,) = take(source, 1, config=TOLERANT)
+    assert len(batch.replaced) == 8 and not bad & set(batch.example_ids.tolist())
+
+
+def test_too_many_bad_records_end_the_run_with_three_names():
+    source = Listed([BadRecord("gone") if i % 4 == 0 else _record(i) for i in range(200)])
+    config = DataConfig(max_bad_fraction=0.1, decode_threads=2)
+    with pytest.raises(ValueError, match=r"data.max_bad_fraction=0.1: (listed#\d+ \(gone\)(, )?){3}\.") as raised:
+        take(source, 25, config=config)
+    assert "--config.data.max_bad_fraction=" in str(raised.value)
+
+
+def test_a_bad_fraction_is_not_judged_before_a_hundred_reads():
+    bad = int(order.indices(np.arange(1), 200, seed=0)[0])
+    source = Listed([BadRecord("gone") if i == bad else _record(i) for i in range(200)])
+    batches = take(source, 25, config=DataConfig(max_bad_fraction=0.01, decode_threads=2))
+    assert [len(b.replaced) for b in batches] == [1] + [0] * 24
+
+
+def test_nothing_but_bad_records_is_an_error():
+    with pytest.raises(ValueError, match=r"none of 100 records could take the place of listed#\d"):
+        take(Listed([BadRecord("gone")] * 8), 1, config=TOLERANT)
+
+
+def test_a_hiccup_replaces_nothing(caplog):
+    class Flaky(Listed):
+        failed = False
+
+        def read(self, index):
+            if index == 5 and not self.failed:
+                self.failed = True
+                raise BadRecord("unreadable: the network blinked")
+            return super().read(index)
+
+    source = Flaky([_record(i) for i in range(8)])
+    (batch,) = take(source, 1, config=DataConfig(max_bad_fraction=0.0, decode_threads=2))
+    assert source.failed and batch.replaced == () and not caplog.records
+    assert_same([batch], take(Listed(source.records), 1, config=DataConfig(decode_threads=2)))
+
+
+def test_an_error_that_is_no_bad_record_arrives_as_it_was_raised():
+    class Broken(Bytes):
+        def __call__(self, texts):
+            raise ZeroDivisionError("a bug in a tokenizer")
+
+    with pytest.raises(ZeroDivisionError, match="a bug in a tokenizer"):
+        take(SyntheticSource(20), 1, tokenizer=Broken())
+
+
+@pytest.mark.parametrize("rows", [slice(4, 4), slice(0, 9), slice(0, 8, 2), slice(6, 2)])
+def test_rows_outside_the_batch_are_an_error(rows):
+    with pytest.raises(ValueError, match="no range within the batch of 8"):
+        take(SyntheticSource(20), 1, rows=rows)
+
+
+def test_captions_without_weight_are_an_error():
+    with pytest.raises(ValueError, match="data.captions names no feature"):
+        take(SyntheticSource(20), 1, config=DataConfig(captions={"txt": 0.0}))
+
+
+# -------------------------------------------------------------------------------------------------------- captions
+
+
+def _choices(captions, weights):
+    record = Record("k", b"", captions)
+    grid = (np.arange(100) + 0.5) / 100
+    return [pipeline.choose_caption(record, weights, float(u), float(v)) for u in grid for v in grid[::10]]
+
+
+def test_features_are_chosen_by_weight_and_their_values_evenly():
+    found = _choices({"name": ("dog",), "keyword": ("pet", "animal")}, {"name": 3.0, "keyword": 1.0})
+    assert {text: found.count(text) for text in found} == {"dog": 750, "pet": 125, "animal": 125}
+
+
+def test_weights_of_absent_empty_and_weightless_features_fall_away():
+    weights = {"txt": 1.0, "caption": 1.0, "alt": 0.0, "missing": 5.0}
+    assert set(_choices({"txt": ("",), "caption": (" a dog\0 ",), "alt": ("never",)}, weights)) == {"a dog"}
+
+
+def test_the_caption_of_an_example_changes_with_the_epoch():
+    record = Record("k", _png(0), {"txt": tuple("abcdefghijklmnop")})
+    ids = take(Listed([record] * 8), 2, config=TOLERANT)
+    assert (ids[0].batch.text != ids[1].batch.text).any()
+
+
+def test_a_caption_of_megabytes_is_cut_before_the_tokenizer():
+    lengths = []
+
+    class Measuring(Bytes):
+        def __call__(self, texts):
+            lengths.extend(map(len, texts))
+            return super().__call__(texts)
+
+    take(Listed([_record(0, text="x" * 4_000_000)]), 1, config=TOLERANT, batch_size=1, tokenizer=Measuring())
+    assert set(lengths) == {pipeline.MAX_CAPTION_CHARACTERS}

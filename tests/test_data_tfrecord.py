@@ -1,0 +1,262 @@
+"""Damage costs what is damaged and nothing else, and is named; errors show values that work."""
+
+import io
+import logging
+import os
+import struct
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from clip_jax.config import DataConfig
+from clip_jax.data.sources import tfrecord
+from clip_jax.typing import BadRecord
+
+
+def _jpeg(value):
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (value % 256, 0, 0)).save(file, "JPEG")
+    return file.getvalue()
+
+
+def _records(count, start=0):
+    return [
+        {"key": f"{i:05d}", "jpg": _jpeg(i), "txt": f"number {i}", "caption": "", "width": 8}
+        for i in range(start, start + count)
+    ]
+
+
+@pytest.fixture
+def shard(tmp_path):
+    path = tmp_path / "00000.tfrecord"
+    tfrecord.write_tfrecord(path, _records(10))
+    return path
+
+
+def _open(*paths, cache_dir="", captions=("txt", "caption")):
+    return tfrecord.TFRecordSource([str(path) for path in paths], captions, cache_dir)
+
+
+def _offsets(path):
+    """Return where each record begins, by TensorFlow's own reader's lengths."""
+    lengths = [len(data.numpy()) for data in tf.data.TFRecordDataset([str(path)])]
+    return np.cumsum([0, *(16 + length for length in lengths)])
+
+
+def _flip(path, at):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 0x10
+    path.write_bytes(data)
+
+
+def _texts(source):
+    found = []
+    for index in range(len(source)):
+        try:
+            found.append(source.read(index).captions["txt"][0])
+        except BadRecord as error:
+            found.append(str(error))
+    return found
+
+
+def test_records_are_those_that_tensorflow_reads(shard):
+    source = _open(shard)
+    assert len(source) == 10
+    for index, data in enumerate(tf.data.TFRecordDataset([str(shard)])):
+        features = tf.train.Example.FromString(data.numpy()).features.feature
+        record = source.read(index)
+        assert record.image == features["jpg"].bytes_list.value[0]
+        assert record.key == f"{index:05d}"
+        assert record.captions == {"txt": (f"number {index}",), "caption": ("",)}
+
+
+def test_a_flipped_byte_loses_exactly_one_record(shard):
+    _flip(shard, _offsets(shard)[4] + 40)
+    texts = _texts(_open(shard))
+    assert texts == [f"number {i}" if i != 4 else "checksum mismatch" for i in range(10)]
+
+
+def test_a_flipped_checksum_loses_exactly_one_record(shard):
+    _flip(shard, _offsets(shard)[5] - 2)
+    assert [i for i, text in enumerate(_texts(_open(shard))) if text == "checksum mismatch"] == [4]
+
+
+def test_a_truncated_last_record_is_left_out_and_named(shard, caplog):
+    shard.write_bytes(shard.read_bytes()[:-20])
+    source = _open(shard)
+    assert _texts(source) == [f"number {i}" for i in range(9)]
+    assert f"{shard}: record 9" in caplog.text and "is truncated" in caplog.text
+
+
+@pytest.mark.parametrize("left", [1, 8, 12, 15])
+def test_a_fragment_of_a_header_is_a_truncation(shard, left, caplog):
+    shard.write_bytes(shard.read_bytes()[: _offsets(shard)[9] + left])
+    assert len(_open(shard)) == 9
+    assert "is truncated" in caplog.text
+
+
+def test_a_damaged_header_ends_its_shard_alone(shard, tmp_path, caplog):
+    other = tmp_path / "00001.tfrecord"
+    tfrecord.write_tfrecord(other, _records(3, start=10))
+    _flip(shard, _offsets(shard)[6] + 2)
+    assert _texts(_open(shard, other)) == [f"number {i}" for i in (*range(6), 10, 11, 12)]
+    assert f"{shard}: record 6" in caplog.text and "has a damaged header" in caplog.text
+
+
+def test_an_announced_length_beyond_the_file_is_no_allocation(shard):
+    """A header with a right checksum may still lie."""
+    header = struct.pack("<Q", 2**60)
+    shard.write_bytes(shard.read_bytes() + header + tfrecord._masked_crc(header) + b"x" * 50)
+    assert len(_open(shard)) == 10
+
+
+def test_an_empty_shard_is_named_and_the_others_are_read(shard, tmp_path, caplog):
+    empty = tmp_path / "00001.tfrecord"
+    empty.touch()
+    assert len(_open(shard, empty)) == 10
+    assert f"{empty} is empty" in caplog.text
+
+
+def test_a_whole_shard_logs_nothing(shard, caplog):
+    with caplog.at_level(logging.WARNING):
+        _open(shard)
+    assert not caplog.records
+
+
+def test_no_records_at_all_is_an_error_with_examples(tmp_path):
+    empty = tmp_path / "a.tfrecord"
+    empty.touch()
+    with pytest.raises(ValueError, match=r"hold no records.*00000\.\.00331"):
+        _open(empty)
+
+
+BAD_RECORDS = {
+    "no image feature; features are key, txt": {"key": "a", "txt": "b"},
+    "no image feature; features are jpg": {"jpg": 7},
+    "empty image": {"jpg": b"", "txt": "b"},
+    "caption 'txt' is not UTF-8": {"jpg": _jpeg(0), "txt": b"caf\xe9"},
+}
+
+
+@pytest.mark.parametrize("reason", BAD_RECORDS)
+def test_unusable_records_say_why(tmp_path, reason):
+    tfrecord.write_tfrecord(tmp_path / "a.tfrecord", [BAD_RECORDS[reason]])
+    with pytest.raises(BadRecord) as raised:
+        _open(tmp_path / "a.tfrecord").read(0)
+    assert str(raised.value) == reason
+
+
+def test_bytes_that_are_no_example_say_so(tmp_path):
+    with tf.io.TFRecordWriter(str(tmp_path / "a.tfrecord")) as writer:
+        writer.write(b"\xff\xff no protocol buffer")
+    with pytest.raises(BadRecord, match="tf.train.Example"):
+        _open(tmp_path / "a.tfrecord").read(0)
+
+
+def test_a_file_that_disappears_costs_its_records_only(shard):
+    source = _open(shard)
+    shard.unlink()
+    with pytest.raises(BadRecord, match="unreadable"):
+        source.read(0)
+
+
+@pytest.mark.parametrize("name", ["png", "webp", "image"])
+def test_the_picture_may_have_other_names(tmp_path, name):
+    tfrecord.write_tfrecord(tmp_path / "a.tfrecord", [{name: b"bytes", "txt": "t"}])
+    assert _open(tmp_path / "a.tfrecord").read(0).image == b"bytes"
+
+
+def test_a_feature_may_hold_several_captions(tmp_path):
+    tfrecord.write_tfrecord(tmp_path / "a.tfrecord", [{"jpg": b"x", "keyword": ("dog", "犬"), "score": 0.5}])
+    record = _open(tmp_path / "a.tfrecord", captions=("keyword", "absent")).read(0)
+    assert record.captions == {"keyword": ("dog", "犬")}
+
+
+def test_keys_name_file_and_place_even_of_damaged_records(shard):
+    _flip(shard, 40)
+    assert _open(shard).key(0) == f"{shard}#0"
+
+
+@pytest.mark.parametrize("index", [-1, 10])
+def test_an_index_out_of_range_is_an_error(shard, index):
+    with pytest.raises(IndexError):
+        _open(shard).read(index)
+
+
+# ------------------------------------------------------------------------------------------------------ file names
+
+
+def test_brace_ranges_keep_their_zeros():
+    assert tfrecord._expand_braces("a-{08..11}.x") == ["a-08.x", "a-09.x", "a-10.x", "a-11.x"]
+    assert tfrecord._expand_braces("{9..10}") == ["9", "10"]
+    assert tfrecord._expand_braces("{0..1}/{0..1}") == ["0/0", "0/1", "1/0", "1/1"]
+
+
+def test_globs_braces_and_lists_find_the_same_shards(tmp_path):
+    for i in range(3):
+        tfrecord.write_tfrecord(tmp_path / f"{i:05d}.tfrecord", _records(2, 2 * i))
+    paths = [f"{tmp_path}/{i:05d}.tfrecord" for i in range(3)]
+    for files in (f"{tmp_path}/*.tfrecord", f"{tmp_path}/{{00000..00002}}.tfrecord", ", ".join(paths)):
+        assert tfrecord.expand(files) == paths
+
+
+ERRORS = {
+    "": "data.files names, e.g. '/data/cc3m/",
+    "/nowhere/*.tfrecord": "'/nowhere/\\*.tfrecord' matches no file.*a.tfrecord,b.tfrecord",
+    "/nowhere/a.tfrecord": "'/nowhere/a.tfrecord' does not exist.*\\*.tfrecord",
+    "/nowhere/{00..01}.tfrecord": "'/nowhere/00.tfrecord' does not exist",
+    "/nowhere/{02..01}.tfrecord": "counts down; write {01..02}",
+    "/nowhere/{a}.tfrecord": "no range such as {00000..00331}",
+}
+
+
+@pytest.mark.parametrize("files", ERRORS)
+def test_wrong_files_are_errors_that_show_a_value(files):
+    with pytest.raises(ValueError, match=ERRORS[files]):
+        tfrecord.source(DataConfig(files=files))
+
+
+def test_a_remote_path_reads_the_same_records(shard):
+    """TensorFlow's file:// goes the way of gs://."""
+    local, remote = _open(shard), _open(*tfrecord.expand(f"file://{shard.parent}/*.tfrecord"))
+    assert _texts(remote) == _texts(local)
+    assert remote.fingerprint() == local.fingerprint()
+
+
+# ---------------------------------------------------------------------------------------------- index, fingerprint
+
+
+def test_the_index_is_read_from_the_cache_until_the_shard_changes(shard, tmp_path, monkeypatch):
+    cache = str(tmp_path / "cache")
+    first = _texts(_open(shard, cache_dir=cache))
+    scans = []
+    scan = tfrecord._index
+    monkeypatch.setattr(tfrecord, "_index", lambda *arguments: scans.append(1) or scan(*arguments))
+    assert _texts(_open(shard, cache_dir=cache)) == first
+    assert not scans
+    os.utime(shard, ns=(1, 1))
+    assert _texts(_open(shard, cache_dir=cache)) == first
+    assert len(scans) == 1
+
+
+def test_a_truncation_is_named_again_when_the_index_comes_from_the_cache(shard, tmp_path, caplog):
+    shard.write_bytes(shard.read_bytes()[:-1])
+    for _ in range(2):
+        caplog.clear()
+        _open(shard, cache_dir=str(tmp_path / "cache"))
+        assert "is truncated" in caplog.text
+
+
+def test_the_fingerprint_follows_the_records_not_the_folder(shard, tmp_path):
+    moved = tmp_path / "elsewhere" / shard.name
+    moved.parent.mkdir()
+    moved.write_bytes(shard.read_bytes())
+    other = tmp_path / "00001.tfrecord"
+    tfrecord.write_tfrecord(other, _records(2))
+    alone = _open(shard).fingerprint()
+    assert _open(moved).fingerprint() == alone
+    assert _open(shard, other).fingerprint() == _open(other, shard).fingerprint() != alone
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert _open(shard).fingerprint() != alone

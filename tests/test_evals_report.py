@@ -1,0 +1,295 @@
+"""Report, table, charts and panels: complete, safe to open, and the same numbers everywhere."""
+
+import base64
+import html.parser
+import io
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clip_jax.evals import panels as panels_module
+from clip_jax.evals import ranking
+from clip_jax.evals.charts import line_chart, number, ticks
+from clip_jax.evals.panels import panels
+from clip_jax.evals.report import page, results, table, write_report
+from clip_jax.typing import EvalSet
+
+KEY = "retrieval/emoji_unseen/image_to_text/recall_at_5"
+METRICS = {
+    KEY: 0.3125,
+    f"{KEY}/candidates": 180,
+    f"{KEY}/chance": 5 / 180,
+    f"{KEY}/gate": 0.28,
+    "retrieval/emoji_unseen/image_to_text/median_rank": 14.0,
+    "retrieval/emoji_unseen/image_to_text/median_rank/candidates": 180,
+    "retrieval/emoji_unseen/image_to_text/median_rank/chance": 90.5,
+    "retrieval/emoji_unseen_de/image_to_text/recall_at_1": 0.0625,
+    "retrieval/emoji_unseen_de/image_to_text/recall_at_5": 0.25,
+    "retrieval/emoji_unseen_de/image_to_text/recall_at_5/chance": 5 / 180,
+    "zeroshot/emoji_categories/top1": math.nan,
+    "zeroshot/emoji_categories/top1/candidates": 8,
+    "zeroshot/emoji_categories/top1/chance": 0.125,
+    "zeroshot/emoji_categories/top1/majority": 0.2,
+    "floor/ridge_pixels_hog/emoji_unseen/image_to_text/recall_at_5": 0.361,
+    "floor/nearest_neighbour/emoji_unseen/image_to_text/recall_at_5": 0.1,
+    "floor/ridge_pixels_hog/elsewhere/image_to_text/recall_at_5": 0.5,
+}
+CURVES = [
+    *(
+        {"step": s, "loss": 5 / s, "accuracy": s / 100, "logit_scale": 14.3, "learning_rate": 1e-3}
+        for s in range(1, 40)
+    ),
+    {"step": 40, "loss": None, "accuracy": math.nan},
+    {"step": 20, KEY: 0.1, "retrieval/emoji_unseen_de/image_to_text/recall_at_5": 0.1},
+    {"step": 40, KEY: 0.3125, "retrieval/emoji_unseen_de/image_to_text/recall_at_5": 0.25},
+]
+RUN = {
+    "name": "emoji",
+    "parameters": 2_013_441,
+    "resumed": True,
+    "config": {"model": {"image": {"widths": (8, 16)}}},
+    "versions": {"jax": "0.10.2"},
+    "left_out": {"emoji_vendor": "npm is missing"},
+}
+
+
+def png(colour, size=(20, 20)):
+    out = io.BytesIO()
+    Image.new("RGBA", size, colour).save(out, "PNG")
+    return out.getvalue()
+
+
+class Given:
+    """Pictures by their place in a list, texts likewise."""
+
+    def __init__(self, images, texts, image_nE, text_mE):
+        self.rows = dict(zip(images, image_nE, strict=True)) | dict(zip(texts, text_mE, strict=True))
+        self.image = self.text = lambda items: np.stack([self.rows[i] for i in items]).astype(np.float32)
+
+
+IMAGES = [png(c) for c in ("red", "green", "blue", "black")]
+TEXTS = ["red", "green", "blue", "<script>alert('black')</script>"]
+SET = EvalSet("emoji_colours", IMAGES, [(t,) for t in TEXTS], np.arange(4), ["rouge", "vert", "bleu", "noir & <b>"])
+
+
+def shown(image_nE=None, text_mE=None, **counts):
+    eye = np.eye(4)
+    embedder = Given(IMAGES, TEXTS, eye if image_nE is None else image_nE, eye if text_mE is None else text_mE)
+    return panels(embedder, SET, **counts)
+
+
+# ------------------------------------------------------------------------------------------------- numbers
+
+
+def test_results_gather_what_belongs_to_a_metric():
+    by_key = {r.key: r for r in results(METRICS)}
+    recall = by_key[KEY]
+    assert (recall.candidates, recall.floor, recall.floor_name, recall.gate) == (180, 0.361, "ridge pixels hog", 0.28)
+    assert recall.passed and by_key["zeroshot/emoji_categories/top1"].floor_name == "most frequent class"
+    assert (
+        f"{KEY}/chance" not in by_key and "floor/ridge_pixels_hog/emoji_unseen/image_to_text/recall_at_5" not in by_key
+    )
+    assert (
+        by_key["floor/ridge_pixels_hog/elsewhere/image_to_text/recall_at_5"].value == 0.5
+    )  # no metric to stand beside
+
+
+@pytest.mark.parametrize("value, passed", [(0.28, True), (0.2799, False), (math.nan, False), (None, False)])
+def test_a_gate_is_passed_at_its_value_and_never_by_nan(value, passed):
+    assert results({KEY: value, f"{KEY}/gate": 0.28})[0].passed is passed
+
+
+def test_a_rank_passes_its_gate_from_below():
+    key = "retrieval/s/image_to_text/median_rank"
+    assert [results({key: rank, f"{key}/gate": 10})[0].passed for rank in (9, 11)] == [True, False]
+
+
+def test_the_table_is_aligned_and_complete():
+    lines = table(METRICS).splitlines()
+    header, rule, *rows = lines
+    assert header.split() == ["metric", "value", "candidates", "chance", "floor", "gate"]
+    assert set(rule) == {"-"}
+    recall = next(line for line in rows if line.startswith(KEY + " "))
+    assert recall.split()[1:] == ["0.312", "180", "0.028", "0.361", "0.280", "passed"]
+    for name, cell in (("value", "0.312"), ("candidates", "180"), ("chance", "0.028"), ("floor", "0.361")):
+        assert recall.index(cell) + len(cell) == header.index(name) + len(name)
+    assert any("emoji_unseen_de/image_to_text/recall_at_5" in line for line in rows)
+    assert not any("emoji_unseen_de/image_to_text/recall_at_1 " in line for line in rows)
+
+
+def test_the_table_has_no_column_of_gates_without_gates():
+    assert "gate" not in table({k: v for k, v in METRICS.items() if not k.endswith("/gate")})
+
+
+def test_report_json_is_one_flat_sorted_object_with_null_for_nan(tmp_path):
+    write_report(tmp_path / "new" / "run", METRICS, CURVES, [], RUN)
+    text = (tmp_path / "new/run/report.json").read_text()
+    found = json.loads(text, parse_constant=pytest.fail)
+    assert list(found) == sorted(found)
+    assert all(value is None or isinstance(value, (int, float, str)) for value in found.values())
+    assert not any(isinstance(value, bool) for value in found.values())
+    assert (
+        found[KEY] == 0.3125 and found[f"{KEY}/candidates"] == 180 and found["zeroshot/emoji_categories/top1"] is None
+    )
+    assert found["run/versions.jax"] == "0.10.2" and found["run/config.model.image.widths"] == "[8, 16]"
+    assert {p.name for p in (tmp_path / "new/run").iterdir()} == {"report.json", "report.html"}
+
+
+def test_a_report_read_back_gives_the_same_table(tmp_path):
+    write_report(tmp_path, METRICS, CURVES, [], RUN)
+    found = json.loads((tmp_path / "report.json").read_text())
+    metrics = {k: v for k, v in found.items() if not k.startswith("run/")}
+    assert sorted(table(metrics).splitlines()) == sorted(table(METRICS).splitlines())
+
+
+# ---------------------------------------------------------------------------------------------------- the page
+
+
+class Outline(html.parser.HTMLParser):
+    """Tags with their attributes, and whether they are balanced."""
+
+    VOID = {"meta", "img", "br"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.open, self.words = [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+@pytest.fixture(scope="module")
+def outline():
+    return Outline(page(METRICS, CURVES, [shown()], RUN))
+
+
+def test_the_page_asks_for_nothing_and_runs_nothing(outline):
+    for tag, attributes in outline.tags:
+        assert tag not in {"script", "link", "iframe", "object", "embed", "base"}
+        assert not any(name.startswith("on") for name in attributes)
+        for name in ("src", "href", "srcset", "action", "xlink:href"):
+            assert attributes.get(name, "data:").startswith("data:")
+    assert "url(" not in "".join(outline.words) and "@import" not in "".join(outline.words)
+
+
+def test_captions_are_escaped(outline):
+    assert any("<script>alert('black')</script>" in text for text in outline.words)  # as text, after decoding
+    assert any("noir & <b>" in text for text in outline.words)
+
+
+def test_the_page_shows_numbers_floors_gates_languages_config_and_what_is_left_out(outline):
+    text = " ".join(" ".join(outline.words).split())
+    for expected in ("0.312", "gate 0.280 · floor 0.361 · chance 0.028", "✓ gate passed", "ridge pixels hog", "German"):
+        assert expected in text
+    for expected in ("model.image.widths", "0.10.2", "emoji vendor is left out: npm is missing", "2013441"):
+        assert expected in text
+    assert "nan" not in text.lower().split()
+
+
+def test_curves_become_charts_and_languages_stay_out_of_them(outline):
+    titles = [attributes["aria-label"] for tag, attributes in outline.tags if tag == "svg"]
+    assert titles[:4] == ["Loss", "Contrastive accuracy in the batch", "Logit scale", "Learning rate"]
+    assert titles[4:] == ["image → text recall@5, held out"]
+    captions = page(METRICS, CURVES, [], RUN).split("<figcaption>")
+    assert "emoji unseen</span>" in captions[-1] and "emoji unseen de" not in captions[-1]
+
+
+def test_a_run_without_curves_panels_or_results_still_has_a_page():
+    Outline(page({}, [], [], {}))
+
+
+# ------------------------------------------------------------------------------------------------------ charts
+
+
+@pytest.mark.parametrize(
+    "low, high", [(0, 1), (0.2, 0.31), (13, 87), (-3, 5), (1e-5, 5e-4), (0, 12_345), (7, 7), (0, 0)]
+)
+def test_ticks_are_round_and_enclose_the_values(low, high):
+    found = ticks(low, high, 4)
+    assert found[0] <= low and found[-1] >= high and 2 <= len(found) <= 7
+    steps = np.diff(found)
+    np.testing.assert_allclose(steps, steps[0], rtol=1e-6)
+    assert float(f"{steps[0]:.2g}") == pytest.approx(steps[0])
+
+
+def test_numbers_are_short():
+    assert [number(x) for x in (0, 0.25, 3e-5, 1500, 20_000, 1.5e6)] == ["0", "0.25", "3e-05", "1,500", "20k", "1.5M"]
+
+
+def test_a_line_ends_where_values_are_not_finite():
+    svg = line_chart({"loss": [(1, 3.0), (2, 2.0), (3, math.nan), (4, 1.0), (5, 0.5), (6, math.inf), (7, 0.1)]}, "Loss")
+    assert svg.count("<polyline") == 2 and svg.count("<circle") == 1
+    assert "nan" not in svg and "inf" not in svg
+    assert line_chart({"loss": [(1, math.nan)]}, "Loss") == "" == line_chart({}, "Loss")
+
+
+def test_lines_stay_inside_the_picture_and_are_thinned():
+    svg = line_chart({"loss": [(x, math.sin(x)) for x in range(5000)]}, "Loss")
+    points = [tuple(map(float, p.split(","))) for p in re.search(r'points="([^"]+)"', svg)[1].split()]
+    assert len(points) <= 600
+    assert all(0 <= x <= 480 and 0 <= y <= 200 for x, y in points)
+
+
+# ------------------------------------------------------------------------------------------------------ panels
+
+
+def test_answers_are_the_best_in_order_with_the_right_ones_marked():
+    texts = np.array([[0.9, 0.4, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    row = shown(text_mE=texts).text_to_image[0]
+    assert row.query.text == "red"
+    assert [m.text for m in row.answers][:2] == ["rouge", "vert"]
+    assert [m.right for m in row.answers] == [True, False, False, False]
+    assert row.answers[0].score == pytest.approx(0.9 / math.hypot(0.9, 0.4), rel=1e-5)
+
+
+def test_the_worst_mistake_is_the_one_furthest_ahead_of_the_right_text():
+    images = np.eye(4)
+    images[1] = [0.75, 0.66, 0, 0]  # says red, but green is nearly as near
+    images[2] = [0.6, 0.55, -0.58, 0]  # says red with a lower score, and blue is far
+    found = shown(image_nE=images).mistakes
+    assert [row.query.text for row in found] == ["bleu", "vert"]
+    assert [(m.text, m.right) for m in found[0].answers] == [("red", False), ("blue", True)]
+    assert found[0].answers[0].score > found[0].answers[1].score
+    assert shown().mistakes == ()
+
+
+def test_the_worst_mistakes_are_found_across_blocks(monkeypatch):
+    images = np.eye(4)[[0, 1, 0, 2]] + 0.1
+    whole = shown(image_nE=images, mistakes=1)
+    monkeypatch.setattr(ranking, "BLOCK_SCORES", 1)
+    assert shown(image_nE=images, mistakes=1).mistakes == whole.mistakes != ()
+
+
+def test_queries_stand_at_even_distances():
+    assert [row.query.text for row in shown(texts=2, pictures=3).text_to_image] == ["red", TEXTS[3]]
+    assert len(shown(pictures=3).image_to_text) == 3 and len(shown(answers=2).image_to_text[0].answers) == 2
+
+
+def test_a_nan_model_gets_a_page_that_says_so():
+    broken = shown(image_nE=np.full((4, 4), np.nan))
+    assert all(row.answers == () for row in broken.image_to_text) and broken.mistakes == ()
+    assert "no finite score" in page(METRICS, [], [broken], RUN)
+
+
+def test_thumbnails_are_small_and_keep_transparency():
+    uri = panels_module.thumbnail(png((255, 0, 0, 0), (400, 100)))
+    kind, data = uri.split(",")
+    picture = Image.open(io.BytesIO(base64.b64decode(data)))
+    assert kind == "data:image/webp;base64" and picture.size == (96, 24) and picture.mode == "RGBA"

@@ -1,0 +1,75 @@
+"""Zero-shot classification, against sorted lists in float64."""
+
+import numpy as np
+import pytest
+
+from clip_jax.evals.ranking import unit
+from clip_jax.evals.zeroshot import zeroshot
+from clip_jax.typing import EvalSet
+
+
+class Given:
+    """An embedder that looks vectors up: pictures and texts are decimal numbers of rows."""
+
+    def __init__(self, images, texts):
+        self.images, self.texts = images, texts
+
+    def image(self, images):
+        return self.images[[int(i) for i in images]]
+
+    def text(self, texts):
+        return self.texts[[int(t) for t in texts]]
+
+
+def measure(images, texts, targets):
+    classes = EvalSet(
+        "classes",
+        [str(i).encode() for i in range(len(images))],
+        [(str(i),) for i in range(len(texts))],
+        np.array(targets),
+    )
+    metrics = zeroshot(Given(images.astype(np.float32), texts.astype(np.float32)), classes)
+    return {key.removeprefix("zeroshot/classes/"): value for key, value in metrics.items()}
+
+
+def test_accuracies_equal_those_of_sorted_lists():
+    rng = np.random.default_rng(0)
+    images, texts = unit(rng.normal(size=(120, 12))), unit(rng.normal(size=(9, 12)))
+    targets = rng.choice(8, 120, p=np.array([30, 20, 10, 10, 10, 10, 5, 5]) / 100)  # class 8 has no picture
+    orders = [
+        sorted(range(9), key=lambda j, x=x: -float(x @ texts[j].astype(np.float64))) for x in images.astype(np.float64)
+    ]
+    first = [order[0] == target for order, target in zip(orders, targets, strict=True)]
+    five = [target in order[:5] for order, target in zip(orders, targets, strict=True)]
+    by_class = [np.mean([hit for hit, t in zip(first, targets, strict=True) if t == c]) for c in np.unique(targets)]
+    metrics = measure(images, texts, targets)
+    assert metrics["top1"] == pytest.approx(np.mean(first))
+    assert metrics["top5"] == pytest.approx(np.mean(five))
+    assert metrics["mean_per_class"] == pytest.approx(np.mean(by_class))
+    assert metrics["top1"] != pytest.approx(
+        metrics["mean_per_class"], abs=1e-3
+    )  # or the case would not tell them apart
+
+
+def test_majority_and_chance():
+    metrics = measure(np.eye(8)[:6], np.eye(8), [0, 0, 0, 3, 4, 5])
+    assert metrics["top1/majority"] == 0.5
+    assert metrics["top1/chance"] == metrics["mean_per_class/chance"] == 1 / 8
+    assert metrics["top5/chance"] == 5 / 8
+    assert {metrics[f"{name}/candidates"] for name in ("top1", "top5", "mean_per_class")} == {8}
+
+
+@pytest.mark.parametrize("classes, has_top5", [(5, False), (6, True)])
+def test_top5_needs_more_than_five_classes(classes, has_top5):
+    assert ("top5" in measure(np.eye(classes), np.eye(classes), range(classes))) == has_top5
+
+
+def test_classes_of_the_same_name_can_not_be_told_apart():
+    texts = np.eye(4)[[0, 1, 2, 2]]
+    assert measure(np.eye(4)[[0, 1, 2, 2]], texts, [0, 1, 2, 3])["top1"] == 0.5
+
+
+def test_a_class_without_finite_embedding_is_not_chosen_and_not_forgiven():
+    texts = np.eye(4)
+    texts[3] = np.nan
+    assert measure(np.eye(4), texts, range(4))["top1"] == 0  # it stands before every other

@@ -1,0 +1,189 @@
+"""Loaded weights as functions: the model's own numbers, whatever the number of inputs, without TensorFlow."""
+
+import dataclasses
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import clip_jax
+from clip_jax.architectures import Architecture, Preprocess, TextTransformer, TokenizerConfig, ViT, WeightsConfig
+from clip_jax.inference import _several, load
+from clip_jax.interop import msgpack
+from clip_jax.models import make_model
+from clip_jax.preprocess import preprocess
+from clip_jax.tokenizers import ClipBPE
+
+TINY = Architecture(
+    ViT(image_size=16, patch_size=8, width=32, layers=1, heads=2),
+    TextTransformer(vocab_size=600, length=12, eos_id=599, width=32, layers=1, heads=2),
+    embed_dim=8,
+)
+CONFIG = WeightsConfig(TINY, preprocess=Preprocess(mean=(0.2, 0.3, 0.4)), source="a test")
+# One vector comes from programs compiled for different batch sizes, whose float32 sums may be ordered differently.
+ROUNDING = 1e-5
+TEXTS = ["a dog", "two cats", "", "!"]
+
+
+@pytest.fixture(scope="module")
+def params():
+    shapes = jax.eval_shape(make_model(TINY).init, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(leaf.dtype), shapes)
+
+
+@pytest.fixture(scope="module")
+def file(params, tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "tiny.msgpack"
+    msgpack.write(path, params, CONFIG)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(file):
+    return clip_jax.load(file)
+
+
+@pytest.fixture(scope="module")
+def images():
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (20 + i, 30, 3), np.uint8)) for i in range(5)]
+
+
+def test_embeddings_are_the_models_own(model, params, images):
+    reference = jax.tree.map(jax.jit, make_model(TINY, CONFIG.preprocess))
+    pixels = np.stack([preprocess(image, 16, CONFIG.preprocess) for image in images])
+    tokens = ClipBPE(length=12, vocab_size=600)(TEXTS)
+    np.testing.assert_allclose(model.encode_image(images), reference.encode_image(params, pixels), atol=ROUNDING)
+    np.testing.assert_allclose(model.encode_text(TEXTS), reference.encode_text(params, tokens), atol=ROUNDING)
+
+
+def test_rows_are_unit_float32_vectors(model, images):
+    for rows in (model.encode_image(images), model.encode_text(TEXTS)):
+        assert rows.dtype == np.float32 and rows.shape[1] == 8
+        np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("count", [1, 3, 64, 65, 130])
+def test_a_row_does_not_depend_on_how_many_there_are(model, images, count):
+    many = [images[i % len(images)] for i in range(count)]
+    one_by_one = np.concatenate([model.encode_image([image]) for image in images])
+    np.testing.assert_allclose(model.encode_image(many), np.resize(one_by_one, (count, 8)), atol=ROUNDING)
+    texts = [TEXTS[i % len(TEXTS)] for i in range(count)]
+    np.testing.assert_allclose(model.encode_text(texts), np.resize(model.encode_text(TEXTS), (count, 8)), atol=ROUNDING)
+
+
+def test_each_encoder_compiles_once_for_each_power_of_two(file, images):
+    model = load(file)
+    for count in (1, 2, 3, 4, 50, 64, 65, 100, 130, 3):  # batches of 1, 2, 4 and 64; 100 is 64 and 64 for 36
+        model.encode_text(["a dog"] * count)
+    assert model._encode_text._cache_size() == 4
+
+
+def test_nothing_in_nothing_out(model):
+    assert model.encode_image([]).shape == model.encode_text([]).shape == (0, 8)
+
+
+def test_paths_bytes_arrays_and_pictures_mean_the_same(model, images, tmp_path):
+    path = tmp_path / "picture.png"
+    images[0].save(path)
+    rows = model.encode_image([images[0], path, str(path), path.read_bytes(), np.array(images[0])])
+    np.testing.assert_allclose(rows, np.repeat(rows[:1], 5, axis=0), atol=ROUNDING)
+    stack = np.stack([np.array(images[0])] * 2)
+    np.testing.assert_allclose(model.encode_image(stack), rows[:2], atol=ROUNDING)
+
+
+def test_logits_are_scaled_cosines(model, images):
+    scale = np.exp(model.params["logit_scale"])
+    expected = scale * model.encode_image(images) @ model.encode_text(TEXTS).T
+    np.testing.assert_allclose(model.logits(images, TEXTS), expected, atol=scale * ROUNDING)
+
+
+def test_zero_shot_is_the_softmax_over_classes_of_the_mean_prompt(model, images):
+    templates, classes = ("a {}", "the {}!"), ["dog", "cat", "owl"]
+    vectors = []
+    for name in classes:
+        mean = model.encode_text([template.format(name) for template in templates]).mean(axis=0)
+        vectors.append(mean / np.linalg.norm(mean))
+    logits = np.float64(model.scale) * model.encode_image(images) @ np.stack(vectors).T
+    expected = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(model.zero_shot(images, classes, templates), expected, atol=100 * ROUNDING)
+
+
+def test_zero_shot_takes_names_with_braces_and_refuses_templates_without(model, images):
+    assert model.zero_shot(images, ["{x}", "{}"], ["a {}"]).shape == (5, 2)
+    with pytest.raises(ValueError, match=r"'a photo' has no '\{\}'"):
+        model.zero_shot(images, ["dog"], ["a photo"])
+
+
+@pytest.mark.parametrize("single", ["a dog", b"bytes", Image.new("RGB", (9, 9)), np.zeros((9, 9, 3), np.uint8)])
+def test_one_item_is_refused_where_several_are_expected(single):
+    with pytest.raises(TypeError, match="expected a sequence, e.g. a list with one picture"):
+        _several(single, "picture")
+
+
+def test_one_string_is_not_a_sequence_of_texts(model):
+    with pytest.raises(TypeError, match="e.g. a list with one text, got one str"):
+        model.encode_text("a dog")
+
+
+def test_errors_number_pictures_across_batches(model, images):
+    with pytest.raises(ValueError, match="picture 66: .*can't be decoded"):
+        model.encode_image([images[0]] * 66 + [b"broken"])
+
+
+def test_overlong_texts_raise_unless_told_to_cut(file, model):
+    with pytest.raises(ValueError, match=r"model\.text\.length=12"):
+        model.encode_text(["dog " * 50])
+    assert load(file, truncate=True).encode_text(["dog " * 50]).shape == (1, 8)
+
+
+def test_the_model_says_what_it_is(model):
+    assert model.config == CONFIG and model.tokenizer.vocab_size == 600
+    assert "Array" not in repr(model) and len(repr(model)) < 2000
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        model.params = {}
+
+
+def test_weights_of_other_shapes_are_refused_by_name(params, tmp_path):
+    text = dataclasses.replace(TINY.text, width=16)
+    msgpack.write(tmp_path / "a", params, dataclasses.replace(CONFIG, model=dataclasses.replace(TINY, text=text)))
+    with pytest.raises(ValueError, match=r"the parameter text/\S+ has shape \(.*\), its config describes \("):
+        load(tmp_path / "a")
+
+
+def test_missing_and_additional_parameters_are_refused_by_name(params, tmp_path):
+    msgpack.write(tmp_path / "less", {k: v for k, v in params.items() if k != "logit_scale"}, CONFIG)
+    with pytest.raises(ValueError, match=r"logit_scale has shape none, its config describes \(\)"):
+        load(tmp_path / "less")
+    msgpack.write(tmp_path / "more", {**params, "bias": np.zeros(3)}, CONFIG)
+    with pytest.raises(ValueError, match=r"bias has shape \(3,\), its config describes none"):
+        load(tmp_path / "more")
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(params, tmp_path):
+    config = dataclasses.replace(CONFIG, tokenizer=TokenizerConfig(path="own"), tokenizer_file=b"t h\nth e</w>\n")
+    msgpack.write(tmp_path / "a", params, config)
+    with pytest.raises(ValueError, match=r"model\.text\.vocab_size=600 .*use 515 to 516"):
+        load(tmp_path / "a")
+
+
+def test_loading_and_encoding_import_neither_tensorflow_nor_orbax(file):
+    script = f"""
+import sys, clip_jax
+assert not {{"jax", "flax", "numpy"}} & sys.modules.keys(), "import clip_jax is to be quick"
+model = clip_jax.load({str(file)!r})
+model.encode_text(["a dog"])
+import clip_jax.search
+assert not {{"tensorflow", "orbax", "torch"}} & sys.modules.keys()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_an_attribute_that_the_package_lacks_is_an_attribute_error():
+    assert clip_jax.load is load and "load" in dir(clip_jax)
+    with pytest.raises(AttributeError, match="no attribute 'laod'"):
+        _ = clip_jax.laod

@@ -1,0 +1,102 @@
+"""Whole runs: killed, asked to leave, on one process and two, and always the run that would have been."""
+
+import random
+import shutil
+import signal
+
+import pytest
+
+from tests import runs
+
+TOTAL = 40
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """A run of one process with two devices that nothing happened to."""
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    runs.finish(runs.start(workdir, devices=2))
+    return workdir
+
+
+@pytest.fixture
+def random_step():
+    """A step to interrupt at, another one in every session; printed if the test fails."""
+    step = random.SystemRandom().randrange(3, 30)
+    print(f"interrupted at step {step}")
+    return step
+
+
+@pytest.fixture(scope="module")
+def killed_as_two(tmp_path_factory):
+    """A run of two processes, both killed with SIGKILL."""
+    workdir = tmp_path_factory.mktemp("killed_as_two")
+    processes = runs.start_two(workdir)
+    runs.wait_for_step(processes[0], random.SystemRandom().randrange(8, 30))
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    return workdir
+
+
+def test_killed_and_started_again_is_the_uninterrupted_run_bit_for_bit(uninterrupted, tmp_path, random_step):
+    process = runs.start(tmp_path, devices=2)
+    runs.wait_for_step(process, random_step)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    runs.finish(runs.start(tmp_path, devices=2))
+    assert runs.fingerprint(tmp_path, TOTAL) == runs.fingerprint(uninterrupted, TOTAL)
+
+
+def test_two_processes_killed_go_on_as_two_bit_for_bit(uninterrupted, killed_as_two, tmp_path):
+    workdir = shutil.copytree(killed_as_two, tmp_path / "run")
+    said = runs.finish(*runs.start_two(workdir))
+    assert "going on from the checkpoint of step" in said[0]
+    assert runs.fingerprint(workdir, TOTAL) == runs.fingerprint(uninterrupted, TOTAL)
+
+
+def test_two_processes_killed_go_on_as_one_bit_for_bit(uninterrupted, killed_as_two, tmp_path):
+    workdir = shutil.copytree(killed_as_two, tmp_path / "run")
+    said = runs.finish(runs.start(workdir, devices=2))
+    assert "going on from the checkpoint of step" in said[0]
+    assert runs.fingerprint(workdir, TOTAL) == runs.fingerprint(uninterrupted, TOTAL)
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_sigterm_to_one_host_saves_the_same_step_on_both_and_leaves_with_0(uninterrupted, tmp_path, asked, random_step):
+    processes = runs.start_two(tmp_path)
+    runs.wait_for_step(processes[0], random_step)
+    processes[asked].send_signal(signal.SIGTERM)
+    for words in runs.finish(*processes, code=0):
+        assert "stopped by SIGTERM, state saved" in words
+    if asked:
+        runs.finish(runs.start(tmp_path, devices=2))
+        assert runs.fingerprint(tmp_path, TOTAL) == runs.fingerprint(uninterrupted, TOTAL)
+
+
+def test_hosts_with_different_configs_stop_at_the_start_and_say_which(tmp_path):
+    from socket import socket
+
+    with socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    processes = [
+        runs.start(tmp_path / str(p), f"--config.train.seed={p}", process=p, processes=2, port=port) for p in range(2)
+    ]
+    for words in runs.finish(*processes, code=1):
+        assert "hosts disagree with process 0 in: config (processes 1)" in words
+
+
+def test_an_exception_on_one_host_ends_both(tmp_path):
+    """Left to itself it would hang for five minutes: the exit barrier waits while heartbeats go on."""
+    processes = runs.start_two(tmp_path, "--config.checkpoint.every_steps=2")
+    runs.wait_for_step(processes[0], 3)
+    # Checkpoints can't be written any more: the next save raises on the first process.
+    shutil.rmtree(tmp_path / "checkpoints")
+    (tmp_path / "checkpoints").write_text("in the way")
+    for process in processes:
+        process.communicate(timeout=60)
+        assert process.returncode not in (0, None)

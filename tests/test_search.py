@@ -1,0 +1,95 @@
+"""The search command, as it is typed."""
+
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+from PIL import Image
+
+from clip_jax import search
+from clip_jax.architectures import Architecture, EdgeNet, TextTransformer, WeightsConfig
+from clip_jax.interop import msgpack
+from clip_jax.models import make_model
+
+TINY = Architecture(
+    EdgeNet(image_size=16, width=8),
+    TextTransformer(vocab_size=600, length=12, eos_id=599, width=32, layers=1, heads=2),
+    embed_dim=8,
+)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "tiny.msgpack"
+    shapes = jax.eval_shape(make_model(TINY).init, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(leaf.dtype), shapes)
+    msgpack.write(path, params, WeightsConfig(TINY))
+    return path
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    (folder / "below" / "it").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name in ("a.png", "b.JPG", "below/c.webp", "below/it/d.jpeg", "below/it/e.png"):
+        Image.fromarray(rng.integers(0, 256, (20, 30, 3), np.uint8)).save(folder / name)
+    (folder / "notes.txt").write_text("no picture")
+    (folder / "odd.png").mkdir()
+    return folder
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "clip_jax.search", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_pictures_are_found_at_any_depth_in_one_order(pictures):
+    paths, names = search.files_below(pictures)
+    assert names == ["a.png", "b.JPG", "below/c.webp", "below/it/d.jpeg", "below/it/e.png"]
+    assert paths == [str(pictures / name) for name in names]
+
+
+def test_ranking_is_by_cosine_and_ties_keep_their_order():
+    image_nE = np.float32([[0, 1], [1, 0], [0, 1], [0.6, 0.8]])
+    order, similarity = search.ranking(image_nE, np.float32([0, 1]))
+    assert order.tolist() == [0, 2, 3, 1]
+    np.testing.assert_allclose(similarity, [1, 1, 0.8, 0])
+
+
+def test_the_command_prints_rank_cosine_and_name(weights, pictures):
+    done = run(f"--weights={weights}", f"--images={pictures}", "--top=3", "a happy dog", "two cats")
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.strip().split("\n\n")
+    assert first.startswith("'a happy dog' among 5 pictures") and second.startswith("'two cats' among 5 pictures")
+    rows = [line.split() for line in first.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["1", "2", "3"] and len({row[2] for row in rows}) == 3
+    cosines = [float(row[1]) for row in rows]
+    assert cosines == sorted(cosines, reverse=True) and all(-1 <= cosine <= 1 for cosine in cosines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a dog"], "expected --weights=FILE and a query"),
+        (["--weights=WEIGHTS"], "expected --weights=FILE and a query"),
+        (["--weights=/nowhere", "a dog"], "/nowhere"),
+        (["--weights=WEIGHTS", "--images=/nowhere", "a dog"], "--images=/nowhere: there is no such folder"),
+        (["--weights=WEIGHTS", "--images=EMPTY", "a dog"], "no picture in it or below; looked for .jpeg, .jpg"),
+        (["--weights=WEIGHTS", "dog " * 99], "model.text.length=12"),
+    ],
+)
+def test_wrong_input_ends_with_one_sentence(arguments, message, weights, tmp_path, capsys):
+    known = {"WEIGHTS": str(weights), "EMPTY": str(tmp_path)}
+    for word, meant in known.items():
+        arguments = [argument.replace(word, meant) for argument in arguments]
+    with flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
+        search.main(flags.FLAGS(["search", *arguments]))
+    assert ended.value.code == search.REFUSED
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

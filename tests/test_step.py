@@ -1,0 +1,165 @@
+"""One step: its sharding, its guard, its counters."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from clip_jax import optim, sharding, step
+from clip_jax.architectures import Architecture, TextTransformer, ViT
+from clip_jax.config import Config, LossConfig, OptimConfig
+from clip_jax.losses import LOSSES
+from clip_jax.models import make_model
+from clip_jax.typing import Batch
+
+ARCHITECTURE = Architecture(ViT(16, 8, 32, 2, 2), TextTransformer(64, 8, 63, width=32, layers=2, heads=2), 16)
+CONFIG = Config(model=ARCHITECTURE, optim=OptimConfig(warmup_steps=2, learning_rate=1e-3, ema_decay=0.9))
+MODEL = make_model(ARCHITECTURE)
+STEPS, BATCH = 10, 16
+# Sums over the batch in another order. The bias of a key has no gradient but rounding, since a softmax does not feel
+# it, and Adam turns the sign of that into steps: hence a tenth of one step of 1e-3.
+DEVICES_TOLERANCE = 1e-4
+
+
+def _batch(seed: int) -> Batch:
+    rng = np.random.default_rng(seed)
+    text = rng.integers(0, 63, (BATCH, 8)).astype(np.int32)
+    text[:, -1] = 63
+    return Batch(rng.integers(0, 256, (BATCH, 16, 16, 3), dtype=np.uint8), text, np.ones(BATCH, bool))
+
+
+def _start(devices: int = 1, config: Config = CONFIG, encode_image=MODEL.encode_image):
+    init, train_step, mesh = _compiled(devices, config, encode_image)
+    return init(jax.random.key(0)), train_step, mesh
+
+
+@functools.cache
+def _compiled(devices: int, config: Config, encode_image):
+    mesh = sharding.make_mesh(jax.devices()[:devices])
+    optimizer = optim.make_optimizer(config.optim, STEPS)
+    init = jax.jit(
+        lambda key: step.init_state(MODEL.init(key), optimizer, ema=config.optim.ema_decay > 0),
+        out_shardings=sharding.replicated(mesh),
+    )
+    train_step = step.make_train_step(encode_image, MODEL.encode_text, LOSSES["softmax"], optimizer, config, mesh)
+    return init, train_step, mesh
+
+
+def _run(devices: int) -> tuple[step.TrainState, list[float]]:
+    state, train_step, mesh = _start(devices)
+    losses = []
+    for seed in range(STEPS):
+        state, metrics = train_step(state, sharding.to_global(_batch(seed), mesh))
+        losses.append(float(metrics["loss"]))
+    return jax.device_get(state), losses
+
+
+def test_eight_devices_and_one_agree_over_ten_steps():
+    (one, losses_one), (eight, losses_eight) = _run(1), _run(8)
+    np.testing.assert_allclose(losses_eight, losses_one, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(eight.params), strict=True):
+        np.testing.assert_allclose(b, a, rtol=DEVICES_TOLERANCE, atol=DEVICES_TOLERANCE)
+    assert int(one.step) == STEPS
+
+
+def test_ten_steps_on_one_batch_lower_the_loss():
+    state, train_step, mesh = _start()
+    losses = []
+    for _ in range(STEPS):
+        state, metrics = train_step(state, sharding.to_global(_batch(0), mesh))
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0] - 0.1
+
+
+def _nan_on_black(params, image):
+    """The model's encoder, but a first picture that is all black gives NaN."""
+    poison = jnp.where(jnp.all(image[0] == 0), jnp.nan, 1.0)
+    return MODEL.encode_image(params, image) * poison
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_counters():
+    state, train_step, mesh = _start(encode_image=_nan_on_black)
+    state, _ = train_step(state, sharding.to_global(_batch(0), mesh))
+    before = jax.device_get(state)
+    bad = _batch(1)
+    bad.image[0] = 0
+    state, metrics = train_step(state, sharding.to_global(bad, mesh))
+    after = jax.device_get(state)
+    assert np.isnan(metrics["loss"])
+    for a, b in zip(*(jax.tree.leaves((s.params, s.opt_state, s.ema)) for s in (before, after)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert (int(after.step), int(after.skipped), int(after.skipped_in_a_row)) == (2, 1, 1)
+    state, metrics = train_step(state, sharding.to_global(_batch(2), mesh))
+    assert (int(state.skipped), int(state.skipped_in_a_row)) == (1, 0)
+    assert any(
+        (np.asarray(a) != b).any()
+        for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(after.params), strict=True)
+    )
+
+
+@pytest.mark.parametrize(("maximum", "expected"), [(100.0, 100.0), (20.0, 20.0)])
+def test_the_logit_scale_is_clipped_after_the_update(maximum, expected):
+    config = Config(model=ARCHITECTURE, optim=OptimConfig(warmup_steps=0), loss=LossConfig(logit_scale_max=maximum))
+    state, train_step, mesh = _start(config=config)
+    params = state.params | {"logit_scale": jax.device_put(jnp.float32(10.0), sharding.replicated(mesh))}
+    state = step.TrainState(state.step, params, state.opt_state, None, state.skipped, state.skipped_in_a_row)
+    _, metrics = train_step(state, sharding.to_global(_batch(0), mesh))
+    np.testing.assert_allclose(metrics["logit_scale"], expected, rtol=1e-5)
+
+
+def test_the_average_follows_the_parameters_without_the_initialisation():
+    state, train_step, mesh = _start()
+    first = jax.device_get(state.params)
+    for seed in range(3):
+        state, _ = train_step(state, sharding.to_global(_batch(seed), mesh))
+    name = lambda params: params["text"]["projection"]  # noqa: E731
+    # By hand: decay min(0.9, (1 + t) / (10 + t)) before steps 0, 1, 2 replayed from a second run.
+    replay, train_step, mesh = _start()
+    average = name(first)
+    for seed in range(3):
+        replay, _ = train_step(replay, sharding.to_global(_batch(seed), mesh))
+        decay = min(0.9, (1 + seed) / (10 + seed))
+        average = decay * average + (1 - decay) * np.asarray(name(replay.params))
+    np.testing.assert_allclose(name(state.ema), average, atol=1e-6)
+    assert state.eval_params is state.ema
+
+
+def test_one_program_serves_all_steps():
+    state, train_step, mesh = _start()
+    for seed in range(3):
+        state, _ = train_step(state, sharding.to_global(_batch(seed), mesh))
+    assert train_step._cache_size() == 1
+
+
+def test_the_optimizer_is_adam_with_decoupled_decay_by_hand():
+    config = OptimConfig(learning_rate=0.1, warmup_steps=1, b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.2)
+    optimizer = optim.make_optimizer(config, 100)
+    params = {"kernel": jnp.full((2, 2), 2.0), "bias": jnp.full((2,), 2.0), "logit_scale": jnp.float32(2.0)}
+    state = optimizer.init(params)
+    grads = jax.tree.map(lambda x: jnp.full_like(x, 0.5), params)
+    # The first update has rate 0: warm-up begins there. The second has 0.1.
+    for _ in range(2):
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    step_size = 0.5 / (0.5 + 1e-6)
+    np.testing.assert_allclose(params["kernel"], 2.0 - 0.1 * (step_size + 0.2 * 2.0), rtol=1e-5)
+    np.testing.assert_allclose(params["bias"], 2.0 - 0.1 * step_size, rtol=1e-5)
+    np.testing.assert_allclose(params["logit_scale"], 2.0 - 0.1 * step_size, rtol=1e-5)
+
+
+def test_gains_biases_and_the_logit_scale_are_not_decayed():
+    mask = optim.decay_mask(MODEL.init(jax.random.key(0)))
+    spared = {"/".join(k.key for k in path) for path, decays in jax.tree_util.tree_leaves_with_path(mask) if not decays}
+    assert "logit_scale" in spared and "image/norm_pre/scale" in spared
+    assert "text/transformer/blocks/attention/query/bias" in spared
+    assert all(name.rsplit("/")[-1] in ("bias", "scale", "logit_scale") for name in spared)
+    assert not optim.decay_mask({"a": {"kernel": 1}, "b": {"kernel": 2}}, "^a/")["a"]["kernel"]
+
+
+def test_the_schedule_warms_up_and_ends_at_zero():
+    schedule = optim.make_schedule(OptimConfig(learning_rate=4e-4, warmup_steps=10), 110)
+    rates = [float(schedule(at)) for at in (0, 5, 10, 60, 110)]
+    np.testing.assert_allclose(rates, [0, 2e-4, 4e-4, 2e-4, 0], atol=1e-9)
