@@ -122,6 +122,7 @@ class EvalConfig:
     batch_size: int = 512
     # A split of the training source: what is not learned, measured beside the model, is fitted on it. Empty: nothing.
     floors_split: str = ""
+    gates: Mapping[str, float] = dataclasses.field(default_factory=dict)  # what the report asks of a metric, by its key
     tasks: Mapping[str, EvalTask] = dataclasses.field(default_factory=dict)
 
 
@@ -333,6 +334,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "checkpoint.keep_every_steps": _COUNT_OR_NONE,
     "eval.every_steps": _COUNT_OR_NONE,
     "eval.batch_size": _COUNT,
+    "eval.gates.*": (-1e9, 1e9),
 }
 
 

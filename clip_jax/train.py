@@ -255,6 +255,7 @@ def _finish(run: Run, checkpoints: Checkpoints, suite: Suite, export: str | None
         if run.config.eval.floors_split:
             fitted_on = data.EVAL_SETS[run.config.data.source](run.config.data, run.config.eval.floors_split)
             measured |= suite.floors(fitted_on)
+        measured |= {f"{key}/gate": value for key, value in run.config.eval.gates.items() if key in measured}
         described = {
             "config": dataclasses.asdict(run.config),
             "versions": workdir.versions(),

@@ -1,4 +1,7 @@
-"""A small CLIP on emoji: real pictures, human-written names, eight minutes on two CPU cores."""
+"""A small CLIP on emoji: real pictures, human-written names, eight minutes on two CPU cores.
+
+What was tried for it, and what it was worth, is in README.
+"""
 
 from clip_jax.config import default_config
 
@@ -6,39 +9,47 @@ LANGUAGES = ("es", "ja", "ko", "pt", "it", "fr", "de", "fa", "id", "zh", "ru", "
 
 
 def get_config(arg=""):
-    """Return the config of the demo; README says what was tried."""
+    """Return the demo's config; it takes no argument."""
     del arg
     config = default_config("emoji")
-    config.tokenizer.name = "clip_bpe"
 
     config.data.source = "emoji"
-    config.data.captions = {"name": 4.0, "alias": 1.0, "keyword": 2.0} | {f"name_{language}": 0.1 for language in LANGUAGES}
+    # One text of one feature for a picture, drawn anew in every epoch; a quarter are names in other languages.
+    config.data.captions = {"name": 0.5, "alias": 0.1, "keyword": 0.2} | {f"name_{code}": 0.02 for code in LANGUAGES}
     augment = config.data.augment
-    augment.min_crop_area = 0.8
-    augment.rotate_degrees = 8.0
+    augment.min_crop_area = 1.0  # emoji are square already; what zoom pushes over the edge is lost
+    augment.rotate_degrees = 10.0
     augment.zoom = 0.15
-    augment.shift = 0.05
+    augment.shift = 0.1
     augment.contrast = 0.2
+    augment.brightness = 0.1
     augment.saturation = 0.3
     augment.hue_degrees = 15.0
     augment.grayscale_probability = 0.05
 
     config.train.batch_size = 256
-    config.train.total_steps = 500
+    config.train.total_steps = 2000
     config.train.dtype = "float32"
     config.train.remat = "none"
-    config.train.log_every_steps = 10
+    config.train.log_every_steps = 20
     config.optim.learning_rate = 1e-3
-    config.optim.warmup_steps = 50
-    config.checkpoint.every_steps = 100
+    config.optim.warmup_steps = 100
+    config.optim.eps = 1e-8
+    config.optim.weight_decay = 0.1
+    config.optim.max_grad_norm = 1.0
+    config.optim.ema_decay = 0.99
+    config.checkpoint.every_steps = 250
 
-    config.eval.every_steps = 250
+    config.eval.every_steps = 500
     config.eval.floors_split = "seen_concepts"
-    retrieval = {name: ("retrieval", name) for name in ("unseen_concepts", "unseen_vendor", "unseen_both")}
-    zeroshot = {name: ("zeroshot", name) for name in ("categories", "subcategories")}
-    languages = {f"unseen_concepts_{language}": ("retrieval", f"unseen_concepts_{language}") for language in LANGUAGES}
+    config.eval.gates = {
+        "retrieval/emoji_unseen_concepts/image_to_text/recall_at_5": 0.28,
+        "retrieval/emoji_unseen_vendor/image_to_text/recall_at_1": 0.20,
+    }
+    splits = dict.fromkeys(("unseen_concepts", "unseen_vendor", "unseen_both"), "retrieval")
+    splits |= dict.fromkeys(("categories", "subcategories"), "zeroshot")
+    splits |= {f"unseen_concepts_{code}": "retrieval" for code in LANGUAGES}
     config.eval.tasks = {
-        f"emoji_{name}": {"evaluator": evaluator, "source": "emoji", "split": split}
-        for name, (evaluator, split) in (retrieval | zeroshot | languages).items()
+        f"emoji_{split}": {"evaluator": evaluator, "source": "emoji", "split": split} for split, evaluator in splits.items()
     }
     return config

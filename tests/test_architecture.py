@@ -120,7 +120,8 @@ def defined_names(node):
 
 
 def docstrings(path, source, tree):
-    if not ast.get_docstring(tree):
+    marker = path.parts[0] == "tests" and not source.strip()  # an empty __init__.py, which only makes a package
+    if not marker and not ast.get_docstring(tree):
         yield f"{path}: has no docstring; say what it is, its source, and deviations from it"
 
 

