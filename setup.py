@@ -58,7 +58,7 @@ EXTRAS = {
     "eval": EMOJI,
     # What weights of others need beyond the core: today clip_jax reads and writes msgpack only, which flax brings.
     "interop": [],
-    "test": ["pytest>=8.4", "beartype>=0.21", "ruff>=0.12", *EMOJI],
+    "test": ["pytest>=8.4", "pytest-xdist>=3.6.1", "beartype>=0.21", "ruff>=0.12", *EMOJI],
     # libtpu. Leave it out on machines without a TPU: there it costs 1.5 s and some error lines at every start.
     "tpu": [f"jax[tpu]>={JAX}"],
     # CUDA 13, which needs driver 580 or newer. For an older one: pip install "jax[cuda12]", and no extra.

@@ -47,6 +47,8 @@ class DataConfig:
     files: str = ""
     # Features that hold captions, each with its weight; weights of absent and empty ones fall away.
     captions: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"txt": 1.0, "caption": 1.0})
+    # Up to so many texts of a record are drawn and joined by commas: for tags, and names that go with them.
+    texts_per_caption: int = 1
     augment: AugmentConfig = AugmentConfig()
     synthetic_examples: int = 4096  # size of the `synthetic` source
     cache_dir: str = "~/.cache/clip_jax"  # rendered pictures and indices of shards
@@ -284,8 +286,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "model.image.layers": _COUNT,
     "model.image.heads": _COUNT,
     "model.image.mlp_ratio": (0.01, 100.0),
-    "model.image.widths": _COUNT,
-    "model.image.blocks": _COUNT,
+    "model.image.orientations": _COUNT,
+    "model.image.cell": _COUNT,
     "model.text.vocab_size": _COUNT,
     "model.text.length": (3, 2**20),
     "model.text.eos_id": (0, 2**31 - 1),
@@ -308,6 +310,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "data.augment.grayscale_probability": _FRACTION,
     "data.augment.flip_probability": _FRACTION,
     "data.augment.cutout": _FRACTION,
+    "data.texts_per_caption": (1, 1000),
     "data.synthetic_examples": _COUNT,
     "data.max_bad_fraction": _FRACTION,
     "data.decode_threads": _COUNT_OR_NONE,
@@ -403,7 +406,8 @@ def _check_architecture(model: Architecture) -> None:
     size, step = image.image_size, getattr(image, part)
     if size % step:
         raise ValueError(
-            f"model.image.image_size={size} is not a multiple of model.image.{part}={step}; use {max(1, size // step) * step}"
+            f"model.image.image_size={size} is not a multiple of model.image.{part}={step};"
+            f" use {max(1, size // step) * step}"
         )
     for key, tower in (("image", image), ("text", text)):
         if hasattr(tower, "heads") and tower.width % tower.heads:

@@ -255,8 +255,9 @@ def _finish(run: Run, checkpoints: Checkpoints, suite: Suite, export: str | None
         if run.config.eval.floors_split:
             fitted_on = data.EVAL_SETS[run.config.data.source](run.config.data, run.config.eval.floors_split)
             measured |= suite.floors(fitted_on)
-        measured |= {f"{key}/gate": value for key, value in run.config.eval.gates.items() if key in measured}
+        measured |= suite.gates(run.config.eval)
         described = {
+            "attribution": suite.attribution,
             "config": dataclasses.asdict(run.config),
             "versions": workdir.versions(),
             "left_out": suite.left_out,

@@ -116,6 +116,7 @@ class EvalSet:
     texts: the candidates, captions or classes; several wordings of one are averaged as embeddings.
     targets: for every image the index in `texts` that is right.
     image_names: what a report writes under a picture.
+    attribution: what the licences of the pictures ask to be said where they are shown.
     """
 
     name: str
@@ -123,6 +124,7 @@ class EvalSet:
     texts: Sequence[tuple[str, ...]]
     targets: Int64[np.ndarray, "n"]
     image_names: Sequence[str] = ()
+    attribution: str = ""
 
 
 class Unavailable(RuntimeError):

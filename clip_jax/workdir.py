@@ -59,7 +59,9 @@ def _git_commit() -> str:
 
     def git(*arguments: str) -> str:
         here = Path(__file__).parent
-        return subprocess.run(["git", "-C", here, *arguments], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", here, *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         # A package in somebody's site-packages may lie inside a repository that is not ours.

@@ -11,13 +11,21 @@ ROOT = Path(__file__).parent.parent
 TINY = "tests/configs/tiny.py"
 
 
-def start(workdir: Path, *flags: str, devices: int = 1, process: int = 0, processes: int = 1, port: int = 0, config: str = TINY):
+def start(
+    workdir: Path,
+    *flags: str,
+    devices: int = 1,
+    process: int = 0,
+    processes: int = 1,
+    port: int = 0,
+    config: str = TINY,
+):
     """Start one process of `python -m clip_jax.main`; its messages come line by line from `.stderr`."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": str(ROOT),
-        "CLIP_JAX_HEARTBEAT_SECONDS": "10",
+        "CLIP_JAX_HEARTBEAT_SECONDS": "20",
         "CLIP_JAX_SHUTDOWN_SECONDS": "10",
     }
     if processes > 1:
@@ -27,7 +35,9 @@ def start(workdir: Path, *flags: str, devices: int = 1, process: int = 0, proces
             "JAX_PROCESS_ID": str(process),
         }
     command = [sys.executable, "-m", "clip_jax.main", f"--config={config}", f"--workdir={workdir}", *flags]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
 
 
 def start_two(workdir: Path, *flags: str) -> list[subprocess.Popen]:

@@ -16,14 +16,14 @@ import ml_collections
 import pytest
 
 from clip_jax import config as c
-from clip_jax.architectures import MODELS
+from clip_jax.architectures import MODELS, Architecture
 
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = ROOT / "tests/golden/configs"
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
 # Mappings have no keys of their own: one stands for all.
-EXAMPLE_KEYS = {"data.captions": "txt", "eval.tasks": "x"}
+EXAMPLE_KEYS = {"data.captions": "txt", "eval.tasks": "x", "eval.gates": "retrieval/a/b"}
 
 
 def load(name):
@@ -49,13 +49,15 @@ def numbers_of(hint, path=""):
 
 
 NUMBERS = {key: rest for key, *rest in numbers_of(c.Config)}
-CONVNET_ONLY = {"model.image.widths", "model.image.blocks"}
+IMAGE_TOWERS = typing.get_args(typing.get_type_hints(Architecture)["image"])
 
 
 def config_with(key, value):
-    """Return a whole config as nested dicts, with one value changed."""
-    model = "emoji" if key in CONVNET_ONLY else "vit_b32"
-    tree = dataclasses.asdict(c.Config(model=MODELS[model]))
+    """Return a whole config as nested dicts, with one value changed; its image tower is the first that has the key."""
+    tower = next(
+        (t for t in IMAGE_TOWERS if key.removeprefix("model.image.") in typing.get_type_hints(t)), IMAGE_TOWERS[0]
+    )
+    tree = dataclasses.asdict(c.Config(model=Architecture(image=tower())))
     *parents, last = key.split(".")
     node = tree
     for parent in parents:
@@ -227,7 +229,10 @@ def resolve(devices=8, processes=1, examples=None, train=None, **rest):
         ),
         ({"model": {"image": {"kind": "vit", "patch_size": 30}}}, "224 is not a multiple of .*patch_size=30; use 210"),
         ({"model": {"text": {"heads": 7}}}, "model.text.width=512 is not a multiple of model.text.heads=7"),
-        ({"model": {"image": {"kind": "edges", "cell": 5}}}, r"image_size=48 is not a multiple of model.image.cell=5; use 45"),
+        (
+            {"model": {"image": {"kind": "edges", "cell": 5}}},
+            r"image_size=48 is not a multiple of model.image.cell=5; use 45",
+        ),
     ],
 )
 def test_resolve_refuses_and_names_the_key(arguments, message):

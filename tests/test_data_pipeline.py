@@ -308,12 +308,37 @@ def test_captions_without_weight_are_an_error():
 def _choices(captions, weights):
     record = Record("k", b"", captions)
     grid = (np.arange(100) + 0.5) / 100
-    return [pipeline.choose_caption(record, weights, float(u), float(v)) for u in grid for v in grid[::10]]
+    return [pipeline.choose_caption(record, weights, [0.0], [u], [v]) for u in grid for v in grid[::10]]
 
 
 def test_features_are_chosen_by_weight_and_their_values_evenly():
     found = _choices({"name": ("dog",), "keyword": ("pet", "animal")}, {"name": 3.0, "keyword": 1.0})
     assert {text: found.count(text) for text in found} == {"dog": 750, "pet": 125, "animal": 125}
+
+
+def test_several_texts_are_joined_and_none_comes_twice():
+    record = Record("k", b"", {"name": ("dog",), "keyword": ("pet", "animal")})
+    weights = {"name": 1.0, "keyword": 1.0}
+    grid = np.linspace(0, 0.99, 5)
+    drawn = {
+        pipeline.choose_caption(record, weights, [count] * 3, [a, b, c], [d, a, b])
+        for count in grid
+        for a in grid
+        for b in grid
+        for c in grid
+        for d in grid
+    }
+    parts = [caption.split(", ") for caption in drawn]
+    assert {len(texts) for texts in parts} == {1, 2, 3}
+    assert all(len(set(texts)) == len(texts) for texts in parts)
+    assert {tuple(sorted(texts)) for texts in parts if len(texts) == 3} == {("animal", "dog", "pet")}
+
+
+def test_one_text_is_the_first_of_several():
+    """More texts for a caption add to the first one; they don't change which it is."""
+    ids, epochs = np.arange(50), np.zeros(50, np.int64)
+    one, three = (pipeline._caption_draws(texts, 7, epochs, ids) for texts in (1, 3))
+    np.testing.assert_array_equal(one[..., 0], three[..., 0])
 
 
 def test_weights_of_absent_empty_and_weightless_features_fall_away():

@@ -16,8 +16,9 @@ from clip_jax.models import make_model
 from clip_jax.typing import Batch
 
 ARCHITECTURE = Architecture(ViT(16, 8, 32, 2, 2), TextTransformer(64, 8, 63, width=32, layers=2, heads=2), 16)
-CONFIG = Config(model=ARCHITECTURE, optim=OptimConfig(warmup_steps=2, learning_rate=1e-3, ema_decay=0.9))
+OPTIM = OptimConfig(warmup_steps=2, learning_rate=1e-3, ema_decay=0.9)
 MODEL = make_model(ARCHITECTURE)
+LOSS = LossConfig()
 STEPS, BATCH = 10, 16
 # Sums over the batch in another order. The bias of a key has no gradient but rounding, since a softmax does not feel
 # it, and Adam turns the sign of that into steps: hence a tenth of one step of 1e-3.
@@ -31,13 +32,19 @@ def _batch(seed: int) -> Batch:
     return Batch(rng.integers(0, 256, (BATCH, 16, 16, 3), dtype=np.uint8), text, np.ones(BATCH, bool))
 
 
-def _start(devices: int = 1, config: Config = CONFIG, encode_image=MODEL.encode_image):
-    init, train_step, mesh = _compiled(devices, config, encode_image)
+def _start(
+    devices: int = 1,
+    optim_config: OptimConfig = OPTIM,
+    loss: LossConfig = LOSS,
+    encode_image=MODEL.encode_image,
+):
+    init, train_step, mesh = _compiled(devices, optim_config, loss, encode_image)
     return init(jax.random.key(0)), train_step, mesh
 
 
 @functools.cache
-def _compiled(devices: int, config: Config, encode_image):
+def _compiled(devices: int, optim_config: OptimConfig, loss: LossConfig, encode_image):
+    config = Config(model=ARCHITECTURE, optim=optim_config, loss=loss)
     mesh = sharding.make_mesh(jax.devices()[:devices])
     optimizer = optim.make_optimizer(config.optim, STEPS)
     init = jax.jit(
@@ -102,8 +109,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_counters():
 
 @pytest.mark.parametrize(("maximum", "expected"), [(100.0, 100.0), (20.0, 20.0)])
 def test_the_logit_scale_is_clipped_after_the_update(maximum, expected):
-    config = Config(model=ARCHITECTURE, optim=OptimConfig(warmup_steps=0), loss=LossConfig(logit_scale_max=maximum))
-    state, train_step, mesh = _start(config=config)
+    state, train_step, mesh = _start(1, OptimConfig(warmup_steps=0), LossConfig(logit_scale_max=maximum))
     params = state.params | {"logit_scale": jax.device_put(jnp.float32(10.0), sharding.replicated(mesh))}
     state = step.TrainState(state.step, params, state.opt_state, None, state.skipped, state.skipped_in_a_row)
     _, metrics = train_step(state, sharding.to_global(_batch(0), mesh))

@@ -21,7 +21,7 @@ import tensorflow as tf
 ROUNDS = 24  # even, at least 4
 
 # Purposes of draws. Their numbers are part of what a seed means: add, never renumber.
-FEATURE, VALUE, AUGMENT, REPLACE = range(4)
+FEATURE, VALUE, AUGMENT, REPLACE, COUNT = range(5)
 
 
 def indices(positions: np.ndarray | tf.Tensor, examples: int, seed: int) -> tf.Tensor:
@@ -38,10 +38,10 @@ def indices(positions: np.ndarray | tf.Tensor, examples: int, seed: int) -> tf.T
     )
 
 
-def draw(purpose: int, *words: np.ndarray | int) -> np.ndarray:
+def draw(purpose: np.ndarray | int, *words: np.ndarray | int) -> np.ndarray:
     """Return a uint64 for each row of the words (seed, epoch, example, …), which broadcast against each other."""
     with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is the point
-        state = _mix(np.array([purpose + 1], np.uint64))
+        state = _mix(np.atleast_1d(purpose).astype(np.uint64) + np.uint64(1))
         for word in words:
             state = _mix(state + np.uint64(0x9E3779B97F4A7C15) + _mix(np.atleast_1d(word).astype(np.uint64)))
     return state

@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -103,7 +103,7 @@ def _positions(start_step: int, batch_size: int, first_row: int, host_batch_size
     """Return chunks of the host's positions in the endless sequence of examples, int64[n]."""
     numbers = tf.data.Dataset.range(start_step * host_batch_size, 2**62)
     chunks = numbers.batch(min(CHUNK, host_batch_size))
-    return chunks.map(lambda n: n // host_batch_size * batch_size + first_row + n % host_batch_size)
+    return chunks.map(_untransformed(lambda n: n // host_batch_size * batch_size + first_row + n % host_batch_size))
 
 
 def _options(config: DataConfig) -> tf.data.Options:
@@ -140,12 +140,10 @@ def _fetch(
 ) -> Fetched:
     """Read records, choose a caption of each and tokenize them; a bad record has empty bytes and no tokens."""
     records = list(pool.map(functools.partial(_read, source), example_ids.tolist()))
-    by_feature, by_value = (
-        order.fraction(order.draw(purpose, seed, epochs, example_ids)) for purpose in (order.FEATURE, order.VALUE)
-    )
+    draws = _caption_draws(config.texts_per_caption, seed, epochs, example_ids)
     captions = [
-        choose_caption(record, config.captions, u, v) if record else None
-        for record, u, v in zip(records, by_feature, by_value, strict=True)
+        choose_caption(record, config.captions, *row.tolist()) if record else None
+        for record, row in zip(records, draws, strict=True)
     ]
     ok = np.array([caption is not None for caption in captions])
     tokens = np.zeros((len(records), tokenizer.length), np.int32)
@@ -162,22 +160,43 @@ def _read(source: DataSource, example: int) -> Record | None:
         return None
 
 
-def choose_caption(record: Record, weights: dict[str, float], by_feature: float, by_value: float) -> str | None:
-    """Choose a feature by weight among those with a usable text, then one of its texts; None if there is none.
+def _caption_draws(texts: int, seed: int, epochs: np.ndarray, example_ids: np.ndarray) -> np.ndarray:
+    """Return float64[n, 3, texts] in [0, 1): what decides how many texts, of which features, and which ones."""
+    purposes = np.array([order.COUNT, order.FEATURE, order.VALUE])[None, :, None]
+    words = epochs[:, None, None], example_ids[:, None, None], np.arange(texts)[None, None]
+    return order.fraction(order.draw(purposes, seed, *words))
+
+
+def choose_caption(
+    record: Record,
+    weights: Mapping[str, float],
+    by_count: Sequence[float] = (0.0,),
+    by_feature: Sequence[float] = (0.0,),
+    by_value: Sequence[float] = (0.0,),
+) -> str | None:
+    """Join up to as many texts as there are draws, none twice; None if the record has no usable text.
 
     Args:
-      by_feature, by_value: in [0, 1), the two draws that decide.
+      by_count: in [0, 1); the first decides how many texts, from 1 on.
+      by_feature, by_value: in [0, 1); each pair decides a feature, by weight, and one of its texts.
     """
     usable = {
         name: texts
         for name, weight in weights.items()
         if weight > 0 and (texts := [t for text in record.captions.get(name, ()) if (t := _clean(text))])
     }
-    if not usable:
-        return None
-    edges = np.cumsum([weights[name] for name in usable])
-    texts = list(usable.values())[int(np.searchsorted(edges[:-1], by_feature * edges[-1], side="right"))]
-    return texts[int(by_value * len(texts))]
+    chosen = []
+    count = 1 + int(by_count[0] * len(by_count))
+    for u, v in zip(by_feature[:count], by_value[:count], strict=True):
+        if not usable:
+            break
+        names = list(usable)
+        edges = np.cumsum([weights[name] for name in names])
+        name = names[int(np.searchsorted(edges[:-1], u * edges[-1], side="right"))]
+        chosen.append(usable[name].pop(int(v * len(usable[name]))))
+        if not usable[name]:
+            del usable[name]
+    return ", ".join(chosen) or None
 
 
 def _clean(text: str) -> str:
@@ -319,7 +338,7 @@ def _why_bad(source: DataSource, example: int, config: DataConfig) -> str | None
         record = source.read(example)
     except BadRecord as error:
         return str(error)
-    if choose_caption(record, config.captions, 0.0, 0.0) is None:
+    if choose_caption(record, config.captions) is None:
         wanted, found = ", ".join(config.captions), ", ".join(record.captions) or "none"
         texts = [text for name in config.captions for text in record.captions.get(name, ())]
         if any(texts):

@@ -26,7 +26,7 @@ ATTRIBUTES = ("candidates", "chance", "majority", "gate")
 EVALUATED = ("retrieval/", "zeroshot/")
 CURVES = {
     "loss": "Loss",
-    "accuracy": "Contrastive accuracy in the batch",
+    "accuracy/image_to_text": "Contrastive accuracy in the batch",
     "logit_scale": "Logit scale",
     "learning_rate": "Learning rate",
     "images_per_second": "Images per second",

@@ -36,9 +36,18 @@ class Suite:
         """Return what is reached without learning a representation, on the retrieval sets."""
         return floors(fitted_on, self._retrieval_sets())
 
+    def gates(self, config: EvalConfig) -> dict[str, float]:
+        """Return what is asked of metrics as `<metric>/gate`, but for sets that are left out."""
+        return {f"{key}/gate": gate for key, gate in config.gates.items() if key.split("/")[1] not in self.left_out}
+
     def panels(self, embedder: Embedder) -> list[Panels]:
         """Return the pictures for a report, of the first two retrieval sets."""
         return [panels(embedder, eval_set) for eval_set in self._retrieval_sets()[:2]]
+
+    @property
+    def attribution(self) -> str:
+        """What the licences of the pictures ask a report to say."""
+        return "\n".join(dict.fromkeys(s.attribution for _, s in self.sets.values() if s.attribution))
 
     def _retrieval_sets(self) -> list[EvalSet]:
         return [eval_set for evaluator, eval_set in self.sets.values() if evaluator is retrieval]

@@ -108,7 +108,5 @@ class Transformer(nn.Module):
             # Inside a scan nothing can be merged away, so the barrier against that is only cost.
             block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         scan = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.layers)
-        blocks = scan(
-            self.heads, self.mlp_ratio, self.activation, self.causal, self.layers, self.dtype, name="blocks"
-        )
+        blocks = scan(self.heads, self.mlp_ratio, self.activation, self.causal, self.layers, self.dtype, name="blocks")
         return blocks(x_BLD, None)[0]

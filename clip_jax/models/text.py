@@ -51,7 +51,5 @@ class TextTransformer(nn.Module):
         x_BD = jnp.take_along_axis(x_BLD, end_B[:, None, None], axis=1)[:, 0]
         # The norm works on each position alone, so it may follow the pooling.
         x_BD = LayerNorm(name="norm_final")(x_BD)
-        projection = self.param(
-            "projection", nn.initializers.normal(tower.width**-0.5), (tower.width, self.embed_dim)
-        )
+        projection = self.param("projection", nn.initializers.normal(tower.width**-0.5), (tower.width, self.embed_dim))
         return x_BD @ projection.astype(self.dtype)

