@@ -104,7 +104,7 @@ MODELS: dict[str, Architecture] = {
         ViT(image_size=336, patch_size=14, width=1024, layers=24, heads=16), _TEXT_768, 768
     ),  # 427,944,193
     # Ours, for 48 px pictures and two CPU cores; README says what was tried.
-    "emoji": Architecture(EdgeNet(), TextTransformer(4514, 20, eos_id=4513, width=96, layers=1, heads=3), 128),
+    "emoji": Architecture(EdgeNet(), TextTransformer(20_514, 20, eos_id=20_513, width=96, layers=1, heads=3), 128),
 }
 
 

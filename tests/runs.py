@@ -5,9 +5,11 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+CACHE = Path(tempfile.gettempdir()) / f"clip_jax-tests-{os.getuid()}-{os.getpid()}"
 TINY = "tests/configs/tiny.py"
 
 
@@ -27,6 +29,9 @@ def start(
         "PYTHONPATH": str(ROOT),
         "CLIP_JAX_HEARTBEAT_SECONDS": "20",
         "CLIP_JAX_SHUTDOWN_SECONDS": "10",
+        # Every process compiles the same programs; bits are compared, so it is as well that they are the same.
+        "JAX_COMPILATION_CACHE_DIR": str(CACHE),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     if processes > 1:
         environment |= {
