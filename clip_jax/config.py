@@ -95,7 +95,6 @@ class TrainConfig:
     remat: Literal["none", "dots", "full"] = "full"  # what the backward pass computes again
     log_every_steps: int = 50
     max_nonfinite_steps: int = 10  # in a row; then the run ends
-    matmul_precision: Literal["default", "highest"] = "default"
 
 
 @dataclasses.dataclass(frozen=True)

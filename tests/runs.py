@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -45,12 +46,15 @@ def start(
     )
 
 
-def start_two(workdir: Path, *flags: str) -> list[subprocess.Popen]:
-    """Start two processes with one device each, as one job."""
+def start_two(workdir: Path, *flags: str, second: Sequence[str] = ()) -> list[subprocess.Popen]:
+    """Start two processes with one device each, as one job; `second` are flags that only the second one gets."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    return [start(workdir, *flags, process=process, processes=2, port=port) for process in range(2)]
+    return [
+        start(workdir, *flags, *extra, process=process, processes=2, port=port)
+        for process, extra in enumerate(((), second))
+    ]
 
 
 def finish(*processes: subprocess.Popen, code: int = 0) -> list[str]:

@@ -77,13 +77,6 @@ def test_sigterm_to_any_host_saves_the_same_step_on_both_and_leaves_with_0(unint
 
 
 def test_hosts_with_different_configs_stop_at_the_start_and_say_which(tmp_path):
-    from socket import socket
-
-    with socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    processes = [
-        runs.start(tmp_path / str(p), f"--config.train.seed={p}", process=p, processes=2, port=port) for p in range(2)
-    ]
+    processes = runs.start_two(tmp_path, second=["--config.train.seed=1"])
     for words in runs.finish(*processes, code=1):
         assert "hosts disagree with process 0 in: config (processes 1)" in words

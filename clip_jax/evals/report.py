@@ -19,6 +19,7 @@ from typing import Any
 
 from etils import epath
 
+from clip_jax.config import flatten
 from clip_jax.evals.charts import SERIES, Number, Points, line_chart
 from clip_jax.evals.panels import Panels
 
@@ -148,7 +149,7 @@ def write_report(
     directory = epath.Path(workdir)
     run = {"name": directory.name, **run}
     flat = {key: _as_json(key, value) for key, value in metrics.items()}
-    flat |= {f"run/{key}": _as_json(key, value) for key, value in _flatten(run).items()}
+    flat |= {f"run/{key}": _as_json(key, value) for key, value in flatten(run).items()}
     directory.mkdir(parents=True, exist_ok=True)
     _replace(directory / "report.json", json.dumps(flat, sort_keys=True, indent=1, ensure_ascii=False) + "\n")
     _replace(directory / "report.html", page(metrics, curves, panels, run))
@@ -175,7 +176,7 @@ def page(
         title=run.get("name", "A run of clip_jax"),
         attribution=run.get("attribution", ""),
         facts={k: v for k, v in run.items() if not isinstance(v, Mapping) and k not in ("name", "attribution")},
-        sections={k: _flatten(v) for k, v in run.items() if isinstance(v, Mapping) and k != "left_out"},
+        sections={k: flatten(v) for k, v in run.items() if isinstance(v, Mapping) and k != "left_out"},
         left_out=run.get("left_out", {}),
         headlines=[r for r in rows if r.gate is not None] or [r for r in rows if r.floor is not None][:4],
         groups=_by_set(r for r in rows if r.set_name not in {language["set"] for language in languages}),
@@ -275,13 +276,6 @@ def _as_json(key: str, value: Any) -> Number | str | None:
             return None
         return int(value) if key.endswith("/candidates") else value
     return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _replace(path: epath.Path, text: str) -> None:
