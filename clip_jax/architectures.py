@@ -24,11 +24,12 @@ class ViT:
 
 @dataclasses.dataclass(frozen=True)
 class EdgeNet:
-    """Oriented edges in cells and a residual perceptron, for small pictures and minutes of training on a CPU."""
+    """Oriented edges in cells, convolutions over the cells, a perceptron: small pictures, minutes of CPU."""
 
     image_size: int = 48  # px
     orientations: int = 8
     cell: int = 4  # px
+    channels: tuple[int, ...] = (96, 192)  # of the convolutions; each halves the sides
     width: int = 512
     layers: int = 1
     kind: Literal["edges"] = "edges"

@@ -287,6 +287,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "model.image.mlp_ratio": (0.01, 100.0),
     "model.image.orientations": _COUNT,
     "model.image.cell": _COUNT,
+    "model.image.channels": _COUNT,
     "model.text.vocab_size": _COUNT,
     "model.text.length": (3, 2**20),
     "model.text.eos_id": (0, 2**31 - 1),
@@ -401,12 +402,13 @@ def resolve(config: Config, *, devices: int, processes: int = 1, examples: int |
 
 def _check_architecture(model: Architecture) -> None:
     image, text = model.image, model.text
-    part = "patch_size" if image.kind == "vit" else "cell"
-    size, step = image.image_size, getattr(image, part)
-    if size % step:
+    if image.kind == "vit":
+        part, step = "model.image.patch_size", image.patch_size
+    else:
+        part, step = "model.image.cell · 2**len(model.image.channels)", image.cell << len(image.channels)
+    if (size := image.image_size) % step:
         raise ValueError(
-            f"model.image.image_size={size} is not a multiple of model.image.{part}={step};"
-            f" use {max(1, size // step) * step}"
+            f"model.image.image_size={size} is not a multiple of {part}={step}; use {max(1, size // step) * step}"
         )
     for key, tower in (("image", image), ("text", text)):
         if hasattr(tower, "heads") and tower.width % tower.heads:

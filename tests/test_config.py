@@ -231,7 +231,7 @@ def resolve(devices=8, processes=1, examples=None, train=None, **rest):
         ({"model": {"text": {"heads": 7}}}, "model.text.width=512 is not a multiple of model.text.heads=7"),
         (
             {"model": {"image": {"kind": "edges", "cell": 5}}},
-            r"image_size=48 is not a multiple of model.image.cell=5; use 45",
+            r"image_size=48 is not a multiple of model\.image\.cell · 2\*\*len\(model\.image\.channels\)=20; use 40",
         ),
     ],
 )
