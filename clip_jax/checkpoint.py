@@ -42,7 +42,8 @@ class Checkpoints:
         Raises:
           SaveFailed: the directory can't be written to.
         """
-        self.directory = epath.Path(directory)
+        # Orbax takes absolute paths only, and says so in the middle of the run; what has a scheme is one already.
+        self.directory = epath.Path(directory if "://" in os.fspath(directory) else os.path.abspath(directory))
         _probe(self.directory)
         policies = [checkpoint_managers.LatestN(keep)]
         if keep_every_steps:

@@ -30,19 +30,19 @@ def get_config() -> ConfigDict:
     augment.grayscale_probability = 0.05
 
     config.train.batch_size = 256
-    config.train.total_steps = 1500
+    config.train.total_steps = 900
     config.train.dtype = "float32"
     config.train.remat = "none"
     config.train.log_every_steps = 20
     config.optim.learning_rate = 1e-3
-    config.optim.warmup_steps = 100
+    config.optim.warmup_steps = 60
     config.optim.eps = 1e-8
     config.optim.weight_decay = 0.1
     config.optim.max_grad_norm = 1.0
-    config.optim.ema_decay = 0.998
-    config.checkpoint.every_steps = 250
+    config.optim.ema_decay = 0.995
+    config.checkpoint.every_steps = 150
 
-    config.eval.every_steps = 500
+    config.eval.every_steps = 300
     config.eval.floors_split = "seen_concepts"
     config.eval.gates = {
         "retrieval/emoji_unseen_concepts/image_to_text/recall_at_5": 0.28,

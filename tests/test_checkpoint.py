@@ -36,6 +36,18 @@ def checkpoints(tmp_path):
     opened.close()
 
 
+def test_a_relative_directory_is_as_good_as_an_absolute_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state = _state()
+    opened = Checkpoints("runs/checkpoints", keep=3)
+    opened.save(1, state, {})
+    opened.wait()
+    restored, _ = opened.restore(_like(state))
+    opened.close()
+    np.testing.assert_array_equal(restored["kernel"], state["kernel"])
+    assert (tmp_path / "runs/checkpoints/1").is_dir()
+
+
 def _save(checkpoints: Checkpoints, *steps: int) -> None:
     for step in steps:
         checkpoints.save(step, _state(step), {"examples": step * 8})
