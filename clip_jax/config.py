@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import ml_collections
 
-from clip_jax.architectures import MODELS, Architecture, Preprocess, TokenizerConfig
+from clip_jax.architectures import MODELS, Architecture, Preprocess, TokenizerConfig, preprocess_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +64,7 @@ class LossConfig:
     name: str = "softmax"  # a name in clip_jax.losses.LOSSES
     logit_scale_init: float = 1 / 0.07
     logit_scale_max: float = 100.0
+    logit_bias_init: float = -10.0  # of models with a logit bias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +96,7 @@ class TrainConfig:
     remat: Literal["none", "dots", "full"] = "full"  # what the backward pass computes again
     log_every_steps: int = 50
     max_nonfinite_steps: int = 10  # in a row; then the run ends
+    patch_dropout: float = 0.0  # the fraction of a picture's patches that a step leaves out (Li et al. 2023)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +151,8 @@ def default_config(model: str = "vit_b32") -> ml_collections.ConfigDict:
     """Return the paper's recipe for a model of `architectures.MODELS`, every key there and locked."""
     if model not in MODELS:
         raise ValueError(f"no model is called {model!r}{_nearest(model, MODELS)}; there are {', '.join(MODELS)}")
-    return to_config_dict(Config(model=MODELS[model]))
+    architecture = MODELS[model]
+    return to_config_dict(Config(model=architecture, preprocess=preprocess_of(architecture)))
 
 
 def to_config_dict(value: Any) -> ml_collections.ConfigDict:
@@ -285,6 +288,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "model.image.layers": _COUNT,
     "model.image.heads": _COUNT,
     "model.image.mlp_ratio": (0.01, 100.0),
+    "model.image.norm_epsilon": (1e-12, 1e-2),
+    "model.image.layer_scale": _FRACTION,
     "model.image.orientations": _COUNT,
     "model.image.cell": _COUNT,
     "model.image.channels": _COUNT,
@@ -295,6 +300,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "model.text.layers": _COUNT,
     "model.text.heads": _COUNT,
     "model.text.mlp_ratio": (0.01, 100.0),
+    "model.text.norm_epsilon": (1e-12, 1e-2),
+    "model.text.layer_scale": _FRACTION,
     "model.embed_dim": _COUNT,
     "preprocess.mean": _FRACTION,
     "preprocess.std": (1e-6, 10.0),
@@ -317,6 +324,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "data.prefetch_batches": _COUNT,
     "loss.logit_scale_init": (1e-3, 1e4),
     "loss.logit_scale_max": (1.0, 1e4),
+    "loss.logit_bias_init": (-1e4, 1e4),
     "optim.learning_rate": (0.0, 10.0),
     "optim.warmup_steps": _COUNT_OR_NONE,
     "optim.b1": (0.0, 0.9999999),
@@ -332,6 +340,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "train.seed": (0, 2**31 - 1),
     "train.log_every_steps": _COUNT,
     "train.max_nonfinite_steps": _COUNT,
+    "train.patch_dropout": (0.0, 0.99),
     "checkpoint.every_steps": _COUNT,
     "checkpoint.keep": _COUNT,
     "checkpoint.keep_every_steps": _COUNT_OR_NONE,
@@ -397,19 +406,33 @@ def resolve(config: Config, *, devices: int, processes: int = 1, examples: int |
             f" use at most {max(0, steps // 10)}"
         )
     _check_architecture(config.model)
+    if config.loss.name == "sigmoid" and not config.model.logit_bias:
+        raise ValueError("loss.name='sigmoid' has a bias that the model lacks: set model.logit_bias=True")
+    if config.train.patch_dropout and config.model.image.kind != "vit":
+        raise ValueError(f"train.patch_dropout={config.train.patch_dropout} needs patches; set it to 0, or use a ViT")
     return Resolved(config, steps, batch // devices)
 
 
 def _check_architecture(model: Architecture) -> None:
     image, text = model.image, model.text
-    if image.kind == "vit":
-        part, step = "model.image.patch_size", image.patch_size
-    else:
-        part, step = "model.image.cell · 2**len(model.image.channels)", image.cell << len(image.channels)
-    if (size := image.image_size) % step:
+    part, step = {
+        "vit": lambda: ("model.image.patch_size", image.patch_size),
+        "resnet": lambda: ("2**(1 + len(model.image.layers))", 2 << len(image.layers)),
+        "edges": lambda: ("model.image.cell · 2**len(model.image.channels)", image.cell << len(image.channels)),
+    }[image.kind]()
+    # SigLIP's 384 px at 14 px a patch leave 6 px unseen, as published; elsewhere that is a mistake.
+    remainder = image.image_size % step if getattr(image, "pool", "class") != "attention" else 0
+    if (size := image.image_size) < step or remainder:
         raise ValueError(
             f"model.image.image_size={size} is not a multiple of {part}={step}; use {max(1, size // step) * step}"
         )
-    for key, tower in (("image", image), ("text", text)):
-        if hasattr(tower, "heads") and tower.width % tower.heads:
+    inner = image.width << (len(image.layers) + 1) if image.kind == "resnet" else image.width
+    for key, tower, width in (("image", image, inner), ("text", text, text.width)):
+        if hasattr(tower, "heads") and width % tower.heads:
             raise ValueError(f"model.{key}.width={tower.width} is not a multiple of model.{key}.heads={tower.heads}")
+    unprojected = {"image": getattr(image, "projection", True) is False, "text": text.projection == "none"}
+    for key, tower in (("image", image), ("text", text)):
+        if unprojected[key] and tower.width != model.embed_dim:
+            raise ValueError(
+                f"model.{key} has no projection, so model.embed_dim={model.embed_dim} has to be its width {tower.width}"
+            )

@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 from clip_jax.config import OptimConfig
 from clip_jax.typing import Params
 
-_NEVER_DECAYED = re.compile(r"(^|/)(bias|scale|logit_scale|logit_bias)$")
+_NEVER_DECAYED = re.compile(r"(^|[/_])(bias|scale\d?)$")
 
 
 def make_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:

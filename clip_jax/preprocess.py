@@ -1,17 +1,21 @@
-"""Inference's pixels, by Pillow: bit-equal to OpenAI's pipeline up to the uint8 array before its ToTensor.
+"""Inference's pixels, by Pillow: bit-equal to OpenAI's, open_clip's or Hugging Face's pipeline, up to the uint8 array.
 
-The shorter side is resized to `size` in the picture's own mode, the centre is cropped, and the result becomes RGB;
-division by 255, mean and standard deviation follow on the device, in the model. Pillow rounds to uint8 between its two
-passes and antialiases: no bicubic of TensorFlow, JAX or torch gives the same bytes. Pillow 13 resizes the height first
-where that shrinks more, so pictures more than twice as high as wide differ by some levels from Pillow 12's.
+The shorter side is resized to `size`, the centre is cropped, and the result becomes RGB; division by 255, mean and
+standard deviation follow on the device, in the model. Pillow rounds to uint8 between its two passes and antialiases: no
+bicubic of TensorFlow, JAX or torch gives the same bytes. Pillow 13 resizes the height first where that shrinks more, so
+pictures more than twice as high as wide differ by some levels from Pillow 12's.
 
-Source: openai/CLIP `clip/clip.py` (`_transform`) with torchvision's Resize and CenterCrop. As there, palette pictures
-are resized to the nearest pixel, and EXIF orientation is not applied: rotate such pictures first if you want them
-upright (`PIL.ImageOps.exif_transpose`).
+`preprocess.like` says whose pipeline:
+  * openai: resized in the picture's own mode (a palette to the nearest pixel), cropped at `round((side - size) / 2)`,
+    half to even, and only then RGB. Alpha is dropped, whatever colour lies below it shows; 16-bit grey is clipped at
+    255, which makes nearly every such picture white. Those are what OpenAI's and open_clip's weights were trained with.
+  * huggingface: laid on white and RGB first, cropped at `(side - size) // 2`: other pixels wherever the margin is odd.
+  * clip_jax: as openai, but transparency lies on white and 16-bit grey keeps its high byte, as our training sees them.
 
-Deviations, where OpenAI's pipeline shows something else than the picture. Both are what training sees as well:
-  * transparent pictures are composited on white; OpenAI's drops alpha and shows whatever colour lies below it;
-  * 16-bit grey keeps its high byte; Pillow clips at 255, which makes nearly every such picture white.
+Nobody applies EXIF orientation: turn such pictures first if you want them upright (`PIL.ImageOps.exif_transpose`).
+
+Source: openai/CLIP `clip/clip.py` (`_transform`) with torchvision's Resize and CenterCrop; transformers
+`CLIPImageProcessor`.
 """
 
 from __future__ import annotations
@@ -44,13 +48,15 @@ def preprocess(image: ImageLike, size: int, spec: Preprocess) -> UInt8[np.ndarra
       ValueError: if the picture can't be decoded, or is so long and thin that its resized form would fill the memory.
       FileNotFoundError: if the path leads nowhere.
     """
-    opened = _opaque(_open(image))
+    opened = _BEFORE_RESIZING[spec.like](_open(image))
     resampling = _RESAMPLING[spec.interpolation]
     if spec.resize == "squash":
         return np.array(opened.resize((size, size), resampling).convert("RGB"))
     width, height = _resized(opened.size, size)
-    # torchvision's rounding, half to even: Hugging Face's `//` crops other pixels wherever the margin is odd.
-    left, top = int(round((width - size) / 2.0)), int(round((height - size) / 2.0))
+    if spec.like == "huggingface":
+        left, top = (width - size) // 2, (height - size) // 2
+    else:
+        left, top = int(round((width - size) / 2.0)), int(round((height - size) / 2.0))
     resized = opened.resize((width, height), resampling)
     return np.array(resized.crop((left, top, left + size, top + size)).convert("RGB"))
 
@@ -111,8 +117,18 @@ def _opaque(image: Image.Image) -> Image.Image:
         return Image.fromarray((samples >> 8).astype(np.uint8).reshape(image.height, image.width))
     if not image.has_transparency_data:
         return image
+    return _on_white(image.convert("RGBA"))
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Return RGB as transformers' `convert_to_rgb` does: everything by way of RGBA, laid on white."""
+    if image.mode == "RGB":
+        return image
     rgba = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+
+
+_BEFORE_RESIZING = {"clip_jax": _opaque, "openai": lambda image: image, "huggingface": _on_white}
 
 
 def _resized(original: tuple[int, int], size: int) -> tuple[int, int]:

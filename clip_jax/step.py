@@ -18,12 +18,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32, PyTree
 
 from clip_jax.config import Config
+from clip_jax.models import Model
 from clip_jax.sharding import BATCH, BATCH_AXIS, REPLICATED, batch_sharding, replicated
 from clip_jax.typing import Batch, Leaf, Loss, Metrics, Params
 
-# (params, image) -> embeddings, (params, text) -> embeddings: what a step needs of a model.
-EncodeImage = Callable[[Params, Array], Float[Array, "B E"]]
-EncodeText = Callable[[Params, Array], Float[Array, "B E"]]
 TrainStep = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
 
 
@@ -34,6 +32,7 @@ class TrainState:
 
     step: int32, steps taken; the position in the data follows from it.
     params, opt_state: float32, replicated.
+    batch_stats: running averages of batch norm; None for models without it.
     ema: moving average of the parameters; None without `optim.ema_decay`.
     skipped, skipped_in_a_row: int32, steps that were not finite, since the beginning and just now.
     """
@@ -41,6 +40,7 @@ class TrainState:
     step: Leaf
     params: Params
     opt_state: PyTree
+    batch_stats: Params | None
     ema: Params | None
     skipped: Leaf
     skipped_in_a_row: Leaf
@@ -48,19 +48,20 @@ class TrainState:
     @property
     def eval_params(self) -> Params:
         """The parameters that are evaluated and exported."""
-        return self.params if self.ema is None else self.ema
+        return _with_stats(self.params if self.ema is None else self.ema, self.batch_stats)
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation, *, ema: bool) -> TrainState:
-    """Return the state before the first step."""
+    """Return the state before the first step of `params`, batch statistics included where the model has them."""
     zero = jnp.zeros((), jnp.int32)
-    average = jax.tree.map(jnp.copy, params) if ema else None  # a copy: the step donates both
-    return TrainState(zero, params, optimizer.init(params), average, zero + 0, zero + 0)
+    trained = {name: value for name, value in params.items() if name != "batch_stats"}
+    average = jax.tree.map(jnp.copy, trained) if ema else None  # a copy: the step donates both
+    stats = params.get("batch_stats")
+    return TrainState(zero, trained, optimizer.init(trained), stats, average, zero + 0, zero + 0)
 
 
 def make_train_step(
-    encode_image: EncodeImage,
-    encode_text: EncodeText,
+    model: Model,
     loss: Loss,
     optimizer: optax.GradientTransformation,
     config: Config,
@@ -72,18 +73,24 @@ def make_train_step(
     logit_scale, grad_norm, skipped, skipped_in_a_row.
     """
     sharded_loss = jax.shard_map(
-        functools.partial(loss, logit_bias=None, axis=BATCH_AXIS),
+        functools.partial(loss, axis=BATCH_AXIS),
         mesh=mesh,
-        in_specs=(BATCH, BATCH, REPLICATED),
+        in_specs=(BATCH, BATCH, REPLICATED, REPLICATED),
         out_specs=REPLICATED,
     )
 
-    def objective(params: Params, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
-        images_BE, texts_BE = encode_image(params, batch.image), encode_text(params, batch.text)
-        return sharded_loss(images_BE, texts_BE, jnp.exp(params["logit_scale"]))
+    def objective(
+        params: Params, stats: Params | None, batch: Batch, key: jax.Array
+    ) -> tuple[Float[Array, ""], tuple[Metrics, Params | None]]:
+        images_BE, stats = model.encode_image_train(_with_stats(params, stats), batch.image, key)
+        texts_BE = model.encode_text(params, batch.text)
+        value, metrics = sharded_loss(images_BE, texts_BE, jnp.exp(params["logit_scale"]), params.get("logit_bias"))
+        return value, (metrics, stats)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        (value, metrics), grads = jax.value_and_grad(objective, has_aux=True)(state.params, batch)
+        key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
+        gradient = jax.value_and_grad(objective, has_aux=True)
+        (value, (metrics, stats)), grads = gradient(state.params, state.batch_stats, batch, key)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
 
@@ -92,9 +99,9 @@ def make_train_step(
         params = params | {"logit_scale": _clip_log_scale(params["logit_scale"], config.loss.logit_scale_max)}
         ema = state.ema and _average(state.ema, params, state.step, config.optim.ema_decay)
 
-        proposed = (params, opt_state, ema)
-        kept = (state.params, state.opt_state, state.ema)
-        params, opt_state, ema = jax.tree.map(lambda new, old: jnp.where(finite, new, old), proposed, kept)
+        proposed = (params, opt_state, stats, ema)
+        kept = (state.params, state.opt_state, state.batch_stats, state.ema)
+        params, opt_state, stats, ema = jax.tree.map(lambda new, old: jnp.where(finite, new, old), proposed, kept)
         skipped = state.skipped + ~finite
         in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
         metrics |= {
@@ -104,7 +111,7 @@ def make_train_step(
             "skipped": skipped.astype(jnp.float32),
             "skipped_in_a_row": in_a_row.astype(jnp.float32),
         }
-        return TrainState(state.step + 1, params, opt_state, ema, skipped, in_a_row), metrics
+        return TrainState(state.step + 1, params, opt_state, stats, ema, skipped, in_a_row), metrics
 
     return jax.jit(
         train_step,
@@ -112,6 +119,10 @@ def make_train_step(
         out_shardings=replicated(mesh),
         donate_argnums=0,
     )
+
+
+def _with_stats(params: Params, stats: Params | None) -> Params:
+    return params if stats is None else params | {"batch_stats": stats}
 
 
 def _clip_log_scale(log_scale: Float[Array, ""], maximum: float) -> Float[Array, ""]:

@@ -119,6 +119,8 @@ def prepare(config: Config, directory: epath.Path) -> Run:
             dtype=config.train.dtype,
             remat=config.train.remat,
             logit_scale_init=config.loss.logit_scale_init,
+            logit_bias_init=config.loss.logit_bias_init,
+            patch_dropout=config.train.patch_dropout,
         ),
         optim.make_optimizer(config.optim, resolved.total_steps),
         directory,
@@ -169,9 +171,7 @@ def _steps(run: Run, state: TrainState, checkpoints: Checkpoints, suite: Suite) 
     progress = metrics.Progress(first, total, active=main)
     meter = metrics.Meter(config.train.batch_size)
     schedule = optim.make_schedule(config.optim, total)
-    train_step = step.make_train_step(
-        run.model.encode_image, run.model.encode_text, LOSSES[config.loss.name], run.optimizer, config, run.mesh
-    )
+    train_step = step.make_train_step(run.model, LOSSES[config.loss.name], run.optimizer, config, run.mesh)
     late: collections.deque[dict] = collections.deque()
     replaced = 0
 

@@ -118,7 +118,7 @@ def test_what_is_no_number_is_refused_everywhere(key, bad):
             {"train": {"dtype": "bf16"}},
             r"train\.dtype='bf16' is none of 'bfloat16', 'float32'; did you mean 'bfloat16'",
         ),
-        ({"model": {"image": {"kind": "resnet"}}}, r"model\.image\.kind='resnet' is none of 'vit', 'edges'"),
+        ({"model": {"image": {"kind": "swin"}}}, r"model\.image\.kind='swin' is none of 'vit', 'resnet', 'edges'"),
         ({"model": {"image": {"layers": 3}}}, r"model\.image\.kind=None is none of"),
         ({"train": {"batch_size": 8.0}}, r"train\.batch_size=8\.0 is a float, expected int"),
         ({"data": {"files": ["a"]}}, r"data\.files=\['a'\] is a list, expected str"),
@@ -162,8 +162,10 @@ def test_differences_are_named_by_dotted_key():
 # --------------------------------------------------------------------------------------------- the configs we ship
 
 
-def test_every_model_has_its_config_and_every_config_its_golden_file():
-    assert set(CONFIGS) == set(MODELS) == {path.stem for path in GOLDEN.glob("*.json")}
+def test_every_config_is_named_for_its_model_and_has_its_golden_file():
+    assert set(CONFIGS) == {path.stem for path in GOLDEN.glob("*.json")}
+    papers = {"rn50", "rn101", "rn50x4", "rn50x16", "rn50x64", "vit_b32", "vit_b16", "vit_l14", "vit_l14_336"}
+    assert papers | {"siglip_b16", "emoji"} == set(CONFIGS) <= set(MODELS)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -186,15 +188,27 @@ def test_config_resolves_and_is_locked(name):
 
 # 32 epochs of 400 M pairs in batches of 32,768; one epoch for the fine-tuning at 336 px.
 @pytest.mark.parametrize(
-    ("name", "steps", "rate"),
-    [("vit_b32", 390_625, 5e-4), ("vit_b16", 390_625, 5e-4), ("vit_l14", 390_625, 4e-4), ("vit_l14_336", 12_207, 2e-5)],
+    ("name", "steps", "rate", "size"),
+    [
+        ("rn50", 390_625, 5e-4, 224),
+        ("rn101", 390_625, 5e-4, 224),
+        ("rn50x4", 390_625, 5e-4, 288),
+        ("rn50x16", 390_625, 4e-4, 384),
+        ("rn50x64", 390_625, 3.6e-4, 448),
+        ("vit_b32", 390_625, 5e-4, 224),
+        ("vit_b16", 390_625, 5e-4, 224),
+        ("vit_l14", 390_625, 4e-4, 224),
+        ("vit_l14_336", 12_207, 2e-5, 336),
+    ],
 )
-def test_the_paper_s_recipe(name, steps, rate):
+def test_the_paper_s_recipe(name, steps, rate, size):
     resolved = c.resolve(c.from_config_dict(load(name)), devices=256)
     config = resolved.config
     assert (resolved.total_steps, config.optim.learning_rate, config.train.batch_size) == (steps, rate, 32_768)
     assert (config.optim.warmup_steps, config.optim.weight_decay) == (2000, 0.2)
-    assert (config.optim.b1, config.optim.b2, config.optim.eps) == (0.9, 0.98, 1e-6)
+    b2, eps = (0.999, 1e-8) if name.startswith("rn") else (0.98, 1e-6)
+    assert (config.optim.b1, config.optim.b2, config.optim.eps) == (0.9, b2, eps)
+    assert config.model.image.image_size == size
     assert (config.loss.logit_scale_init, config.loss.logit_scale_max) == (1 / 0.07, 100.0)
 
 
@@ -228,6 +242,19 @@ def resolve(devices=8, processes=1, examples=None, train=None, **rest):
             r"warmup_steps=2000 does not end before the run's 2000 steps; use at most 200",
         ),
         ({"model": {"image": {"kind": "vit", "patch_size": 30}}}, "224 is not a multiple of .*patch_size=30; use 210"),
+        (
+            {"model": {"image": {"kind": "resnet", "image_size": 200}}},
+            r"image_size=200 is not a multiple of 2\*\*\(1 \+ len\(model\.image\.layers\)\)=32; use 192",
+        ),
+        ({"loss": {"name": "sigmoid"}}, "loss.name='sigmoid' has a bias.*model.logit_bias=True"),
+        (
+            {"model": {"image": {"kind": "resnet"}}, "train": {"patch_dropout": 0.5}},
+            "patch_dropout=0.5 needs patches",
+        ),
+        (
+            {"model": {"text": {"projection": "none"}, "embed_dim": 640}},
+            "model.text has no projection, so model.embed_dim=640 has to be its width 512",
+        ),
         ({"model": {"text": {"heads": 7}}}, "model.text.width=512 is not a multiple of model.text.heads=7"),
         (
             {"model": {"image": {"kind": "edges", "cell": 5}}},

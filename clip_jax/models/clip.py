@@ -17,21 +17,29 @@ from jaxtyping import Array, Float, Int32, UInt8
 
 from clip_jax.architectures import Architecture, Preprocess
 from clip_jax.models.edgenet import EdgeNet
+from clip_jax.models.resnet import ModifiedResNet
 from clip_jax.models.text import TextTransformer
 from clip_jax.models.vit import VisionTransformer
 from clip_jax.typing import ArrayLike, Params
 
 
 class Model(NamedTuple):
-    """A CLIP as functions. `params` has the keys image, text, logit_scale (natural logarithm, float32).
+    """A CLIP as functions of `params`, a nested dict with these keys:
+
+    image, text: the towers'.
+    logit_scale: natural logarithm, float32. logit_bias: for losses that have one.
+    batch_stats: running averages, for towers with batch norm; not trained, but part of what weights are.
 
     init: key -> params, float32.
     encode_image: (params, uint8[B H W 3]) -> float32[B E], unit rows.
+    encode_image_train: (params, uint8[B H W 3], key) -> (float32[B E], batch_stats): statistics of the batch itself,
+      and the running averages after it, None without batch norm; patches are dropped by the key.
     encode_text: (params, int32[B L]) -> float32[B E], unit rows.
     """
 
     init: Callable[[jax.Array], Params]
     encode_image: Callable[[Params, UInt8[Array, "B H W 3"]], Float[Array, "B E"]]
+    encode_image_train: Callable[..., tuple[Float[Array, "B E"], Params | None]]
     encode_text: Callable[[Params, Int32[Array, "B L"]], Float[Array, "B E"]]
 
 
@@ -42,18 +50,24 @@ class CLIP(nn.Module):
     dtype: jnp.dtype
     remat: str
     logit_scale_init: float
+    logit_bias_init: float
+    patch_dropout: float
 
     def setup(self) -> None:
         arch = self.architecture
         if arch.image.kind == "vit":
-            self.image = VisionTransformer(arch.image, arch.embed_dim, arch.activation, self.dtype, self.remat)
+            self.image = VisionTransformer(arch.image, arch.embed_dim, self.dtype, self.remat, self.patch_dropout)
+        elif arch.image.kind == "resnet":
+            self.image = ModifiedResNet(arch.image, arch.embed_dim, self.dtype, self.remat)
         else:
             self.image = EdgeNet(arch.image, arch.embed_dim, self.dtype)
-        self.text = TextTransformer(arch.text, arch.embed_dim, arch.activation, self.dtype, self.remat)
+        self.text = TextTransformer(arch.text, arch.embed_dim, self.dtype, self.remat)
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(math.log(self.logit_scale_init)), ())
+        if arch.logit_bias:
+            self.logit_bias = self.param("logit_bias", nn.initializers.constant(self.logit_bias_init), ())
 
-    def encode_image(self, image: Float[Array, "B H W 3"]) -> Float[Array, "B E"]:
-        return self.image(image)
+    def encode_image(self, image: Float[Array, "B H W 3"], train: bool = False) -> Float[Array, "B E"]:
+        return self.image(image, train)
 
     def encode_text(self, text: Int32[ArrayLike, "B L"]) -> Float[Array, "B E"]:
         return self.text(text)
@@ -70,35 +84,65 @@ def make_model(
     dtype: str = "float32",
     remat: str = "none",
     logit_scale_init: float = 1 / 0.07,
+    logit_bias_init: float = -10.0,
+    patch_dropout: float = 0.0,
 ) -> Model:
     """Return the model's functions.
 
     Args:
       dtype: of the computation; parameters and embeddings are float32 in any case.
       remat: 'none', 'dots' or 'full': what a backward pass recomputes.
+      patch_dropout: the fraction of patches that `encode_image_train` leaves out; for vision transformers.
     """
-    module = CLIP(architecture, jnp.dtype(dtype), remat, logit_scale_init)
+    module = CLIP(architecture, jnp.dtype(dtype), remat, logit_scale_init, logit_bias_init, patch_dropout)
     mean, std = (np.array(channels, np.float32).reshape(1, 1, 1, 3) for channels in (preprocess.mean, preprocess.std))
 
     def init(key: jax.Array) -> Params:
         size = architecture.image.image_size
         image = jnp.zeros((1, size, size, 3), module.dtype)
         text = jnp.zeros((1, architecture.text.length), jnp.int32)
-        return module.init(key, image, text)["params"]
+        variables = module.init(key, image, text)
+        return _params(variables)
+
+    def normalise(image: UInt8[ArrayLike, "B H W 3"]) -> Float[Array, "B H W 3"]:
+        return ((jnp.asarray(image, jnp.float32) / 255 - mean) / std).astype(module.dtype)
 
     def encode_image(params: Params, image: UInt8[ArrayLike, "B H W 3"]) -> Float[Array, "B E"]:
-        pixels = (jnp.asarray(image, jnp.float32) / 255 - mean) / std
-        return _unit(module.apply({"params": params}, pixels.astype(module.dtype), method="encode_image"))
+        return _unit(module.apply(_variables(params), normalise(image), method="encode_image"))
+
+    def encode_image_train(
+        params: Params, image: UInt8[ArrayLike, "B H W 3"], key: jax.Array
+    ) -> tuple[Float[Array, "B E"], Params | None]:
+        embeddings, changed = module.apply(
+            _variables(params),
+            normalise(image),
+            train=True,
+            method="encode_image",
+            mutable=["batch_stats"],
+            rngs={"patches": key},
+        )
+        return _unit(embeddings), changed.get("batch_stats")
 
     def encode_text(params: Params, text: Int32[ArrayLike, "B L"]) -> Float[Array, "B E"]:
-        return _unit(module.apply({"params": params}, text, method="encode_text"))
+        return _unit(module.apply(_variables(params), text, method="encode_text"))
 
-    return Model(init, encode_image, encode_text)
+    return Model(init, encode_image, encode_image_train, encode_text)
+
+
+def _variables(params: Params) -> Params:
+    """Return `params` as linen has them: collections first."""
+    trained = {name: value for name, value in params.items() if name != "batch_stats"}
+    return {"params": trained} | ({"batch_stats": params["batch_stats"]} if "batch_stats" in params else {})
+
+
+def _params(variables: Params) -> Params:
+    return variables["params"] | ({"batch_stats": variables["batch_stats"]} if "batch_stats" in variables else {})
 
 
 def count_parameters(params: Params) -> int:
-    """Return the number of parameters; works on shapes alone."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    """Return the number of trained parameters; works on shapes alone."""
+    trained = {name: value for name, value in params.items() if name != "batch_stats"}
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trained))
 
 
 def _unit(x_BE: Float[Array, "B E"]) -> Float[Array, "B E"]:

@@ -29,7 +29,8 @@ class EdgeNet(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, image: Float[Array, "B H W 3"]) -> Float[Array, "B E"]:
+    def __call__(self, image: Float[Array, "B H W 3"], train: bool = False) -> Float[Array, "B E"]:
+        del train  # it does the same in training
         x_BHWC = EdgeStem(self.tower.orientations, self.tower.cell, self.dtype, name="stem")(image)
         for number, channels in enumerate(self.tower.channels):
             x_BHWC = LayerNorm(name=f"conv_norm{number}")(x_BHWC)

@@ -1,8 +1,9 @@
 """Transformer blocks as CLIP has them: pre-norm residual blocks, biases everywhere, no dropout.
 
-Source: Radford et al. 2021, section 2.4, and openai/CLIP `clip/model.py`. Parameters are float32; `dtype` is that of
-the computation. Blocks are stacked along a leading axis by `nn.scan`, so a model of any depth compiles once.
-Initialisation is that of OpenAI's text tower for both towers: the release leaves the image tower's unstated.
+Source: Radford et al. 2021, section 2.4, and openai/CLIP `clip/model.py`; layer scale as in open_clip
+`transformer.py`. Parameters are float32; `dtype` is that of the computation. Blocks are stacked along a leading axis by
+`nn.scan`, so a model of any depth compiles once. Initialisation is that of OpenAI's text tower for both towers: the
+release leaves the image tower's unstated.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from clip_jax.architectures import TextTransformer, ViT
+
 
 def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Apply x·σ(1.702x), the approximation that OpenAI's weights were trained with."""
@@ -24,6 +27,7 @@ def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
 ACTIVATIONS: dict[str, Callable] = {
     "quick_gelu": quick_gelu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
 
 # What the backward pass finds in memory; it computes the rest again.
@@ -43,6 +47,11 @@ class LayerNorm(nn.LayerNorm):
         return super().__call__(x).astype(x.dtype)
 
 
+def project_heads(heads: int, width: int, init: Callable, dtype: jnp.dtype, name: str) -> nn.DenseGeneral:
+    """Return the projection of [B L D] to queries, keys or values [B L N K]."""
+    return nn.DenseGeneral((heads, width // heads), kernel_init=init, dtype=dtype, name=name)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention; scores and softmax in float32."""
 
@@ -54,49 +63,60 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         width = x_BLD.shape[-1]
-
-        def project(name: str) -> Float[Array, "B L N K"]:
-            init = nn.initializers.normal(width**-0.5)
-            features = (self.heads, width // self.heads)
-            return nn.DenseGeneral(features, kernel_init=init, dtype=self.dtype, name=name)(x_BLD)
-
-        y_BLNK = jax.nn.dot_product_attention(project("query"), project("key"), project("value"), is_causal=self.causal)
+        init = nn.initializers.normal(width**-0.5)
+        query, key, value = (
+            project_heads(self.heads, width, init, self.dtype, name)(x_BLD) for name in ("query", "key", "value")
+        )
+        y_BLNK = jax.nn.dot_product_attention(query, key, value, is_causal=self.causal)
         init = nn.initializers.normal(self.output_std)
         return nn.DenseGeneral(width, axis=(-2, -1), kernel_init=init, dtype=self.dtype, name="out")(y_BLNK)
 
 
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+class Perceptron(nn.Module):
+    """Dense, activation, dense."""
 
-    heads: int
-    mlp_ratio: float
+    hidden: int
     activation: str
+    output_std: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        width = x.shape[-1]
+        init = nn.initializers.normal((2 * width) ** -0.5)
+        x = nn.Dense(self.hidden, kernel_init=init, dtype=self.dtype, name="in")(x)
+        init = nn.initializers.normal(self.output_std)
+        return nn.Dense(width, kernel_init=init, dtype=self.dtype, name="out")(ACTIVATIONS[self.activation](x))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); each branch times a learnt gain if the tower has layer scale."""
+
+    tower: ViT | TextTransformer
     causal: bool
-    layers: int  # of the whole tower: residual branches start smaller the deeper it is
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x_BLD: Float[Array, "B L D"], _: None = None) -> tuple[Float[Array, "B L D"], None]:
-        width = x_BLD.shape[-1]
-        output_std = width**-0.5 * (2 * self.layers) ** -0.5
-        attention = Attention(self.heads, self.causal, output_std, self.dtype, name="attention")
-        x_BLD = x_BLD + attention(LayerNorm(name="norm1")(x_BLD))
-
-        init = nn.initializers.normal((2 * width) ** -0.5)
-        hidden = nn.Dense(int(width * self.mlp_ratio), kernel_init=init, dtype=self.dtype, name="mlp_in")
-        init = nn.initializers.normal(output_std)
-        output = nn.Dense(width, kernel_init=init, dtype=self.dtype, name="mlp_out")
-        x_BLD = x_BLD + output(ACTIVATIONS[self.activation](hidden(LayerNorm(name="norm2")(x_BLD))))
+        tower, width = self.tower, self.tower.width
+        # Residual branches start smaller the deeper the tower is.
+        output_std = width**-0.5 * (2 * tower.layers) ** -0.5
+        attention = Attention(tower.heads, self.causal, output_std, self.dtype, name="attention")
+        mlp = Perceptron(int(width * tower.mlp_ratio), tower.activation, output_std, self.dtype, name="mlp")
+        for number, branch in enumerate((attention, mlp), start=1):
+            y_BLD = branch(LayerNorm(tower.norm_epsilon, name=f"norm{number}")(x_BLD))
+            if tower.layer_scale:
+                init = nn.initializers.constant(tower.layer_scale)
+                gain_D = self.param(f"layer_scale{number}", init, (width,))
+                y_BLD = y_BLD * gain_D[None, None].astype(self.dtype)
+            x_BLD = x_BLD + y_BLD
         return x_BLD, None
 
 
 class Transformer(nn.Module):
-    """`layers` blocks, scanned over parameters stacked along axis 0."""
+    """The blocks of a tower, scanned over parameters stacked along axis 0."""
 
-    layers: int
-    heads: int
-    mlp_ratio: float
-    activation: str
+    tower: ViT | TextTransformer
     causal: bool
     dtype: jnp.dtype
     remat: Literal["none", "dots", "full"] = "none"
@@ -107,6 +127,5 @@ class Transformer(nn.Module):
         if self.remat != "none":
             # Inside a scan nothing can be merged away, so the barrier against that is only cost.
             block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        scan = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.layers)
-        blocks = scan(self.heads, self.mlp_ratio, self.activation, self.causal, self.layers, self.dtype, name="blocks")
-        return blocks(x_BLD, None)[0]
+        scan = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.tower.layers)
+        return scan(self.tower, self.causal, self.dtype, name="blocks")(x_BLD, None)[0]

@@ -1,0 +1,156 @@
+"""CLIP's ModifiedResNet: three convolutions to begin with, average pools where others stride, attention at the end.
+
+Source: Radford et al. 2021, section 2.4; openai/CLIP `clip/model.py`. A stage's first block changes shape and stands
+alone; the others are scanned, so RN50x64's 63 blocks compile as eight.
+
+Batch statistics are over the global batch: under `jit` with a sharded batch a mean over the batch axis is that. The
+running variance is torch's, divided by n - 1; Flax's own BatchNorm keeps the biased one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from clip_jax.architectures import ResNet as Tower
+from clip_jax.models.layers import REMAT_POLICIES, project_heads
+
+EXPANSION = 4  # of a bottleneck's width at its end
+
+
+class ModifiedResNet(nn.Module):
+    """Normalised pixels to a projected vector."""
+
+    tower: Tower
+    embed_dim: int
+    dtype: jnp.dtype
+    remat: str
+
+    @nn.compact
+    def __call__(self, image: Float[Array, "B H W 3"], train: bool = False) -> Float[Array, "B E"]:
+        width, dtype = self.tower.width, self.dtype
+        x = image
+        for number, (features, stride) in enumerate(((width // 2, 2), (width // 2, 1), (width, 1)), start=1):
+            x = convolution(features, 3, dtype, f"stem_conv{number}", stride)(x)
+            x = jax.nn.relu(BatchNorm(name=f"stem_norm{number}")(x, train))
+        x = _average(x, 2)
+        for stage, blocks in enumerate(self.tower.layers):
+            stride = 1 if stage == 0 else 2
+            x = Bottleneck(width << stage, stride, dtype, name=f"stage{stage}_first")(x, train)
+            if blocks > 1:
+                x = _repeat(blocks - 1, width << stage, dtype, self.remat, f"stage{stage}_rest")(x, train)[0]
+        return AttentionPool(self.tower.heads, self.embed_dim, dtype, name="pool")(x)
+
+
+def _repeat(count: int, width: int, dtype: jnp.dtype, remat: str, name: str) -> Callable:
+    """Return `count` equal bottlenecks, parameters and statistics stacked along axis 0."""
+    block = _Repeated
+    if remat != "none":
+        block = nn.remat(_Repeated, policy=REMAT_POLICIES[remat], prevent_cse=False, static_argnums=(2,))
+    return nn.scan(
+        block,
+        variable_axes={"params": 0, "batch_stats": 0},
+        split_rngs={"params": True},
+        in_axes=nn.broadcast,
+        length=count,
+    )(width, 1, dtype, name=name)
+
+
+class Bottleneck(nn.Module):
+    """1 × 1, 3 × 3, 1 × 1 convolutions beside a shortcut, which is a convolution where the shape changes."""
+
+    width: int
+    stride: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B h w c"], train: bool) -> Float[Array, "B h2 w2 c2"]:
+        out = self.width * EXPANSION
+        y = convolution(self.width, 1, self.dtype, "conv1")(x)
+        y = jax.nn.relu(BatchNorm(name="norm1")(y, train))
+        y = convolution(self.width, 3, self.dtype, "conv2")(y)
+        y = jax.nn.relu(BatchNorm(name="norm2")(y, train))
+        y = convolution(out, 1, self.dtype, "conv3")(_average(y, self.stride))
+        y = BatchNorm(scale_init=nn.initializers.zeros, name="norm3")(
+            y, train
+        )  # as released: a block starts as nothing
+        if self.stride > 1 or x.shape[-1] != out:
+            x = convolution(out, 1, self.dtype, "shortcut_conv")(_average(x, self.stride))
+            x = BatchNorm(name="shortcut_norm")(x, train)
+        return jax.nn.relu(x + y)
+
+
+class _Repeated(Bottleneck):
+    """A bottleneck as `nn.scan` wants it: carry in, carry and nothing out."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B h w c"], train: bool) -> tuple[Float[Array, "B h w c"], None]:
+        return super().__call__(x, train), None
+
+
+class BatchNorm(nn.Module):
+    """Batch norm in float32 over all but the channels, cast back; running averages as torch keeps them."""
+
+    scale_init: Callable = nn.initializers.ones
+    epsilon: float = 1e-5
+    momentum: float = 0.1  # what a new batch adds to the running averages
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B h w c"], train: bool) -> Float[Array, "B h w c"]:
+        channels = x.shape[-1:]
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels)
+        running_var = self.variable("batch_stats", "var", jnp.ones, channels)
+        scale = self.param("scale", self.scale_init, channels)
+        bias = self.param("bias", nn.initializers.zeros, channels)
+        x32 = x.astype(jnp.float32)
+        mean, var = running_mean.value, running_var.value
+        if train:
+            mean, var = jnp.mean(x32, (0, 1, 2)), jnp.var(x32, (0, 1, 2))
+            if not self.is_initializing():
+                count = x.size // x.shape[-1]
+                unbiased = var * (count / max(count - 1, 1))
+                running_mean.value += self.momentum * (mean - running_mean.value)
+                running_var.value += self.momentum * (unbiased - running_var.value)
+        factor = scale * jax.lax.rsqrt(var + self.epsilon)
+        mean, factor, bias = (channel[None, None, None] for channel in (mean, factor, bias))
+        return ((x32 - mean) * factor + bias).astype(x.dtype)
+
+
+class AttentionPool(nn.Module):
+    """One query, the mean of all positions, attends to them and itself; then a projection."""
+
+    heads: int
+    embed_dim: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B E"]:
+        width = x.shape[-1]
+        x_BLD = x.reshape(x.shape[0], -1, width)
+        x_BLD = jnp.concatenate([x_BLD.mean(axis=1, keepdims=True), x_BLD], axis=1)
+        init = nn.initializers.normal(width**-0.5)
+        positions_LD = self.param("positional_embedding", init, x_BLD.shape[1:])
+        x_BLD = x_BLD + positions_LD[None].astype(self.dtype)
+        query, key, value = (
+            project_heads(self.heads, width, init, self.dtype, name)(source)
+            for name, source in (("query", x_BLD[:, :1]), ("key", x_BLD), ("value", x_BLD))
+        )
+        pooled_B1NK = jax.nn.dot_product_attention(query, key, value)
+        pooled_BD = pooled_B1NK.reshape(x.shape[0], width)
+        return nn.Dense(self.embed_dim, kernel_init=init, dtype=self.dtype, name="projection")(pooled_BD)
+
+
+def convolution(features: int, size: int, dtype: jnp.dtype, name: str, stride: int = 1) -> nn.Conv:
+    """Return a convolution without bias that keeps the size, but for its stride: torch's padding of size // 2."""
+    pad = size // 2
+    return nn.Conv(
+        features, (size, size), stride, padding=((pad, pad), (pad, pad)), use_bias=False, dtype=dtype, name=name
+    )
+
+
+def _average(x: Float[Array, "B h w c"], size: int) -> Float[Array, "B h2 w2 c"]:
+    return nn.avg_pool(x, (size, size), (size, size)) if size > 1 else x
