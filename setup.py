@@ -18,7 +18,7 @@ JAX = "0.10.0"
 
 INSTALL = [
     f"jax>={JAX}",
-    "flax>=0.12.6",
+    "flax>=0.12.7",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.3,<1",
     "tensorflow>=2.21",
@@ -32,7 +32,7 @@ INSTALL = [
     "numpy>=2.1",
     "jaxtyping>=0.3.3",
     "pillow>=11.0",
-    "sentencepiece>=0.2.1",
+    "sentencepiece>=0.2.2",
     "ftfy>=6.3",
     "regex>=2024.11.6",
     "google-crc32c>=1.7",  # TFRecord's checksum
