@@ -21,8 +21,8 @@ import json
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, BinaryIO
 
 import numpy as np
 from flax import serialization
@@ -46,7 +46,7 @@ def write(path: str | os.PathLike[str], params: Mapping[str, Any], config: Weigh
       ValueError: if the path isn't a local one, or the tokenizer's file is missing.
     """
     target = _local(path)
-    tokenizer = config.tokenizer_file or _tokenizer_file(config)
+    tokenizer = tokenizer_content(config)
     fields = dataclasses.asdict(dataclasses.replace(config, tokenizer_file=b""))
     del fields["tokenizer_file"]
     content = {
@@ -57,8 +57,7 @@ def write(path: str | os.PathLike[str], params: Mapping[str, Any], config: Weigh
         "params": _as_numpy(params),
     }
     content["sha256"] = _checksum(content)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _write_atomically(target, serialization.msgpack_serialize(content))
+    write_atomically(target, lambda file: file.write(serialization.msgpack_serialize(content)))
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], WeightsConfig]:
@@ -93,15 +92,35 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], WeightsConfig]:
     return content["params"], build(WeightsConfig, {**fields, "tokenizer_file": content["tokenizer"]})
 
 
+def is_ours(path: pathlib.Path) -> bool:
+    """Tell whether a file begins as those that `write` writes."""
+    with path.open("rb") as file:
+        return file.read(1 + len(_FIRST_KEY)).startswith(_FIRST_KEY, 1)
+
+
+def read_foreign(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Return the arrays of another's flax msgpack, nested names joined by dots. Raises ValueError if it is none."""
+    try:
+        content = serialization.msgpack_restore(path.read_bytes())
+        leaves = dict(_leaves(content))
+        if not all(isinstance(leaf, np.ndarray) for leaf in leaves.values()):
+            raise ValueError("it holds more than arrays")
+    # As in `read`: any byte may be wrong.
+    except Exception as error:
+        raise ValueError(f"{path} is truncated or damaged: it can't be read as flax's msgpack ({error})") from error
+    return {name.removeprefix("/").replace("/", "."): leaf for name, leaf in leaves.items()}
+
+
 def _local(path: str | os.PathLike[str]) -> pathlib.Path:
     if "://" in os.fspath(path):
         raise ValueError(f"{path} is not a local path; use one and copy, e.g. gcloud storage cp params.msgpack gs://…")
     return pathlib.Path(path).expanduser()
 
 
-def _tokenizer_file(config: WeightsConfig) -> bytes:
-    if not config.tokenizer.path:
-        return b""
+def tokenizer_content(config: WeightsConfig) -> bytes:
+    """Return what the tokenizer's file contains, b'' where it has none. Raises ValueError if it is missing."""
+    if config.tokenizer_file or not config.tokenizer.path:
+        return config.tokenizer_file
     file = pathlib.Path(config.tokenizer.path).expanduser()
     if not file.is_file():
         raise ValueError(
@@ -139,12 +158,14 @@ def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, np.ndarray]]:
         yield from _leaves(tree[key], f"{path}/{key}")
 
 
-def _write_atomically(target: pathlib.Path, data: bytes) -> None:
+def write_atomically(target: pathlib.Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let `write` fill a file that takes the target's name when all of it is on the disk."""
+    target.parent.mkdir(parents=True, exist_ok=True)
     # In the target's own folder: a rename is atomic within one file system only.
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())

@@ -120,6 +120,15 @@ class ClipBPE:
         text = b"".join(self._symbols[token] for token in kept if token != self.bos_id)
         return text.decode("utf-8", errors="replace").strip()
 
+    def as_huggingface(self) -> tuple[dict[str, int], list[str]]:
+        """Return what Hugging Face's `vocab.json` and `merges.txt` hold: ids of written tokens, merges in order."""
+        written = [_CHARACTERS[byte] for byte in _byte_order()]
+        for symbol in self._symbols[256:]:
+            ending = _WORD_END if symbol.endswith(b" ") else ""
+            written.append("".join(_CHARACTERS[byte] for byte in symbol.removesuffix(b" ")) + ending)
+        vocabulary = {token: number for number, token in enumerate([*written, START, END])}
+        return vocabulary, [f"{written[first]} {written[second]}" for first, second in self._merges]
+
     def _encode_chunk(self, chunk: str) -> tuple[int, ...]:
         ids: list[int] = []
         for word in _SPLIT.findall(chunk):
@@ -191,6 +200,8 @@ def _byte_order() -> list[int]:
 
 
 _BYTE_ID = [_byte_order().index(byte) for byte in range(256)]
+# How files write a byte: as Latin-1 prints it, and what it doesn't print as the characters from U+0100 on.
+_CHARACTERS = [chr(byte if number < _PRINTABLE else 256 + number - _PRINTABLE) for byte, number in enumerate(_BYTE_ID)]
 _GONE = -1
 
 
@@ -208,9 +219,8 @@ class _Table:
 
 @functools.lru_cache(maxsize=4)
 def _read_table(path: str | bytes) -> _Table:
-    # The file writes a byte that Latin-1 does not print as the characters from U+0100 on.
     order = _byte_order()
-    characters = [chr(byte) for byte in order[:_PRINTABLE]] + [chr(256 + i) for i in range(256 - _PRINTABLE)]
+    characters = [_CHARACTERS[byte] for byte in order]
     id_of = {c: i for i, c in enumerate(characters)} | {c + _WORD_END: 256 + i for i, c in enumerate(characters)}
     symbols = [bytes([byte]) for byte in order] + [bytes([byte]) + b" " for byte in order]
     pairs = []

@@ -1,0 +1,149 @@
+"""One directory that others load unaided: transformers 5 and 4.57, open_clip (`local-dir:`) and OpenAI's `clip.load`.
+
+Each has its own names for the same weights, so they lie there up to three times, float32:
+
+    config.json, model.safetensors, preprocessor_config.json, vocab.json, merges.txt, tokenizer_config.json,
+    special_tokens_map.json                             transformers: CLIPModel or SiglipModel .from_pretrained(dir)
+    open_clip_config.json, open_clip_model.safetensors  open_clip: 'local-dir:' + dir
+    clip.pt                                             OpenAI's: clip.load(dir + '/clip.pt'), which rounds to float16
+
+What a project has no form for is left out, and why is returned.
+
+Source: transformers `modeling_utils.py`, `tokenization_clip.py`; open_clip `factory.py`; openai/CLIP `clip/clip.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from clip_jax.architectures import Architecture, WeightsConfig
+from clip_jax.interop import huggingface, names, open_clip, torch_file
+from clip_jax.interop.msgpack import tokenizer_content
+from clip_jax.tokenizers import ClipBPE
+from clip_jax.typing import Params
+
+
+def write(path: str | os.PathLike[str], params: Params, config: WeightsConfig) -> dict[str, str]:
+    """Write a directory that is there in full or not at all, and return what became of each project's part.
+
+    Returns:
+      For 'transformers', 'open_clip' and 'clip.load': how to load it, or why it was left out.
+
+    Raises:
+      ValueError: if the directory exists and isn't empty, or none of the projects has such a model.
+    """
+    target = pathlib.Path(path).expanduser()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} exists; give a directory that doesn't, or an empty one")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = pathlib.Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        said, written = {}, 0
+        for project, part in _PARTS.items():
+            try:
+                part(unfinished, params, config)
+                said[project] = _HOW[project].format(target)
+                written += 1
+            except _LeftOut as reason:
+                said[project] = f"left out: {reason}"
+        if not written:
+            raise ValueError("; ".join(f"{project}: {reason}" for project, reason in said.items()))
+        unfinished.chmod(0o755)
+        if target.exists():
+            target.rmdir()
+        unfinished.rename(target)
+    except BaseException:
+        shutil.rmtree(unfinished)
+        raise
+    return said
+
+
+class _LeftOut(Exception):
+    """A project has no form for the model."""
+
+
+def _transformers(folder: pathlib.Path, params: Params, config: WeightsConfig) -> None:
+    model = config.model
+    try:
+        content = huggingface.config(model)
+    except ValueError as error:
+        raise _LeftOut(error) from error
+    siglip = content["model_type"] == "siglip"
+    _save(folder / "model.safetensors", model, params, names.HUGGINGFACE_SIGLIP if siglip else names.HUGGINGFACE)
+    processor = huggingface.preprocessor_config(config.preprocess, model.image.image_size, siglip)
+    files = {"config.json": content, "preprocessor_config.json": processor}
+    tokenizer = tokenizer_content(config)
+    if config.tokenizer.name == "clip_bpe":
+        bpe = ClipBPE(model.text.length, model.text.vocab_size, merges_path=tokenizer)
+        vocabulary, merges = bpe.as_huggingface()
+        (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+        files |= {"vocab.json": vocabulary} | huggingface.tokenizer_files(model.text.length)
+    elif tokenizer:
+        name = {"sentencepiece": "spiece.model", "tokenizer_json": "tokenizer.json"}[config.tokenizer.name]
+        (folder / name).write_bytes(tokenizer)
+    for name, value in files.items():
+        _write_json(folder / name, value)
+
+
+def _open_clip(folder: pathlib.Path, params: Params, config: WeightsConfig) -> None:
+    try:
+        content = open_clip.config(config.model, config.preprocess)
+    except ValueError as error:
+        raise _LeftOut(error) from error
+    siglip = getattr(config.model.image, "pool", "") == "attention"
+    table = names.OPEN_CLIP_SIGLIP if siglip else names.OPENAI
+    _save(folder / "open_clip_model.safetensors", config.model, params, table)
+    _write_json(folder / "open_clip_config.json", content)
+
+
+def _clip_load(folder: pathlib.Path, params: Params, config: WeightsConfig) -> None:
+    """Write what OpenAI's `build_model` reads: it takes all but the sizes for granted."""
+    image, text = config.model.image, config.model.text
+    granted = Architecture(
+        _default(image, *("image_size", "patch_size", "width", "layers") if image.kind == "vit" else ()),
+        _default(text, "vocab_size", "length", "width", "layers"),
+        config.model.embed_dim,
+    )
+    if image.kind == "edges" or granted != config.model:
+        raise _LeftOut("OpenAI's code has QuickGELU, heads of 64, a class token and CLIP's own vocabulary, and no more")
+    torch_file.write(folder / "clip.pt", names.to_theirs(config.model, params, names.OPENAI))
+
+
+def _default(tower: Any, *sizes: str) -> Any:
+    """Return the tower of these sizes that OpenAI's code would build."""
+    if tower.kind != "resnet":
+        values = {name: getattr(tower, name) for name in sizes} | {"heads": max(1, tower.width // 64)}
+        values |= {"eos_id": tower.vocab_size - 1} if hasattr(tower, "vocab_size") else {}
+        return type(tower)(**values)
+    return type(tower)(tower.image_size, tower.width, tower.layers, tower.width // 2)
+
+
+_PARTS: Mapping[str, Callable[[pathlib.Path, Params, WeightsConfig], None]] = {
+    "transformers": _transformers,
+    "open_clip": _open_clip,
+    "clip.load": _clip_load,
+}
+_HOW = {
+    "transformers": "AutoModel.from_pretrained('{0}')",
+    "open_clip": "open_clip.create_model_from_pretrained('local-dir:{0}')",
+    "clip.load": "clip.load('{0}/clip.pt')",
+}
+
+
+def _save(path: pathlib.Path, model: Architecture, params: Params, table: names.Table) -> None:
+    tensors = names.to_theirs(model, params, table)
+    # 4.57 refuses files whose metadata don't say so. A 0-d array stays one: ascontiguousarray would make it (1,).
+    save_file({k: np.asarray(v, order="C") for k, v in tensors.items()}, path, metadata={"format": "pt"})
+
+
+def _write_json(path: pathlib.Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

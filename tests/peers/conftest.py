@@ -1,0 +1,33 @@
+"""The peers, imported as far as they go without compiled torchvision: its wheels are for CUDA."""
+
+import sys
+import types
+import warnings
+
+import pytest
+
+pytest.importorskip("torch", reason="tests against peers: make test-peers")
+
+
+def _import_peers() -> None:
+    import torch
+
+    for schema in ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor", "qnms(Tensor a, Tensor b, float c) -> Tensor"):
+        torch.library.define(f"torchvision::{schema.partition('(')[0]}", f"({schema.partition('(')[2]}")
+    # clip-anytorch looks for `packaging` where current setuptools no longer has it.
+    if "pkg_resources" not in sys.modules:
+        import packaging.version
+
+        sys.modules["pkg_resources"] = types.SimpleNamespace(packaging=packaging)
+    # They warn of what is deprecated in each other.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import clip
+        import open_clip
+        import transformers
+
+        assert clip and open_clip and transformers
+    torch.set_num_threads(2)
+
+
+_import_peers()
