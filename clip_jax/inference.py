@@ -1,6 +1,6 @@
 """Trained weights as functions of pictures and strings.
 
-    model = clip_jax.load("params.msgpack")
+    model = clip_jax.load("params.msgpack")  # or a file or directory of OpenAI's, open_clip's, Hugging Face's …
     model.zero_shot(["photo.jpg"], ["dog", "cat"])
 
 Each encoder is compiled once for every batch size of 1, 2, 4 … 64 that is met: other numbers of inputs are split and
@@ -19,10 +19,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int32, UInt8
 
-from clip_jax.architectures import WeightsConfig
-from clip_jax.interop import msgpack
+from clip_jax.architectures import TokenizerConfig, WeightsConfig
+from clip_jax.interop import positions, published, reading
 from clip_jax.models import make_model
 from clip_jax.preprocess import ImageLike, preprocess_many
 from clip_jax.tokenizers import make_tokenizer
@@ -67,8 +67,9 @@ class Clip:
         return self._encode(self._encode_text, lambda batch, first: self.tokenizer(batch), _several(texts, "text"))
 
     def logits(self, images: Images, texts: Sequence[str]) -> Float[np.ndarray, "n m"]:
-        """Return the cosine of every picture with every text, times the learnt scale."""
-        return self.scale * self.encode_image(images) @ self.encode_text(texts).T
+        """Return the cosine of every picture with every text, times the learnt scale, plus the bias if there is one."""
+        bias = np.asarray(self.params.get("logit_bias", 0.0), np.float32)
+        return self.scale * self.encode_image(images) @ self.encode_text(texts).T + bias
 
     def zero_shot(
         self, images: Images, classes: Sequence[str], templates: Sequence[str] = ("a photo of a {}.",)
@@ -109,30 +110,74 @@ class Clip:
         return np.concatenate(outputs)
 
 
-def load(path: str | os.PathLike[str], *, truncate: bool = False) -> Clip:
-    """Return the model of a file that `clip_jax.interop.msgpack.write` (or `--export`) wrote.
+def load(
+    path: str | os.PathLike[str],
+    *,
+    model: str = "",
+    activation: str = "",
+    image_size: int = 0,
+    context_length: int = 0,
+    tokenizer: TokenizerConfig | None = None,
+    truncate: bool = False,
+) -> Clip:
+    """Return the model of a weight file, a directory, a published model or a repository of Hugging Face's hub.
+
+    Formats: ours (`--export`, `clip_jax.convert`), OpenAI's archives, torch's state dicts and training checkpoints,
+    safetensors, open_clip's and Hugging Face's directories, Flax msgpack, big_vision's npz. What a file can't tell is
+    asked for, never guessed.
 
     Args:
+      path: a file or directory; or a name such as 'vit_b32', for OpenAI's weights as its own code leaves them in
+        ~/.cache/clip; or 'hf-hub:<owner>/<name>'.
+      model: a name in `architectures.MODELS`, for files that can't tell.
+      activation: 'quick_gelu', 'gelu' or 'gelu_tanh', for files that can't tell. It wins over what they say.
+      image_size: px, other than the model's: its position embeddings are resized as open_clip does.
+      context_length: tokens, other than the model's, likewise.
+      tokenizer: for weights that come without theirs, e.g. TokenizerConfig('sentencepiece', '/data/c4_en.model').
       truncate: cut texts that are longer than the model reads, keeping the end token; else they are an error, as in
         OpenAI's code.
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if the file is not ours, damaged, or its parameters are not the ones that its config describes.
+      ValueError: if the file is damaged or hostile, of a model that is not built, or not what its config describes.
     """
-    params, config = msgpack.read(path)
-    model = make_model(config.model, config.preprocess)
-    _check_shapes(os.fspath(path), params, jax.eval_shape(model.init, jax.random.key(0)))
-    tokenizer = make_tokenizer(
-        config.tokenizer, config.model.text, truncate=truncate, tokenizer_file=config.tokenizer_file
-    )
+    weights = reading.read(published.locate(path), model=model, activation=activation)
+    config, params = weights.config, weights.params
+    _check_shapes(os.fspath(path), params, jax.eval_shape(make_model(config.model).init, jax.random.key(0)))
+    architecture, params = positions.resize(config.model, params, image_size=image_size, length=context_length)
+    config = dataclasses.replace(config, model=architecture)
+    if tokenizer is not None:
+        config = dataclasses.replace(config, tokenizer=tokenizer, tokenizer_file=b"")
+    functions = make_model(config.model, config.preprocess)
     return Clip(
         config,
         jax.tree.map(jnp.asarray, params),
-        tokenizer,
-        jax.jit(model.encode_image),
-        jax.jit(model.encode_text),
+        _tokenizer(config, truncate),
+        jax.jit(functions.encode_image),
+        jax.jit(functions.encode_text),
     )
+
+
+def _tokenizer(config: WeightsConfig, truncate: bool) -> Tokenizer:
+    if config.tokenizer.name != "clip_bpe" and not (config.tokenizer.path or config.tokenizer_file):
+        return _NoTokenizer(config.model.text.vocab_size, config.model.text.length, 0, config.model.text.eos_id)
+    return make_tokenizer(config.tokenizer, config.model.text, truncate=truncate, tokenizer_file=config.tokenizer_file)
+
+
+@dataclasses.dataclass(frozen=True)
+class _NoTokenizer:
+    """Stands for a tokenizer that did not come with the weights: pictures can be encoded without it."""
+
+    vocab_size: int
+    length: int
+    pad_id: int
+    eos_id: int
+
+    def __call__(self, texts: Sequence[str]) -> Int32[np.ndarray, "n L"]:
+        raise ValueError(
+            f"the weights came without their tokenizer of {self.vocab_size:,} tokens; load them with its file, e.g."
+            " load(…, tokenizer=TokenizerConfig('sentencepiece', '/data/c4_en.model'))"
+        )
 
 
 def _check_shapes(path: str, params: Any, expected: Any) -> None:

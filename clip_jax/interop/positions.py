@@ -16,9 +16,7 @@ from clip_jax.architectures import Architecture
 from clip_jax.typing import Params
 
 
-def resize(
-    model: Architecture, params: Params, *, image_size: int = 0, length: int = 0
-) -> tuple[Architecture, Params]:
+def resize(model: Architecture, params: Params, *, image_size: int = 0, length: int = 0) -> tuple[Architecture, Params]:
     """Return the model with other sizes, and its parameters.
 
     The grid of patches is resized by a bicubic with antialiasing, a class token's position stays; text positions are
@@ -45,7 +43,9 @@ def resize(
 
 def _image(model: Architecture, params: Params, size: int) -> tuple[Architecture, Params]:
     if model.image.kind == "edges":
-        raise ValueError(f"image_size={size}: this tower has no positions to resize; it takes {model.image.image_size} px")
+        raise ValueError(
+            f"image_size={size}: this tower has no positions to resize; it takes {model.image.image_size} px"
+        )
     step = 2 << len(model.image.layers) if model.image.kind == "resnet" else model.image.patch_size
     side = size // step
     if not side:

@@ -35,6 +35,8 @@ from clip_jax.architectures import (
 )
 from clip_jax.config import check_name
 from clip_jax.interop import huggingface, msgpack, names, npz, open_clip, shapes, torch_file
+from clip_jax.tokenizers import ClipBPE
+from clip_jax.tokenizers.bpe import MAX_VOCAB_SIZE
 from clip_jax.typing import Params
 
 # Whole names first: of several in one folder the first is read. open_clip prefers its own, so do we.
@@ -245,7 +247,13 @@ def _beside(file: pathlib.Path) -> _Described | None:
 
 def _tokenizer(architecture: Architecture, folder: pathlib.Path) -> tuple[TokenizerConfig, bytes]:
     """Return the tokenizer of a folder, and the content of its file where it isn't CLIP's own."""
-    if architecture.text.vocab_size == MODELS["vit_b32"].text.vocab_size:
+    merges = folder / "merges.txt"
+    clip_size = architecture.text.vocab_size == MAX_VOCAB_SIZE
+    if merges.is_file():
+        content = merges.read_bytes()
+        published = clip_size and content.decode("utf-8", "replace").split("\n")[1:-1] == ClipBPE().as_huggingface()[1]
+        return (TokenizerConfig(), b"") if published else (TokenizerConfig("clip_bpe", merges.name), content)
+    if clip_size:
         return TokenizerConfig(), b""
     for name, file in (("sentencepiece", "spiece.model"), ("sentencepiece", "tokenizer.model")):
         if (folder / file).is_file():

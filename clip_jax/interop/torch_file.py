@@ -18,7 +18,7 @@ import pickle
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -89,7 +89,14 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> No
     for key, (name, array) in enumerate(arrays.items()):
         strides = [step // array.itemsize for step in array.strides]
         pickled += [_text(name), b"ctorch._utils\n_rebuild_tensor_v2\n(("]
-        pickled += [_text("storage"), b"ctorch\nFloatStorage\n", _text(str(key)), _text("cpu"), _integer(array.size), b"tQ"]
+        pickled += [
+            _text("storage"),
+            b"ctorch\nFloatStorage\n",
+            _text(str(key)),
+            _text("cpu"),
+            _integer(array.size),
+            b"tQ",
+        ]
         pickled += [_integer(0), _integers(array.shape), _integers(strides), b"\x89ccollections\nOrderedDict\n)RtR"]
     pickled.append(b"u.")
     with zipfile.ZipFile(path, "w") as archive:  # stored, not compressed
@@ -204,7 +211,7 @@ class _StorageType:
 class _Unpickler(pickle.Unpickler):
     """A pickle reader that knows tensors and containers, and nothing else."""
 
-    def __init__(self, stream: BinaryIO, storage: Storage):
+    def __init__(self, stream: io.BufferedIOBase, storage: Storage):
         super().__init__(stream, encoding="utf-8")
         self._storage = storage
 

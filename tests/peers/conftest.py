@@ -12,22 +12,22 @@ pytest.importorskip("torch", reason="tests against peers: make test-peers")
 def _import_peers() -> None:
     import torch
 
-    for schema in ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor", "qnms(Tensor a, Tensor b, float c) -> Tensor"):
-        torch.library.define(f"torchvision::{schema.partition('(')[0]}", f"({schema.partition('(')[2]}")
+    torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    torch.library.define("torchvision::qnms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     # clip-anytorch looks for `packaging` where current setuptools no longer has it.
     if "pkg_resources" not in sys.modules:
         import packaging.version
 
         sys.modules["pkg_resources"] = types.SimpleNamespace(packaging=packaging)
-    # They warn of what is deprecated in each other.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import clip
-        import open_clip
-        import transformers
+    import clip
+    import open_clip
+    import transformers
 
-        assert clip and open_clip and transformers
+    assert clip and open_clip and transformers
     torch.set_num_threads(2)
 
 
-_import_peers()
+# They warn of what is deprecated in each other; ours stay errors.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    _import_peers()

@@ -1,0 +1,139 @@
+"""Features, logits, losses and gradients of every family against open_clip, transformers and OpenAI's code, float32."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import open_clip
+import pytest
+import torch
+
+from clip_jax.architectures import MODELS, SIGLIP_PREPROCESS, Preprocess
+from clip_jax.interop import names, reading
+from clip_jax.losses import LOSSES
+from clip_jax.models import make_model
+from tests import tiny_models
+from tests.peers import theirs
+
+# What float32 sums in another order amount to, as shared/reference and other ports measured them.
+FEATURES, LOGITS, LOSS, GRADIENT = 1e-6, 1e-4, 1e-5, 1e-5
+# clip.load rounds weights to float16 before anything else.
+FEATURES_HALF = 1e-3
+LOADERS = {"open_clip": theirs.load_open_clip, "transformers": theirs.load_transformers}
+TINY = tiny_models.ARCHITECTURES
+IN_OPEN_CLIP = [name for name in TINY if name != "siglip"]
+IN_TRANSFORMERS = ["vit", "vit_gelu", "siglip", "siglip_timm"]
+CASES = [("open_clip", name) for name in IN_OPEN_CLIP] + [("transformers", name) for name in IN_TRANSFORMERS]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folders = {}
+
+    def of(name):
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp("weights") / name
+            architecture = TINY[name]
+            theirs.write(folders[name], architecture, tiny_models.params(architecture))
+        return folders[name]
+
+    return of
+
+
+def _spec(architecture):
+    return SIGLIP_PREPROCESS if architecture.logit_bias else Preprocess()
+
+
+def _compare(architecture, params, model, tolerance=FEATURES):
+    pixels, tokens = tiny_models.inputs(architecture)
+    ours = make_model(architecture, _spec(architecture))
+    image, text = jax.jit(ours.encode_image)(params, pixels), jax.jit(ours.encode_text)(params, tokens)
+    with torch.no_grad():
+        their_image, their_text = theirs.features(model, pixels, tokens, _spec(architecture))
+    np.testing.assert_allclose(image, their_image.numpy(), atol=tolerance, rtol=0)
+    np.testing.assert_allclose(text, their_text.numpy(), atol=tolerance, rtol=0)
+    # Rows differ: an embedding that ignored its input would pass the lines above.
+    assert np.abs(image[0] - image[1]).max() > 1e-3 and np.abs(text[0] - text[1]).max() > 1e-3
+    return image, text, their_image, their_text
+
+
+@pytest.mark.parametrize(("peer", "name"), CASES)
+def test_features_and_logits_are_theirs(folder, peer, name):
+    architecture = TINY[name]
+    params = tiny_models.params(architecture)
+    model = LOADERS[peer](folder(name))
+    image, text, their_image, their_text = _compare(architecture, params, model)
+    scale = float(np.exp(params["logit_scale"]))
+    np.testing.assert_allclose(
+        scale * image @ text.T, scale * (their_image @ their_text.T).numpy(), atol=LOGITS, rtol=0
+    )
+    np.testing.assert_allclose(model.logit_scale.detach().numpy().reshape(()), params["logit_scale"])
+
+
+@pytest.mark.parametrize("name", ["vit"])
+def test_clip_load_has_the_features_but_for_its_rounding(folder, name):
+    _compare(TINY[name], tiny_models.params(TINY[name]), theirs.load_clip(folder(name)), FEATURES_HALF)
+
+
+@pytest.mark.parametrize("name", ["rn50", "vit_b32"])
+def test_models_of_full_size_have_open_clip_s_features(tmp_path, name):
+    architecture = MODELS[name]
+    params = tiny_models.params(architecture)
+    theirs.write(tmp_path / name, architecture, params)
+    _compare(architecture, params, theirs.load_open_clip(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", IN_OPEN_CLIP)
+def test_loss_and_gradients_are_open_clip_s(folder, name):
+    architecture = TINY[name]
+    params, (pixels, tokens) = tiny_models.params(architecture), tiny_models.inputs(architecture, rows=4)
+    ours = make_model(architecture, _spec(architecture))
+
+    def objective(trained):
+        tree = trained | ({"batch_stats": params["batch_stats"]} if "batch_stats" in params else {})
+        loss = LOSSES["sigmoid" if architecture.logit_bias else "softmax"]
+        image, text = ours.encode_image(tree, pixels), ours.encode_text(tree, tokens)
+        return loss(image, text, jnp.exp(tree["logit_scale"]), tree.get("logit_bias"))[0]
+
+    trained = {key: value for key, value in params.items() if key != "batch_stats"}
+    value, gradients = jax.jit(jax.value_and_grad(objective))(trained)
+
+    model = theirs.load_open_clip(folder(name))
+    image, text = theirs.features(model, pixels, tokens, _spec(architecture))
+    if architecture.logit_bias:
+        loss = open_clip.loss.SigLipLoss()(image, text, model.logit_scale.exp(), model.logit_bias)
+    else:
+        loss = open_clip.loss.ClipLoss()(image, text, model.logit_scale.exp())
+    loss.backward()
+    np.testing.assert_allclose(value, loss.item(), atol=LOSS, rtol=0)
+    stats = jax.tree.map(np.zeros_like, params.get("batch_stats", {}))
+    table = names.OPEN_CLIP_SIGLIP if architecture.logit_bias else names.OPENAI
+    in_their_names = names.to_theirs(architecture, gradients | ({"batch_stats": stats} if stats else {}), table)
+    for parameter, tensor in model.named_parameters():
+        expected, got = tensor.grad.numpy(), in_their_names[parameter].reshape(tensor.shape)
+        if "in_proj_bias" in parameter or parameter.endswith(("qkv.bias", "kv.bias")):
+            expected, got = _without_keys(expected, parameter), _without_keys(got, parameter)
+        if parameter.endswith("k_proj.bias"):
+            continue
+        norm = np.linalg.norm(expected)
+        assert np.linalg.norm(got - expected) <= GRADIENT * norm, parameter
+
+
+def _without_keys(bias, parameter):
+    """A softmax does not feel the keys' bias: its gradient is rounding, in any framework."""
+    parts = np.split(bias, 2 if parameter.endswith(".kv.bias") else 3)
+    return np.concatenate(parts[1:] if parameter.endswith(".kv.bias") else [parts[0], parts[2]])
+
+
+@pytest.mark.parametrize(("peer", "name"), CASES)
+def test_their_weights_come_back_bit_by_bit(folder, peer, name, tmp_path):
+    """Ours, theirs, saved by them, ours."""
+    model = LOADERS[peer](folder(name))
+    if peer == "transformers":
+        model.save_pretrained(tmp_path)
+        found = reading.read(tmp_path)
+    else:
+        torch.save(model.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
+        (tmp_path / "open_clip_config.json").write_bytes((folder(name) / "open_clip_config.json").read_bytes())
+        found = reading.read(tmp_path)
+    assert found.config.model == TINY[name]
+    jax.tree.map(np.testing.assert_array_equal, found.params, tiny_models.params(TINY[name]))

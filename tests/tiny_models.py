@@ -1,0 +1,96 @@
+"""Small models of each family, weights and inputs drawn by NumPy: the same for us and for peers."""
+
+import math
+
+import jax
+import numpy as np
+
+from clip_jax.architectures import Architecture, ResNet, TextTransformer, ViT, siglip_image, with_activation
+from clip_jax.models import make_model
+
+_TEXT = TextTransformer(width=64, heads=1, layers=2)
+_SMALL_TEXT = TextTransformer(600, 16, 599, width=64, heads=1, layers=2)
+_CLIPA_TEXT = TextTransformer(160, 16, 1, width=64, heads=1, layers=2, causal=False, pool="last")
+_IMAGE = ViT(64, 16, 128, 2, 2)
+_SIGLIP_TEXT = TextTransformer(
+    160, 16, 1, width=128, heads=2, layers=2, causal=False, pool="last", norm_epsilon=1e-6, projection="bias"
+)
+
+ARCHITECTURES = {
+    "vit": Architecture(_IMAGE, _TEXT, 32),  # with CLIP's whole vocabulary, for tokenizers too
+    "vit_gelu": with_activation(Architecture(_IMAGE, _SMALL_TEXT, 32), "gelu"),
+    "layer_scale": with_activation(
+        Architecture(
+            ViT(64, 16, 128, 2, 4, 3.7, layer_scale=0.5), TextTransformer(600, 16, 599, 64, 2, 1, layer_scale=0.5), 32
+        ),
+        "gelu",
+    ),
+    "resnet": Architecture(ResNet(64, 16, (2, 1, 2, 1), 8), _SMALL_TEXT, 32),
+    "clipa": with_activation(
+        Architecture(ViT(64, 16, 128, 2, 2, norm_pre=False, pool="mean"), _CLIPA_TEXT, 32), "gelu"
+    ),
+    "siglip": with_activation(
+        Architecture(
+            ViT(
+                64,
+                16,
+                128,
+                2,
+                2,
+                pool="attention",
+                norm_pre=False,
+                norm_epsilon=1e-6,
+                patch_bias=True,
+                projection=False,
+            ),
+            _SIGLIP_TEXT,
+            128,
+            logit_bias=True,
+        ),
+        "gelu_tanh",
+    ),
+    # timm has no smaller SigLIP towers than this.
+    "siglip_timm": Architecture(
+        siglip_image(224, 16, 768, "gelu"),
+        TextTransformer(160, 16, 1, 768, 1, 12, 4.0, "gelu", False, "last", 1e-6, "bias"),
+        768,
+        logit_bias=True,
+    ),
+}
+
+
+def params(architecture, seed=0):
+    """Return float32 parameters that keep activations near 1, statistics of batch norm included."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        noise = rng.standard_normal(leaf.shape).astype(np.float32)
+        if name == "logit_scale":
+            return np.float32(2.5)
+        if name.endswith("/var"):
+            return 0.5 + np.abs(noise)
+        if name.endswith(("scale", "layer_scale1", "layer_scale2")):
+            return (0.3 if "_rest/norm3" in name or "first/norm3" in name else 1.0) + 0.1 * noise
+        if name.endswith(("bias", "mean", "embedding", "positional_embedding", "class_embedding", "probe")):
+            return 0.1 * noise
+        # A unit in, a unit out: deep towers of larger weights round off more than 1e-6.
+        shape = leaf.shape[1:] if "/blocks/" in name or "_rest/" in name else leaf.shape
+        outputs = 2 if name.endswith(("query/kernel", "key/kernel", "value/kernel")) else 1
+        return noise * np.float32(math.prod(shape[:-outputs]) ** -0.5)
+
+    shapes = jax.eval_shape(make_model(architecture).init, jax.random.key(0))
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def inputs(architecture, rows=3, seed=0):
+    """Return uint8 pictures and token ids; each text has its end token at another place."""
+    rng, image, text = np.random.default_rng([seed, 1]), architecture.image, architecture.text
+    # Coarse, since noise looks the same to every average pool.
+    coarse, repeat = rng.integers(0, 256, (rows, 4, 4, 3)), image.image_size // 4
+    pixels = coarse.repeat(repeat, axis=1).repeat(repeat, axis=2).astype(np.uint8)
+    tokens = rng.integers(3, min(text.vocab_size, 40_000) - 2, (rows, text.length)).astype(np.int32)
+    for row, ids in enumerate(tokens):
+        end = 4 + 3 * row % (text.length - 4)
+        ids[end], ids[end + 1 :] = text.eos_id, 0
+    return pixels, tokens
