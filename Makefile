@@ -1,6 +1,7 @@
 # make demo          train a CLIP on emoji, evaluate it, search with it (README: "Two commands")
 # make test          lint and tests
 # make test-lowest   the tests with the lowest versions that setup.py allows
+# make test-peers    features, gradients, files and inputs against open_clip, transformers and OpenAI's code
 # make clean         remove environments, caches and the demo's run
 #
 # PYTHON=python3.12 chooses the interpreter of a new environment.
@@ -8,12 +9,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 LOWEST ?= .venv-lowest
+PEERS ?= .venv-peers
 DEMO ?= runs/emoji
 BIN := $(VENV)/bin
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-lowest clean
+.PHONY: demo test test-lowest test-peers clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -29,8 +31,11 @@ test: $(VENV)/.installed-test
 test-lowest: $(LOWEST)/.installed-test
 	$(LOWEST)/bin/python -m pytest
 
+test-peers: $(PEERS)/.installed-peers
+	$(PEERS)/bin/python -m pytest tests/peers
+
 clean:
-	rm -rf $(VENV) $(LOWEST) $(DEMO) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) $(PEERS) $(DEMO) build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # ------------------------------------------------------------------------------------------- environments
@@ -46,7 +51,15 @@ $(LOWEST)/.installed-test: setup.py tests/lowest.txt | $(LOWEST)/bin/pip
 	@$(LOWEST)/bin/pip install -qq -c tests/lowest.txt -e '.[test]'
 	@touch $@
 
-$(VENV)/bin/pip $(LOWEST)/bin/pip:
+# torch by itself: a build for the CPU where there is one. torchvision's wheel is for CUDA, and only its Python is used.
+$(PEERS)/.installed-peers: setup.py | $(PEERS)/bin/pip
+	@echo "installing the peers, and torch among them, into $(PEERS); the first time takes some minutes"
+	@$(PEERS)/bin/pip install -qq torch==2.13.0
+	@$(PEERS)/bin/pip install -qq --no-deps torchvision==0.28.0
+	@$(PEERS)/bin/pip install -qq -e '.[test,peers]'
+	@touch $@
+
+$(VENV)/bin/pip $(LOWEST)/bin/pip $(PEERS)/bin/pip:
 	@$(check_python)
 	@$(PYTHON) -m venv $(@D)/..
 	@$(@D)/python -m pip install -qq --upgrade pip

@@ -58,9 +58,12 @@ EXTRAS = {
     "data": EMOJI,
     # What evaluation sets need beyond the core: today's are the emoji sets.
     "eval": EMOJI,
-    # What weights of others need beyond the core: today clip_jax reads and writes msgpack only, which flax brings.
-    "interop": [],
+    # Weights by their name on Hugging Face's hub; files and directories need nothing beyond the core.
+    "interop": ["huggingface_hub>=1.0"],
     "test": ["pytest>=8.4", "pytest-xdist>=3.6.1", "beartype>=0.21", "ruff>=0.12", *EMOJI],
+    # What tests/peers compares with. torch first and by itself, then torchvision without what it depends on: the
+    # Makefile's `test-peers` does it.
+    "peers": ["timm==1.0.31", "transformers==5.23.0", "open_clip_torch==3.3.0", "clip-anytorch==2.6.0"],
     # libtpu. Leave it out on machines without a TPU: there it costs 1.5 s and some error lines at every start.
     "tpu": [f"jax[tpu]>={JAX}"],
     # CUDA 13, which needs driver 580 or newer. For an older one: pip install "jax[cuda12]", and no extra.

@@ -86,9 +86,11 @@ def params(architecture, seed=0):
 def inputs(architecture, rows=3, seed=0):
     """Return uint8 pictures and token ids; each text has its end token at another place."""
     rng, image, text = np.random.default_rng([seed, 1]), architecture.image, architecture.text
-    # Coarse, since noise looks the same to every average pool.
-    coarse, repeat = rng.integers(0, 256, (rows, 4, 4, 3)), image.image_size // 4
-    pixels = coarse.repeat(repeat, axis=1).repeat(repeat, axis=2).astype(np.uint8)
+    # Coarse, since noise alone looks the same to every average pool; noisy, since equal patches sit on the same side of
+    # a ReLU, and rounding would move all of them at once.
+    coarse, repeat = rng.integers(20, 236, (rows, 4, 4, 3)), image.image_size // 4
+    pixels = coarse.repeat(repeat, axis=1).repeat(repeat, axis=2)
+    pixels = (pixels + rng.integers(-20, 20, pixels.shape)).astype(np.uint8)
     tokens = rng.integers(3, min(text.vocab_size, 40_000) - 2, (rows, text.length)).astype(np.int32)
     for row, ids in enumerate(tokens):
         end = 4 + 3 * row % (text.length - 4)

@@ -1,0 +1,153 @@
+"""Files that torch itself wrote, in all the forms that people have them, read without it."""
+
+import collections
+import json
+
+import clip
+import clip.model
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from clip_jax.interop import names, reading, torch_file
+from tests import tiny_models
+
+ARCHITECTURE = tiny_models.ARCHITECTURES["vit"]
+PARAMS = tiny_models.params(ARCHITECTURE)
+
+
+@pytest.fixture(scope="module")
+def state_dict():
+    return {name: torch.tensor(x) for name, x in names.to_theirs(ARCHITECTURE, PARAMS, names.OPENAI).items()}
+
+
+def _same(path, tolerance=0.0, **arguments):
+    found = reading.read(path, **arguments)
+    assert found.config.model == ARCHITECTURE
+    _compare(found.params, tolerance)
+
+
+def _compare(params, tolerance=0.0):
+    ours, theirs = names.flat(PARAMS), names.flat(params)
+    assert ours.keys() == theirs.keys()
+    for name, expected in ours.items():
+        assert theirs[name].dtype == np.float32
+        np.testing.assert_allclose(theirs[name], expected, rtol=tolerance, atol=tolerance / 100, err_msg=name)
+
+
+HALF, BRAIN = 2**-11, 2**-8  # what rounding to float16 and bfloat16 costs
+FORMS = {
+    "state dict": (lambda sd: sd, 0.0),
+    "float16": (lambda sd: {k: v.half() for k, v in sd.items()}, HALF),
+    "bfloat16": (lambda sd: {k: v.bfloat16() for k, v in sd.items()}, BRAIN),
+    "from several devices": (lambda sd: {f"module.{k}": v for k, v in sd.items()}, 0.0),
+    "compiled": (lambda sd: {f"_orig_mod.{k}": v for k, v in sd.items()}, 0.0),
+    "custom text tower": (
+        lambda sd: {k if k.startswith(("visual", "logit")) else f"text.{k}": v for k, v in sd.items()},
+        0.0,
+    ),
+    "with OpenAI's integers": (
+        lambda sd: sd | {"input_resolution": torch.tensor(64), "vocab_size": torch.tensor(9)},
+        0.0,
+    ),
+    "training checkpoint": (
+        lambda sd: {
+            "epoch": 3,
+            "name": "run",
+            "state_dict": collections.OrderedDict((f"module.{k}", v) for k, v in sd.items()),
+            "optimizer": {
+                "state": {0: {"step": torch.tensor(7.0), "exp_avg": torch.zeros(3)}},
+                "param_groups": [{"lr": 0.1}],
+            },
+        },
+        0.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_torch_files_are_read(state_dict, form, legacy, tmp_path):
+    make, tolerance = FORMS[form]
+    torch.save(make(state_dict), tmp_path / "w.pt", _use_new_zipfile_serialization=not legacy)
+    _same(tmp_path / "w.pt", tolerance, activation="quick_gelu")
+
+
+def test_views_of_one_storage_are_read(tmp_path):
+    base = torch.arange(24.0).reshape(4, 6)
+    torch.save({"t": base.t(), "row": base[1], "parameter": torch.nn.Parameter(base[:, 2:4])}, tmp_path / "w.pt")
+    found = torch_file.read(tmp_path / "w.pt")
+    np.testing.assert_array_equal(found["t"], base.t())
+    np.testing.assert_array_equal(found["row"], base[1])
+    np.testing.assert_array_equal(found["parameter"], base[:, 2:4])
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_openai_s_torchscript_archives_are_read(state_dict, tmp_path, half):
+    """Traced as the released ones are; these keep norms and embeddings in float32 and the rest in float16."""
+    image, text = ARCHITECTURE.image, ARCHITECTURE.text
+    sizes = (image.image_size, image.layers, image.width, image.patch_size)
+    model = clip.model.CLIP(
+        ARCHITECTURE.embed_dim, *sizes, text.length, text.vocab_size, text.width, text.heads, text.layers
+    )
+    model.load_state_dict(state_dict)
+    if half:
+        clip.model.convert_weights(model)
+    for name, value in (("input_resolution", 64), ("context_length", 77), ("vocab_size", 49408)):
+        vars(model).pop(name, None)
+        model.register_buffer(name, torch.tensor(value))
+    pixels, tokens = tiny_models.inputs(ARCHITECTURE, 1)
+    pixels = torch.tensor(pixels.transpose(0, 3, 1, 2).copy()).to(model.dtype)
+    with pytest.warns(Warning):  # torch calls tracing deprecated, and notices the shapes that it takes for constant
+        traced = torch.jit.trace_module(model.eval(), {"encode_image": pixels}, check_trace=False)
+    with pytest.warns(DeprecationWarning):
+        torch.jit.save(traced, tmp_path / "ViT.pt")
+    _same(tmp_path / "ViT.pt", 2 * HALF if half else 0.0)
+
+
+def test_safetensors_of_torch_are_read(state_dict, tmp_path):
+    save_file({k: v.bfloat16() for k, v in state_dict.items()}, tmp_path / "w.safetensors")
+    found = reading.read(tmp_path / "w.safetensors", activation="quick_gelu")
+    _compare(found.params, BRAIN)
+
+
+def test_what_we_write_torch_reads(tmp_path):
+    tensors = {
+        "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "scalar": np.float32(2.5) * np.ones(()),
+        "empty": np.ones((0, 2)),
+    }
+    torch_file.write(tmp_path / "w.pt", tensors)
+    found = torch.load(tmp_path / "w.pt", weights_only=True)
+    assert {name: tuple(x.shape) for name, x in found.items()} == {"a": (2, 3), "scalar": (), "empty": (0, 2)}
+    np.testing.assert_array_equal(found["a"], tensors["a"])
+    assert found["scalar"] == 2.5
+    ours = torch_file.read(tmp_path / "w.pt")
+    np.testing.assert_array_equal(ours["a"], tensors["a"])
+
+
+def test_open_clip_s_configs_are_built_or_refused_by_name():
+    import open_clip
+
+    from clip_jax.interop import open_clip as ours
+
+    built, refused = [], {}
+    for name in open_clip.list_models():
+        config = open_clip.get_model_config(name)
+        try:
+            model = ours.architecture(json.loads(json.dumps(config)), name)
+        except ValueError as error:
+            refused[name] = str(error)
+            continue
+        built.append(name)
+        spec = ours.preprocess({})
+        assert ours.architecture(ours.config(model, spec)["model_cfg"], name) == model
+    assert len(built) >= 81 and not {
+        "ViT-B-32",
+        "RN50x64",
+        "ViT-bigG-14",
+        "ViT-H-14-CLIPA",
+        "ViT-SO400M-14-SigLIP-384",
+    } - {*built}
+    assert all(name in message and "clip_jax" in message for name, message in refused.items())

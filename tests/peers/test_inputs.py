@@ -1,0 +1,81 @@
+"""Token ids and pixels against open_clip's and transformers' own, on hard texts and on every kind of picture."""
+
+import dataclasses
+import json
+import pathlib
+import random
+
+import numpy as np
+import open_clip
+import pytest
+import transformers
+from PIL import Image
+
+from clip_jax.architectures import SIGLIP_PREPROCESS, Preprocess
+from clip_jax.preprocess import preprocess
+from clip_jax.tokenizers import ClipBPE
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden/clip_bpe.json"
+SIZES = [
+    (640, 427),
+    (427, 640),
+    (499, 400),
+    (300, 300),
+    (225, 224),
+    (224, 227),
+    (50, 31),
+    (17, 17),
+    (300, 500),
+    (801, 333),
+]
+MODES = ["RGB", "L", "P", "RGBA", "CMYK", "1", "LA"]
+
+
+def _texts():
+    hard = [row["text"] for row in json.loads(GOLDEN.read_text())["rows"] if "text" in row]
+    rng = random.Random(0)
+    ranges = [(32, 127), (32, 127), (160, 1024), (0x4E00, 0x4F00), (0x1F600, 0x1F650), (0x600, 0x6FF), (1, 32)]
+    fuzz = ["".join(chr(rng.randint(*rng.choice(ranges))) for _ in range(rng.randint(0, 60))) for _ in range(3000)]
+    return hard + fuzz
+
+
+def test_token_ids_are_open_clip_s():
+    texts = [text for text in _texts() if "<" not in text]  # open_clip renamed the special tokens
+    theirs = open_clip.tokenizer.SimpleTokenizer()(texts).numpy()
+    np.testing.assert_array_equal(ClipBPE()(texts), theirs)
+
+
+def _picture(width, height, mode):
+    rng = np.random.default_rng([width, height])
+    pixels = np.clip(np.linspace(-60, 315, width)[None, :, None] + rng.normal(0, 60, (height, width, 4)), 0, 255)
+    image = Image.fromarray(pixels.astype(np.uint8))
+    return image if mode == "RGBA" else image.convert("RGB").convert(mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("squash", [False, True])
+def test_pixels_are_open_clip_s(mode, squash):
+    spec = dataclasses.replace(SIGLIP_PREPROCESS if squash else Preprocess(), like="openai")
+    theirs = open_clip.transform.image_transform(
+        224, False, mean=spec.mean, std=spec.std, resize_mode=spec.resize, interpolation="bicubic"
+    )
+    for size in SIZES:
+        image = _picture(*size, mode)
+        mean, std = np.array(spec.mean, np.float32), np.array(spec.std, np.float32)
+        ours = (preprocess(image, 224, spec).astype(np.float32) / 255 - mean) / std
+        np.testing.assert_allclose(theirs(image).numpy().transpose(1, 2, 0), ours, atol=1e-6, err_msg=f"{size}")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_pixels_are_transformers(mode):
+    processor = transformers.CLIPImageProcessorPil() if hasattr(transformers, "CLIPImageProcessorPil") else None
+    if processor is None:
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+        processor = CLIPImageProcessorPil()
+    spec = Preprocess(like="huggingface")
+    for size in SIZES:
+        image = _picture(*size, mode)
+        theirs = processor(images=image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+        ours = (preprocess(image, 224, spec).astype(np.float32) / 255 - np.array(spec.mean)) / np.array(spec.std)
+        np.testing.assert_allclose(theirs, ours, atol=1e-6, err_msg=f"{size}")
