@@ -10,9 +10,17 @@ import pytest
 from PIL import Image
 
 import clip_jax
-from clip_jax.architectures import Architecture, Preprocess, TextTransformer, TokenizerConfig, ViT, WeightsConfig
+from clip_jax.architectures import (
+    Architecture,
+    Preprocess,
+    TextTransformer,
+    TokenizerConfig,
+    ViT,
+    WeightsConfig,
+    with_activation,
+)
 from clip_jax.inference import _several, load
-from clip_jax.interop import msgpack
+from clip_jax.interop import directory, msgpack
 from clip_jax.models import make_model
 from clip_jax.preprocess import preprocess
 from clip_jax.tokenizers import ClipBPE
@@ -187,3 +195,42 @@ def test_an_attribute_that_the_package_lacks_is_an_attribute_error():
     assert clip_jax.load is load and "load" in dir(clip_jax)
     with pytest.raises(AttributeError, match="no attribute 'laod'"):
         _ = clip_jax.laod
+
+
+# ------------------------------------------------------------------------------------------ weights of other projects
+
+
+def test_a_directory_of_others_is_loaded_with_its_activation_and_pixels(params, images, tmp_path):
+    gelu = with_activation(TINY, "gelu")
+    directory.write(tmp_path / "dir", params, WeightsConfig(gelu, preprocess=CONFIG.preprocess))
+    loaded = load(tmp_path / "dir")
+    assert loaded.config.model == gelu
+    pixels = np.stack([preprocess(image, 16, loaded.config.preprocess) for image in images])
+    reference = jax.jit(make_model(gelu, CONFIG.preprocess).encode_image)(params, pixels)
+    np.testing.assert_allclose(loaded.encode_image(images), reference, atol=ROUNDING)
+    assert np.abs(load(tmp_path / "dir", activation="quick_gelu").encode_image(images) - reference).max() > 1e-4
+
+
+def test_another_size_and_length_are_taken(file, images):
+    larger = load(file, image_size=32, context_length=20)
+    assert larger.encode_image(images).shape == (5, 8)
+    assert larger.tokenizer(["a"]).shape == (1, 20)
+    with pytest.raises(ValueError, match="image_size=30 is not a multiple of 8; use 24"):
+        load(file, image_size=30)
+
+
+def test_weights_without_their_tokenizer_encode_pictures_and_say_what_is_missing(params, images, tmp_path):
+    msgpack.write(tmp_path / "w.msgpack", params, WeightsConfig(TINY, TokenizerConfig("sentencepiece")))
+    loaded = load(tmp_path / "w.msgpack")
+    assert loaded.encode_image(images).shape == (5, 8)
+    with pytest.raises(ValueError, match="came without their tokenizer of 600 tokens; load them with its file"):
+        loaded.encode_text(["a dog"])
+    assert load(tmp_path / "w.msgpack", tokenizer=TokenizerConfig()).encode_text(["a dog"]).shape == (1, 8)
+
+
+def test_a_logit_bias_is_added(params, images, tmp_path):
+    biased = dataclasses.replace(TINY, logit_bias=True)
+    msgpack.write(tmp_path / "w.msgpack", params | {"logit_bias": np.float32(-3)}, WeightsConfig(biased))
+    loaded = load(tmp_path / "w.msgpack")
+    cosines = loaded.encode_image(images) @ loaded.encode_text(TEXTS).T
+    np.testing.assert_allclose(loaded.logits(images, TEXTS), loaded.scale * cosines - 3, atol=1e-4)

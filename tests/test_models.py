@@ -1,14 +1,25 @@
 """The towers: counts, shapes, and a forward pass in NumPy that shares no code with them."""
 
 import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clip_jax.architectures import MODELS, Architecture, Preprocess, ResNet, TextTransformer, ViT, with_activation
+from clip_jax.architectures import (
+    MODELS,
+    Architecture,
+    Preprocess,
+    ResNet,
+    TextTransformer,
+    ViT,
+    preprocess_of,
+    with_activation,
+)
 from clip_jax.models import count_parameters, make_model
+from tests import tiny_models
 
 # Radford et al. 2021's released weights, counted.
 PARAMETERS = {
@@ -26,6 +37,7 @@ PARAMETERS = {
 SMALL = Architecture(ViT(16, 8, 32, 3, 2), TextTransformer(64, 8, 63, width=32, layers=3, heads=2), 16)
 # Six layer norms and three blocks in float32 against float64.
 FORWARD_TOLERANCE = 2e-5
+PEERS_TOLERANCE = 1e-6  # of unit vectors: float32 sums in another order
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +148,19 @@ def test_patch_dropout_leaves_out_its_fraction_in_training_alone(params):
     first, again, other = (dropping.encode_image_train(params, image, jax.random.key(seed))[0] for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 1e-4
+
+
+@pytest.mark.parametrize("name", [name for name in tiny_models.ARCHITECTURES if name != "siglip_timm"])
+def test_features_are_those_of_open_clip_and_transformers(name):
+    """Recorded by golden/make_features.py; the weights follow from seeds."""
+    golden = np.load(pathlib.Path(__file__).parent / "golden/features.npz")
+    architecture = tiny_models.ARCHITECTURES[name]
+    params, (pixels, tokens) = tiny_models.params(architecture), tiny_models.inputs(architecture)
+    model = make_model(architecture, preprocess_of(architecture))
+    np.testing.assert_allclose(
+        jax.jit(model.encode_image)(params, pixels), golden[f"{name}/image"], atol=PEERS_TOLERANCE
+    )
+    np.testing.assert_allclose(jax.jit(model.encode_text)(params, tokens), golden[f"{name}/text"], atol=PEERS_TOLERANCE)
 
 
 TINY_RESNET = Architecture(ResNet(64, 8, (2, 1, 1, 1), 4), SMALL.text, 16)

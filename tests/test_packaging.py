@@ -61,8 +61,13 @@ def imported_distributions(folder):
 
 
 def test_every_requirement_has_a_lower_bound():
-    for requirement in [*SETUP["INSTALL"], *sum(SETUP["EXTRAS"].values(), [])]:
+    extras = {name: extra for name, extra in SETUP["EXTRAS"].items() if name != "peers"}
+    for requirement in [*SETUP["INSTALL"], *sum(extras.values(), [])]:
         assert REQUIREMENT.match(requirement), requirement
+
+
+def test_peers_are_compared_with_in_one_version():
+    assert all("==" in requirement for requirement in SETUP["EXTRAS"]["peers"])
 
 
 def test_the_constraints_pin_the_lower_bounds_and_nothing_else():
@@ -71,7 +76,7 @@ def test_the_constraints_pin_the_lower_bounds_and_nothing_else():
 
 
 def test_what_the_package_imports_is_required_and_what_is_required_is_imported():
-    core, extras = bounds(SETUP["INSTALL"]).keys(), bounds(SETUP["EMOJI"]).keys()
+    core, extras = bounds(SETUP["INSTALL"]).keys(), bounds([*SETUP["EMOJI"], *SETUP["EXTRAS"]["interop"]]).keys()
     imported = imported_distributions("clip_jax") | imported_distributions("configs")
     assert imported - core - extras == set(), "imported, not in setup.py"
     assert core - imported - NEEDED_BY_OTHERS == set(), "in setup.py, not imported"
@@ -79,7 +84,7 @@ def test_what_the_package_imports_is_required_and_what_is_required_is_imported()
 
 
 def test_every_extra_of_the_readme_exists():
-    assert set(SETUP["EXTRAS"]) == {"demo", "test", "tpu", "gpu", "eval", "interop", "data"}
+    assert set(SETUP["EXTRAS"]) == {"demo", "test", "tpu", "gpu", "eval", "interop", "data", "peers"}
 
 
 def test_the_version_is_the_package_s():

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from clip_jax.architectures import Architecture, WeightsConfig
+from clip_jax.architectures import Architecture, ResNet, TextTransformer, ViT, WeightsConfig
 from clip_jax.interop import huggingface, names, open_clip, torch_file
 from clip_jax.interop.msgpack import tokenizer_content
 from clip_jax.tokenizers import ClipBPE
@@ -107,24 +107,21 @@ def _open_clip(folder: pathlib.Path, params: Params, config: WeightsConfig) -> N
 
 def _clip_load(folder: pathlib.Path, params: Params, config: WeightsConfig) -> None:
     """Write what OpenAI's `build_model` reads: it takes all but the sizes for granted."""
-    image, text = config.model.image, config.model.text
-    granted = Architecture(
-        _default(image, *("image_size", "patch_size", "width", "layers") if image.kind == "vit" else ()),
-        _default(text, "vocab_size", "length", "width", "layers"),
-        config.model.embed_dim,
-    )
-    if image.kind == "edges" or granted != config.model:
+    model = config.model
+    towers = (model.image, model.text) if model.image.kind != "edges" else ()
+    if Architecture(*map(_granted, towers), embed_dim=model.embed_dim) != model:
         raise _LeftOut("OpenAI's code has QuickGELU, heads of 64, a class token and CLIP's own vocabulary, and no more")
     torch_file.write(folder / "clip.pt", names.to_theirs(config.model, params, names.OPENAI))
 
 
-def _default(tower: Any, *sizes: str) -> Any:
-    """Return the tower of these sizes that OpenAI's code would build."""
-    if tower.kind != "resnet":
-        values = {name: getattr(tower, name) for name in sizes} | {"heads": max(1, tower.width // 64)}
-        values |= {"eos_id": tower.vocab_size - 1} if hasattr(tower, "vocab_size") else {}
-        return type(tower)(**values)
-    return type(tower)(tower.image_size, tower.width, tower.layers, tower.width // 2)
+def _granted(tower: ViT | ResNet | TextTransformer) -> ViT | ResNet | TextTransformer:
+    """Return the tower of this size that OpenAI's code would build."""
+    if tower.kind == "resnet":
+        return ResNet(tower.image_size, tower.width, tower.layers, tower.width // 2)
+    size = {"width": tower.width, "layers": tower.layers, "heads": max(1, tower.width // 64)}
+    if tower.kind == "vit":
+        return ViT(tower.image_size, tower.patch_size, **size)
+    return TextTransformer(tower.vocab_size, tower.length, tower.vocab_size - 1, **size)
 
 
 _PARTS: Mapping[str, Callable[[pathlib.Path, Params, WeightsConfig], None]] = {

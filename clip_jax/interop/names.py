@@ -291,7 +291,7 @@ def from_theirs(model: Architecture, tensors: Mapping[str, np.ndarray], table: T
         name = place.name if layer is None else place.name.format(layer + place.first)
         if name not in tensors:
             raise ValueError(f"{where} has no tensor {name!r}, which the model's {path} comes from")
-        tensor, expected = tensors[name], _their_shape(path, shape, place)
+        tensor, expected = tensors[name], their_shape(path, shape, place)
         if _squeezed(tensor.shape) != _squeezed(expected) and _squeezed(tensor.shape) != _squeezed(shape):
             raise ValueError(f"{where}: the tensor {name} has shape {tensor.shape}, expected {expected} for {path}")
         if tensor.dtype.name not in ("float16", "bfloat16", "float32", "float64"):
@@ -329,7 +329,7 @@ def to_theirs(model: Architecture, params: Params, table: Table) -> dict[str, np
         for layer in range(layers) if layers else (None,):
             name = place.name if layer is None else place.name.format(layer + place.first)
             array = np.asarray(leaves[path] if layer is None else leaves[path][layer], np.float32)
-            whole = _their_shape(path, shape, dataclasses.replace(place, part=(0, 1)))
+            whole = their_shape(path, shape, dataclasses.replace(place, part=(0, 1)))
             parts.setdefault(name, {})[place.part[0]] = _to_theirs(array, whole, place)
     return {
         name: pieces[0] if len(pieces) == 1 else np.concatenate([pieces[i] for i in sorted(pieces)])
@@ -347,7 +347,8 @@ def parameter_shapes(model: Architecture) -> dict[str, tuple[tuple[int, ...], in
     return found
 
 
-def _their_shape(path: str, shape: tuple[int, ...], place: Place) -> tuple[int, ...]:
+def their_shape(path: str, shape: tuple[int, ...], place: Place) -> tuple[int, ...]:
+    """Return the shape in a file of the tensor that our parameter of `shape`, one layer of it, lies in."""
     if place.transposed and len(shape) == 4:
         height, width, inner, outer = shape
         shape = (outer, inner, height, width)

@@ -1,4 +1,4 @@
-"""Three steps of our train step and of torch's AdamW as open_clip sets it up, from the same weights on the same batches."""
+"""Three of our train steps, and three of torch's AdamW as open_clip sets it up, from the same weights and batches."""
 
 import warnings
 
