@@ -117,8 +117,8 @@ class Preprocess:
 class TokenizerConfig:
     """Which tokenizer; its vocabulary must fit `model.text.vocab_size`, its length is `model.text.length`."""
 
-    name: Literal["clip_bpe", "sentencepiece", "tokenizer_json"] = "clip_bpe"
-    # clip_bpe: empty for the published merge table. The others: the `.model` or `tokenizer.json` file.
+    name: Literal["clip_bpe", "sentencepiece"] = "clip_bpe"
+    # clip_bpe: empty for the published merge table. sentencepiece: the `.model` file.
     path: str = ""
 
 
@@ -257,3 +257,29 @@ def preprocess_of(model: Architecture) -> Preprocess:
 def name_of(architecture: Architecture) -> str:
     """Return the name in MODELS of an equal architecture, or 'custom'."""
     return next((name for name, known in MODELS.items() if known == architecture), "custom")
+
+
+def check(model: Architecture) -> None:
+    """Raise ValueError, naming the config's key and a value that works, where sizes don't go together."""
+    image, text = model.image, model.text
+    part, step = {
+        "vit": lambda: ("model.image.patch_size", image.patch_size),
+        "resnet": lambda: ("2**(1 + len(model.image.layers))", 2 << len(image.layers)),
+        "edges": lambda: ("model.image.cell · 2**len(model.image.channels)", image.cell << len(image.channels)),
+    }[image.kind]()
+    # SigLIP's 384 px at 14 px a patch leave 6 px unseen, as published; elsewhere that is a mistake.
+    remainder = image.image_size % step if getattr(image, "pool", "class") != "attention" else 0
+    if (size := image.image_size) < step or remainder:
+        raise ValueError(
+            f"model.image.image_size={size} is not a multiple of {part}={step}; use {max(1, size // step) * step}"
+        )
+    inner = image.width << (len(image.layers) + 1) if image.kind == "resnet" else image.width
+    for key, tower, width in (("image", image, inner), ("text", text, text.width)):
+        if hasattr(tower, "heads") and width % tower.heads:
+            raise ValueError(f"model.{key}.width={tower.width} is not a multiple of model.{key}.heads={tower.heads}")
+    unprojected = {"image": getattr(image, "projection", True) is False, "text": text.projection == "none"}
+    for key, tower in (("image", image), ("text", text)):
+        if unprojected[key] and tower.width != model.embed_dim:
+            raise ValueError(
+                f"model.{key} has no projection, so model.embed_dim={model.embed_dim} has to be its width {tower.width}"
+            )

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +19,7 @@ from typing import Any, Literal
 
 import ml_collections
 
-from clip_jax.architectures import MODELS, Architecture, Preprocess, TokenizerConfig, preprocess_of
+from clip_jax.architectures import MODELS, Architecture, Preprocess, TokenizerConfig, check, preprocess_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +69,18 @@ class LossConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class InitConfig:
+    """Weights to start from instead of random ones: anything that `clip_jax.load` takes, e.g. 'ViT-L-14.pt'.
+
+    Picture size and context length may differ from `model`'s: position embeddings are resized. All else has to fit.
+    """
+
+    weights: str = ""  # empty: random
+    model: str = ""  # a name in MODELS, for files that can't tell
+    activation: str = ""  # likewise; the file's, not the run's
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimConfig:
     """AdamW with warm-up and cosine decay to zero. The defaults are the paper's for ViT."""
 
@@ -79,6 +92,9 @@ class OptimConfig:
     weight_decay: float = 0.2
     # Parameters whose path matches are not decayed; gains, biases and the logit scale never are.
     no_weight_decay: str = ""
+    # Parameters whose path this regular expression finds are not trained: '^image/' is locked-image tuning.
+    freeze: str = ""
+    layer_decay: float = 1.0  # of the learning rate, for every layer further from a tower's end
     max_grad_norm: float = 0.0  # 0: no clipping
     ema_decay: float = 0.0  # 0: no average; evaluation and export use the average where there is one
 
@@ -138,6 +154,7 @@ class Config:
     preprocess: Preprocess = Preprocess()
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()
+    init: InitConfig = InitConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -331,6 +348,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "optim.b2": (0.0, 0.9999999),
     "optim.eps": (0.0, 1.0),
     "optim.weight_decay": (0.0, 100.0),
+    "optim.layer_decay": (0.01, 1.0),
     "optim.max_grad_norm": (0.0, 1e9),
     "optim.ema_decay": (0.0, 0.9999999),
     "train.batch_size": _COUNT,
@@ -405,34 +423,14 @@ def resolve(config: Config, *, devices: int, processes: int = 1, examples: int |
             f"optim.warmup_steps={config.optim.warmup_steps} does not end before the run's {steps} steps;"
             f" use at most {max(0, steps // 10)}"
         )
-    _check_architecture(config.model)
+    check(config.model)
+    for key, pattern in (("freeze", config.optim.freeze), ("no_weight_decay", config.optim.no_weight_decay)):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"optim.{key}={pattern!r} is no regular expression ({error}); e.g. '^image/'") from error
     if config.loss.name == "sigmoid" and not config.model.logit_bias:
         raise ValueError("loss.name='sigmoid' has a bias that the model lacks: set model.logit_bias=True")
     if config.train.patch_dropout and config.model.image.kind != "vit":
         raise ValueError(f"train.patch_dropout={config.train.patch_dropout} needs patches; set it to 0, or use a ViT")
     return Resolved(config, steps, batch // devices)
-
-
-def _check_architecture(model: Architecture) -> None:
-    image, text = model.image, model.text
-    part, step = {
-        "vit": lambda: ("model.image.patch_size", image.patch_size),
-        "resnet": lambda: ("2**(1 + len(model.image.layers))", 2 << len(image.layers)),
-        "edges": lambda: ("model.image.cell · 2**len(model.image.channels)", image.cell << len(image.channels)),
-    }[image.kind]()
-    # SigLIP's 384 px at 14 px a patch leave 6 px unseen, as published; elsewhere that is a mistake.
-    remainder = image.image_size % step if getattr(image, "pool", "class") != "attention" else 0
-    if (size := image.image_size) < step or remainder:
-        raise ValueError(
-            f"model.image.image_size={size} is not a multiple of {part}={step}; use {max(1, size // step) * step}"
-        )
-    inner = image.width << (len(image.layers) + 1) if image.kind == "resnet" else image.width
-    for key, tower, width in (("image", image, inner), ("text", text, text.width)):
-        if hasattr(tower, "heads") and width % tower.heads:
-            raise ValueError(f"model.{key}.width={tower.width} is not a multiple of model.{key}.heads={tower.heads}")
-    unprojected = {"image": getattr(image, "projection", True) is False, "text": text.projection == "none"}
-    for key, tower in (("image", image), ("text", text)):
-        if unprojected[key] and tower.width != model.embed_dim:
-            raise ValueError(
-                f"model.{key} has no projection, so model.embed_dim={model.embed_dim} has to be its width {tower.width}"
-            )

@@ -17,6 +17,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32, PyTree
 
+from clip_jax import optim
 from clip_jax.config import Config
 from clip_jax.models import Model
 from clip_jax.sharding import BATCH, BATCH_AXIS, REPLICATED, batch_sharding, replicated
@@ -82,7 +83,11 @@ def make_train_step(
     def objective(
         params: Params, stats: Params | None, batch: Batch, key: jax.Array
     ) -> tuple[Float[Array, ""], tuple[Metrics, Params | None]]:
-        images_BE, stats = model.encode_image_train(_with_stats(params, stats), batch.image, key)
+        params = optim.stop_frozen(params, config.optim.freeze)
+        if image_locked(params, config.optim.freeze):  # as it is in inference
+            images_BE = model.encode_image(_with_stats(params, stats), batch.image)
+        else:
+            images_BE, stats = model.encode_image_train(_with_stats(params, stats), batch.image, key)
         texts_BE = model.encode_text(params, batch.text)
         value, metrics = sharded_loss(images_BE, texts_BE, jnp.exp(params["logit_scale"]), params.get("logit_bias"))
         return value, (metrics, stats)
@@ -119,6 +124,11 @@ def make_train_step(
         out_shardings=replicated(mesh),
         donate_argnums=0,
     )
+
+
+def image_locked(params: Params, freeze: str) -> bool:
+    """Tell whether no parameter of the image tower is trained."""
+    return bool(freeze) and all(jax.tree.leaves(optim.frozen(params, freeze)["image"]))
 
 
 def _with_stats(params: Params, stats: Params | None) -> Params:

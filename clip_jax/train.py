@@ -22,11 +22,12 @@ from jax.sharding import Mesh
 from clip_jax import data, distributed, metrics, optim, sharding, step, workdir
 from clip_jax.architectures import WeightsConfig, name_of
 from clip_jax.checkpoint import Checkpoints
-from clip_jax.config import Config, Resolved, resolve
+from clip_jax.config import Config, Resolved, differences, resolve
 from clip_jax.distributed import Preempted, PreemptionNotice
 from clip_jax.evals.embed import CachedEmbedder, ModelEmbedder
 from clip_jax.evals.report import table, write_report
 from clip_jax.evals.suite import Suite, load_suite
+from clip_jax.interop import positions, published, reading
 from clip_jax.interop.msgpack import write as write_weights
 from clip_jax.losses import LOSSES
 from clip_jax.models import Model, make_model
@@ -132,7 +133,7 @@ def _first_or_saved_state(run: Run, checkpoints: Checkpoints) -> TrainState:
     """Return the newest saved state, or the initial one: a function of the seed, equal on every host."""
     restored = checkpoints.restore(_like(run))
     if restored is None:
-        state = _initialiser(run)(jax.random.key(run.config.train.seed))
+        state = _initial_state(run)
         if distributed.is_main():
             log.info("%s\n%s", name_of(run.config.model), parameter_overview.get_parameter_overview(state.params))
         return state
@@ -144,6 +145,36 @@ def _first_or_saved_state(run: Run, checkpoints: Checkpoints) -> TrainState:
         )
     log.info("going on from the checkpoint of step %d", int(state.step))
     return state
+
+
+def _initial_state(run: Run) -> TrainState:
+    if not run.config.init.weights:
+        return _initialiser(run)(jax.random.key(run.config.train.seed))
+    params = starting_weights(run.config)
+    start = functools.partial(step.init_state, optimizer=run.optimizer, ema=run.config.optim.ema_decay > 0)
+    return jax.jit(start, out_shardings=sharding.replicated(run.mesh))(params)
+
+
+def starting_weights(config: Config) -> Params:
+    """Return the parameters that `init.weights` names, their positions resized to the run's sizes.
+
+    Raises:
+      ValueError: if there is no such file, or its model or pixels are not the run's, naming each key that differs.
+    """
+    init, model = config.init, config.model
+    try:
+        weights = reading.read(published.locate(init.weights), model=init.model, activation=init.activation)
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"init.weights={init.weights!r}: {error}") from error
+    size, length = model.image.image_size, model.text.length
+    found, params = positions.resize(weights.config.model, weights.params, image_size=size, length=length)
+    spec = dataclasses.replace(weights.config.preprocess, like=config.preprocess.like)
+    differ = differences(dataclasses.replace(config, model=found, preprocess=spec), config)
+    if differ:
+        keys = "; ".join(f"{key} is {theirs!r} there, {ours!r} here" for key, (theirs, ours) in differ.items())
+        raise ValueError(f"init.weights={init.weights!r} has another model or other pixels than this run: {keys}")
+    log.info("starting from %s (%s)", init.weights, weights.format)
+    return params
 
 
 def _initialiser(run: Run) -> Callable[[jax.Array], TrainState]:

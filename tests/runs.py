@@ -2,12 +2,15 @@
 
 import json
 import os
+import runpy
 import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+
+from clip_jax.config import from_config_dict
 
 ROOT = Path(__file__).parent.parent
 CACHE = Path(tempfile.gettempdir()) / f"clip_jax-tests-{os.getuid()}-{os.getpid()}"
@@ -78,3 +81,9 @@ def wait_for_step(process: subprocess.Popen, step: int) -> None:
 def fingerprint(workdir: Path, step: int) -> int:
     """Return the checksum of all arrays of a saved state, optimizer and counters included."""
     return json.loads((workdir / "checkpoints" / str(step) / "info" / "metadata").read_text())["fingerprint"]
+
+
+def tiny_model():
+    """Return the config of TINY and its architecture."""
+    config = from_config_dict(runpy.run_path(str(ROOT / TINY))["get_config"]())
+    return config, config.model

@@ -1,5 +1,7 @@
 """The READMEs say what is so: commands run; flags, files, modules, targets and floors are the ones there are."""
 
+import ast
+import inspect
 import pathlib
 import re
 import runpy
@@ -10,6 +12,7 @@ import sys
 import jax
 import pytest
 
+import clip_jax
 from clip_jax.architectures import MODELS, TokenizerConfig, WeightsConfig
 from clip_jax.config import Config, default_config
 from clip_jax.interop import msgpack
@@ -21,6 +24,7 @@ LAUNCH = (ROOT / "launch/README.md").read_text(encoding="utf-8")
 BOTH = README + LAUNCH
 
 FLAGS = {"main": {"config", "workdir", "export", "dry_run"}, "search": {"weights", "images", "top"}}
+FLAGS["convert"] = {"to", "model", "activation", "image_size", "context_length", "tokenizer"}
 
 
 def blocks(text, language):
@@ -139,6 +143,16 @@ def test_the_inference_lines_run(tmp_path, monkeypatch, capsys):
     weights = WeightsConfig(config.model, TokenizerConfig(), config.preprocess)
     msgpack.write(tmp_path / "runs/emoji/params.msgpack", model.init(jax.random.key(0)), weights)
     monkeypatch.chdir(tmp_path)
-    (code,) = blocks(README, "python")
+    code = blocks(README, "python")[0]
     exec(compile(code, "README.md", "exec"), {})
     assert len(re.findall(r"\d\.\d*", capsys.readouterr().out)) == 9
+
+
+def test_the_lines_that_load_weights_of_others_name_what_there_is():
+    """Full-size weights are not at hand; the arguments are."""
+    calls = [node for node in ast.walk(ast.parse(blocks(README, "python")[1])) if isinstance(node, ast.Call)]
+    assert len(calls) == 2
+    for call in calls:
+        arguments = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
+        inspect.signature(clip_jax.load).bind(*map(ast.literal_eval, call.args), **arguments)
+        assert arguments.get("model", "vit_b32") in MODELS

@@ -67,7 +67,7 @@ def params(architecture, seed=0):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         noise = rng.standard_normal(leaf.shape).astype(np.float32)
         if name == "logit_scale":
-            return np.float32(2.5)
+            return np.array(2.5, np.float32)
         if name.endswith("/var"):
             return 0.5 + np.abs(noise)
         if name.endswith(("scale", "layer_scale1", "layer_scale2")):

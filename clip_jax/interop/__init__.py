@@ -1,1 +1,1 @@
-"""Weights in and out: each format a module with `read` and `write`."""
+"""Weights in and out: `reading` takes any format; msgpack and npz are ours, `directory` is what others load."""

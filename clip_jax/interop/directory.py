@@ -88,8 +88,7 @@ def _transformers(folder: pathlib.Path, params: Params, config: WeightsConfig) -
         (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
         files |= {"vocab.json": vocabulary} | huggingface.tokenizer_files(model.text.length)
     elif tokenizer:
-        name = {"sentencepiece": "spiece.model", "tokenizer_json": "tokenizer.json"}[config.tokenizer.name]
-        (folder / name).write_bytes(tokenizer)
+        (folder / "spiece.model").write_bytes(tokenizer)
     for name, value in files.items():
         _write_json(folder / name, value)
 

@@ -1,0 +1,177 @@
+"""Starting from weights, freezing, and rates that fall with depth."""
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from clip_jax import optim, sharding, step, train
+from clip_jax.architectures import Preprocess, WeightsConfig, with_activation
+from clip_jax.config import Config, InitConfig, OptimConfig, from_config_dict, resolve
+from clip_jax.interop import directory, msgpack, names, reading, torch_file
+from clip_jax.losses import LOSSES
+from clip_jax.models import make_model
+from clip_jax.typing import Batch
+from tests import runs, tiny_models
+
+VIT, RESNET = tiny_models.ARCHITECTURES["vit_gelu"], tiny_models.ARCHITECTURES["resnet"]
+
+
+# --------------------------------------------------------------------------------------------------------- starting
+
+
+def _config(path, model=VIT, **init):
+    return Config(model=model, init=InitConfig(str(path), **init))
+
+
+def test_a_run_starts_from_any_format(tmp_path):
+    params = tiny_models.params(VIT)
+    torch_file.write(tmp_path / "w.pt", names.to_theirs(VIT, params, names.OPENAI))
+    msgpack.write(tmp_path / "w.msgpack", params, WeightsConfig(VIT))
+    directory.write(tmp_path / "dir", params, WeightsConfig(VIT))
+    for config in (
+        _config(tmp_path / "w.pt", activation="gelu"),
+        _config(tmp_path / "w.msgpack"),
+        _config(tmp_path / "dir"),
+    ):
+        jax.tree.map(np.testing.assert_array_equal, train.starting_weights(config), params)
+
+
+def test_another_size_takes_the_same_weights_with_resized_positions(tmp_path):
+    msgpack.write(tmp_path / "w.msgpack", tiny_models.params(VIT), WeightsConfig(VIT))
+    larger = dataclasses.replace(VIT, image=dataclasses.replace(VIT.image, image_size=96))
+    found = train.starting_weights(_config(tmp_path / "w.msgpack", larger))
+    assert found["image"]["positional_embedding"].shape == (37, 128)
+    np.testing.assert_array_equal(found["text"]["projection"], tiny_models.params(VIT)["text"]["projection"])
+
+
+def test_weights_of_another_model_or_other_pixels_are_refused_by_key(tmp_path):
+    msgpack.write(
+        tmp_path / "w.msgpack", tiny_models.params(VIT), WeightsConfig(VIT, preprocess=Preprocess((0.5,) * 3))
+    )
+    with pytest.raises(ValueError, match=r"other pixels than this run: preprocess\.mean is \(0\.5, 0\.5, 0\.5\) there"):
+        train.starting_weights(_config(tmp_path / "w.msgpack"))
+    with pytest.raises(ValueError, match=r"model\.text\.activation is 'gelu' there, 'quick_gelu' here"):
+        train.starting_weights(_config(tmp_path / "w.msgpack", with_activation(VIT, "quick_gelu")))
+    with pytest.raises(ValueError, match=r"init\.weights='/nowhere\.pt': /nowhere\.pt: there is no such file"):
+        train.starting_weights(_config("/nowhere.pt"))
+
+
+def test_a_run_that_learns_nothing_exports_what_it_started_from(tmp_path):
+    """The whole command: a rate of 0 leaves every bit of the weights that it was given."""
+    _, architecture = runs.tiny_model()
+    params = tiny_models.params(architecture)
+    msgpack.write(tmp_path / "w.msgpack", params, WeightsConfig(architecture))
+    flags = [
+        f"--config.init.weights={tmp_path}/w.msgpack",
+        "--config.optim.learning_rate=0.0",
+        "--config.optim.ema_decay=0.0",
+    ]
+    flags += ["--config.train.total_steps=6", f"--export={tmp_path}/out.msgpack"]
+    process = runs.start(tmp_path / "run", *flags)
+    _, messages = process.communicate(timeout=300)
+    assert process.returncode == 0, messages
+    assert "starting from" in messages
+    jax.tree.map(np.testing.assert_array_equal, reading.read(tmp_path / "out.msgpack").params, params)
+
+
+# --------------------------------------------------------------------------------------------------------- freezing
+
+
+def _step(architecture, config, steps=2):
+    model, mesh = make_model(architecture), sharding.make_mesh(jax.devices()[:1])
+    optimizer = optim.make_optimizer(config, 10)
+    train_step = step.make_train_step(
+        model, LOSSES["softmax"], optimizer, Config(model=architecture, optim=config), mesh
+    )
+    params = tiny_models.params(architecture)
+    state = jax.device_put(step.init_state(params, optimizer, ema=False), sharding.replicated(mesh))
+    pixels, tokens = tiny_models.inputs(architecture, rows=4)
+    batch = sharding.to_global(Batch(pixels, tokens, np.ones(4, bool)), mesh)
+    size = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state))
+    for _ in range(steps):
+        state, metrics = train_step(state, batch)
+    return params, jax.device_get(state), size, metrics
+
+
+@pytest.mark.parametrize("architecture", [VIT, RESNET], ids=["vit", "resnet"])
+def test_a_frozen_tower_keeps_every_bit_and_needs_no_moments(architecture):
+    params, state, size, _ = _step(architecture, OptimConfig(warmup_steps=0, freeze="^image/"))
+    jax.tree.map(np.testing.assert_array_equal, state.params["image"], params["image"])
+    if "batch_stats" in params:
+        jax.tree.map(np.testing.assert_array_equal, state.batch_stats, params["batch_stats"])
+    assert np.abs(state.params["text"]["projection"] - params["text"]["projection"]).max() > 1e-5
+    trained = sum(leaf.size for leaf in jax.tree.leaves(params["text"])) + 1
+    assert 2 * trained <= size <= 2 * trained + 8  # two moments, and counters
+
+
+def test_nothing_is_computed_for_frozen_parameters_on_the_way_back():
+    def flops(freeze):
+        model, mesh = make_model(VIT), sharding.make_mesh(jax.devices()[:1])
+        config = OptimConfig(warmup_steps=0, freeze=freeze)
+        optimizer = optim.make_optimizer(config, 10)
+        train_step = step.make_train_step(model, LOSSES["softmax"], optimizer, Config(model=VIT, optim=config), mesh)
+        state = jax.eval_shape(lambda: step.init_state(tiny_models.params(VIT), optimizer, ema=False))
+        pixels, tokens = tiny_models.inputs(VIT, rows=4)
+        return train_step.lower(state, Batch(pixels, tokens, np.ones(4, bool))).cost_analysis()["flops"]
+
+    # The image tower's way back is twice its way forth, and it is most of this model.
+    assert flops("^image/") < 0.7 * flops("")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"), [("^imag/", "finds no parameter; there are e.g. "), ("", None), (".", "finds all")]
+)
+def test_a_pattern_that_finds_nothing_or_all_is_refused(pattern, message):
+    if message is None:
+        assert not any(jax.tree.leaves(optim.frozen(tiny_models.params(VIT), pattern)))
+        return
+    with pytest.raises(ValueError, match=re.escape(f"optim.freeze={pattern!r} {message}")):
+        optim.frozen(tiny_models.params(VIT), pattern)
+
+
+def test_what_is_no_regular_expression_is_refused_before_the_run():
+    config = from_config_dict({"optim": {"freeze": "("}, "train": {"batch_size": 8, "total_steps": 10_000}})
+    with pytest.raises(ValueError, match=r"optim\.freeze='\(' is no regular expression"):
+        resolve(config, devices=1)
+
+
+# -------------------------------------------------------------------------------------------------- rates by layer
+
+
+def test_rates_fall_with_the_distance_from_the_end():
+    factors = optim.layer_factors(tiny_models.params(VIT), 0.5)
+    image = factors["image"]
+    assert (image["patch_embedding"], image["class_embedding"], image["positional_embedding"]) == (0.125,) * 3
+    assert (image["norm_pre"]["scale"], factors["text"]["token_embedding"]["embedding"]) == (0.125, 0.125)
+    np.testing.assert_array_equal(image["transformer"]["blocks"]["norm1"]["scale"], [[0.25], [0.5]])
+    assert (image["norm_post"]["scale"], image["projection"], factors["logit_scale"]) == (1, 1, 1)
+    resnet = optim.layer_factors(tiny_models.params(RESNET), 0.5)["image"]
+    found = [resnet[f"stage{stage}_first"]["conv1"]["kernel"] for stage in range(4)]
+    assert found == [0.5**4, 0.5**3, 0.5**2, 0.5]
+    assert (resnet["stem_conv1"]["kernel"], resnet["pool"]["query"]["kernel"]) == (0.5**5, 1)
+
+
+def test_the_factors_multiply_the_updates_of_adam():
+    params = tiny_models.params(VIT)
+    gradients = jax.tree.map(lambda x: np.full_like(x, 0.01), params)
+    updates = []
+    for decay in (1.0, 0.5):
+        config = OptimConfig(warmup_steps=0, layer_decay=decay, weight_decay=0.2)
+        optimizer = optim.make_optimizer(config, 10)
+        updates.append(optimizer.update(gradients, optimizer.init(params), params)[0])
+    factors = optim.layer_factors(params, 0.5)
+    jax.tree.map(lambda a, b, f: np.testing.assert_allclose(b, a * f, rtol=1e-6), *updates, factors)
+    assert optax.tree.norm(updates[1]) < optax.tree.norm(updates[0])
+
+
+def test_freezing_and_layer_rates_go_together():
+    params, state, _, metrics = _step(VIT, OptimConfig(warmup_steps=0, freeze="^image/|embedding", layer_decay=0.7))
+    jax.tree.map(np.testing.assert_array_equal, state.params["image"], params["image"])
+    assert (
+        np.isfinite(metrics["loss"])
+        and np.abs(state.params["text"]["projection"] - params["text"]["projection"]).max() > 0
+    )
