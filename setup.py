@@ -32,6 +32,7 @@ INSTALL = [
     "numpy>=2.1",
     "ml_dtypes>=0.6",  # bfloat16 in files of others
     "safetensors>=0.8",
+    "msgpack>=1.1.0",
     "jaxtyping>=0.3.3",
     "pillow>=11.0",
     "sentencepiece>=0.2.2",

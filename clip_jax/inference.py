@@ -143,6 +143,7 @@ def load(
     """
     weights = reading.read(published.locate(path), model=model, activation=activation)
     config, params = weights.config, weights.params
+    del weights  # `_moved` takes them out of NumPy's hands one by one
     _check_shapes(os.fspath(path), params, jax.eval_shape(make_model(config.model).init, jax.random.key(0)))
     architecture, params = positions.resize(config.model, params, image_size=image_size, length=context_length)
     config = dataclasses.replace(config, model=architecture)
@@ -151,11 +152,20 @@ def load(
     functions = make_model(config.model, config.preprocess)
     return Clip(
         config,
-        jax.tree.map(jnp.asarray, params),
+        _moved(dict(params)),
         _tokenizer(config, truncate),
         jax.jit(functions.encode_image),
         jax.jit(functions.encode_text),
     )
+
+
+def _moved(params: dict[str, Any]) -> Params:
+    """Put arrays on the device, and empty `params` meanwhile: no more than one array is held twice."""
+    moved = {}
+    for name in list(params):
+        value = params.pop(name)
+        moved[name] = _moved(value) if isinstance(value, dict) else jnp.asarray(value)
+    return moved
 
 
 def _tokenizer(config: WeightsConfig, truncate: bool) -> Tokenizer:

@@ -24,7 +24,7 @@ def _convert(folder, *arguments):
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("convert")
     params = tiny_models.params(ARCHITECTURE)
-    torch_file.write(folder / "theirs.pt", names.to_theirs(ARCHITECTURE, params, names.OPENAI))
+    torch_file.write(folder / "theirs.pt", names.Tensors(ARCHITECTURE, params, names.OPENAI))
     return folder
 
 

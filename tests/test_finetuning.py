@@ -29,7 +29,7 @@ def _config(path, model=VIT, **init):
 
 def test_a_run_starts_from_any_format(tmp_path):
     params = tiny_models.params(VIT)
-    torch_file.write(tmp_path / "w.pt", names.to_theirs(VIT, params, names.OPENAI))
+    torch_file.write(tmp_path / "w.pt", names.Tensors(VIT, params, names.OPENAI))
     msgpack.write(tmp_path / "w.msgpack", params, WeightsConfig(VIT))
     directory.write(tmp_path / "dir", params, WeightsConfig(VIT))
     for config in (

@@ -37,7 +37,7 @@ def _equal(found, architecture, tolerance=0.0):
 
 
 def _theirs(name, table):
-    return names.to_theirs(TINY[name], tiny_models.params(TINY[name]), TABLES[table][0])
+    return dict(names.Tensors(TINY[name], tiny_models.params(TINY[name]), TABLES[table][0]))
 
 
 # ----------------------------------------------------------------------------------------------------------- names

@@ -22,11 +22,8 @@ import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-from safetensors.numpy import save_file
-
 from clip_jax.architectures import Architecture, ResNet, TextTransformer, ViT, WeightsConfig
-from clip_jax.interop import huggingface, names, open_clip, torch_file
+from clip_jax.interop import huggingface, names, open_clip, safetensors, torch_file
 from clip_jax.interop.msgpack import tokenizer_content
 from clip_jax.tokenizers import ClipBPE
 from clip_jax.typing import Params
@@ -78,7 +75,8 @@ def _transformers(folder: pathlib.Path, params: Params, config: WeightsConfig) -
     except ValueError as error:
         raise _LeftOut(error) from error
     siglip = content["model_type"] == "siglip"
-    _save(folder / "model.safetensors", model, params, names.HUGGINGFACE_SIGLIP if siglip else names.HUGGINGFACE)
+    table = names.HUGGINGFACE_SIGLIP if siglip else names.HUGGINGFACE
+    safetensors.write(folder / "model.safetensors", names.Tensors(model, params, table))
     processor = huggingface.preprocessor_config(config.preprocess, model.image.image_size, siglip)
     files = {"config.json": content, "preprocessor_config.json": processor}
     tokenizer = tokenizer_content(config)
@@ -100,7 +98,7 @@ def _open_clip(folder: pathlib.Path, params: Params, config: WeightsConfig) -> N
         raise _LeftOut(error) from error
     siglip = getattr(config.model.image, "pool", "") == "attention"
     table = names.OPEN_CLIP_SIGLIP if siglip else names.OPENAI
-    _save(folder / "open_clip_model.safetensors", config.model, params, table)
+    safetensors.write(folder / "open_clip_model.safetensors", names.Tensors(config.model, params, table))
     _write_json(folder / "open_clip_config.json", content)
 
 
@@ -110,7 +108,7 @@ def _clip_load(folder: pathlib.Path, params: Params, config: WeightsConfig) -> N
     towers = (model.image, model.text) if model.image.kind != "edges" else ()
     if Architecture(*map(_granted, towers), embed_dim=model.embed_dim) != model:
         raise _LeftOut("OpenAI's code has QuickGELU, heads of 64, a class token and CLIP's own vocabulary, and no more")
-    torch_file.write(folder / "clip.pt", names.to_theirs(config.model, params, names.OPENAI))
+    torch_file.write(folder / "clip.pt", names.Tensors(config.model, params, names.OPENAI))
 
 
 def _granted(tower: ViT | ResNet | TextTransformer) -> ViT | ResNet | TextTransformer:
@@ -133,12 +131,6 @@ _HOW = {
     "open_clip": "open_clip.create_model_from_pretrained('local-dir:{0}')",
     "clip.load": "clip.load('{0}/clip.pt')",
 }
-
-
-def _save(path: pathlib.Path, model: Architecture, params: Params, table: names.Table) -> None:
-    tensors = names.to_theirs(model, params, table)
-    # 4.57 refuses files whose metadata don't say so. A 0-d array stays one: ascontiguousarray would make it (1,).
-    save_file({k: np.asarray(v, order="C") for k, v in tensors.items()}, path, metadata={"format": "pt"})
 
 
 def _write_json(path: pathlib.Path, value: Any) -> None:

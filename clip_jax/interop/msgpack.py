@@ -20,10 +20,12 @@ import hashlib
 import json
 import os
 import pathlib
+import struct
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
+import msgpack as packer
 import numpy as np
 from flax import serialization
 
@@ -57,7 +59,7 @@ def write(path: str | os.PathLike[str], params: Mapping[str, Any], config: Weigh
         "params": _as_numpy(params),
     }
     content["sha256"] = _checksum(content)
-    write_atomically(target, lambda file: file.write(serialization.msgpack_serialize(content)))
+    write_atomically(target, lambda file: file.writelines(_packed(content)))
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], WeightsConfig]:
@@ -67,13 +69,14 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], WeightsConfig]:
       FileNotFoundError: if there is no such file.
       ValueError: if it is not ours, cut short, damaged, or of a version that is newer than this code.
     """
-    data = _local(path).read_bytes()
-    if not data:
+    file = _local(path)
+    if not file.stat().st_size:
         raise ValueError(f"{path} is empty: whatever wrote it did not finish")
-    if not data.startswith(_FIRST_KEY, 1):
-        raise ValueError(f"{path} is not a weight file of clip_jax: it begins with {data[:12]!r}")
+    data = np.memmap(file, np.uint8, "r")
+    if not is_ours(file):
+        raise ValueError(f"{path} is not a weight file of clip_jax: it begins with {data[:12].tobytes()!r}")
     try:
-        content = serialization.msgpack_restore(data)
+        content = serialization.msgpack_restore(data.data)
     # Any byte may be wrong, so the parser and flax's decoder may raise anything: they are asked once, here.
     except Exception as error:
         if "incomplete input" in str(error):
@@ -101,7 +104,7 @@ def is_ours(path: pathlib.Path) -> bool:
 def read_foreign(path: pathlib.Path) -> dict[str, np.ndarray]:
     """Return the arrays of another's flax msgpack, nested names joined by dots. Raises ValueError if it is none."""
     try:
-        content = serialization.msgpack_restore(path.read_bytes())
+        content = serialization.msgpack_restore(np.memmap(path, np.uint8, "r").data)
         leaves = dict(_leaves(content))
         if not all(isinstance(leaf, np.ndarray) for leaf in leaves.values()):
             raise ValueError("it holds more than arrays")
@@ -131,6 +134,37 @@ def tokenizer_content(config: WeightsConfig) -> bytes:
 
 def _as_numpy(tree: Any) -> Any:
     return {key: _as_numpy(value) for key, value in tree.items()} if isinstance(tree, Mapping) else np.asarray(tree)
+
+
+_MAX_PIECE = 1 << 30  # bytes; flax writes longer arrays in pieces, since msgpack has no more than 4 GiB in one
+
+
+def _packed(value: Any) -> Iterator[bytes | memoryview]:
+    """Yield what `flax.serialization.msgpack_serialize` returns, piece by piece and the numbers as they lie in memory.
+
+    For it an array is an extension of type 1 that holds a list: shape, dtype's name, numbers.
+    """
+    if isinstance(value, Mapping):
+        yield packer.Packer().pack_map_header(len(value))
+        for key in sorted(value):
+            yield packer.packb(key)
+            yield from _packed(value[key])
+    elif not isinstance(value, np.ndarray):
+        yield packer.packb(value)
+    elif value.nbytes > _MAX_PIECE:
+        numbers, step = value.reshape(-1), _MAX_PIECE // value.itemsize
+        pieces = {str(i): numbers[at : at + step] for i, at in enumerate(range(0, value.size, step))}
+        shape = {str(axis): side for axis, side in enumerate(value.shape)}
+        yield from _packed({"__msgpack_chunked_array__": True, "chunks": pieces, "shape": shape})
+    else:
+        head = (
+            b"\x93"
+            + packer.packb(value.shape)
+            + packer.packb(value.dtype.name)
+            + struct.pack(">BI", 0xC6, value.nbytes)
+        )
+        yield struct.pack(">BIb", 0xC9, len(head) + value.nbytes, 1) + head
+        yield np.ascontiguousarray(value).view(np.uint8).data
 
 
 def _checksum(content: Mapping[str, Any]) -> str:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
@@ -321,25 +322,44 @@ def from_theirs(model: Architecture, tensors: Mapping[str, np.ndarray], table: T
     return params
 
 
-def to_theirs(model: Architecture, params: Params, table: Table) -> dict[str, np.ndarray]:
-    """Return a format's tensors, float32, from our parameters. Raises ValueError where it has no place for one."""
-    leaves = flat(params)
-    parts: dict[str, dict[int, np.ndarray]] = {}
-    for path, (shape, layers) in parameter_shapes(model).items():
-        if path not in table:
-            raise ValueError(f"this format has no place for the model's {path}")
-        place = table[path]
-        for layer in range(layers) if layers else (None,):
-            name = place.name if layer is None else place.name.format(layer + place.first)
-            array = np.asarray(leaves[path] if layer is None else leaves[path][layer], np.float32)
-            whole = their_shape(path, shape, dataclasses.replace(place, part=(0, 1)))
-            parts.setdefault(name, {})[place.part[0]] = _to_theirs(array, whole, place)
-    return {
-        name: pieces[0] if len(pieces) == 1 else np.concatenate([pieces[i] for i in sorted(pieces)])
-        for name, pieces in parts.items()
-    }
+class Tensors(Mapping[str, np.ndarray]):
+    """A format's tensors, float32, each made from our parameters when it is asked for: all together are never held.
+
+    Raises ValueError where the format has no place for one of the model's parameters.
+    """
+
+    def __init__(self, model: Architecture, params: Params, table: Table):
+        self._leaves, self._table = flat(params), table
+        self._parts: dict[str, list[tuple[str, int | None]]] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for path, (shape, layers) in parameter_shapes(model).items():
+            if path not in table:
+                raise ValueError(f"this format has no place for the model's {path}")
+            place = table[path]
+            for layer in range(layers) if layers else (None,):
+                name = place.name if layer is None else place.name.format(layer + place.first)
+                self._parts.setdefault(name, []).append((path, layer))
+                self.shapes[name] = their_shape(path, shape, place)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        tensor = np.empty(self.shapes[name], np.float32)
+        for path, layer in self._parts[name]:
+            place = self._table[path]
+            number, parts = place.part
+            rows = len(tensor) // parts if parts > 1 else 0
+            target = tensor[number * rows : (number + 1) * rows] if parts > 1 else tensor
+            leaf = np.asarray(self._leaves[path] if layer is None else self._leaves[path][layer])
+            _copy(target, _to_theirs(leaf, target.shape, place))
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
 
 
+@functools.cache
 def parameter_shapes(model: Architecture) -> dict[str, tuple[tuple[int, ...], int]]:
     """Return the model's parameters by path: the shape of one layer, and how many are stacked, 0 for none."""
     shapes = jax.eval_shape(lambda: make_model(model).init(jax.random.key(0)))
@@ -387,9 +407,7 @@ def _copy(target: np.ndarray, source: np.ndarray) -> None:
 def _to_theirs(array: np.ndarray, shape: tuple[int, ...], place: Place) -> np.ndarray:
     if not place.transposed:
         return array.reshape(shape)
-    if array.ndim == 4:
-        return np.ascontiguousarray(array.transpose(3, 2, 0, 1))
-    return np.ascontiguousarray(array.reshape(shape[::-1]).T)
+    return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.reshape(shape[::-1]).T
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:

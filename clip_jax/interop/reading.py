@@ -18,9 +18,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import ml_dtypes  # noqa: F401 (with it NumPy, and so safetensors, knows bfloat16)
 import numpy as np
-import safetensors
 
 from clip_jax.architectures import (
     MODELS,
@@ -34,7 +32,7 @@ from clip_jax.architectures import (
     with_activation,
 )
 from clip_jax.config import check_name
-from clip_jax.interop import huggingface, msgpack, names, npz, open_clip, shapes, torch_file
+from clip_jax.interop import huggingface, msgpack, names, npz, open_clip, safetensors, shapes, torch_file
 from clip_jax.tokenizers import ClipBPE
 from clip_jax.tokenizers.bpe import MAX_VOCAB_SIZE
 from clip_jax.typing import Params
@@ -122,7 +120,7 @@ def _tensors(file: pathlib.Path) -> tuple[Mapping[str, np.ndarray], str]:
     if not head:
         raise ValueError(f"{file} is empty: whatever wrote it did not finish")
     if head[8:9] == b"{":
-        return _SafeTensors(file), "safetensors"
+        return safetensors.read(file), "safetensors"
     if head[:2] == b"PK" and zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
             members = archive.namelist()
@@ -155,26 +153,6 @@ def _sharded(index: pathlib.Path) -> tuple[Mapping[str, np.ndarray], str]:
     for tensors, _ in parts:
         merged |= {name: (tensors, name) for name in tensors}
     return _Views(merged), f"{parts[0][1]} in {len(parts)} shards"
-
-
-class _SafeTensors(Mapping):
-    """The tensors of one .safetensors file, each read when it is asked for."""
-
-    def __init__(self, file: pathlib.Path):
-        try:
-            self._file = safetensors.safe_open(file, framework="numpy")
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{file} is truncated or damaged: it can't be read as safetensors ({error})") from error
-        self._names = list(self._file.keys())
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._file.get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 class _Views(Mapping):

@@ -84,27 +84,18 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> No
     The pickle is written by its opcodes, since the names in it are torch's: protocol 2, a dict of
     `_rebuild_tensor_v2(storage, 0, shape, strides, False, OrderedDict())`.
     """
-    arrays = {name: np.ascontiguousarray(array, np.float32).reshape(array.shape) for name, array in tensors.items()}
     pickled = [b"\x80\x02}("]
-    for key, (name, array) in enumerate(arrays.items()):
-        strides = [step // array.itemsize for step in array.strides]
-        pickled += [_text(name), b"ctorch._utils\n_rebuild_tensor_v2\n(("]
-        pickled += [
-            _text("storage"),
-            b"ctorch\nFloatStorage\n",
-            _text(str(key)),
-            _text("cpu"),
-            _integer(array.size),
-            b"tQ",
-        ]
-        pickled += [_integer(0), _integers(array.shape), _integers(strides), b"\x89ccollections\nOrderedDict\n)RtR"]
-    pickled.append(b"u.")
     with zipfile.ZipFile(path, "w") as archive:  # stored, not compressed
-        archive.writestr("model/data.pkl", b"".join(pickled))
-        archive.writestr("model/byteorder", "little")
-        for key, array in enumerate(arrays.values()):
+        for key, (name, tensor) in enumerate(tensors.items()):
+            array = np.asarray(tensor, "<f4", order="C")
             with archive.open(f"model/data/{key}", "w", force_zip64=True) as member:
-                member.write(array.astype("<f4", copy=False).reshape(-1).view(np.uint8).data)
+                member.write(array.data)
+            strides = [step // array.itemsize for step in array.strides]
+            storage = [_text("storage"), b"ctorch\nFloatStorage\n", _text(str(key)), _text("cpu"), _integer(array.size)]
+            pickled += [_text(name), b"ctorch._utils\n_rebuild_tensor_v2\n((", *storage, b"tQ", _integer(0)]
+            pickled += [_integers(array.shape), _integers(strides), b"\x89ccollections\nOrderedDict\n)RtR"]
+        archive.writestr("model/data.pkl", b"".join([*pickled, b"u."]))
+        archive.writestr("model/byteorder", "little")
         archive.writestr("model/version", "3\n")
 
 

@@ -19,7 +19,7 @@ PARAMS = tiny_models.params(ARCHITECTURE)
 
 @pytest.fixture(scope="module")
 def state_dict():
-    return {name: torch.tensor(x) for name, x in names.to_theirs(ARCHITECTURE, PARAMS, names.OPENAI).items()}
+    return {name: torch.tensor(x) for name, x in names.Tensors(ARCHITECTURE, PARAMS, names.OPENAI).items()}
 
 
 def _same(path, tolerance=0.0, **arguments):

@@ -42,7 +42,7 @@ def test_three_steps_give_open_clip_s_parameters(name, tmp_path):
     model = _their_steps(theirs.load_open_clip(tmp_path / name), config.optim, schedule, batches)
 
     summed = sum(float(schedule(at)) for at in range(len(batches)))
-    found = names.to_theirs(architecture, state.eval_params, names.OPENAI)
+    found = names.Tensors(architecture, state.eval_params, names.OPENAI)
     for parameter, tensor in model.state_dict().items():
         if parameter not in found or parameter.endswith("k_proj.bias"):
             continue
