@@ -2,6 +2,7 @@
 # make test          lint and tests
 # make test-lowest   the tests with the lowest versions that setup.py allows
 # make test-peers    features, gradients, files and inputs against open_clip, transformers and OpenAI's code
+# make bench-tokenizer  our CLIP tokenizer's speed against open_clip's, the ratio in the last line
 # make clean         remove environments, caches and the demo's run
 #
 # PYTHON=python3.12 chooses the interpreter of a new environment.
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-lowest test-peers clean
+.PHONY: demo test test-lowest test-peers bench-tokenizer clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -33,6 +34,9 @@ test-lowest: $(LOWEST)/.installed-test
 
 test-peers: $(PEERS)/.installed-peers
 	$(PEERS)/bin/python -m pytest tests/peers
+
+bench-tokenizer: $(PEERS)/.installed-peers
+	@$(PEERS)/bin/python benchmarks/tokenizer.py
 
 clean:
 	rm -rf $(VENV) $(LOWEST) $(PEERS) $(DEMO) build dist *.egg-info .pytest_cache .ruff_cache

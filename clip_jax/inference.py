@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int32, UInt8
 
@@ -164,7 +163,7 @@ def _moved(params: dict[str, Any]) -> Params:
     moved = {}
     for name in list(params):
         value = params.pop(name)
-        moved[name] = _moved(value) if isinstance(value, dict) else jnp.asarray(value)
+        moved[name] = _moved(value) if isinstance(value, dict) else jax.device_put(value)
     return moved
 
 

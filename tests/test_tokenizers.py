@@ -3,19 +3,22 @@
 import concurrent.futures
 import gzip
 import hashlib
+import html
 import io
 import json
 import pathlib
 import random
 import time
 
+import ftfy
 import numpy as np
 import pytest
 import sentencepiece
 
 from clip_jax.architectures import TextTransformer, TokenizerConfig
 from clip_jax.tokenizers import ClipBPE, SentencePiece, make_tokenizer
-from clip_jax.tokenizers.bpe import MAX_VOCAB_SIZE
+from clip_jax.tokenizers import bpe as bpe_module
+from clip_jax.tokenizers.bpe import MAX_VOCAB_SIZE, clean
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden/clip_bpe.json").read_text())["rows"]
 START, END = 49_406, 49_407
@@ -141,6 +144,35 @@ def test_long_words_take_no_quadratic_time(bpe):
     began = time.monotonic()
     bpe([word])
     assert time.monotonic() - began < LONG_WORD_SECONDS
+
+
+def test_words_that_the_table_has_whole_need_no_merge(bpe):
+    """The shortcut is right for every word of CLIP's table."""
+    words = bpe_module._read_table("").words
+    assert len(words) > 30_000 and {"dog", "a", "the"} <= words.keys()
+    for word, number in words.items():
+        assert list(bpe._encode_word(word)) == [number], word
+
+
+def test_both_ways_to_merge_give_the_same_ids(bpe):
+    rng = random.Random(0)
+    for length in range(1, 130):
+        ids = [256 * (place == length - 1) + rng.choice(range(64, 90)) for place in range(length)]
+        assert bpe_module._merge(list(ids), bpe._merges) == list(bpe_module._merge_long(list(ids), bpe._merges))
+
+
+def test_what_is_not_repaired_needs_no_repair():
+    """Of every character there is, alone and beside letters; and of texts that mix those that are let through."""
+    letters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+    passed = [letter for letter in letters if bpe_module._UNTOUCHED.fullmatch(letter)]
+    assert len(passed) > 30_000
+    texts = ["".join(passed[at : at + 16]) for at in range(0, len(passed), 16)]
+    rng = random.Random(0)
+    few = [letter for letter in passed if letter < "\u0500" or "\u2000" < letter < "\u2600"]
+    texts += ["".join(rng.choices(few, k=rng.randint(2, 6))) for _ in range(20_000)]
+    texts += [f"a{letter}b {letter}" for letter in few]
+    for text in texts:
+        assert clean(text) == " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower(), text
 
 
 def test_threads_get_the_ids_that_one_thread_gets(bpe):

@@ -1,0 +1,106 @@
+"""Our CLIP tokenizer against open_clip's `SimpleTokenizer`, alternately, on one core: `make bench-tokenizer`.
+
+Every round has texts that neither has seen, and fresh tokenizers, so no word comes from a cache that another round
+filled; within a round both may remember words, as they do in a training run. The ids have to be equal. Three corpora:
+
+    captions   words of English, drawn as English draws them: few often, most seldom
+    new words  no word comes twice
+    any text   captions with accents, emoji, CJK, entities and addresses, which have to be repaired first
+
+The last line is the lowest of the three medians.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+for operator in ("nms", "qnms"):  # torchvision without its compiled half, as in tests/peers/conftest.py
+    torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+import open_clip  # noqa: E402
+
+from clip_jax.tokenizers import ClipBPE  # noqa: E402
+
+ROUNDS, TEXTS = 7, 3_000
+_MARKS = (
+    "café",
+    "naïve",
+    "Straße",
+    "😀",
+    "🚀🔥",
+    "犬と猫",
+    "&amp;",
+    "it's",
+    "http://example.com/a_b?c=1",
+    "№ 5",
+    "3×4",
+    "—",
+)
+
+
+def main() -> None:
+    """Print both speeds and their ratio for every corpus, and the lowest ratio in the last line."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    vocabulary = _words()
+    print(f"{TEXTS:,} texts a round, {ROUNDS} rounds, one core; thousands of texts per second, medians")
+    lowest = min(_compare(name, make, vocabulary) for name, make in CORPORA.items())
+    print(f"ratio: {lowest:.2f}")
+
+
+def _compare(name: str, make: Callable[[random.Random, list[str]], str], vocabulary: list[str]) -> float:
+    ours, theirs = [], []
+    for number in range(ROUNDS):
+        rng = random.Random(f"{name} {number}")
+        texts = [make(rng, vocabulary) for _ in range(TEXTS)]
+        pair = [(ours, ClipBPE()), (theirs, open_clip.tokenizer.SimpleTokenizer())]
+        ids = {}
+        for seconds, tokenize in pair if number % 2 else reversed(pair):  # whoever comes first finds a cold memory
+            began = time.perf_counter()
+            rows = tokenize(texts)
+            seconds.append(time.perf_counter() - began)
+            ids[seconds is ours] = np.asarray(rows)
+        np.testing.assert_array_equal(ids[True], ids[False], err_msg=f"{name}: the ids differ")
+    ratio = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
+    speeds = [TEXTS / statistics.median(seconds) / 1e3 for seconds in (ours, theirs)]
+    print(f"{name:<10} clip_jax {speeds[0]:7.1f}   open_clip {speeds[1]:7.1f}   {ratio:.2f} times as fast")
+    return ratio
+
+
+def _words() -> list[str]:
+    """Return the words that the merge table has whole, the most frequent first: English as OpenAI's corpus had it."""
+    vocabulary, _ = ClipBPE().as_huggingface()
+    words = (token.removesuffix("</w>") for token in vocabulary if token.endswith("</w>"))
+    return [word for word in words if word.isascii() and word.isalpha() and len(word) > 1]
+
+
+def _caption(rng: random.Random, vocabulary: list[str]) -> str:
+    # Zipf's law: ranks uniform in their logarithm.
+    return " ".join(
+        vocabulary[int(len(vocabulary) ** rng.random()) - 1] for _ in range(rng.randint(5, 25))
+    ).capitalize()
+
+
+def _new_words(rng: random.Random, vocabulary: list[str]) -> str:
+    syllables = [vocabulary[int(rng.random() * 2000)] for _ in range(24)]
+    return " ".join(
+        a[:4] + b[:3] + chr(97 + rng.randrange(26)) for a, b in zip(syllables[::2], syllables[1::2], strict=True)
+    )
+
+
+def _any_text(rng: random.Random, vocabulary: list[str]) -> str:
+    words = _caption(rng, vocabulary).split()
+    for mark in rng.sample(_MARKS, 2):
+        words.insert(rng.randrange(len(words) + 1), mark)
+    return " ".join(words)
+
+
+CORPORA = {"captions": _caption, "new words": _new_words, "any text": _any_text}
+
+if __name__ == "__main__":
+    main()
