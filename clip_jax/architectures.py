@@ -115,11 +115,23 @@ class Preprocess:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """Which tokenizer; its vocabulary must fit `model.text.vocab_size`, its length is `model.text.length`."""
+    """Which tokenizer; its vocabulary must fit `model.text.vocab_size`, its length is `model.text.length`.
 
-    name: Literal["clip_bpe", "sentencepiece"] = "clip_bpe"
-    # clip_bpe: empty for the published merge table. sentencepiece: the `.model` file.
+    path: clip_bpe: empty for the published merge table. sentencepiece: the `.model` file. huggingface: tokenizer.json.
+
+    The rest is for the latter two, whose files don't say it:
+
+    clean: 'lower'; 'whitespace': mojibake and HTML undone, white space collapsed; 'canonicalize': that, punctuation
+      dropped, lower case.
+    pad_id: behind the end token; -1 for the file's own, or the end token where it has none.
+    keep_end: False for padding in place of the end token.
+    """
+
+    name: Literal["clip_bpe", "sentencepiece", "huggingface"] = "clip_bpe"
     path: str = ""
+    clean: Literal["none", "lower", "whitespace", "canonicalize"] = "none"
+    pad_id: int = -1
+    keep_end: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +167,9 @@ def _vit(
     """Return a model whose embedding is as wide as its text tower, as all of open_clip's are."""
     tower = TextTransformer(width=text_width, heads=text_heads, layers=text_layers, **text)
     return with_activation(Architecture(image, tower, text_width), activation)
+
+
+_GEMMA = 256_000  # tokens
 
 
 def _siglip(
@@ -237,11 +252,11 @@ MODELS: dict[str, Architecture] = {
     "siglip_l16_256": _siglip(siglip_image(256, 16, 1024, "gelu"), 32_000, "gelu"),
     "siglip_so400m14": _siglip(siglip_image(224, 14, 1152, "gelu"), 32_000, "gelu", length=16),
     "siglip_so400m14_384": _siglip(siglip_image(384, 14, 1152, "gelu"), 32_000, "gelu"),
-    "siglip2_b16": _siglip(siglip_image(224, 16, 768, "gelu"), 256_000, "gelu_tanh"),
-    "siglip2_b32_256": _siglip(siglip_image(256, 32, 768, "gelu_tanh"), 256_000, "gelu_tanh"),
-    "siglip2_l16_256": _siglip(siglip_image(256, 16, 1024, "gelu"), 256_000, "gelu_tanh"),
-    "siglip2_so400m16_256": _siglip(siglip_image(256, 16, 1152, "gelu_tanh"), 256_000, "gelu_tanh"),
-    "siglip2_giant16_256": _siglip(siglip_image(256, 16, 1536, "gelu_tanh"), 256_000, "gelu_tanh", text_width=1152),
+    "siglip2_b16": _siglip(siglip_image(224, 16, 768, "gelu"), _GEMMA, "gelu_tanh"),
+    "siglip2_b32_256": _siglip(siglip_image(256, 32, 768, "gelu_tanh"), _GEMMA, "gelu_tanh"),
+    "siglip2_l16_256": _siglip(siglip_image(256, 16, 1024, "gelu"), _GEMMA, "gelu_tanh"),
+    "siglip2_so400m16_256": _siglip(siglip_image(256, 16, 1152, "gelu_tanh"), _GEMMA, "gelu_tanh"),
+    "siglip2_giant16_256": _siglip(siglip_image(256, 16, 1536, "gelu_tanh"), _GEMMA, "gelu_tanh", text_width=1152),
     # Ours, for 48 px pictures and two CPU cores; README says what was tried.
     "emoji": Architecture(EdgeNet(), TextTransformer(20_514, 20, eos_id=20_513, width=96, layers=1, heads=3), 128),
 }
@@ -252,6 +267,19 @@ SIGLIP_PREPROCESS = Preprocess((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), resize="squash"
 def preprocess_of(model: Architecture) -> Preprocess:
     """Return what the published weights of a model expect: SigLIP's differ from CLIP's."""
     return SIGLIP_PREPROCESS if model.logit_bias else Preprocess()
+
+
+def tokenizer_of(model: Architecture) -> TokenizerConfig:
+    """Return what the published weights of a model expect, but for the path of its file."""
+    if model.text.vocab_size == TextTransformer.vocab_size:
+        return TokenizerConfig()
+    if model.logit_bias and model.text.vocab_size == _GEMMA:  # SigLIP 2
+        return TokenizerConfig("sentencepiece", clean="lower", pad_id=0)
+    if model.logit_bias:  # SigLIP pads with the end token, 1, though its vocabulary has a <pad>
+        return TokenizerConfig("sentencepiece", clean="canonicalize", pad_id=1)
+    if model.text.pool == "last":  # CLIPA: BERT's, whose [SEP] is left out
+        return TokenizerConfig("huggingface", clean="whitespace", pad_id=0, keep_end=False)
+    return TokenizerConfig("sentencepiece")
 
 
 def name_of(architecture: Architecture) -> str:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import ml_collections
 
-from clip_jax.architectures import MODELS, Architecture, Preprocess, TokenizerConfig, check, preprocess_of
+from clip_jax.architectures import MODELS, Architecture, Preprocess, TokenizerConfig, check, preprocess_of, tokenizer_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +169,9 @@ def default_config(model: str = "vit_b32") -> ml_collections.ConfigDict:
     if model not in MODELS:
         raise ValueError(f"no model is called {model!r}{_nearest(model, MODELS)}; there are {', '.join(MODELS)}")
     architecture = MODELS[model]
-    return to_config_dict(Config(model=architecture, preprocess=preprocess_of(architecture)))
+    return to_config_dict(
+        Config(model=architecture, preprocess=preprocess_of(architecture), tokenizer=tokenizer_of(architecture))
+    )
 
 
 def to_config_dict(value: Any) -> ml_collections.ConfigDict:
@@ -299,6 +301,7 @@ _FRACTION = (0.0, 1.0)
 _COUNT = (1, 2**62)
 _COUNT_OR_NONE = (0, 2**62)
 RANGES: dict[str, tuple[float, float]] = {
+    "tokenizer.pad_id": (-1, 2**31 - 1),
     "model.image.image_size": (1, 4096),
     "model.image.patch_size": (1, 4096),
     "model.image.width": _COUNT,

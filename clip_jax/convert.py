@@ -20,7 +20,9 @@ _MODEL = flags.DEFINE_string("model", "", "A model's name, e.g. vit_b32, where t
 _ACTIVATION = flags.DEFINE_string("activation", "", "quick_gelu, gelu or gelu_tanh, where the file can't tell.")
 _IMAGE_SIZE = flags.DEFINE_integer("image_size", 0, "px, to resize the position embeddings to.", lower_bound=0)
 _CONTEXT_LENGTH = flags.DEFINE_integer("context_length", 0, "Tokens, likewise.", lower_bound=0)
-_TOKENIZER = flags.DEFINE_string("tokenizer", "", "A SentencePiece model, for weights that come without theirs.")
+_TOKENIZER = flags.DEFINE_string(
+    "tokenizer", "", "A SentencePiece .model or a tokenizer.json, for weights without theirs."
+)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -36,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _convert(source: str, target: str, to: str) -> str:
-    from clip_jax.architectures import TokenizerConfig
+    from clip_jax.inference import with_tokenizer
     from clip_jax.interop import directory, msgpack, npz, positions, published, reading
 
     weights = reading.read(published.locate(source), model=_MODEL.value, activation=_ACTIVATION.value)
@@ -45,8 +47,7 @@ def _convert(source: str, target: str, to: str) -> str:
     )
     config = dataclasses.replace(weights.config, model=model, source=source)
     if _TOKENIZER.value:
-        tokenizer = TokenizerConfig("sentencepiece", _TOKENIZER.value)
-        config = dataclasses.replace(config, tokenizer=tokenizer, tokenizer_file=b"")
+        config = with_tokenizer(config, _TOKENIZER.value)
     lines = [f"found    {source}: {weights.format}", *_described(config, params)]
     if to == "directory":
         parts = directory.write(target, params, config)

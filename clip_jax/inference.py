@@ -20,8 +20,8 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int32, UInt8
 
-from clip_jax.architectures import TokenizerConfig, WeightsConfig
-from clip_jax.interop import positions, published, reading
+from clip_jax.architectures import Architecture, TokenizerConfig, WeightsConfig, tokenizer_of
+from clip_jax.interop import names, positions, published, reading
 from clip_jax.models import make_model
 from clip_jax.preprocess import ImageLike, preprocess_many
 from clip_jax.tokenizers import make_tokenizer
@@ -116,7 +116,7 @@ def load(
     activation: str = "",
     image_size: int = 0,
     context_length: int = 0,
-    tokenizer: TokenizerConfig | None = None,
+    tokenizer: TokenizerConfig | str = "",
     truncate: bool = False,
 ) -> Clip:
     """Return the model of a weight file, a directory, a published model or a repository of Hugging Face's hub.
@@ -132,7 +132,8 @@ def load(
       activation: 'quick_gelu', 'gelu' or 'gelu_tanh', for files that can't tell. It wins over what they say.
       image_size: px, other than the model's: its position embeddings are resized as open_clip does.
       context_length: tokens, other than the model's, likewise.
-      tokenizer: for weights that come without theirs, e.g. TokenizerConfig('sentencepiece', '/data/c4_en.model').
+      tokenizer: for weights that come without theirs: a SentencePiece `.model` or a Hugging Face `tokenizer.json`, used
+        as the published weights of such a model expect; or a TokenizerConfig, which says how.
       truncate: cut texts that are longer than the model reads, keeping the end token; else they are an error, as in
         OpenAI's code.
 
@@ -143,11 +144,11 @@ def load(
     weights = reading.read(published.locate(path), model=model, activation=activation)
     config, params = weights.config, weights.params
     del weights  # `_moved` takes them out of NumPy's hands one by one
-    _check_shapes(os.fspath(path), params, jax.eval_shape(make_model(config.model).init, jax.random.key(0)))
+    _check_shapes(os.fspath(path), params, config.model)
     architecture, params = positions.resize(config.model, params, image_size=image_size, length=context_length)
     config = dataclasses.replace(config, model=architecture)
-    if tokenizer is not None:
-        config = dataclasses.replace(config, tokenizer=tokenizer, tokenizer_file=b"")
+    if tokenizer:
+        config = with_tokenizer(config, tokenizer)
     functions = make_model(config.model, config.preprocess)
     return Clip(
         config,
@@ -156,6 +157,14 @@ def load(
         jax.jit(functions.encode_image),
         jax.jit(functions.encode_text),
     )
+
+
+def with_tokenizer(config: WeightsConfig, tokenizer: TokenizerConfig | str) -> WeightsConfig:
+    """Return the config with another tokenizer; of a path, used as the published weights of such a model expect."""
+    if isinstance(tokenizer, str):
+        name = "huggingface" if tokenizer.endswith(".json") else "sentencepiece"
+        tokenizer = dataclasses.replace(tokenizer_of(config.model), name=name, path=tokenizer)
+    return dataclasses.replace(config, tokenizer=tokenizer, tokenizer_file=b"")
 
 
 def _moved(params: dict[str, Any]) -> Params:
@@ -185,21 +194,21 @@ class _NoTokenizer:
     def __call__(self, texts: Sequence[str]) -> Int32[np.ndarray, "n L"]:
         raise ValueError(
             f"the weights came without their tokenizer of {self.vocab_size:,} tokens; load them with its file, e.g."
-            " load(…, tokenizer=TokenizerConfig('sentencepiece', '/data/c4_en.model'))"
+            " load(…, tokenizer='/data/c4_en.model')"
         )
 
 
-def _check_shapes(path: str, params: Any, expected: Any) -> None:
+def _check_shapes(path: str, params: Any, model: Architecture) -> None:
     """Compare by name, so that an error says which array it is."""
-    found_shapes, expected_shapes = _shapes(params), _shapes(expected)
-    for name in [*expected_shapes, *found_shapes]:
-        found, wanted = found_shapes.get(name, "none"), expected_shapes.get(name, "none")
-        if found != wanted:
-            raise ValueError(f"{path}: the parameter {name} has shape {found}, its config describes {wanted}")
-
-
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    return {jax.tree_util.keystr(p, simple=True, separator="/"): x.shape for p, x in jax.tree.leaves_with_path(tree)}
+    found = {name: array.shape for name, array in names.flat(params).items()}
+    one_layer = names.parameter_shapes(model)
+    expected = {name: (layers, *shape) if layers else shape for name, (shape, layers) in one_layer.items()}
+    for name in [*expected, *found]:
+        if found.get(name) != expected.get(name):
+            raise ValueError(
+                f"{path}: the parameter {name} has shape {found.get(name, 'none')}, its config describes"
+                f" {expected.get(name, 'none')}"
+            )
 
 
 def _several(items: Any, kind: str) -> list[Any]:

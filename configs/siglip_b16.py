@@ -15,7 +15,6 @@ from clip_jax.config import default_config
 def get_config() -> ConfigDict:
     """Return 40 billion pairs, 32,768 at a time, with the sigmoid loss."""
     config = default_config("siglip_b16")
-    config.tokenizer.name = "sentencepiece"
     config.loss.name = "sigmoid"
     config.loss.logit_scale_init = 10.0
     config.loss.logit_bias_init = -10.0

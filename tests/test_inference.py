@@ -24,6 +24,7 @@ from clip_jax.interop import directory, msgpack
 from clip_jax.models import make_model
 from clip_jax.preprocess import preprocess
 from clip_jax.tokenizers import ClipBPE
+from tests.tiny_tokenizers import sentencepiece_model
 
 TINY = Architecture(
     ViT(image_size=16, patch_size=8, width=32, layers=1, heads=2),
@@ -225,6 +226,9 @@ def test_weights_without_their_tokenizer_encode_pictures_and_say_what_is_missing
     assert loaded.encode_image(images).shape == (5, 8)
     with pytest.raises(ValueError, match="came without their tokenizer of 600 tokens; load them with its file"):
         loaded.encode_text(["a dog"])
+    (tmp_path / "own.model").write_bytes(sentencepiece_model(vocab_size=50))
+    with pytest.raises(ValueError, match=r"model\.text\.vocab_size=600 does not fit tokenizer\.name='sentencepiece'"):
+        load(tmp_path / "w.msgpack", tokenizer=str(tmp_path / "own.model"))
     assert load(tmp_path / "w.msgpack", tokenizer=TokenizerConfig()).encode_text(["a dog"]).shape == (1, 8)
 
 

@@ -11,9 +11,9 @@ import pytest
 from flax import serialization
 from safetensors.numpy import save_file
 
-from clip_jax.architectures import MODELS, SIGLIP_PREPROCESS, Preprocess, TokenizerConfig, WeightsConfig
+from clip_jax.architectures import MODELS, SIGLIP_PREPROCESS, Preprocess, TokenizerConfig, WeightsConfig, tokenizer_of
 from clip_jax.interop import directory, msgpack, names, npz, positions, published, reading, torch_file
-from tests import tiny_models
+from tests import tiny_models, tiny_tokenizers
 
 TINY = {name: model for name, model in tiny_models.ARCHITECTURES.items() if name != "siglip_timm"}
 VIT = TINY["vit"]
@@ -26,6 +26,13 @@ TABLES = {
     "big_vision": (names.BIG_VISION, ["siglip"]),
 }
 PAIRS = [(table, name) for table, (_, models) in TABLES.items() for name in models]
+
+
+TOKENIZERS = [
+    ("siglip", "sentencepiece", tiny_tokenizers.siglip_model),
+    ("siglip", "huggingface", tiny_tokenizers.tokenizer_json),
+    ("clipa", "huggingface", tiny_tokenizers.tokenizer_json),
+]
 
 
 def _equal(found, architecture, tolerance=0.0):
@@ -269,6 +276,16 @@ def test_a_directory_is_read_back_bit_by_bit(tmp_path, name):
     found = reading.read(tmp_path / "dir")
     assert found.config.model == TINY[name]
     _equal(found.params, TINY[name])
+
+
+@pytest.mark.parametrize(("model", "kind", "content"), TOKENIZERS)
+def test_a_directory_has_the_tokenizer_and_how_it_is_used(tmp_path, model, kind, content):
+    expected = dataclasses.replace(tokenizer_of(TINY[model]), name=kind, path="some/where")
+    config = WeightsConfig(TINY[model], expected, tokenizer_file=content())
+    directory.write(tmp_path / "dir", tiny_models.params(TINY[model]), config)
+    found = reading.read(tmp_path / "dir").config
+    assert found.tokenizer_file == content()
+    assert dataclasses.replace(found.tokenizer, path="some/where") == expected
 
 
 def test_what_a_project_has_no_form_for_is_left_out_with_its_reason(tmp_path):

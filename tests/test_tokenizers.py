@@ -4,7 +4,6 @@ import concurrent.futures
 import gzip
 import hashlib
 import html
-import io
 import json
 import pathlib
 import random
@@ -13,12 +12,14 @@ import time
 import ftfy
 import numpy as np
 import pytest
-import sentencepiece
+import tokenizers
 
 from clip_jax.architectures import TextTransformer, TokenizerConfig
-from clip_jax.tokenizers import ClipBPE, SentencePiece, make_tokenizer
+from clip_jax.tokenizers import ClipBPE, HuggingFace, SentencePiece, make_tokenizer
 from clip_jax.tokenizers import bpe as bpe_module
 from clip_jax.tokenizers.bpe import MAX_VOCAB_SIZE, clean
+from clip_jax.tokenizers.rows import CLEAN
+from tests.tiny_tokenizers import sentencepiece_model, siglip_model, tokenizer_json
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden/clip_bpe.json").read_text())["rows"]
 START, END = 49_406, 49_407
@@ -29,33 +30,6 @@ LONG_WORD_SECONDS = 10.0
 @pytest.fixture(scope="module")
 def bpe():
     return ClipBPE()
-
-
-@pytest.fixture(scope="module")
-def train_sentencepiece():
-    def train(**options):
-        nouns = [
-            "dog",
-            "wolf",
-            "owl",
-            "mouse",
-            "bridge",
-            "jacket",
-            "zebra",
-            "vixen",
-            "quince",
-            "harp",
-            "church",
-            "oven",
-        ]
-        sentences = [f"a {colour} {noun} in the park" for colour in ("red", "yellow", "blue") for noun in nouns]
-        model = io.BytesIO()
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences * 5), model_writer=model, vocab_size=32, minloglevel=2, **options
-        )
-        return model.getvalue()
-
-    return train
 
 
 # ------------------------------------------------------------------------------------------------------ clip_bpe
@@ -217,22 +191,22 @@ def test_a_missing_merge_table_is_named():
 # ------------------------------------------------------------------------------------------------- sentencepiece
 
 
-def test_sentencepiece_rows_are_start_pieces_end_padding(train_sentencepiece):
-    tokenizer = SentencePiece(train_sentencepiece(pad_id=3), length=24)
+def test_sentencepiece_rows_are_pieces_end_padding():
+    tokenizer = SentencePiece(sentencepiece_model(pad_id=3), length=24)
     row = tokenizer(["a red dog"])[0]
-    assert row[0] == tokenizer.bos_id and tokenizer.eos_id in row and row[-1] == tokenizer.pad_id == 3
+    assert row[0] != 1 and tokenizer.eos_id in row and row[-1] == tokenizer.pad_id == 3
     assert tokenizer.decode(row) == "a red dog" and tokenizer.vocab_size == 32
 
 
-def test_sentencepiece_without_start_and_padding_pads_with_the_end_token(train_sentencepiece):
-    tokenizer = SentencePiece(train_sentencepiece(bos_id=-1, eos_id=1, unk_id=2), length=24)
+def test_sentencepiece_without_start_and_padding_pads_with_the_end_token():
+    tokenizer = SentencePiece(sentencepiece_model(bos_id=-1, eos_id=1, unk_id=2), length=24)
     row = tokenizer(["a red dog"])[0]
     assert row[0] != 1 and row[-1] == tokenizer.pad_id == tokenizer.eos_id == 1
     assert tokenizer.decode(row) == "a red dog"
 
 
-def test_sentencepiece_truncates_before_the_end_token_or_refuses(train_sentencepiece):
-    model = train_sentencepiece()
+def test_sentencepiece_truncates_before_the_end_token_or_refuses():
+    model = sentencepiece_model()
     row = SentencePiece(model, length=5)(["a red dog in the park"])[0]
     assert row[-1] == SentencePiece(model, length=5).eos_id
     np.testing.assert_array_equal(row[:-1], SentencePiece(model, length=40)(["a red dog in the park"])[0, :4])
@@ -240,14 +214,84 @@ def test_sentencepiece_truncates_before_the_end_token_or_refuses(train_sentencep
         SentencePiece(model, length=5, truncate=False)(["a red dog in the park"])
 
 
-def test_sentencepiece_says_what_is_wrong_with_a_file(train_sentencepiece, tmp_path):
+def test_sentencepiece_says_what_is_wrong_with_a_file(tmp_path):
     with pytest.raises(ValueError, match=r"tokenizer\.path='/nowhere\.model'.*--config\.tokenizer\.path="):
         SentencePiece("/nowhere.model", length=24)
     (tmp_path / "bad.model").write_bytes(b"not a model")
     with pytest.raises(ValueError, match="is not a SentencePiece model"):
         SentencePiece(tmp_path / "bad.model", length=24)
     with pytest.raises(ValueError, match="no end token.*--eos_id=1"):
-        SentencePiece(train_sentencepiece(eos_id=-1), length=24)
+        SentencePiece(sentencepiece_model(eos_id=-1), length=24)
+
+
+# --------------------------------------------------------------------------------------------------- huggingface
+
+
+def test_huggingface_rows_are_what_the_file_adds_and_padding():
+    tokenizer = HuggingFace(tokenizer_json(), length=12)
+    row = tokenizer(["A red dog"])[0]
+    assert (row[0], tokenizer.eos_id, tokenizer.pad_id) == (2, 3, 0)
+    end = row.tolist().index(3)
+    assert not row[end + 1 :].any() and row[1:end].all() and tokenizer.decode(row) == "a red dog"
+    assert tokenizer.token(3) == "[SEP]" and tokenizer.vocab_size <= 152
+
+
+def test_huggingface_files_that_pad_and_cut_by_themselves_do_so_to_our_length():
+    texts = ["a red dog in the park", "a"]
+    file = tokenizers.Tokenizer.from_buffer(tokenizer_json())
+    file.enable_padding(pad_id=3, pad_token="[SEP]")
+    file.enable_truncation(5)
+    plain, padding = HuggingFace(tokenizer_json(), 12), HuggingFace(file.to_str().encode(), 12)
+    assert padding.pad_id == 3
+    np.testing.assert_array_equal(np.where(plain(texts) == 0, 3, plain(texts)), padding(texts))
+
+
+def test_huggingface_truncates_before_the_end_token_or_refuses():
+    text = "a red dog in the park"
+    whole, row = HuggingFace(tokenizer_json(), 40)([text])[0], HuggingFace(tokenizer_json(), 5)([text])[0]
+    assert row.tolist() == [*whole[:4], 3]
+    with pytest.raises(ValueError, match=r"'a red dog in the park'.*model\.text\.length=5"):
+        HuggingFace(tokenizer_json(), 5, truncate=False)([text])
+
+
+def test_huggingface_says_what_is_wrong_with_a_file(tmp_path):
+    with pytest.raises(ValueError, match=r"tokenizer\.path='/nowhere\.json'.*--config\.tokenizer\.path="):
+        HuggingFace("/nowhere.json", length=24)
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"this is not a tokenizer\.json"):
+        HuggingFace(tmp_path / "bad.json", length=24)
+    with pytest.raises(ValueError, match="adds no end token"):
+        HuggingFace(tokenizer_json(template=""), length=24)
+
+
+@pytest.mark.parametrize(("make", "file"), [(SentencePiece, siglip_model), (HuggingFace, tokenizer_json)])
+def test_padding_and_the_end_token_are_the_caller_s_where_it_says_so(make, file):
+    default, other = make(file(), 12)(["a red dog"])[0], make(file(), 12, pad_id=7)(["a red dog"])[0]
+    end = default.tolist().index(make(file(), 12).eos_id)
+    assert not default[end + 1 :].any() and (other[end + 1 :] == 7).all()
+    np.testing.assert_array_equal(default[: end + 1], other[: end + 1])
+    without = make(file(), 12, pad_id=0, keep_end=False)(["a red dog"])[0]
+    np.testing.assert_array_equal(without, [*default[:end], *[0] * (12 - end)])
+
+
+@pytest.mark.parametrize(
+    ("how", "text", "expected"),
+    [
+        ("none", " A_b,\n&amp;", " A_b,\n&amp;"),
+        ("lower", " A_b,\n&amp;", " a_b,\n&amp;"),
+        ("whitespace", " A_b,\n&amp; caf\u00c3\u00a9", "A_b, & caf\u00e9"),
+        ("canonicalize", " A_b,\n&amp; It's 3.5", "a b its 35"),
+    ],
+)
+def test_texts_are_cleaned_as_asked(how, text, expected):
+    assert CLEAN[how](text) == expected
+
+
+@pytest.mark.parametrize(("make", "file"), [(SentencePiece, siglip_model), (HuggingFace, tokenizer_json)])
+def test_what_is_cleaned_is_what_is_tokenized(make, file):
+    plain, cleaned = make(file(), 12), make(file(), 12, clean="canonicalize")
+    np.testing.assert_array_equal(cleaned(["A_RED, dog!"]), plain(["a red dog"]))
+    assert (plain(["A_RED, dog!"]) != plain(["a red dog"])).any()
 
 
 # -------------------------------------------------------------------------------------------------- make_tokenizer
@@ -263,16 +307,34 @@ def test_a_tower_that_looks_for_another_end_token_is_refused():
         make_tokenizer(TokenizerConfig(), TextTransformer(vocab_size=4096))
 
 
-def test_a_vocabulary_that_does_not_fit_is_refused_with_both_numbers(train_sentencepiece, tmp_path):
+def test_a_vocabulary_that_does_not_fit_is_refused_with_both_numbers(tmp_path):
     path = tmp_path / "park.model"
-    path.write_bytes(train_sentencepiece())
+    path.write_bytes(sentencepiece_model())
     config = TokenizerConfig("sentencepiece", str(path))
     with pytest.raises(ValueError, match=r"model\.text\.vocab_size=49408 .* is 32; set model\.text\.vocab_size=32"):
         make_tokenizer(config, TextTransformer())
     assert make_tokenizer(config, TextTransformer(vocab_size=32, eos_id=2)).vocab_size == 32
 
 
-def test_a_tokenizers_file_that_travelled_needs_no_path(train_sentencepiece):
+def test_a_tower_may_have_some_rows_more_than_there_are_tokens():
+    config, text = TokenizerConfig("huggingface"), TextTransformer(eos_id=3)
+    size = HuggingFace(tokenizer_json(), 12).vocab_size
+    for more, fits in {0: True, 4: True, -1: False, size: False}.items():
+        tower = TextTransformer(vocab_size=size + more, eos_id=text.eos_id)
+        if fits:
+            assert make_tokenizer(config, tower, tokenizer_file=tokenizer_json()).vocab_size == size
+        else:
+            with pytest.raises(ValueError, match=rf"set model\.text\.vocab_size={size}"):
+                make_tokenizer(config, tower, tokenizer_file=tokenizer_json())
+
+
+@pytest.mark.parametrize("setting", [{"clean": "lower"}, {"pad_id": 3}, {"keep_end": False}])
+def test_settings_that_clip_bpe_does_not_have_are_refused(setting):
+    with pytest.raises(ValueError, match=rf"tokenizer\.{next(iter(setting))}=.* is for tokenizers with a file"):
+        make_tokenizer(TokenizerConfig(**setting), TextTransformer())
+
+
+def test_a_tokenizers_file_that_travelled_needs_no_path():
     config = TokenizerConfig("sentencepiece", "/gone.model")
-    tokenizer = make_tokenizer(config, TextTransformer(vocab_size=32, eos_id=2), tokenizer_file=train_sentencepiece())
+    tokenizer = make_tokenizer(config, TextTransformer(vocab_size=32, eos_id=2), tokenizer_file=sentencepiece_model())
     assert tokenizer.vocab_size == 32

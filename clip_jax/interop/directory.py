@@ -25,7 +25,7 @@ from typing import Any
 from clip_jax.architectures import Architecture, ResNet, TextTransformer, ViT, WeightsConfig
 from clip_jax.interop import huggingface, names, open_clip, safetensors, torch_file
 from clip_jax.interop.msgpack import tokenizer_content
-from clip_jax.tokenizers import ClipBPE
+from clip_jax.tokenizers import ClipBPE, HuggingFace
 from clip_jax.typing import Params
 
 
@@ -54,6 +54,7 @@ def write(path: str | os.PathLike[str], params: Params, config: WeightsConfig) -
                 said[project] = f"left out: {reason}"
         if not written:
             raise ValueError("; ".join(f"{project}: {reason}" for project, reason in said.items()))
+        _write_tokenizer(unfinished, config)
         unfinished.chmod(0o755)
         if target.exists():
             target.rmdir()
@@ -77,29 +78,45 @@ def _transformers(folder: pathlib.Path, params: Params, config: WeightsConfig) -
     siglip = content["model_type"] == "siglip"
     table = names.HUGGINGFACE_SIGLIP if siglip else names.HUGGINGFACE
     safetensors.write(folder / "model.safetensors", names.Tensors(model, params, table))
+    _write_json(folder / "config.json", content)
     processor = huggingface.preprocessor_config(config.preprocess, model.image.image_size, siglip)
-    files = {"config.json": content, "preprocessor_config.json": processor}
-    tokenizer = tokenizer_content(config)
-    if config.tokenizer.name == "clip_bpe":
-        bpe = ClipBPE(model.text.length, model.text.vocab_size, merges_path=tokenizer)
-        vocabulary, merges = bpe.as_huggingface()
-        (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
-        files |= {"vocab.json": vocabulary} | huggingface.tokenizer_files(model.text.length)
-    elif tokenizer:
-        (folder / "spiece.model").write_bytes(tokenizer)
-    for name, value in files.items():
-        _write_json(folder / name, value)
+    _write_json(folder / "preprocessor_config.json", processor)
 
 
 def _open_clip(folder: pathlib.Path, params: Params, config: WeightsConfig) -> None:
     try:
-        content = open_clip.config(config.model, config.preprocess)
+        content = open_clip.config(config.model, config.preprocess, config.tokenizer)
     except ValueError as error:
         raise _LeftOut(error) from error
     siglip = getattr(config.model.image, "pool", "") == "attention"
     table = names.OPEN_CLIP_SIGLIP if siglip else names.OPENAI
     safetensors.write(folder / "open_clip_model.safetensors", names.Tensors(config.model, params, table))
     _write_json(folder / "open_clip_config.json", content)
+
+
+def _write_tokenizer(folder: pathlib.Path, config: WeightsConfig) -> None:
+    """Write the tokenizer for transformers, which open_clip asks too where it isn't CLIP's own."""
+    text, content = config.model.text, tokenizer_content(config)
+    settings: dict[str, Any] = {"model_max_length": text.length}
+    if config.tokenizer.name == "clip_bpe":
+        bpe = ClipBPE(text.length, text.vocab_size, merges_path=content)
+        vocabulary, merges = bpe.as_huggingface()
+        (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+        _write_json(folder / "vocab.json", vocabulary)
+        special, kind = huggingface.special_tokens("<|startoftext|>", "<|endoftext|>"), "CLIPTokenizer"
+        settings |= {"do_lower_case": True}
+    elif not content:
+        return
+    elif config.tokenizer.name == "sentencepiece":
+        (folder / "spiece.model").write_bytes(content)
+        special, kind = {"pad_token": "</s>", "eos_token": "</s>", "unk_token": "<unk>"}, "SiglipTokenizer"
+    else:
+        (folder / "tokenizer.json").write_bytes(content)
+        tokenizer = HuggingFace(content, text.length, pad_id=config.tokenizer.pad_id)
+        end, padding = tokenizer.token(tokenizer.eos_id), tokenizer.token(tokenizer.pad_id)
+        special, kind = {"pad_token": padding, "eos_token": end, "sep_token": end}, "PreTrainedTokenizerFast"
+    _write_json(folder / "special_tokens_map.json", special)
+    _write_json(folder / "tokenizer_config.json", {"tokenizer_class": kind} | settings | special)
 
 
 def _clip_load(folder: pathlib.Path, params: Params, config: WeightsConfig) -> None:

@@ -155,9 +155,6 @@ def preprocessor_config(spec: Preprocess, size: int, siglip: bool) -> dict[str, 
     }
 
 
-def tokenizer_files(length: int) -> dict[str, dict[str, Any]]:
-    """Return what lies beside CLIP's vocab.json and merges.txt, by file name."""
-    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>"}
-    special |= {"unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
-    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, "do_lower_case": True}
-    return {"special_tokens_map.json": special, "tokenizer_config.json": settings | special}
+def special_tokens(start: str, end: str) -> dict[str, str]:
+    """Return what CLIP's special tokens are called: the end token stands for padding and for the unknown too."""
+    return {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}

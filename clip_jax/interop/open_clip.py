@@ -7,6 +7,7 @@ Source: open_clip `model.py` (CLIPVisionCfg, CLIPTextCfg), `model_configs/*.json
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from clip_jax.architectures import (
     Preprocess,
     ResNet,
     TextTransformer,
+    TokenizerConfig,
     ViT,
     siglip_image,
 )
@@ -163,7 +165,17 @@ def preprocess(config: Mapping[str, Any]) -> Preprocess:
     )
 
 
-def config(model: Architecture, spec: Preprocess) -> dict[str, Any]:
+def tokenizer(found: TokenizerConfig, config: Mapping[str, Any]) -> TokenizerConfig:
+    """Return the tokenizer that was found beside a `model_cfg`, with what that says of its use."""
+    text = config.get("model_cfg", config)["text_cfg"]
+    settings = text.get("tokenizer_kwargs") or {}
+    clean = settings.get("clean", "whitespace")
+    if clean not in ("whitespace", "lower", "canonicalize"):
+        raise ValueError(f"tokenizer_kwargs.clean={clean!r} asks for something that clip_jax does not do")
+    return dataclasses.replace(found, clean=clean, keep_end=not settings.get("strip_sep_token", False))
+
+
+def config(model: Architecture, spec: Preprocess, tokenizer: TokenizerConfig) -> dict[str, Any]:
     """Return `{'model_cfg': …, 'preprocess_cfg': …}` for `open_clip_config.json`.
 
     Raises:
@@ -183,6 +195,11 @@ def config(model: Architecture, spec: Preprocess) -> dict[str, Any]:
     text_config |= {"norm_kwargs": {"eps": text.norm_epsilon}} if text.norm_epsilon != 1e-5 else {}
     text_config |= {"linear": {}, "bias": {"proj_bias": True}, "none": {"proj_type": "none"}}[text.projection]
     text_config |= {"act_kwargs": {"approximate": "tanh"}} if text.activation == "gelu_tanh" else {}
+    if tokenizer.name != "clip_bpe":  # open_clip then looks for the tokenizer's files in the same directory
+        # It has no way to leave a text as it is; 'whitespace' is the nearest.
+        settings = {"clean": "whitespace" if tokenizer.clean == "none" else tokenizer.clean}
+        settings |= {} if tokenizer.keep_end else {"strip_sep_token": True}
+        text_config |= {"hf_tokenizer_name": "local", "tokenizer_kwargs": settings}
     if text.pool == "last":
         text_config["pool_type"] = "last"
     elif text.eos_id != text.vocab_size - 1:

@@ -29,6 +29,7 @@ from clip_jax.architectures import (
     TokenizerConfig,
     WeightsConfig,
     name_of,
+    tokenizer_of,
     with_activation,
 )
 from clip_jax.config import check_name
@@ -220,7 +221,10 @@ def _beside(file: pathlib.Path) -> _Described | None:
         preprocess = huggingface.preprocess(_json(processor) if processor.is_file() else {}, architecture)
     else:
         return None
-    return architecture, preprocess, *_tokenizer(architecture, folder)
+    tokenizer, content = _tokenizer(architecture, folder)
+    if tokenizer.name != "clip_bpe" and file.name.startswith("open_clip"):
+        tokenizer = open_clip.tokenizer(tokenizer, _json(ours))
+    return architecture, preprocess, tokenizer, content
 
 
 def _tokenizer(architecture: Architecture, folder: pathlib.Path) -> tuple[TokenizerConfig, bytes]:
@@ -231,12 +235,12 @@ def _tokenizer(architecture: Architecture, folder: pathlib.Path) -> tuple[Tokeni
         content = merges.read_bytes()
         published = clip_size and content.decode("utf-8", "replace").split("\n")[1:-1] == ClipBPE().as_huggingface()[1]
         return (TokenizerConfig(), b"") if published else (TokenizerConfig("clip_bpe", merges.name), content)
-    if clip_size:
-        return TokenizerConfig(), b""
-    for name, file in (("sentencepiece", "spiece.model"), ("sentencepiece", "tokenizer.model")):
-        if (folder / file).is_file():
-            return TokenizerConfig(name, file), (folder / file).read_bytes()
-    return TokenizerConfig("sentencepiece"), b""
+    config = tokenizer_of(architecture)
+    files = {"spiece.model": "sentencepiece", "tokenizer.model": "sentencepiece", "tokenizer.json": "huggingface"}
+    for name, kind in files.items() if not clip_size else ():
+        if (folder / name).is_file():
+            return dataclasses.replace(config, name=kind, path=name), (folder / name).read_bytes()
+    return config, b""
 
 
 def _json(file: pathlib.Path) -> dict[str, Any]:

@@ -45,8 +45,8 @@ _SPLIT = regex.compile(
 )
 _WHITESPACE = regex.compile(r"\s+")
 # Characters that ftfy leaves alone where they aren't mojibake and are composed (NFC), and no '&', with which HTML's
-# entities begin: ASCII; letters of Latin, Greek, Cyrillic, Hebrew, Arabic, India and Thailand; dashes and signs; kana, CJK
-# and Hangul; emoji.
+# entities begin: ASCII; letters of Latin, Greek, Cyrillic, Hebrew, Arabic, Devanagari and Thai; dashes and signs; kana,
+# CJK and Hangul; emoji.
 _UNTOUCHED = re.compile(
     r"[ -%'-~\xa1-\xac\xae-\u0131\u0134-\u0148\u014a-\u01c3\u01cd-\u01f0\u01f4-\u02af\u0370-\u04ff\u05d0-\u05ea"
     r"\u0620-\u064a\u0904-\u0939\u0e01-\u0e30\u2010-\u2017\u2020-\u2027\u2030-\u203a\u20a0-\u20bf\u2100-\u214f"
@@ -168,15 +168,20 @@ class ClipBPE:
 
 def clean(text: str) -> str:
     """Repair, unescape, collapse whitespace to single spaces and lower the case, as OpenAI does."""
+    return repair(text).lower()
+
+
+def repair(text: str) -> str:
+    """Undo mojibake, unescape HTML twice, and collapse whitespace to single spaces."""
     # Printable ASCII without '&' is what ftfy and html leave alone, and its only whitespace is the space.
     if text.isascii() and text.isprintable() and "&" not in text:
-        return " ".join(text.lower().split())
+        return " ".join(text.split())
     # ftfy's and html's work takes four times as long as all the rest.
     if not (_UNTOUCHED.fullmatch(text) and unicodedata.is_normalized("NFC", text) and not is_bad(text)):
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
     text = text.strip()
     # str.strip and \s disagree on U+001C to U+001F, so both are needed, in this order.
-    return _WHITESPACE.sub(" ", text).strip().lower()
+    return _WHITESPACE.sub(" ", text).strip()
 
 
 _NONE = 1 << 30  # greater than any id

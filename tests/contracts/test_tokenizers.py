@@ -1,34 +1,21 @@
 """Whatever TOKENIZERS lists keeps what the text tower and the pipeline rely on."""
 
 import concurrent.futures
-import io
 
 import numpy as np
 import pytest
-import sentencepiece
 
 from clip_jax.architectures import TextTransformer, TokenizerConfig
 from clip_jax.tokenizers import TOKENIZERS
 from clip_jax.typing import Tokenizer
+from tests.tiny_tokenizers import sentencepiece_model, tokenizer_json
 
 LENGTH = 16
 TEXTS = ["a dog", "", " ", "\0", "!", "犬", "😀", "dog " * 1000, "d" * 1000, "<|endoftext|>", "\n a \t b "]
 
 
-def _sentencepiece_file():
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a dog and a cat in the park"] * 9),
-        model_writer=model,
-        vocab_size=40,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    return model.getvalue()
-
-
 # What a tokenizer needs besides its name. One without a line needs nothing.
-FILES = {"sentencepiece": _sentencepiece_file}
+FILES = {"sentencepiece": sentencepiece_model, "huggingface": tokenizer_json}
 
 
 @pytest.fixture(scope="module", params=TOKENIZERS)

@@ -11,9 +11,12 @@ import pytest
 import transformers
 from PIL import Image
 
-from clip_jax.architectures import SIGLIP_PREPROCESS, Preprocess
+from clip_jax.architectures import SIGLIP_PREPROCESS, Preprocess, WeightsConfig, tokenizer_of
+from clip_jax.interop import directory
 from clip_jax.preprocess import preprocess
+from clip_jax.tokenizers import TOKENIZERS as TOKENIZER_KINDS
 from clip_jax.tokenizers import ClipBPE
+from tests import tiny_models, tiny_tokenizers
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden/clip_bpe.json"
 SIZES = [
@@ -43,6 +46,32 @@ def test_token_ids_are_open_clip_s():
     texts = [text for text in _texts() if "<" not in text]  # open_clip renamed the special tokens
     theirs = open_clip.tokenizer.SimpleTokenizer()(texts).numpy()
     np.testing.assert_array_equal(ClipBPE()(texts), theirs)
+
+
+TOKENIZERS = [
+    ("siglip_timm", "sentencepiece", tiny_tokenizers.siglip_model),
+    ("clipa", "huggingface", tiny_tokenizers.tokenizer_json),
+]
+
+
+@pytest.mark.parametrize(("model", "kind", "content"), TOKENIZERS)
+def test_token_ids_are_those_of_the_tokenizer_in_the_directory(model, kind, content, tmp_path):
+    architecture = tiny_models.ARCHITECTURES[model]
+    tokenizer = dataclasses.replace(tokenizer_of(architecture), name=kind)
+    config = WeightsConfig(architecture, tokenizer, tokenizer_file=content())
+    directory.write(tmp_path / "dir", tiny_models.params(architecture), config)
+    sentences = tiny_tokenizers.SENTENCES
+    texts = [*sentences, "A RED_dog, in: the park!", "", "caf\u00c3\u00a9 &amp; bar", " ".join(sentences), "\u72ac zq"]
+    ours = TOKENIZER_KINDS[kind](config.tokenizer, architecture.text, True, content())(texts)
+    theirs = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'dir'}")(texts).numpy()
+    np.testing.assert_array_equal(ours, theirs)
+    if kind == "sentencepiece":  # transformers drops an underscore, and undoes neither mojibake nor HTML
+        settings = {"padding": "max_length", "max_length": architecture.text.length, "truncation": True}
+        plain = [text.replace("_", " ") for text in texts if "&" not in text]
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "dir")(plain, **settings)["input_ids"]
+        np.testing.assert_array_equal(
+            TOKENIZER_KINDS[kind](config.tokenizer, architecture.text, True, content())(plain), theirs
+        )
 
 
 def _picture(width, height, mode):

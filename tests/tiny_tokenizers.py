@@ -1,0 +1,41 @@
+"""Small tokenizers, trained here: the content of a SentencePiece `.model` and of a `tokenizer.json`."""
+
+import functools
+import io
+
+import sentencepiece
+
+_NOUNS = ("dog", "wolf", "owl", "mouse", "bridge", "jacket", "zebra", "vixen", "quince", "harp", "church", "oven")
+SENTENCES = [f"a {colour} {noun} in the park" for colour in ("red", "yellow", "blue") for noun in _NOUNS]
+
+
+@functools.cache
+def sentencepiece_model(**options) -> bytes:
+    """Return a model of 32 pieces: no padding, start 1, end 2, if `options` don't say otherwise."""
+    model = io.BytesIO()
+    settings = {"vocab_size": 32, "minloglevel": 2, "hard_vocab_limit": False} | options
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(SENTENCES * 5), model_writer=model, **settings)
+    return model.getvalue()
+
+
+def siglip_model() -> bytes:
+    """Return a model whose special pieces lie as in SigLIP's: <pad> 0, </s> 1, <unk> 2, no start."""
+    return sentencepiece_model(vocab_size=60, pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+
+
+@functools.cache  # its trainer breaks ties by chance
+def tokenizer_json(template: str = "[CLS] $A [SEP]") -> bytes:
+    """Return a word-piece tokenizer like BERT's: [PAD] 0, [UNK] 1, [CLS] 2, [SEP] 3."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(vocab_size=152, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(SENTENCES * 5, trainer)
+    if template:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=[(token, number) for number, token in enumerate(special)]
+        )
+    return tokenizer.to_str().encode()
