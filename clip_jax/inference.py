@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Float, Int32, UInt8
 
 from clip_jax.architectures import Architecture, TokenizerConfig, WeightsConfig, tokenizer_of
-from clip_jax.interop import names, positions, published, reading
+from clip_jax.interop import conversion, positions, published, reading
 from clip_jax.models import make_model
 from clip_jax.preprocess import ImageLike, preprocess_many
 from clip_jax.tokenizers import make_tokenizer
@@ -200,8 +200,8 @@ class _NoTokenizer:
 
 def _check_shapes(path: str, params: Any, model: Architecture) -> None:
     """Compare by name, so that an error says which array it is."""
-    found = {name: array.shape for name, array in names.flat(params).items()}
-    one_layer = names.parameter_shapes(model)
+    found = {name: array.shape for name, array in conversion.flat(params).items()}
+    one_layer = conversion.parameter_shapes(model)
     expected = {name: (layers, *shape) if layers else shape for name, (shape, layers) in one_layer.items()}
     for name in [*expected, *found]:
         if found.get(name) != expected.get(name):

@@ -151,6 +151,8 @@ def _initial_state(run: Run) -> TrainState:
     if not run.config.init.weights:
         return _initialiser(run)(jax.random.key(run.config.train.seed))
     params = starting_weights(run.config)
+    if "logit_scale" not in params:  # one tower
+        params = jax.jit(run.model.init)(jax.random.key(run.config.train.seed)) | params
     start = functools.partial(step.init_state, optimizer=run.optimizer, ema=run.config.optim.ema_decay > 0)
     return jax.jit(start, out_shardings=sharding.replicated(run.mesh))(params)
 
@@ -158,11 +160,17 @@ def _initial_state(run: Run) -> TrainState:
 def starting_weights(config: Config) -> Params:
     """Return the parameters that `init.weights` names, their positions resized to the run's sizes.
 
+    They are those of one tower where it says so: 'lit.npz:img'.
+
     Raises:
       ValueError: if there is no such file, or its model or pixels are not the run's, naming each key that differs.
     """
     init, model = config.init, config.model
+    path, tower = reading.split_tower(init.weights)
     try:
+        if tower:
+            log.info("starting from the %s tower of %s", tower, path)
+            return reading.read_tower(published.locate(path), tower, model)
         weights = reading.read(published.locate(init.weights), model=init.model, activation=init.activation)
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"init.weights={init.weights!r}: {error}") from error

@@ -11,7 +11,7 @@ import pytest
 from clip_jax import optim, sharding, step, train
 from clip_jax.architectures import Preprocess, WeightsConfig, with_activation
 from clip_jax.config import Config, InitConfig, OptimConfig, from_config_dict, resolve
-from clip_jax.interop import directory, msgpack, names, reading, torch_file
+from clip_jax.interop import conversion, directory, msgpack, names, reading, torch_file
 from clip_jax.losses import LOSSES
 from clip_jax.models import make_model
 from clip_jax.typing import Batch
@@ -29,7 +29,7 @@ def _config(path, model=VIT, **init):
 
 def test_a_run_starts_from_any_format(tmp_path):
     params = tiny_models.params(VIT)
-    torch_file.write(tmp_path / "w.pt", names.Tensors(VIT, params, names.OPENAI))
+    torch_file.write(tmp_path / "w.pt", conversion.Tensors(VIT, params, names.OPENAI))
     msgpack.write(tmp_path / "w.msgpack", params, WeightsConfig(VIT))
     directory.write(tmp_path / "dir", params, WeightsConfig(VIT))
     for config in (
@@ -46,6 +46,16 @@ def test_another_size_takes_the_same_weights_with_resized_positions(tmp_path):
     found = train.starting_weights(_config(tmp_path / "w.msgpack", larger))
     assert found["image"]["positional_embedding"].shape == (37, 128)
     np.testing.assert_array_equal(found["text"]["projection"], tiny_models.params(VIT)["text"]["projection"])
+
+
+def test_a_run_starts_from_one_tower_and_draws_the_other(tmp_path):
+    params = tiny_models.params(RESNET)
+    torch_file.write(tmp_path / "w.pt", conversion.Tensors(RESNET, params, names.OPENAI))
+    found = train.starting_weights(_config(f"{tmp_path}/w.pt:image", RESNET))
+    assert found.keys() == {"image", "batch_stats"}
+    jax.tree.map(np.testing.assert_array_equal, found["image"], params["image"])
+    with pytest.raises(ValueError, match=r"init\.weights='/nowhere\.pt:image': /nowhere\.pt: there is no such file"):
+        train.starting_weights(_config("/nowhere.pt:image"))
 
 
 def test_weights_of_another_model_or_other_pixels_are_refused_by_key(tmp_path):

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from clip_jax.architectures import Architecture, ResNet, TextTransformer, ViT, WeightsConfig
-from clip_jax.interop import huggingface, names, open_clip, safetensors, torch_file
+from clip_jax.interop import conversion, huggingface, names, open_clip, safetensors, torch_file
 from clip_jax.interop.msgpack import tokenizer_content
 from clip_jax.tokenizers import ClipBPE, HuggingFace
 from clip_jax.typing import Params
@@ -77,7 +77,7 @@ def _transformers(folder: pathlib.Path, params: Params, config: WeightsConfig) -
         raise _LeftOut(error) from error
     siglip = content["model_type"] == "siglip"
     table = names.HUGGINGFACE_SIGLIP if siglip else names.HUGGINGFACE
-    safetensors.write(folder / "model.safetensors", names.Tensors(model, params, table))
+    safetensors.write(folder / "model.safetensors", conversion.Tensors(model, params, table))
     _write_json(folder / "config.json", content)
     processor = huggingface.preprocessor_config(config.preprocess, model.image.image_size, siglip)
     _write_json(folder / "preprocessor_config.json", processor)
@@ -90,7 +90,7 @@ def _open_clip(folder: pathlib.Path, params: Params, config: WeightsConfig) -> N
         raise _LeftOut(error) from error
     siglip = getattr(config.model.image, "pool", "") == "attention"
     table = names.OPEN_CLIP_SIGLIP if siglip else names.OPENAI
-    safetensors.write(folder / "open_clip_model.safetensors", names.Tensors(config.model, params, table))
+    safetensors.write(folder / "open_clip_model.safetensors", conversion.Tensors(config.model, params, table))
     _write_json(folder / "open_clip_config.json", content)
 
 
@@ -125,7 +125,7 @@ def _clip_load(folder: pathlib.Path, params: Params, config: WeightsConfig) -> N
     towers = (model.image, model.text) if model.image.kind != "edges" else ()
     if Architecture(*map(_granted, towers), embed_dim=model.embed_dim) != model:
         raise _LeftOut("OpenAI's code has QuickGELU, heads of 64, a class token and CLIP's own vocabulary, and no more")
-    torch_file.write(folder / "clip.pt", names.Tensors(config.model, params, names.OPENAI))
+    torch_file.write(folder / "clip.pt", conversion.Tensors(config.model, params, names.OPENAI))
 
 
 def _granted(tower: ViT | ResNet | TextTransformer) -> ViT | ResNet | TextTransformer:

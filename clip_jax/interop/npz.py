@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import re
@@ -22,8 +23,8 @@ import numpy as np
 
 from clip_jax.architectures import WeightsConfig
 from clip_jax.config import build
+from clip_jax.interop.conversion import flat, nested
 from clip_jax.interop.msgpack import tokenizer_content, write_atomically
-from clip_jax.interop.names import flat, nested
 from clip_jax.typing import Params
 
 _CONFIG, _TOKENIZER = "config.json", "tokenizer"
@@ -74,7 +75,7 @@ def read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
             arrays = {name: _numbers(archive[name]) for name in archive.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zipfile.zlib.error) as error:
         raise ValueError(f"{path} can't be read as NumPy's npz: {error}") from error
-    return _unstacked(arrays)
+    return _with_class_position(_unstacked(arrays))
 
 
 def _numbers(array: np.ndarray) -> np.ndarray:
@@ -90,3 +91,16 @@ def _unstacked(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
         else:
             result[name] = array
     return result
+
+
+def _with_class_position(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Give the class token of big_vision's ViTs the position that ours has: zero, or what older files have there."""
+    for prefix in ("img", "params/img"):
+        old, new = f"{prefix}/Transformer/posembed_input/pos_embedding", f"{prefix}/pos_embedding"
+        if old in arrays:
+            arrays[new] = arrays.pop(old)
+        if f"{prefix}/cls" in arrays and new in arrays:
+            positions = arrays[new]
+            if math.isqrt(positions.shape[-2]) ** 2 == positions.shape[-2]:
+                arrays[new] = np.concatenate([np.zeros_like(positions[..., :1, :]), positions], axis=-2)
+    return arrays

@@ -33,7 +33,18 @@ from clip_jax.architectures import (
     with_activation,
 )
 from clip_jax.config import check_name
-from clip_jax.interop import huggingface, msgpack, names, npz, open_clip, safetensors, shapes, torch_file
+from clip_jax.interop import (
+    conversion,
+    huggingface,
+    msgpack,
+    names,
+    npz,
+    open_clip,
+    positions,
+    safetensors,
+    shapes,
+    torch_file,
+)
 from clip_jax.tokenizers import ClipBPE
 from clip_jax.tokenizers.bpe import MAX_VOCAB_SIZE
 from clip_jax.typing import Params
@@ -89,9 +100,61 @@ def read(path: str | os.PathLike[str], *, model: str = "", activation: str = "")
     architecture, preprocess, tokenizer, tokenizer_file = described
     if activation:
         architecture = with_activation(architecture, activation)
-    params = names.from_theirs(architecture, tensors, table, os.fspath(file))
+    params = conversion.from_theirs(architecture, tensors, table, os.fspath(file))
     config = WeightsConfig(architecture, tokenizer, preprocess, name_of(architecture), tokenizer_file=tokenizer_file)
     return Weights(params, config, f"{naming}, {container}")
+
+
+_TOWERS = {"img": "image", "image": "image", "txt": "text", "text": "text"}
+
+
+def split_tower(path: str) -> tuple[str, str]:
+    """Return the path and the tower of big_vision's notation: 'lit.npz:img' means the image tower of that file."""
+    file, _, name = path.rpartition(":")
+    return (file, _TOWERS[name]) if file and name in _TOWERS else (path, "")
+
+
+def read_tower(path: str | os.PathLike[str], tower: str, model: Architecture) -> Params:
+    """Return one tower of a weight file, its positions resized to those of `model`, which has such a tower.
+
+    The rest of the file may be anything: a text tower that clip_jax doesn't build, or none at all.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: naming file, tensor, what was expected and what was found.
+    """
+    place = pathlib.Path(path).expanduser()
+    if not place.exists():
+        raise FileNotFoundError(f"{path}: there is no such file or directory")
+    file = _weight_file(place) if place.is_dir() else place
+    if msgpack.is_ours(file) or npz.is_ours(file):
+        weights = read(file)
+        stored, params = weights.config.model, weights.params
+        if getattr(stored, tower) != _with_sizes(getattr(model, tower), getattr(stored, tower)):
+            raise ValueError(f"{file}: its {tower} tower is {getattr(stored, tower)}, expected {getattr(model, tower)}")
+    else:
+        tensors, table, _ = _naming(_tensors(file)[0], os.fspath(file))
+        stored = model
+        if tower == "image":
+            image = dataclasses.replace(
+                model.image, image_size=shapes.image_tower(tensors, table, os.fspath(file)).image_size
+            )
+            stored = dataclasses.replace(model, image=image)
+        else:
+            length = tensors[table["text/positional_embedding"].name].shape[-2]
+            stored = dataclasses.replace(model, text=dataclasses.replace(model.text, length=length))
+        params = conversion.from_theirs(stored, tensors, table, os.fspath(file), tower=tower)
+    image_size, length = (model.image.image_size, 0) if tower == "image" else (0, model.text.length)
+    _, params = positions.resize(stored, params, image_size=image_size, length=length)
+    return {key: params[key] for key in (tower, *(["batch_stats"] if tower == "image" else [])) if key in params}
+
+
+def _with_sizes(tower: Any, stored: Any) -> Any:
+    """Return a tower with the stored one's number of positions, which can be resized."""
+    sizes = {
+        key: getattr(stored, key) for key in ("image_size", "length") if hasattr(tower, key) and hasattr(stored, key)
+    }
+    return dataclasses.replace(tower, **sizes)
 
 
 def _ours(params: Params, config: WeightsConfig, model: str, activation: str, kind: str) -> Weights:
@@ -190,7 +253,7 @@ def _naming(tensors: Mapping[str, np.ndarray], where: str) -> tuple[Mapping[str,
         table, naming = names.HUGGINGFACE, "Hugging Face's names"
     elif "vision_model.embeddings.patch_embedding.kernel" in plain:
         table, naming = names.HUGGINGFACE_FLAX, "Hugging Face's Flax names"
-    elif any(name.endswith("img/embedding/kernel") for name in plain):
+    elif any(name.endswith(("img/embedding/kernel", "txt/Embed_0/embedding")) for name in plain):
         plain = {name.removeprefix("params/"): theirs for name, theirs in plain.items()}
         table, naming = names.BIG_VISION, "big_vision's names"
     else:
@@ -269,8 +332,8 @@ def _undescribed(
                 " (LAION, DataComp and most others), or the model, e.g. model='vit_b32'"
             )
         architecture = with_activation(architecture, activation)
-    siglip = architecture.logit_bias
-    preprocess = dataclasses.replace(SIGLIP_PREPROCESS if siglip else Preprocess(), like="openai")
+    big_vision = architecture.logit_bias or table is names.BIG_VISION
+    preprocess = dataclasses.replace(SIGLIP_PREPROCESS if big_vision else Preprocess(), like="openai")
     return architecture, preprocess, *_tokenizer(architecture, file.parent)
 
 

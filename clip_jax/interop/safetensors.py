@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from clip_jax.interop.names import Tensors
+from clip_jax.interop.conversion import Tensors
 
 _DTYPES = {
     "F64": np.float64,

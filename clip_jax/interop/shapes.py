@@ -15,7 +15,7 @@ import numpy as np
 
 from clip_jax.architectures import MODELS, Architecture, ResNet, TextTransformer, ViT
 from clip_jax.interop.huggingface import mlp_ratio
-from clip_jax.interop.names import Table
+from clip_jax.interop.names import BIG_VISION, Table
 
 
 def architecture(tensors: Mapping[str, np.ndarray], table: Table, where: str) -> Architecture:
@@ -25,8 +25,9 @@ def architecture(tensors: Mapping[str, np.ndarray], table: Table, where: str) ->
       ValueError: where the shapes leave something open, or a tensor that they are read from is missing.
     """
     found = _Shapes(tensors, table, where)
-    siglip = found.has("logit_bias")
-    image = _resnet(found) if found.has("image/stem_norm3/scale") else _vit(found, siglip)
+    logit_bias = found.has("logit_bias")
+    siglip = logit_bias or table is BIG_VISION  # LiT's text tower is SigLIP's
+    image = _image(found)
     blocks = "text/transformer/blocks"
     vocab_size, width = found.of("text/token_embedding/embedding")
     text = TextTransformer(
@@ -44,13 +45,23 @@ def architecture(tensors: Mapping[str, np.ndarray], table: Table, where: str) ->
         layer_scale=float(found.has(f"{blocks}/layer_scale1")),
     )
     embed_dim = found.of("text/projection")[0 if found.transposed("text/projection") else -1]
-    return Architecture(image, text, embed_dim, logit_bias=siglip)
+    return Architecture(image, text, embed_dim, logit_bias=logit_bias)
 
 
-def _vit(found: _Shapes, siglip: bool) -> ViT:
+def image_tower(tensors: Mapping[str, np.ndarray], table: Table, where: str) -> ViT | ResNet:
+    """Return the image tower alone, as `architecture` would."""
+    return _image(_Shapes(tensors, table, where))
+
+
+def _image(found: _Shapes) -> ViT | ResNet:
+    return _resnet(found) if found.has("image/stem_norm3/scale") else _vit(found)
+
+
+def _vit(found: _Shapes) -> ViT:
     tokens, width = found.of("image/positional_embedding")[-2:]
-    class_token = found.has("image/class_embedding")
-    if class_token != found.has("image/norm_pre/scale") or class_token == siglip:
+    class_token, pooled = found.has("image/class_embedding"), found.has("image/pool/probe")
+    big_vision = pooled or found.has("image/patch_bias")  # SigLIP and LiT
+    if class_token == pooled or found.has("image/norm_pre/scale") == big_vision:
         raise ValueError(f"{found.where}: its image tower is neither CLIP's nor SigLIP's; say which, e.g."
                          " model='vit_l14_clipa'")  # fmt: skip
     patch = found.of("image/patch_embedding")[-1 if found.transposed("image/patch_embedding") else 0]
@@ -65,11 +76,11 @@ def _vit(found: _Shapes, siglip: bool) -> ViT:
         layers=found.layers(f"{blocks}/norm1/scale"),
         heads=_heads(found, "image", width),
         mlp_ratio=mlp_ratio(width, found.of(f"{blocks}/mlp/in/bias")[0]),
-        pool="attention" if siglip else "class",
-        norm_pre=class_token,
-        norm_epsilon=1e-6 if siglip else 1e-5,
-        patch_bias=siglip,
-        projection=class_token,
+        pool="attention" if pooled else "class",
+        norm_pre=not big_vision,
+        norm_epsilon=1e-6 if big_vision else 1e-5,
+        patch_bias=big_vision,
+        projection=found.has("image/projection"),
         layer_scale=float(found.has(f"{blocks}/layer_scale1")),
     )
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from clip_jax.architectures import MODELS, SIGLIP_PREPROCESS, Preprocess
-from clip_jax.interop import names, reading
+from clip_jax.interop import conversion, names, reading
 from clip_jax.losses import LOSSES
 from clip_jax.models import make_model
 from tests import tiny_models
@@ -107,7 +107,7 @@ def test_loss_and_gradients_are_open_clip_s(folder, name):
     np.testing.assert_allclose(value, loss.item(), atol=LOSS, rtol=0)
     stats = jax.tree.map(np.zeros_like, params.get("batch_stats", {}))
     table = names.OPEN_CLIP_SIGLIP if architecture.logit_bias else names.OPENAI
-    in_their_names = names.Tensors(architecture, gradients | ({"batch_stats": stats} if stats else {}), table)
+    in_their_names = conversion.Tensors(architecture, gradients | ({"batch_stats": stats} if stats else {}), table)
     for parameter, tensor in model.named_parameters():
         expected, got = tensor.grad.numpy(), in_their_names[parameter].reshape(tensor.shape)
         if "in_proj_bias" in parameter or parameter.endswith(("qkv.bias", "kv.bias")):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from clip_jax.interop import names, reading, torch_file
+from clip_jax.interop import conversion, names, reading, torch_file
 from tests import tiny_models
 
 ARCHITECTURE = tiny_models.ARCHITECTURES["vit"]
@@ -19,7 +19,7 @@ PARAMS = tiny_models.params(ARCHITECTURE)
 
 @pytest.fixture(scope="module")
 def state_dict():
-    return {name: torch.tensor(x) for name, x in names.Tensors(ARCHITECTURE, PARAMS, names.OPENAI).items()}
+    return {name: torch.tensor(x) for name, x in conversion.Tensors(ARCHITECTURE, PARAMS, names.OPENAI).items()}
 
 
 def _same(path, tolerance=0.0, **arguments):
@@ -29,7 +29,7 @@ def _same(path, tolerance=0.0, **arguments):
 
 
 def _compare(params, tolerance=0.0):
-    ours, theirs = names.flat(PARAMS), names.flat(params)
+    ours, theirs = conversion.flat(PARAMS), conversion.flat(params)
     assert ours.keys() == theirs.keys()
     for name, expected in ours.items():
         assert theirs[name].dtype == np.float32

@@ -11,7 +11,7 @@ import torch
 from clip_jax import optim, sharding, step
 from clip_jax.architectures import Preprocess
 from clip_jax.config import Config, OptimConfig
-from clip_jax.interop import names
+from clip_jax.interop import conversion, names
 from clip_jax.losses import LOSSES
 from clip_jax.models import make_model
 from clip_jax.typing import Batch
@@ -42,7 +42,7 @@ def test_three_steps_give_open_clip_s_parameters(name, tmp_path):
     model = _their_steps(theirs.load_open_clip(tmp_path / name), config.optim, schedule, batches)
 
     summed = sum(float(schedule(at)) for at in range(len(batches)))
-    found = names.Tensors(architecture, state.eval_params, names.OPENAI)
+    found = conversion.Tensors(architecture, state.eval_params, names.OPENAI)
     for parameter, tensor in model.state_dict().items():
         if parameter not in found or parameter.endswith("k_proj.bias"):
             continue

@@ -1,0 +1,120 @@
+"""big_vision's archives, SigLIP and LiT, and single towers of any format."""
+
+import dataclasses
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from clip_jax.architectures import SIGLIP_PREPROCESS, WeightsConfig
+from clip_jax.interop import conversion, msgpack, names, reading, torch_file
+from tests import tiny_models
+
+SIGLIP, RESNET = tiny_models.ARCHITECTURES["siglip"], tiny_models.ARCHITECTURES["resnet"]
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("half", [False, True])
+def test_big_vision_s_npz_is_read(tmp_path, stacked, half):
+    tensors = dict(conversion.Tensors(SIGLIP, tiny_models.params(SIGLIP), names.BIG_VISION))
+    if stacked:  # as a scan over layers leaves them
+        layers = {name: x for name, x in tensors.items() if "encoderblock_0" in name}
+        for name in layers:
+            other = name.replace("encoderblock_0", "encoderblock_1")
+            tensors[name.replace("encoderblock_0", "encoderblock")] = np.stack([tensors.pop(name), tensors.pop(other)])
+    if half:  # NumPy stores what it does not know as void
+        tensors = {name: x.astype(ml_dtypes.bfloat16).view("V2") for name, x in tensors.items()}
+    np.savez(tmp_path / "siglip.npz", **{f"params/{name}": x for name, x in tensors.items()})
+    found = reading.read(tmp_path / "siglip.npz")
+    assert found.config.model == SIGLIP
+    assert found.config.preprocess == dataclasses.replace(SIGLIP_PREPROCESS, like="openai")
+    tolerance = 2**-8 if half else 0.0
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance / 100),
+        found.params,
+        tiny_models.params(SIGLIP),
+    )
+
+
+def _lit():
+    """Return LiT's architecture and weights: a ViT with a class token and no projection, SigLIP's text tower."""
+    image = dataclasses.replace(SIGLIP.image, pool="class")
+    return dataclasses.replace(SIGLIP, image=image, logit_bias=False)
+
+
+@pytest.mark.parametrize("form", ["of big_vision", "of an older one", "before it"])
+def test_lit_is_read_from_big_vision_s_npz(tmp_path, form):
+    architecture = _lit()
+    params = tiny_models.params(architecture)
+    if form == "of big_vision":  # there the class token has no position
+        params["image"]["positional_embedding"][0] = 0
+    tensors = dict(conversion.Tensors(architecture, params, names.BIG_VISION))
+    position = tensors.pop("img/pos_embedding")
+    if form == "of big_vision":
+        tensors["img/pos_embedding"] = position[:, 1:]
+    elif form == "of an older one":
+        tensors["img/pos_embedding"] = position
+    else:
+        tensors["img/Transformer/posembed_input/pos_embedding"] = position
+    np.savez(tmp_path / "lit.npz", **tensors)
+    found = reading.read(tmp_path / "lit.npz")
+    assert found.config.model == architecture
+    assert found.config.preprocess == dataclasses.replace(SIGLIP_PREPROCESS, like="openai")
+    jax.tree.map(np.testing.assert_array_equal, found.params, params)
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("a.npz:img", ("a.npz", "image")),
+        ("a.npz:txt", ("a.npz", "text")),
+        ("a.npz", ("a.npz", "")),
+        ("gs://a.npz", ("gs://a.npz", "")),
+        ("hf-hub:b:image", ("hf-hub:b", "image")),
+    ],
+)
+def test_a_tower_is_named_behind_a_colon(path, expected):
+    assert reading.split_tower(path) == expected
+
+
+def _write(folder, source):
+    """Return a file with a tower that clip_jax doesn't know beside the one that is asked for, and its architecture."""
+    if source == "npz":
+        tensors = conversion.Tensors(_lit(), tiny_models.params(_lit()), names.BIG_VISION)
+        images = {name: tensor for name, tensor in tensors.items() if name.startswith("img")}
+        np.savez(folder / "w.npz", **images, **{"txt/bert/kernel": np.ones(3, "f4")})
+        return folder / "w.npz", _lit()
+    params, file = tiny_models.params(RESNET), folder / "w"
+    if source == "msgpack":
+        msgpack.write(file, params, WeightsConfig(RESNET))
+    else:
+        torch_file.write(file, conversion.Tensors(RESNET, params, names.OPENAI))
+    return file, RESNET
+
+
+@pytest.mark.parametrize(
+    ("source", "tower"),
+    [("npz", "image"), ("torch", "image"), ("torch", "text"), ("msgpack", "image"), ("msgpack", "text")],
+)
+def test_one_tower_is_read_whatever_the_other_is(tmp_path, source, tower):
+    file, architecture = _write(tmp_path, source)
+    found = reading.read_tower(file, tower, architecture)
+    params = tiny_models.params(architecture)
+    assert found.keys() == {tower} | ({"batch_stats"} if tower == "image" and "batch_stats" in params else set())
+    for key, value in found.items():
+        jax.tree.map(np.testing.assert_array_equal, value, params[key])
+    wider = dataclasses.replace(getattr(architecture, tower), width=256)
+    with pytest.raises(ValueError, match="expected|has shape"):
+        reading.read_tower(file, tower, dataclasses.replace(architecture, **{tower: wider}))
+
+
+def test_a_tower_s_positions_are_resized(tmp_path):
+    np.savez(tmp_path / "w.npz", **conversion.Tensors(SIGLIP, tiny_models.params(SIGLIP), names.BIG_VISION))
+    image, text = (
+        dataclasses.replace(SIGLIP.image, image_size=96),
+        dataclasses.replace(SIGLIP.text, length=20),
+    )
+    larger = dataclasses.replace(SIGLIP, image=image, text=text)
+    assert reading.read_tower(tmp_path / "w.npz", "image", larger)["image"]["positional_embedding"].shape == (36, 128)
+    assert reading.read_tower(tmp_path / "w.npz", "text", larger)["text"]["positional_embedding"].shape == (20, 128)
