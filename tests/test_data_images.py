@@ -200,6 +200,14 @@ def test_without_changes_the_square_is_the_resized_whole():
     np.testing.assert_array_equal(_augment(NONE, image), np.round(expected.clip(0, 255)).astype(np.uint8))
 
 
+@pytest.mark.parametrize(("side", "mean", "most"), [(300, 0.25, 12), (512, 0.2, 5), (150, 0.3, 25), (224, 0.0, 0)])
+def test_training_s_resize_is_as_far_from_pillow_s_as_documented(side, mean, most):
+    image = np.random.default_rng(side).integers(0, 256, (side, side, 3), np.uint8)
+    pillows = np.asarray(Image.fromarray(image).resize((224, 224), Image.Resampling.BICUBIC)).astype(int)
+    distance = np.abs(_augment(NONE, image, size=224).astype(int) - pillows)
+    assert distance.mean() <= mean and distance.max() <= most
+
+
 def test_the_same_seed_gives_the_same_change_and_another_another():
     np.testing.assert_array_equal(_augment(ALL), _augment(ALL))
     assert (_augment(ALL) != _augment(ALL, seed=SEED + 1)).mean() > 0.5

@@ -214,6 +214,11 @@ def _position(uniform: tf.Tensor, room: tf.Tensor) -> tf.Tensor:
 
 
 def _resize(image: tf.Tensor, size: int) -> tf.Tensor:
+    """Resize in one pass of float32; Pillow, which evaluation uses, rounds to bytes between its two.
+
+    Measured to 224 px, of 255: pixels of photographs differ by 0.1 to 0.2 in the mean and by at most 4 where they are
+    shrunk, 7 where they are enlarged; white noise by 0.1 to 0.3 and at most 10 and 23.
+    """
     pixels = tf.image.resize(image, [size, size], method="bicubic", antialias=True)
     return tf.clip_by_value(tf.ensure_shape(pixels, [size, size, 3]), 0.0, 255.0)
 
