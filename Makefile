@@ -3,6 +3,7 @@
 # make test-lowest   the tests with the lowest versions that setup.py allows
 # make test-peers    features, gradients, files and inputs against open_clip, transformers and OpenAI's code
 # make bench-tokenizer  our CLIP tokenizer's speed against open_clip's, the ratio in the last line
+# make bench-loading    loading ViT-L/14 and RN50x64 against reading their bytes: seconds and memory
 # make clean         remove environments, caches and the demo's run
 #
 # PYTHON=python3.12 chooses the interpreter of a new environment.
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-lowest test-peers bench-tokenizer clean
+.PHONY: demo test test-lowest test-peers bench-tokenizer bench-loading clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -37,6 +38,9 @@ test-peers: $(PEERS)/.installed-peers
 
 bench-tokenizer: $(PEERS)/.installed-peers
 	@$(PEERS)/bin/python benchmarks/tokenizer.py
+
+bench-loading: $(VENV)/.installed-test
+	@$(BIN)/python benchmarks/loading.py
 
 clean:
 	rm -rf $(VENV) $(LOWEST) $(PEERS) $(DEMO) build dist *.egg-info .pytest_cache .ruff_cache

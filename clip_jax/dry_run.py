@@ -28,6 +28,7 @@ def describe(config: Config, workdir: epath.Path) -> str:
         "parameters": f"{count_parameters(state.params):,}",
         "  image tower": f"{count_parameters(state.params['image']):,} ({image.kind}, {image.image_size} px)",
         "  text tower": f"{count_parameters(state.params['text']):,} ({text.length} tokens of {text.vocab_size:,})",
+        "starts from": config.init.weights or f"random weights, seed {config.train.seed}",
         "steps": f"{resolved.total_steps:,}",
         "examples": f"{resolved.total_steps * batch:,}",
         "batch": f"{batch:,}",
