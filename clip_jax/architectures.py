@@ -271,15 +271,13 @@ def preprocess_of(model: Architecture) -> Preprocess:
 
 def tokenizer_of(model: Architecture) -> TokenizerConfig:
     """Return what the published weights of a model expect, but for the path of its file."""
-    if model.text.vocab_size == TextTransformer.vocab_size:
-        return TokenizerConfig()
     if model.logit_bias and model.text.vocab_size == _GEMMA:  # SigLIP 2
         return TokenizerConfig("sentencepiece", clean="lower", pad_id=0)
     if model.logit_bias:  # SigLIP pads with the end token, 1, though its vocabulary has a <pad>
         return TokenizerConfig("sentencepiece", clean="canonicalize", pad_id=1)
     if model.text.pool == "last":  # CLIPA: BERT's, whose [SEP] is left out
         return TokenizerConfig("huggingface", clean="whitespace", pad_id=0, keep_end=False)
-    return TokenizerConfig("sentencepiece")
+    return TokenizerConfig()
 
 
 def name_of(architecture: Architecture) -> str:

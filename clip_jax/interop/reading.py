@@ -299,6 +299,8 @@ def _tokenizer(architecture: Architecture, folder: pathlib.Path) -> tuple[Tokeni
         published = clip_size and content.decode("utf-8", "replace").split("\n")[1:-1] == ClipBPE().as_huggingface()[1]
         return (TokenizerConfig(), b"") if published else (TokenizerConfig("clip_bpe", merges.name), content)
     config = tokenizer_of(architecture)
+    if config.name == "clip_bpe" and not clip_size:
+        config = TokenizerConfig("sentencepiece")  # of whatever kind it is, CLIP's it isn't
     files = {"spiece.model": "sentencepiece", "tokenizer.model": "sentencepiece", "tokenizer.json": "huggingface"}
     for name, kind in files.items() if not clip_size else ():
         if (folder / name).is_file():
