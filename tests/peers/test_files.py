@@ -130,6 +130,7 @@ def test_what_we_write_torch_reads(tmp_path):
 def test_open_clip_s_configs_are_built_or_refused_by_name():
     import open_clip
 
+    from clip_jax.architectures import tokenizer_of
     from clip_jax.interop import open_clip as ours
 
     built, refused = [], {}
@@ -142,7 +143,8 @@ def test_open_clip_s_configs_are_built_or_refused_by_name():
             continue
         built.append(name)
         spec = ours.preprocess({})
-        assert ours.architecture(ours.config(model, spec)["model_cfg"], name) == model
+        written = ours.config(model, spec, tokenizer_of(model))["model_cfg"]
+        assert ours.architecture(written, name) == model
     assert len(built) >= 81 and not {
         "ViT-B-32",
         "RN50x64",
