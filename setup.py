@@ -61,7 +61,15 @@ EXTRAS = {
     "eval": EMOJI,
     # Weights by their name on Hugging Face's hub, and its tokenizer.json; other files need nothing beyond the core.
     "interop": ["huggingface_hub>=1.0", "tokenizers>=0.22"],
-    "test": ["pytest>=8.4", "tokenizers>=0.22", "pytest-xdist>=3.6.1", "beartype>=0.21", "ruff>=0.12", *EMOJI],
+    "test": [
+        "pytest>=8.4",
+        "tokenizers>=0.22",
+        "pytest-xdist>=3.6.1",
+        "beartype>=0.21",
+        "ruff>=0.12",
+        f"jax[tpu]>={JAX}; platform_system == 'Linux' and platform_machine == 'x86_64'",  # its compiler
+        *EMOJI,
+    ],
     # What tests/peers compares with. torch first and by itself, then torchvision without what it depends on: the
     # Makefile's `test-peers` does it.
     "peers": ["timm==1.0.31", "transformers==5.23.0", "open_clip_torch==3.3.0", "clip-anytorch==2.6.0"],

@@ -1,12 +1,14 @@
 """What every loss in LOSSES must keep, whatever its formula."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from clip_jax import sharding
-from clip_jax.losses import LOSSES
+from clip_jax.losses import LOSSES, pairs, ring
 
 BATCH, WIDTH, SCALE, BIAS = 16, 12, 14.3, -4.0
 # float32 rounding of a sum of 16 exponentials, against float64.
@@ -23,7 +25,7 @@ def _embeddings(seed: int = 0, rows: int = BATCH) -> tuple[np.ndarray, np.ndarra
 
 def _loss(name: str, axis=None):
     def value(image, text, scale, bias=BIAS):
-        return LOSSES[name](image, text, scale, jnp.float32(bias), axis)[0]
+        return LOSSES[name](image, text, scale, jnp.asarray(bias), axis)[0]
 
     return value
 
@@ -39,6 +41,20 @@ def _reference(name: str, image: np.ndarray, text: np.ndarray, scale: float, bia
         pairs = [(1 if i == j else -1) * logits[i, j] for i in range(len(logits)) for j in range(len(logits))]
         return sum(np.log1p(np.exp(-pair)) for pair in pairs) / len(logits)
     raise AssertionError(f"write the reference of {name}: a loss without one is not tested")
+
+
+def _dense(name: str, image_ids: np.ndarray | None = None, text_ids: np.ndarray | None = None):
+    """Return the loss as anyone would write it, with all similarities in one matrix."""
+
+    def value(image, text, scale, bias=BIAS):
+        logits = scale * (image @ text.T) + bias
+        matches = jnp.eye(len(image), dtype=bool) if image_ids is None else image_ids[:, None] == text_ids[None]
+        if name == "sigmoid":
+            return -jnp.mean(jnp.sum(jax.nn.log_sigmoid(jnp.where(matches, logits, -logits)), axis=1))
+        sides = [-jnp.mean(jnp.mean(jax.nn.log_softmax(logits, axis), axis, where=matches)) for axis in (0, 1)]
+        return sum(sides) / 2
+
+    return value
 
 
 def _sharded(name: str, devices: int):
@@ -69,15 +85,83 @@ def test_the_gradient_is_the_slope_of_the_reference(name):
         np.testing.assert_allclose(np.sum(gradients[position] * direction), slope, rtol=1e-4, atol=1e-6)
 
 
+def _value_and_gradient(loss, inputs):
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))(*inputs)
+
+
+def _assert_close(got, expected, value_tolerance=VALUE_TOLERANCE, gradient_tolerance=GRADIENT_TOLERANCE):
+    np.testing.assert_allclose(got[0], expected[0], rtol=value_tolerance)
+    for ours, theirs in zip(got[1], expected[1], strict=True):
+        assert np.linalg.norm(ours - theirs) <= gradient_tolerance * max(np.linalg.norm(theirs), 0.1)
+
+
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
-def test_the_sharded_loss_and_gradient_are_the_dense_ones(name, devices):
+@pytest.mark.parametrize("group", [1, 2, 8])
+def test_the_sharded_loss_and_gradient_are_the_dense_ones(name, devices, group, monkeypatch):
+    """On a ring, in groups, and gathered at once; in float32 and, where rounding hides nothing, in float64."""
     image, text = _embeddings()
+    monkeypatch.setattr(ring, "BLOCK_BYTES", group * image.nbytes // devices)
+    inputs = (image, text, np.float32(SCALE), np.float32(BIAS))
+    _assert_close(_value_and_gradient(_sharded(name, devices), inputs), _value_and_gradient(_dense(name), inputs))
+    with jax.enable_x64(True):
+        monkeypatch.setattr(ring, "BLOCK_BYTES", 2 * group * image.nbytes // devices)
+        inputs = tuple(np.float64(x) for x in inputs)
+        exact = _value_and_gradient(_sharded(name, devices), inputs), _value_and_gradient(_dense(name), inputs)
+        assert exact[0][0].dtype == np.float64
+        _assert_close(*exact, 1e-12, 1e-12)
+
+
+@pytest.mark.parametrize("rows", [7, 12, 13])
+def test_tiles_that_do_not_divide_the_batch_change_nothing(name, rows, monkeypatch):
+    monkeypatch.setattr(pairs, "TILE", 4)
+    image, text = _embeddings(rows=rows)
     inputs = (image, text, jnp.float32(SCALE), jnp.float32(BIAS))
-    dense = jax.value_and_grad(_loss(name), argnums=(0, 1, 2, 3))(*inputs)
-    sharded = jax.jit(jax.value_and_grad(_sharded(name, devices), argnums=(0, 1, 2, 3)))(*inputs)
-    np.testing.assert_allclose(sharded[0], dense[0], rtol=VALUE_TOLERANCE)
-    for got, expected in zip(sharded[1], dense[1], strict=True):
-        assert np.linalg.norm(got - expected) <= GRADIENT_TOLERANCE * np.linalg.norm(expected)
+    _assert_close(_value_and_gradient(_loss(name), inputs), _value_and_gradient(_dense(name), inputs))
+
+
+@pytest.mark.parametrize("axes", [("data", "fsdp"), ("fsdp", "data")])
+def test_any_order_of_batch_axes_gives_the_same(name, axes, monkeypatch):
+    image, text = _embeddings()
+    monkeypatch.setattr(ring, "BLOCK_BYTES", 2 * image.nbytes // 8)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "fsdp"))
+    batch, whole = jax.P(axes), jax.P()
+    specs = (batch, batch, whole, whole)
+    sharded = jax.shard_map(_loss(name, axes), mesh=mesh, in_specs=specs, out_specs=whole)
+    inputs = (image, text, jnp.float32(SCALE), jnp.float32(BIAS))
+    _assert_close(_value_and_gradient(sharded, inputs), _value_and_gradient(_dense(name), inputs))
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_equal_ids_match(name, devices, monkeypatch):
+    """Two captions of every image, and two images of one motif: more texts than images, several matches for each."""
+    monkeypatch.setattr(pairs, "TILE", 3)
+    image, _ = _embeddings()
+    text = np.concatenate(_embeddings(1))
+    image_ids = np.arange(BATCH, dtype=np.int32) // 2
+    text_ids = np.repeat(image_ids, 2)
+    monkeypatch.setattr(ring, "BLOCK_BYTES", 2 * text.nbytes // devices)
+
+    def ours(image, text, scale, bias, ids, axis=None):
+        return LOSSES[name](image, text, scale, bias, axis, ids)[0]
+
+    mesh = sharding.make_mesh(jax.devices()[:devices])
+    batch, whole = sharding.BATCH, sharding.REPLICATED
+    sharded = jax.shard_map(
+        functools.partial(ours, axis=sharding.BATCH_AXIS),
+        mesh=mesh,
+        in_specs=(batch, batch, whole, whole, (batch, batch)),
+        out_specs=whole,
+    )
+    inputs = (image, text, jnp.float32(SCALE), jnp.float32(BIAS))
+    got = _value_and_gradient(lambda *inputs: sharded(*inputs, (image_ids, text_ids)), inputs)
+    _assert_close(got, _value_and_gradient(_dense(name, image_ids, text_ids), inputs))
+
+
+def test_one_image_with_one_text_and_texts_without_ids(name):
+    image, text = _embeddings(rows=1)
+    assert np.isfinite(_loss(name)(image, text, jnp.float32(SCALE)))
+    with pytest.raises(ValueError, match="1 images and 2 texts don't pair up"):
+        _loss(name)(image, np.concatenate([text, text]), jnp.float32(SCALE))
 
 
 def test_swapping_the_towers_swaps_the_gradients(name):
