@@ -275,6 +275,14 @@ def test_a_directory_has_the_tokenizer_and_how_it_is_used(tmp_path, model, kind,
     assert dataclasses.replace(found.tokenizer, path="some/where") == expected
 
 
+@pytest.mark.parametrize(("name", "told"), [("vit", False), ("vit_gelu", True)])
+def test_open_clip_is_told_of_a_vocabulary_that_is_not_its_own(tmp_path, name, told):
+    directory.write(tmp_path / "dir", tiny_models.params(TINY[name]), WeightsConfig(TINY[name]))
+    content = json.loads((tmp_path / "dir/open_clip_config.json").read_text())
+    assert ("hf_tokenizer_name" in content["model_cfg"]["text_cfg"]) == told
+    assert reading.read(tmp_path / "dir").config.tokenizer.name == "clip_bpe"
+
+
 def test_what_a_project_has_no_form_for_is_left_out_with_its_reason(tmp_path):
     said = directory.write(tmp_path / "rn", tiny_models.params(TINY["resnet"]), WeightsConfig(TINY["resnet"]))
     assert said["transformers"].startswith("left out: transformers has no such model")

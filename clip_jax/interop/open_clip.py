@@ -195,7 +195,8 @@ def config(model: Architecture, spec: Preprocess, tokenizer: TokenizerConfig) ->
     text_config |= {"norm_kwargs": {"eps": text.norm_epsilon}} if text.norm_epsilon != 1e-5 else {}
     text_config |= {"linear": {}, "bias": {"proj_bias": True}, "none": {"proj_type": "none"}}[text.projection]
     text_config |= {"act_kwargs": {"approximate": "tanh"}} if text.activation == "gelu_tanh" else {}
-    if tokenizer.name != "clip_bpe":  # open_clip then looks for the tokenizer's files in the same directory
+    # Its own tokenizer is CLIP's with all merges; told of another, it looks for that one's files in the same directory.
+    if tokenizer.name != "clip_bpe" or tokenizer.path or text.vocab_size != TextTransformer.vocab_size:
         # It has no way to leave a text as it is; 'whitespace' is the nearest.
         settings = {"clean": "whitespace" if tokenizer.clean == "none" else tokenizer.clean}
         settings |= {} if tokenizer.keep_end else {"strip_sep_token": True}

@@ -74,6 +74,17 @@ def test_token_ids_are_those_of_the_tokenizer_in_the_directory(model, kind, cont
         )
 
 
+def test_open_clip_finds_a_tokenizer_of_fewer_merges_in_the_directory(tmp_path):
+    architecture = tiny_models.ARCHITECTURES["vit_gelu"]
+    directory.write(tmp_path / "dir", tiny_models.params(architecture), WeightsConfig(architecture))
+    sentences = tiny_tokenizers.SENTENCES
+    texts = [*sentences, "A RED_dog, in: the park", "", "caf\u00c3\u00a9 &amp; bar", " ".join(sentences), "\u72ac zq"]
+    ours = ClipBPE(architecture.text.length, architecture.text.vocab_size)(texts)
+    theirs = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'dir'}")(texts).numpy()
+    # It pads with the end token; the first one is what the text tower sees. No text here has 0, an exclamation mark.
+    np.testing.assert_array_equal(np.where(ours == 0, architecture.text.eos_id, ours), theirs)
+
+
 def _picture(width, height, mode):
     rng = np.random.default_rng([width, height])
     pixels = np.clip(np.linspace(-60, 315, width)[None, :, None] + rng.normal(0, 60, (height, width, 4)), 0, 255)
