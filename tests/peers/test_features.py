@@ -22,7 +22,13 @@ LOADERS = {"open_clip": theirs.load_open_clip, "transformers": theirs.load_trans
 TINY = tiny_models.ARCHITECTURES
 IN_OPEN_CLIP = [name for name in TINY if name != "siglip"]
 IN_TRANSFORMERS = ["vit", "vit_gelu", "siglip", "siglip_timm"]
-CASES = [("open_clip", name) for name in IN_OPEN_CLIP] + [("transformers", name) for name in IN_TRANSFORMERS]
+FULL_SIZE = ["rn50", "vit_b32", "siglip_b16"]
+ARCHITECTURES = TINY | {name: MODELS[name] for name in FULL_SIZE}
+TINY_CASES = [("open_clip", name) for name in IN_OPEN_CLIP] + [("transformers", name) for name in IN_TRANSFORMERS]
+CASES = TINY_CASES + [("open_clip", name) for name in FULL_SIZE]
+# Not rn50's: some of its millions of ReLUs are at their kink, and torch's own gradients in float32 are 2e-3 from those
+# in float64.
+DERIVED = [*IN_OPEN_CLIP, "vit_b32", "siglip_b16"]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +38,7 @@ def folder(tmp_path_factory):
     def of(name):
         if name not in folders:
             folders[name] = tmp_path_factory.mktemp("weights") / name
-            architecture = TINY[name]
+            architecture = ARCHITECTURES[name]
             theirs.write(folders[name], architecture, tiny_models.params(architecture))
         return folders[name]
 
@@ -58,7 +64,7 @@ def _compare(architecture, params, model, tolerance=FEATURES):
 
 @pytest.mark.parametrize(("peer", "name"), CASES)
 def test_features_and_logits_are_theirs(folder, peer, name):
-    architecture = TINY[name]
+    architecture = ARCHITECTURES[name]
     params = tiny_models.params(architecture)
     model = LOADERS[peer](folder(name))
     image, text, their_image, their_text = _compare(architecture, params, model)
@@ -74,18 +80,12 @@ def test_clip_load_has_the_features_but_for_its_rounding(folder, name):
     _compare(TINY[name], tiny_models.params(TINY[name]), theirs.load_clip(folder(name)), FEATURES_HALF)
 
 
-@pytest.mark.parametrize("name", ["rn50", "vit_b32"])
-def test_models_of_full_size_have_open_clip_s_features(tmp_path, name):
-    architecture = MODELS[name]
-    params = tiny_models.params(architecture)
-    theirs.write(tmp_path / name, architecture, params)
-    _compare(architecture, params, theirs.load_open_clip(tmp_path / name))
-
-
-@pytest.mark.parametrize("name", IN_OPEN_CLIP)
+@pytest.mark.parametrize("name", DERIVED)
 def test_loss_and_gradients_are_open_clip_s(folder, name):
-    architecture = TINY[name]
-    params, (pixels, tokens) = tiny_models.params(architecture), tiny_models.inputs(architecture, rows=4)
+    architecture = ARCHITECTURES[name]
+    # Four rows of vit_b32: the terms of the scale's gradient cancel to 6 %, and rounding is 1e-5 of what is left.
+    rows = 3 if name in FULL_SIZE else 4
+    params, (pixels, tokens) = tiny_models.params(architecture), tiny_models.inputs(architecture, rows)
     ours = make_model(architecture, _spec(architecture))
 
     def objective(trained):
@@ -124,7 +124,7 @@ def _without_keys(bias, parameter):
     return np.concatenate(parts[1:] if parameter.endswith(".kv.bias") else [parts[0], parts[2]])
 
 
-@pytest.mark.parametrize(("peer", "name"), CASES)
+@pytest.mark.parametrize(("peer", "name"), TINY_CASES)
 def test_their_weights_come_back_bit_by_bit(folder, peer, name, tmp_path):
     """Ours, theirs, saved by them, ours."""
     model = LOADERS[peer](folder(name))
