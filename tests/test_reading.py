@@ -329,6 +329,10 @@ def test_hugging_face_s_numbers_for_preprocessing_are_taken(tmp_path):
         assert reading.read(tmp_path / "dir" / file).config.preprocess == dataclasses.replace(
             config.preprocess, like=like
         )
+    processor = tmp_path / "dir/preprocessor_config.json"
+    processor.write_text(json.dumps(json.loads(processor.read_text()) | {"resample": 1}))  # Lanczos
+    with pytest.raises(ValueError, match=r"not by resample=1"):
+        reading.read(tmp_path / "dir/model.safetensors")
 
 
 # ---------------------------------------------------------------------------------------------- sizes, and published

@@ -79,13 +79,19 @@ def mlp_ratio(width: int, hidden: int) -> float:
 
 
 def preprocess(config: Mapping[str, Any], model: Architecture) -> Preprocess:
-    """Return what a preprocessor_config.json asks for; what it leaves out is as usual for the model."""
+    """Return what a preprocessor_config.json asks for; what it leaves out is as usual for the model.
+
+    Raises:
+      ValueError: for a way of resizing that clip_jax doesn't have.
+    """
     default = preprocess_of(model)
+    if (resample := config.get("resample", 3)) not in _RESAMPLE:
+        raise ValueError(f"preprocessor_config.json: clip_jax resizes by {_RESAMPLE}, not by resample={resample!r}")
     size = config.get("size", {"height": 0} if default.resize == "squash" else {"shortest_edge": 0})
     return Preprocess(
         mean=tuple(map(float, config.get("image_mean", default.mean))),
         std=tuple(map(float, config.get("image_std", default.std))),
-        interpolation=_RESAMPLE.get(config.get("resample", 3), "bicubic"),
+        interpolation=_RESAMPLE[resample],
         resize="squash" if isinstance(size, Mapping) and "height" in size else "shortest",
         like="huggingface",
     )
