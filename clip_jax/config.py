@@ -66,6 +66,8 @@ class LossConfig:
     logit_scale_init: float = 1 / 0.07
     logit_scale_max: float = 100.0
     logit_bias_init: float = -10.0  # of models with a logit bias
+    # What images of other pairs are to a caption of the same tokens: templates and classes as captions make many.
+    equal_captions: Literal["negatives", "positives"] = "negatives"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +99,7 @@ class OptimConfig:
     layer_decay: float = 1.0  # of the learning rate, for every layer further from a tower's end
     max_grad_norm: float = 0.0  # 0: no clipping
     ema_decay: float = 0.0  # 0: no average; evaluation and export use the average where there is one
+    shard_moments: bool = False  # over all devices that share the batch, though parameters are not (ZeRO 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,10 +112,24 @@ class TrainConfig:
     total_examples: int = 0
     seed: int = 0
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the computation; parameters are float32
-    remat: Literal["none", "dots", "full"] = "full"  # what the backward pass computes again
+    micro_batches: int = 1  # parts that are embedded one after another; the loss is still the whole batch's
+    # What the backward pass computes again: nothing; all but products; all but attention; all of a layer.
+    remat: Literal["none", "dots", "names", "full"] = "full"
+    unroll_layers: bool = False  # write the loop over layers out: the same numbers, minutes to compile
+    # Causal towers: captions end to end, in room for this fraction of a batch's text positions. A batch that needs more
+    # is encoded in rows (metric text/in_rows; text/filled is what was needed). 1: all in rows.
+    text_capacity: float = 0.5
     log_every_steps: int = 50
     max_nonfinite_steps: int = 10  # in a row; then the run ends
     patch_dropout: float = 0.0  # the fraction of a picture's patches that a step leaves out (Li et al. 2023)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How devices share the work: `data`, what remains of them, by the batch alone."""
+
+    fsdp: int = 1  # so many neighbours share the batch too, and each holds its part of every large parameter
+    tensor: int = 1  # so many neighbours share each layer's heads and perceptron, and have the same rows of the batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +174,7 @@ class Config:
     init: InitConfig = InitConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
 
@@ -362,6 +380,10 @@ RANGES: dict[str, tuple[float, float]] = {
     "train.log_every_steps": _COUNT,
     "train.max_nonfinite_steps": _COUNT,
     "train.patch_dropout": (0.0, 0.99),
+    "train.micro_batches": _COUNT,
+    "train.text_capacity": (0.01, 1.0),
+    "mesh.fsdp": _COUNT,
+    "mesh.tensor": _COUNT,
     "checkpoint.every_steps": _COUNT,
     "checkpoint.keep": _COUNT,
     "checkpoint.keep_every_steps": _COUNT_OR_NONE,
@@ -385,7 +407,7 @@ class Resolved:
 
     config: Config
     total_steps: int
-    batch_per_device: int
+    batch_per_device: int  # rows of the batch; `mesh.tensor` neighbours have the same
 
 
 def resolve(config: Config, *, devices: int, processes: int = 1, examples: int | None = None) -> Resolved:
@@ -399,10 +421,18 @@ def resolve(config: Config, *, devices: int, processes: int = 1, examples: int |
       ValueError: naming the key, what it is, what was expected and a value that works.
     """
     batch, total = config.train.batch_size, config.train
-    if batch % devices:
-        below, above = batch // devices * devices, -(-batch // devices) * devices
-        choices = f"{below} or {above}" if below else f"{above}"
-        raise ValueError(f"train.batch_size={batch} does not divide over {devices} devices; use {choices}")
+    mesh = config.mesh
+    if devices % (mesh.fsdp * mesh.tensor):
+        raise ValueError(
+            f"mesh.fsdp={mesh.fsdp} times mesh.tensor={mesh.tensor} does not divide {devices} devices;"
+            f" use mesh.fsdp={math.gcd(mesh.fsdp, devices)} and mesh.tensor=1"
+        )
+    shards, parts = devices // mesh.tensor, config.train.micro_batches
+    for unit, into in ((shards, f"{shards} devices"), (shards * parts, f"{shards} devices in {parts} micro-batches")):
+        if batch % unit:
+            below, above = batch // unit * unit, -(-batch // unit) * unit
+            choices = f"{below} or {above}" if below else f"{above}"
+            raise ValueError(f"train.batch_size={batch} does not divide over {into}; use {choices}")
     if devices % processes:
         raise ValueError(f"{devices} devices do not divide over {processes} processes; every host needs as many")
     lengths = {
@@ -436,4 +466,4 @@ def resolve(config: Config, *, devices: int, processes: int = 1, examples: int |
         raise ValueError("loss.name='sigmoid' has a bias that the model lacks: set model.logit_bias=True")
     if config.train.patch_dropout and config.model.image.kind != "vit":
         raise ValueError(f"train.patch_dropout={config.train.patch_dropout} needs patches; set it to 0, or use a ViT")
-    return Resolved(config, steps, batch // devices)
+    return Resolved(config, steps, batch // shards)

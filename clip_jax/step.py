@@ -7,23 +7,26 @@ after enough of them, so the guard is our own.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32, PyTree
 
-from clip_jax import optim
+from clip_jax import optim, sharding
 from clip_jax.config import Config
-from clip_jax.models import Model
-from clip_jax.sharding import BATCH, BATCH_AXIS, REPLICATED, batch_sharding, replicated
+from clip_jax.models import Model, make_model
+from clip_jax.sharding import BATCH, BATCH_AXES, REPLICATED, batch_sharding, replicated
 from clip_jax.typing import Batch, Leaf, Loss, Metrics, Params
 
 TrainStep = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
+# (params, batch_stats, batch, key) -> ((loss, (metrics, batch_stats)), gradient)
+Gradient = Callable[..., tuple[tuple[Float[Array, ""], tuple[Metrics, Params | None]], Params]]
 
 
 @jax.tree_util.register_dataclass
@@ -32,7 +35,7 @@ class TrainState:
     """All that training changes.
 
     step: int32, steps taken; the position in the data follows from it.
-    params, opt_state: float32, replicated.
+    params, opt_state: float32; `sharding.state_shardings` says where they lie.
     batch_stats: running averages of batch norm; None for models without it.
     ema: moving average of the parameters; None without `optim.ema_decay`.
     skipped, skipped_in_a_row: int32, steps that were not finite, since the beginning and just now.
@@ -52,6 +55,23 @@ class TrainState:
         return _with_stats(self.params if self.ema is None else self.ema, self.batch_stats)
 
 
+def make_model_of(config: Config, mesh: Mesh) -> Model:
+    """Return the model as `config` trains it on a mesh."""
+    train, loss = config.train, config.loss
+    return make_model(
+        config.model,
+        config.preprocess,
+        dtype=train.dtype,
+        remat=train.remat,
+        unroll=train.unroll_layers,
+        logit_scale_init=loss.logit_scale_init,
+        logit_bias_init=loss.logit_bias_init,
+        patch_dropout=train.patch_dropout,
+        text_capacity=train.text_capacity,
+        text_groups=sharding.batch_shards(mesh),
+    )
+
+
 def init_state(params: Params, optimizer: optax.GradientTransformation, *, ema: bool) -> TrainState:
     """Return the state before the first step of `params`, batch statistics included where the model has them."""
     zero = jnp.zeros((), jnp.int32)
@@ -61,6 +81,19 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, *, ema: 
     return TrainState(zero, trained, optimizer.init(trained), stats, average, zero + 0, zero + 0)
 
 
+def state_like(model: Model, optimizer: optax.GradientTransformation, config: Config, mesh: Mesh) -> TrainState:
+    """Return the state's shapes and dtypes, and where each array lies on the mesh.
+
+    Raises:
+      ValueError: if `mesh.tensor` does not divide the model.
+    """
+    shapes = jax.eval_shape(
+        lambda key: init_state(model.init(key), optimizer, ema=config.optim.ema_decay > 0), jax.random.key(0)
+    )
+    placed = sharding.state_shardings(shapes, mesh, shard_moments=config.optim.shard_moments)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed)
+
+
 def make_train_step(
     model: Model,
     loss: Loss,
@@ -68,33 +101,15 @@ def make_train_step(
     config: Config,
     mesh: Mesh,
 ) -> TrainStep:
-    """Return the compiled step: (state, batch) -> (state, metrics). The state is donated.
+    """Return the compiled step: (state, batch) -> (state, metrics). The state is donated, and stays where it lies.
 
-    Metrics are float32 scalars, equal on every device: loss, accuracy/image_to_text, accuracy/text_to_image,
-    logit_scale, grad_norm, skipped, skipped_in_a_row.
+    Metrics are float32 scalars, equal on every device: loss, the loss's own, logit_scale, grad_norm, skipped,
+    skipped_in_a_row; text/filled and text/in_rows where captions are packed.
     """
-    sharded_loss = jax.shard_map(
-        functools.partial(loss, axis=BATCH_AXIS),
-        mesh=mesh,
-        in_specs=(BATCH, BATCH, REPLICATED, REPLICATED),
-        out_specs=REPLICATED,
-    )
-
-    def objective(
-        params: Params, stats: Params | None, batch: Batch, key: jax.Array
-    ) -> tuple[Float[Array, ""], tuple[Metrics, Params | None]]:
-        params = optim.stop_frozen(params, config.optim.freeze)
-        if image_locked(params, config.optim.freeze):  # as it is in inference
-            images_BE = model.encode_image(_with_stats(params, stats), batch.image)
-        else:
-            images_BE, stats = model.encode_image_train(_with_stats(params, stats), batch.image, key)
-        texts_BE = model.encode_text(params, batch.text)
-        value, metrics = sharded_loss(images_BE, texts_BE, jnp.exp(params["logit_scale"]), params.get("logit_bias"))
-        return value, (metrics, stats)
+    gradient = make_gradient(model, loss, config, mesh)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
-        gradient = jax.value_and_grad(objective, has_aux=True)
         (value, (metrics, stats)), grads = gradient(state.params, state.batch_stats, batch, key)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
@@ -118,12 +133,114 @@ def make_train_step(
         }
         return TrainState(state.step + 1, params, opt_state, stats, ema, skipped, in_a_row), metrics
 
+    placed = jax.tree.map(lambda x: x.sharding, state_like(model, optimizer, config, mesh))
     return jax.jit(
         train_step,
-        in_shardings=(replicated(mesh), batch_sharding(mesh)),
-        out_shardings=replicated(mesh),
+        in_shardings=(placed, batch_sharding(mesh)),
+        out_shardings=(placed, replicated(mesh)),
         donate_argnums=0,
     )
+
+
+class _Rows(NamedTuple):
+    image: Leaf
+    text: Leaf
+    key: Leaf  # of every example, so that what is drawn for it is the same in any company
+
+
+_Embedded = tuple[Float[Array, "B E"], Float[Array, "B E"]]
+_Value = tuple[Float[Array, ""], tuple[Metrics, Params | None]]
+
+
+def make_gradient(model: Model, loss: Loss, config: Config, mesh: Mesh) -> Gradient:
+    """Return (params, batch_stats, batch, key) -> ((loss, (metrics, batch_stats)), gradient) of the whole batch.
+
+    With `train.micro_batches`, the batch is embedded part by part, the loss is taken over all embeddings, and every
+    part is embedded again for its gradient, with the same keys: the gradient is that of the whole batch, with all its
+    negatives, while activations are a part's (GradCache: Gao et al. 2021, arXiv:2101.06983; BASIC: Pham et al. 2021,
+    arXiv:2111.10050). Batch norm sees a part at a time: its statistics are those of every part, over all devices, and
+    the running averages move once for each.
+    """
+    freeze, parts = config.optim.freeze, config.train.micro_batches
+    whole_loss = _loss_over(mesh, loss, config.loss.equal_captions)
+
+    def embed(params: Params, stats: Params | None, rows: _Rows) -> tuple[_Embedded, tuple[Params | None, Metrics]]:
+        params = optim.stop_frozen(params, freeze)
+        if image_locked(params, freeze):  # as it is in inference
+            images_BE = model.encode_image(_with_stats(params, stats), rows.image)
+        else:
+            images_BE, stats = model.encode_image_train(_with_stats(params, stats), rows.image, rows.key)
+        texts_BE, metrics = model.encode_text_train(params, rows.text)
+        return (images_BE, texts_BE), (stats, metrics)
+
+    def at_once(params: Params, stats: Params | None, rows: _Rows) -> tuple[_Value, Params]:
+        def objective(params: Params) -> _Value:
+            embedded, (new_stats, text_metrics) = embed(params, stats, rows)
+            value, metrics = whole_loss(embedded, _head(params), rows.text)
+            return value, (metrics | text_metrics, new_stats)
+
+        return jax.value_and_grad(objective, has_aux=True)(params)
+
+    def in_parts(params: Params, stats: Params | None, rows: _Rows) -> tuple[_Value, Params]:
+        split, join = sharding.micro_batches(mesh, parts)
+        parts_of_rows = split(rows)
+
+        def first(stats: Params | None, part: _Rows) -> tuple[Params | None, tuple[_Embedded, Metrics]]:
+            embedded, (stats, metrics) = embed(params, stats, part)
+            return stats, (embedded, metrics)
+
+        new_stats, (embedded, text_metrics) = jax.lax.scan(first, stats, parts_of_rows)
+        value, pull, metrics = jax.vjp(
+            lambda embedded, head: whole_loss(embedded, head, rows.text), join(embedded), _head(params), has_aux=True
+        )
+        d_embedded, d_head = pull(jnp.ones_like(value))
+
+        def again(grads: Params, part: tuple[_Rows, _Embedded]) -> tuple[Params, None]:
+            rows, d_part = part
+            _, pull = jax.vjp(lambda params: embed(params, stats, rows)[0], params)
+            return jax.tree.map(jnp.add, grads, pull(d_part)[0]), None
+
+        grads, _ = jax.lax.scan(again, jax.tree.map(jnp.zeros_like, params), (parts_of_rows, split(d_embedded)))
+        text_metrics = jax.tree.map(jnp.mean, text_metrics)
+        return (value, (metrics | text_metrics, new_stats)), grads | d_head
+
+    def gradient(params: Params, stats: Params | None, batch: Batch, key: jax.Array) -> tuple[_Value, Params]:
+        keys = jax.random.split(key, batch.text.shape[0])
+        rows = _Rows(batch.image, batch.text, jax.lax.with_sharding_constraint(keys, batch_sharding(mesh)))
+        return (at_once if parts == 1 else in_parts)(params, stats, rows)
+
+    return gradient
+
+
+def _head(params: Params) -> Params:
+    return {name: params[name] for name in ("logit_scale", "logit_bias") if name in params}
+
+
+def _loss_over(mesh: Mesh, loss: Loss, equal_captions: str) -> Callable[..., tuple[Float[Array, ""], Metrics]]:
+    """Return (embeddings, head, text_BL) -> (loss, metrics) of a batch over the mesh."""
+    sharded = jax.shard_map(
+        lambda *inputs: loss(*inputs[:4], axis=BATCH_AXES, ids=inputs[4]),
+        mesh=mesh,
+        in_specs=(BATCH, BATCH, REPLICATED, REPLICATED, BATCH),
+        out_specs=REPLICATED,
+    )
+
+    def whole(embedded: _Embedded, head: Params, text_BL: Int32[Array, "B L"]) -> tuple[Float[Array, ""], Metrics]:
+        ids = (caption_ids(text_BL),) * 2 if equal_captions == "positives" else None
+        return sharded(*embedded, jnp.exp(head["logit_scale"]), head.get("logit_bias"), ids)
+
+    return whole
+
+
+def caption_ids(text_BL: Int32[Array, "B L"]) -> Int32[Array, "B"]:
+    """Return a number from 0 to 2³¹ - 1 for every row of tokens, equal for equal rows.
+
+    Different rows share one by chance: in a batch of 32,768 a quarter of a pair on average.
+    """
+    factors_L = np.uint32(0x9E3779B1) ** np.arange(1, text_BL.shape[1] + 1, dtype=np.uint32)  # odd, modulo 2³²
+    sums_B = jnp.sum((text_BL.astype(jnp.uint32) + 1) * factors_L[None], axis=1, dtype=jnp.uint32)
+    mixed_B = (sums_B ^ (sums_B >> 15)) * np.uint32(0x85EBCA6B)
+    return (mixed_B >> 1).astype(jnp.int32)
 
 
 def image_locked(params: Params, freeze: str) -> bool:

@@ -30,7 +30,7 @@ from clip_jax.evals.suite import Suite, load_suite
 from clip_jax.interop import positions, published, reading
 from clip_jax.interop.msgpack import write as write_weights
 from clip_jax.losses import LOSSES
-from clip_jax.models import Model, make_model
+from clip_jax.models import Model
 from clip_jax.preprocess import preprocess_many
 from clip_jax.step import TrainState
 from clip_jax.tokenizers import make_tokenizer
@@ -109,24 +109,10 @@ def prepare(config: Config, directory: epath.Path) -> Run:
     )
     if distributed.is_main():
         workdir.describe(directory, config)
-    return Run(
-        resolved,
-        sharding.make_mesh(),
-        source,
-        tokenizer,
-        make_model(
-            config.model,
-            config.preprocess,
-            dtype=config.train.dtype,
-            remat=config.train.remat,
-            logit_scale_init=config.loss.logit_scale_init,
-            logit_bias_init=config.loss.logit_bias_init,
-            patch_dropout=config.train.patch_dropout,
-        ),
-        optim.make_optimizer(config.optim, resolved.total_steps),
-        directory,
-        PreemptionNotice(),
-    )
+    mesh = sharding.make_mesh(fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
+    optimizer = optim.make_optimizer(config.optim, resolved.total_steps)
+    model = step.make_model_of(config, mesh)
+    return Run(resolved, mesh, source, tokenizer, model, optimizer, directory, PreemptionNotice())
 
 
 def _first_or_saved_state(run: Run, checkpoints: Checkpoints) -> TrainState:
@@ -154,7 +140,7 @@ def _initial_state(run: Run) -> TrainState:
     if "logit_scale" not in params:  # one tower
         params = jax.jit(run.model.init)(jax.random.key(run.config.train.seed)) | params
     start = functools.partial(step.init_state, optimizer=run.optimizer, ema=run.config.optim.ema_decay > 0)
-    return jax.jit(start, out_shardings=sharding.replicated(run.mesh))(params)
+    return jax.jit(start, out_shardings=_placed(run))(params)
 
 
 def starting_weights(config: Config) -> Params:
@@ -188,15 +174,17 @@ def starting_weights(config: Config) -> Params:
 def _initialiser(run: Run) -> Callable[[jax.Array], TrainState]:
     return jax.jit(
         lambda key: step.init_state(run.model.init(key), run.optimizer, ema=run.config.optim.ema_decay > 0),
-        out_shardings=sharding.replicated(run.mesh),
+        out_shardings=_placed(run),
     )
+
+
+def _placed(run: Run) -> TrainState:
+    return jax.tree.map(lambda x: x.sharding, _like(run))
 
 
 def _like(run: Run) -> TrainState:
     """Return the state's shapes, dtypes and shardings."""
-    replicated = sharding.replicated(run.mesh)
-    shapes = jax.eval_shape(_initialiser(run), jax.random.key(0))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), shapes)
+    return step.state_like(run.model, run.optimizer, run.config, run.mesh)
 
 
 def _steps(run: Run, state: TrainState, checkpoints: Checkpoints, suite: Suite) -> None:
@@ -290,6 +278,7 @@ def _finish(run: Run, checkpoints: Checkpoints, suite: Suite, export: str | None
     embedder = CachedEmbedder(_embedder(run, state.eval_params))
     measured = suite.measure(embedder)
     panels = suite.panels(embedder)
+    params = sharding.gather(state.eval_params, run.mesh) if export else None
     if distributed.is_main():
         if run.config.eval.floors_split:
             fitted_on = data.EVAL_SETS[run.config.data.source](run.config.data, run.config.eval.floors_split)
@@ -306,7 +295,7 @@ def _finish(run: Run, checkpoints: Checkpoints, suite: Suite, export: str | None
         for name, reason in suite.left_out.items():
             print(f"{name} is left out: {reason}")
         if export:
-            write_weights(export, state.eval_params, _weights_config(run))
+            write_weights(export, params, _weights_config(run))
             log.info("weights written to %s", export)
     distributed.wait_for_all("finished")
 

@@ -57,6 +57,10 @@ def _inputs(rows: int = 3):
     return image, text
 
 
+def _keys(seed: int, rows: int):
+    return jax.random.split(jax.random.key(seed), rows)
+
+
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_the_papers_models_have_the_papers_parameters(name):
     shapes = jax.eval_shape(make_model(MODELS[name]).init, jax.random.key(0))
@@ -139,13 +143,13 @@ def test_patch_dropout_leaves_out_its_fraction_in_training_alone(params):
     np.testing.assert_array_equal(dropping.encode_image(params, image), model.encode_image(params, image))
     # With two of four patches seen, what three of them hold can't all reach the embedding.
     pixel_gradient = jax.grad(
-        lambda patch_kernel, key: dropping.encode_image_train(
-            params | {"image": params["image"] | {"positional_embedding": patch_kernel}}, image[:1], key
+        lambda patch_kernel, key_B: dropping.encode_image_train(
+            params | {"image": params["image"] | {"positional_embedding": patch_kernel}}, image[:1], key_B
         )[0][0, 0]
     )
-    gradient = pixel_gradient(params["image"]["positional_embedding"], jax.random.key(3))
+    gradient = pixel_gradient(params["image"]["positional_embedding"], _keys(3, 1))
     assert [bool(np.any(row)) for row in gradient[1:]].count(True) == 2 and np.any(gradient[0])
-    first, again, other = (dropping.encode_image_train(params, image, jax.random.key(seed))[0] for seed in (1, 1, 2))
+    first, again, other = (dropping.encode_image_train(params, image, _keys(seed, 3))[0] for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 1e-4
 
@@ -171,7 +175,7 @@ def test_batch_statistics_are_torch_s():
     model = make_model(TINY_RESNET)
     params = _init(model)
     image = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
-    _, stats = jax.jit(model.encode_image_train)(params, image, jax.random.key(0))
+    _, stats = jax.jit(model.encode_image_train)(params, image, _keys(0, 4))
     spec = Preprocess()
     pixels = (image / 255 - np.array(spec.mean)) / np.array(spec.std)
     padded = np.pad(pixels, ((0, 0), (1, 1), (1, 1), (0, 0)))
@@ -187,7 +191,7 @@ def test_inference_uses_the_running_statistics():
     model = make_model(TINY_RESNET)
     params = _init(model)
     image = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
-    _, stats = jax.jit(model.encode_image_train)(params, image, jax.random.key(0))
+    _, stats = jax.jit(model.encode_image_train)(params, image, _keys(0, 4))
     encode = jax.jit(model.encode_image)
     before, after = (encode(params | {"batch_stats": s}, image) for s in (params["batch_stats"], stats))
     assert np.abs(before - after).max() > 1e-4

@@ -30,7 +30,7 @@ from clip_jax.losses.ring import Axis, Ring, in_mesh_order
 from clip_jax.typing import ArrayLike, Metrics
 
 Statistics = dict[str, Array]  # [n] each, of the n rows or the n columns
-Ids = tuple[Int32[ArrayLike, "_"], Int32[ArrayLike, "_"]]  # of the images, and of the texts
+Ids = tuple[Int32[ArrayLike, "b"], Int32[ArrayLike, " c"]]  # of the images, and of the texts
 
 # The side of a tile: 1,024² float32 similarities are 4 MiB, and 1,024 × 768 products a side keep a matrix unit busy.
 TILE = 1024

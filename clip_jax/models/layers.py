@@ -2,21 +2,24 @@
 
 Source: Radford et al. 2021, section 2.4, and openai/CLIP `clip/model.py`; layer scale as in open_clip
 `transformer.py`. Parameters are float32; `dtype` is that of the computation. Blocks are stacked along a leading axis by
-`nn.scan`, so a model of any depth compiles once. Initialisation is that of OpenAI's text tower for both towers: the
+`nn.scan`, so a model of any depth compiles once; `Compute.unroll` writes the loop out, which gives the same numbers.
+Initialisation is that of OpenAI's text tower for both towers: the
 release leaves the image tower's unstated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float
 
 from clip_jax.architectures import TextTransformer, ViT
+from clip_jax.models import packing
 
 
 def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -33,18 +36,50 @@ ACTIVATIONS: dict[str, Callable] = {
 # What the backward pass finds in memory; it computes the rest again.
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "names": jax.checkpoint_policies.save_only_these_names("attention"),  # as wide as the stream, dear to compute
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 
+class Compute(NamedTuple):
+    """How towers compute, and nothing of what: any choice gives the same numbers, to rounding.
+
+    dtype: of activations; parameters are float32, or wider if dtype is.
+    remat: 'none', or a key of REMAT_POLICIES. unroll: whether the loop over layers is written out.
+    """
+
+    dtype: jnp.dtype = jnp.dtype("float32")
+    remat: Literal["none", "dots", "names", "full"] = "none"
+    unroll: bool = False
+
+    def repeat(self, block: type[nn.Module], count: int, static_argnums: tuple[int, ...] = (), **axes: int) -> Callable:
+        """Return a block as `count` of them, one after another, parameters stacked along axis 0."""
+        if self.remat != "none":
+            # Inside a loop nothing can be merged away, so the barrier against that is only cost.
+            policy = REMAT_POLICIES[self.remat]
+            block = nn.remat(block, policy=policy, prevent_cse=self.unroll, static_argnums=static_argnums)
+        return nn.scan(
+            block,
+            variable_axes={"params": 0} | axes,
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=count,
+            unroll=count if self.unroll else 1,
+        )
+
+
 class LayerNorm(nn.LayerNorm):
-    """Layer norm in float32 with CLIP's epsilon, cast back to the input's dtype."""
+    """Layer norm in float32 or wider with CLIP's epsilon, cast back to the input's dtype."""
 
     epsilon: float = 1e-5  # Flax's default is 1e-6
-    dtype: jnp.dtype = jnp.float32
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        return super().__call__(x).astype(x.dtype)
+        return super().__call__(widen(x)).astype(x.dtype)
+
+
+def widen(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Return x in float32, or as it is if that is wider."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def project_heads(heads: int, width: int, init: Callable, dtype: jnp.dtype, name: str) -> nn.DenseGeneral:
@@ -53,7 +88,10 @@ def project_heads(heads: int, width: int, init: Callable, dtype: jnp.dtype, name
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; scores and softmax in float32."""
+    """Multi-head self-attention; scores and softmax in float32.
+
+    With a mask, rows are the chunks of streams: each attends to the one before and itself (`packing.py`).
+    """
 
     heads: int
     causal: bool
@@ -61,15 +99,30 @@ class Attention(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+    def __call__(
+        self, x_BLD: Float[Array, "B L D"], mask_SRPP: Bool[Array, "S R L L2"] | None = None
+    ) -> Float[Array, "B L D"]:
         width = x_BLD.shape[-1]
         init = nn.initializers.normal(width**-0.5)
         query, key, value = (
             project_heads(self.heads, width, init, self.dtype, name)(x_BLD) for name in ("query", "key", "value")
         )
-        y_BLNK = jax.nn.dot_product_attention(query, key, value, is_causal=self.causal)
+        if mask_SRPP is None:
+            y_BLNK = jax.nn.dot_product_attention(query, key, value, is_causal=self.causal)
+        else:
+            key, value = (_with_chunk_before(x, mask_SRPP.shape[:2]) for x in (key, value))
+            mask_B1PP = mask_SRPP.reshape(-1, 1, *mask_SRPP.shape[2:])
+            y_BLNK = jax.nn.dot_product_attention(query, key, value, mask=mask_B1PP)
+        y_BLNK = checkpoint_name(y_BLNK, "attention")
         init = nn.initializers.normal(self.output_std)
         return nn.DenseGeneral(width, axis=(-2, -1), kernel_init=init, dtype=self.dtype, name="out")(y_BLNK)
+
+
+def _with_chunk_before(x_BPNK: Float[Array, "B P N K"], chunks: tuple[int, int]) -> Float[Array, "B P2 N K"]:
+    x_SRPNK = x_BPNK.reshape(*chunks, *x_BPNK.shape[1:])
+    return jnp.concatenate([packing.before(x_SRPNK), x_SRPNK], axis=2).reshape(
+        -1, 2 * x_BPNK.shape[1], *x_BPNK.shape[2:]
+    )
 
 
 class Perceptron(nn.Module):
@@ -97,13 +150,15 @@ class Block(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x_BLD: Float[Array, "B L D"], _: None = None) -> tuple[Float[Array, "B L D"], None]:
+    def __call__(
+        self, x_BLD: Float[Array, "B L D"], mask_SRPP: Bool[Array, "S R L L2"] | None = None
+    ) -> tuple[Float[Array, "B L D"], None]:
         tower, width = self.tower, self.tower.width
         # Residual branches start smaller the deeper the tower is.
         output_std = width**-0.5 * (2 * tower.layers) ** -0.5
         attention = Attention(tower.heads, self.causal, output_std, self.dtype, name="attention")
         mlp = Perceptron(int(width * tower.mlp_ratio), tower.activation, output_std, self.dtype, name="mlp")
-        for number, branch in enumerate((attention, mlp), start=1):
+        for number, branch in enumerate((lambda x: attention(x, mask_SRPP), mlp), start=1):
             y_BLD = branch(LayerNorm(tower.norm_epsilon, name=f"norm{number}")(x_BLD))
             if tower.layer_scale:
                 init = nn.initializers.constant(tower.layer_scale)
@@ -114,18 +169,15 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The blocks of a tower, scanned over parameters stacked along axis 0."""
+    """The blocks of a tower, over parameters stacked along axis 0."""
 
     tower: ViT | TextTransformer
     causal: bool
-    dtype: jnp.dtype
-    remat: Literal["none", "dots", "full"] = "none"
+    compute: Compute
 
     @nn.compact
-    def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        block = Block
-        if self.remat != "none":
-            # Inside a scan nothing can be merged away, so the barrier against that is only cost.
-            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        scan = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.tower.layers)
-        return scan(self.tower, self.causal, self.dtype, name="blocks")(x_BLD, None)[0]
+    def __call__(
+        self, x_BLD: Float[Array, "B L D"], mask_SRPP: Bool[Array, "S R L L2"] | None = None
+    ) -> Float[Array, "B L D"]:
+        blocks = self.compute.repeat(Block, self.tower.layers)
+        return blocks(self.tower, self.causal, self.compute.dtype, name="blocks")(x_BLD, mask_SRPP)[0]

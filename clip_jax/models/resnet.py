@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from clip_jax.architectures import ResNet as Tower
-from clip_jax.models.layers import REMAT_POLICIES, project_heads
+from clip_jax.models.layers import Compute, project_heads, widen
 
 EXPANSION = 4  # of a bottleneck's width at its end
 
@@ -27,12 +27,11 @@ class ModifiedResNet(nn.Module):
 
     tower: Tower
     embed_dim: int
-    dtype: jnp.dtype
-    remat: str
+    compute: Compute
 
     @nn.compact
     def __call__(self, image: Float[Array, "B H W 3"], train: bool = False) -> Float[Array, "B E"]:
-        width, dtype = self.tower.width, self.dtype
+        width, dtype = self.tower.width, self.compute.dtype
         x = image
         for number, (features, stride) in enumerate(((width // 2, 2), (width // 2, 1), (width, 1)), start=1):
             x = convolution(features, 3, dtype, f"stem_conv{number}", stride)(x)
@@ -42,22 +41,9 @@ class ModifiedResNet(nn.Module):
             stride = 1 if stage == 0 else 2
             x = Bottleneck(width << stage, stride, dtype, name=f"stage{stage}_first")(x, train)
             if blocks > 1:
-                x = _repeat(blocks - 1, width << stage, dtype, self.remat, f"stage{stage}_rest")(x, train)[0]
+                rest = self.compute.repeat(_Repeated, blocks - 1, static_argnums=(2,), batch_stats=0)
+                x = rest(width << stage, 1, dtype, name=f"stage{stage}_rest")(x, train)[0]
         return AttentionPool(self.tower.heads, self.embed_dim, dtype, name="pool")(x)
-
-
-def _repeat(count: int, width: int, dtype: jnp.dtype, remat: str, name: str) -> Callable:
-    """Return `count` equal bottlenecks, parameters and statistics stacked along axis 0."""
-    block = _Repeated
-    if remat != "none":
-        block = nn.remat(_Repeated, policy=REMAT_POLICIES[remat], prevent_cse=False, static_argnums=(2,))
-    return nn.scan(
-        block,
-        variable_axes={"params": 0, "batch_stats": 0},
-        split_rngs={"params": True},
-        in_axes=nn.broadcast,
-        length=count,
-    )(width, 1, dtype, name=name)
 
 
 class Bottleneck(nn.Module):
@@ -93,7 +79,7 @@ class _Repeated(Bottleneck):
 
 
 class BatchNorm(nn.Module):
-    """Batch norm in float32 over all but the channels, cast back; running averages as torch keeps them."""
+    """Batch norm in float32 or wider over all but the channels, cast back; running averages as torch keeps them."""
 
     scale_init: Callable = nn.initializers.ones
     epsilon: float = 1e-5
@@ -106,10 +92,10 @@ class BatchNorm(nn.Module):
         running_var = self.variable("batch_stats", "var", jnp.ones, channels)
         scale = self.param("scale", self.scale_init, channels)
         bias = self.param("bias", nn.initializers.zeros, channels)
-        x32 = x.astype(jnp.float32)
+        wide = widen(x)
         mean, var = running_mean.value, running_var.value
         if train:
-            mean, var = jnp.mean(x32, (0, 1, 2)), jnp.var(x32, (0, 1, 2))
+            mean, var = jnp.mean(wide, (0, 1, 2)), jnp.var(wide, (0, 1, 2))
             if not self.is_initializing():
                 count = x.size // x.shape[-1]
                 unbiased = var * (count / max(count - 1, 1))
@@ -117,7 +103,7 @@ class BatchNorm(nn.Module):
                 running_var.value += self.momentum * (unbiased - running_var.value)
         factor = scale * jax.lax.rsqrt(var + self.epsilon)
         mean, factor, bias = (channel[None, None, None] for channel in (mean, factor, bias))
-        return ((x32 - mean) * factor + bias).astype(x.dtype)
+        return ((wide - mean) * factor + bias).astype(x.dtype)
 
 
 class AttentionPool(nn.Module):

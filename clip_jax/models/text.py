@@ -12,43 +12,53 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from clip_jax.architectures import TextTransformer as Tower
-from clip_jax.models.layers import LayerNorm, Transformer
+from clip_jax.models.layers import Compute, LayerNorm, Transformer
+from clip_jax.models.packing import Stream
 from clip_jax.typing import ArrayLike
 
 
 class TextTransformer(nn.Module):
-    """Token ids to the vector of one position, projected where the tower has a projection."""
+    """Token ids, in rows or end to end, to the vector of one position, projected where the tower has a projection."""
 
     tower: Tower
     embed_dim: int
-    dtype: jnp.dtype
-    remat: str
+    compute: Compute
 
     @nn.compact
-    def __call__(self, text_BL: Int32[ArrayLike, "B L"]) -> Float[Array, "B E"]:
-        tower = self.tower
+    def __call__(self, text: Int32[ArrayLike, "B L"] | Stream) -> Float[Array, "B E"]:
+        tower, dtype = self.tower, self.compute.dtype
         tokens = nn.Embed(
             tower.vocab_size,
             tower.width,
             embedding_init=nn.initializers.normal(0.02),
-            dtype=self.dtype,
+            dtype=dtype,
             name="token_embedding",
         )
         positions_LD = self.param("positional_embedding", nn.initializers.normal(0.01), (tower.length, tower.width))
-        x_BLD = tokens(text_BL) + positions_LD[None].astype(self.dtype)
-        x_BLD = Transformer(tower, causal=tower.causal, dtype=self.dtype, remat=self.remat, name="transformer")(x_BLD)
-        if tower.pool == "end":
-            end_B = jnp.argmax(text_BL == tower.eos_id, axis=1)
-            x_BD = jnp.take_along_axis(x_BLD, end_B[:, None, None], axis=1)[:, 0]
+        transformer = Transformer(tower, tower.causal, self.compute, name="transformer")
+        if isinstance(text, Stream):
+            x_SRPD = tokens(text.token_SRP) + positions_LD.astype(dtype)[text.position_SRP]
+            x_BPD = transformer(x_SRPD.reshape(-1, *x_SRPD.shape[2:]), text.mask())
+            x_STD = x_BPD.reshape(len(text.end_Sb), -1, tower.width)
+            x_BD = jnp.take_along_axis(x_STD, text.end_Sb[..., None], axis=1).reshape(-1, tower.width)
         else:
-            x_BD = x_BLD[:, -1]
+            x_BLD = transformer(tokens(text) + positions_LD[None].astype(dtype))
+            if tower.pool == "end":
+                x_BD = jnp.take_along_axis(x_BLD, end_positions(tower, text)[:, None, None], axis=1)[:, 0]
+            else:
+                x_BD = x_BLD[:, -1]
         # The norm works on each position alone, so it may follow the pooling.
         x_BD = LayerNorm(tower.norm_epsilon, name="norm_final")(x_BD)
         if tower.projection == "none":
             return x_BD
         projection = self.param("projection", nn.initializers.normal(tower.width**-0.5), (tower.width, self.embed_dim))
-        x_BE = x_BD @ projection.astype(self.dtype)
+        x_BE = x_BD @ projection.astype(dtype)
         if tower.projection == "bias":
             bias_E = self.param("projection_bias", nn.initializers.zeros, (self.embed_dim,))
-            x_BE = x_BE + bias_E[None].astype(self.dtype)
+            x_BE = x_BE + bias_E[None].astype(dtype)
         return x_BE
+
+
+def end_positions(tower: Tower, text_BL: Int32[ArrayLike, "B L"]) -> Int32[Array, "B"]:
+    """Return where the first end token of every row is; 0 where there is none."""
+    return jnp.argmax(jnp.asarray(text_BL) == tower.eos_id, axis=1).astype(jnp.int32)

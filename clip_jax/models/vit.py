@@ -9,10 +9,10 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from clip_jax.architectures import ViT
-from clip_jax.models.layers import LayerNorm, Perceptron, Transformer, project_heads
+from clip_jax.models.layers import Compute, LayerNorm, Perceptron, Transformer, project_heads
 
 
 class VisionTransformer(nn.Module):
@@ -20,52 +20,53 @@ class VisionTransformer(nn.Module):
 
     tower: ViT
     embed_dim: int
-    dtype: jnp.dtype
-    remat: str
+    compute: Compute
     patch_dropout: float = 0.0  # the fraction of patches that training leaves out
 
     @nn.compact
-    def __call__(self, image: Float[Array, "B H W 3"], train: bool = False) -> Float[Array, "B E"]:
-        tower, width, patch = self.tower, self.tower.width, self.tower.patch_size
+    def __call__(
+        self, image: Float[Array, "B H W 3"], train: bool = False, key_B: Key[Array, "B"] | None = None
+    ) -> Float[Array, "B E"]:
+        tower, width, patch, dtype = self.tower, self.tower.width, self.tower.patch_size, self.compute.dtype
         scaled_normal = nn.initializers.normal(width**-0.5)
 
         patches_BLP = _patches(image, patch)
         # Stored as a convolution's kernel, as others exchange it; as a product its gradient is twice as fast on CPUs.
         kernel = self.param("patch_embedding", nn.initializers.lecun_normal(), (patch, patch, 3, width))
-        x_BLD = patches_BLP @ kernel.reshape(-1, width).astype(self.dtype)
+        x_BLD = patches_BLP @ kernel.reshape(-1, width).astype(dtype)
         if tower.patch_bias:
             bias_D = self.param("patch_bias", nn.initializers.zeros, (width,))
-            x_BLD = x_BLD + bias_D[None, None].astype(self.dtype)
+            x_BLD = x_BLD + bias_D[None, None].astype(dtype)
 
         if tower.pool != "attention":
-            class_embedding = self.param("class_embedding", scaled_normal, (width,)).astype(self.dtype)
+            class_embedding = self.param("class_embedding", scaled_normal, (width,)).astype(dtype)
             class_B1D = jnp.broadcast_to(class_embedding, (x_BLD.shape[0], 1, width))
             x_BLD = jnp.concatenate([class_B1D, x_BLD], axis=1)
         positions_LD = self.param("positional_embedding", scaled_normal, x_BLD.shape[1:])
-        x_BLD = x_BLD + positions_LD[None].astype(self.dtype)
+        x_BLD = x_BLD + positions_LD[None].astype(dtype)
         if train and self.patch_dropout:
-            x_BLD = self._drop_patches(x_BLD)
+            x_BLD = self._drop_patches(x_BLD, key_B)
 
         if tower.norm_pre:
             x_BLD = LayerNorm(tower.norm_epsilon, name="norm_pre")(x_BLD)
-        x_BLD = Transformer(tower, causal=False, dtype=self.dtype, remat=self.remat, name="transformer")(x_BLD)
+        x_BLD = Transformer(tower, False, self.compute, name="transformer")(x_BLD)
         norm = LayerNorm(tower.norm_epsilon, name="norm_post")
         if tower.pool == "class":
             x_BD = norm(x_BLD[:, 0])
         elif tower.pool == "mean":
             x_BD = norm(x_BLD[:, 1:].mean(axis=1))
         else:
-            x_BD = AttentionHead(tower, self.dtype, name="pool")(norm(x_BLD))
+            x_BD = AttentionHead(tower, dtype, name="pool")(norm(x_BLD))
         if not tower.projection:
             return x_BD
-        return x_BD @ self.param("projection", scaled_normal, (width, self.embed_dim)).astype(self.dtype)
+        return x_BD @ self.param("projection", scaled_normal, (width, self.embed_dim)).astype(dtype)
 
-    def _drop_patches(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B l D"]:
-        """Keep as many patches of every picture as the fraction leaves, drawn anew for each, and the class token."""
+    def _drop_patches(self, x_BLD: Float[Array, "B L D"], key_B: Key[Array, "B"]) -> Float[Array, "B l D"]:
+        """Keep as many patches of every picture as the fraction leaves, drawn by its own key, and the class token."""
         first = int(self.tower.pool != "attention")
         batch, patches = x_BLD.shape[0], x_BLD.shape[1] - first
         kept = max(1, int(patches * (1 - self.patch_dropout)))
-        order_BL = jnp.argsort(jax.random.uniform(self.make_rng("patches"), (batch, patches)), axis=1)
+        order_BL = jnp.argsort(jax.vmap(lambda key: jax.random.uniform(key, (patches,)))(key_B), axis=1)
         chosen_Bl = jnp.sort(order_BL[:, :kept], axis=1) + first
         chosen_Bl = jnp.concatenate([jnp.zeros((batch, first), chosen_Bl.dtype), chosen_Bl], axis=1)
         return jnp.take_along_axis(x_BLD, chosen_Bl[..., None], axis=1)

@@ -100,7 +100,7 @@ def test_every_parameter_is_felt(architecture):
     weights = np.random.default_rng(1).normal(size=(2, 4, architecture.embed_dim)).astype(np.float32)
 
     def objective(params):
-        images = model.encode_image_train(params, image, jax.random.key(2))[0]
+        images = model.encode_image_train(params, image, jax.random.split(jax.random.key(2), 4))[0]
         return jnp.sum(weights[0] * images) + jnp.sum(weights[1] * model.encode_text(params, text))
 
     gradients = jax.jit(jax.grad(objective))(params)

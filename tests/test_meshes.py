@@ -1,0 +1,245 @@
+"""The same run on other meshes, in other parts, by other means of computing: the same numbers.
+
+Ten steps of a ViT and of a ResNet; the reference is one device that does everything at once.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clip_jax import optim, sharding, step
+from clip_jax.architectures import Architecture, ResNet, TextTransformer, ViT
+from clip_jax.config import Config, LossConfig, MeshConfig, OptimConfig, TrainConfig
+from clip_jax.losses import LOSSES
+from clip_jax.models import make_model
+from clip_jax.typing import Batch
+from tests.tpu import collectives, v4_mesh
+
+TEXT = TextTransformer(64, 8, 63, width=32, layers=2, heads=2)
+TOWERS = {
+    "vit": Architecture(ViT(16, 8, 32, 2, 2), TEXT, 16, logit_bias=True),
+    "resnet": Architecture(ResNet(32, 4, (2, 1, 1, 1)), TEXT, 16, logit_bias=True),
+}
+STEPS, BATCH = 10, 16
+# Sums in another order. The bias of a key has no gradient but rounding, since a softmax does not feel it, and Adam
+# turns the sign of that into steps: hence a tenth of one step of 1e-3.
+TOLERANCE = 1e-4
+# A ResNet divides by the deviations of 16 pictures' few pixels, which makes more of rounding.
+TOLERANCES = {"vit": TOLERANCE, "resnet": 3e-4}
+MESHES = {"8 data": (8, 1, 1), "4 data, 2 fsdp": (8, 2, 1), "2 data, 2 fsdp, 2 tensor": (8, 2, 2)}
+
+
+def _config(tower: str, fsdp: int = 1, tensor: int = 1, **changes) -> Config:
+    train = {key: value for key, value in changes.items() if key in TrainConfig.__dataclass_fields__}
+    loss = {key: value for key, value in changes.items() if key in LossConfig.__dataclass_fields__}
+    rest = {key: value for key, value in changes.items() if key not in train | loss}
+    return Config(
+        model=TOWERS[tower],
+        optim=OptimConfig(warmup_steps=2, learning_rate=1e-3, ema_decay=0.9, **rest),
+        loss=LossConfig(**loss),
+        train=TrainConfig(**{"dtype": "float32", "remat": "none", "batch_size": BATCH} | train),
+        mesh=MeshConfig(fsdp, tensor),
+    )
+
+
+def _batch(config: Config, seed: int) -> Batch:
+    rng, size = np.random.default_rng(seed), config.model.image.image_size
+    text = rng.integers(0, 63, (BATCH, 8)).astype(np.int32)
+    text[np.arange(BATCH), rng.integers(1, 5, BATCH)] = 63
+    return Batch(rng.integers(0, 256, (BATCH, size, size, 3), dtype=np.uint8), text, np.ones(BATCH, bool))
+
+
+def _build(config: Config, devices: int):
+    mesh = sharding.make_mesh(jax.devices()[:devices], fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
+    model, optimizer = step.make_model_of(config, mesh), optim.make_optimizer(config.optim, STEPS)
+    return mesh, model, optimizer, step.make_train_step(model, LOSSES[config.loss.name], optimizer, config, mesh)
+
+
+def _run(config: Config, devices: int = 1) -> tuple[step.TrainState, list[float]]:
+    mesh, model, optimizer, train_step = _build(config, devices)
+    placed = jax.tree.map(lambda x: x.sharding, step.state_like(model, optimizer, config, mesh))
+    first = jax.jit(lambda key: step.init_state(model.init(key), optimizer, ema=True), out_shardings=placed)
+    state, losses = first(jax.random.key(0)), []
+    for seed in range(STEPS):
+        state, metrics = train_step(state, sharding.to_global(_batch(config, seed), mesh))
+        losses.append(float(metrics["loss"]))
+    assert jax.tree.map(lambda x: x.sharding, state) == placed
+    return jax.device_get(state), losses
+
+
+@pytest.fixture(scope="module", params=TOWERS)
+def reference(request):
+    return request.param, *_run(_config(request.param, text_capacity=1.0))
+
+
+def _assert_same(run, reference):
+    (state, losses), (tower, expected, expected_losses) = run, reference
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-4 if tower == "resnet" else 1e-5)
+    for part in ("params", "batch_stats", "ema"):
+        pairs = zip(*(jax.tree.leaves(getattr(s, part)) for s in (state, expected)), strict=True)
+        for got, wanted in pairs:
+            np.testing.assert_allclose(got, wanted, rtol=TOLERANCES[tower], atol=TOLERANCES[tower])
+    assert int(state.step) == STEPS
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_ten_steps_agree_across_meshes(reference, mesh):
+    """With captions packed, moments cut and everything computed again, as a run on a pod has it."""
+    devices, fsdp, tensor = MESHES[mesh]
+    config = _config(reference[0], fsdp, tensor, remat="names", shard_moments=True)
+    _assert_same(_run(config, devices), reference)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_an_unrolled_loop_gives_the_same(reference, remat):
+    _assert_same(_run(_config(reference[0], unroll_layers=True, remat=remat)), reference)
+
+
+# ------------------------------------------------------------------------------------------------- micro-batches
+
+
+@pytest.fixture
+def float64(monkeypatch):
+    """Everything in float64: `jax.nn.dot_product_attention` has its softmax in float32 whatever comes."""
+
+    def attention(query, key, value, mask=None, is_causal=False):
+        scores = jnp.einsum("BLNK,BMNK->BNLM", query, key) / np.sqrt(query.shape[-1])
+        if is_causal:
+            mask = jnp.tril(jnp.ones(scores.shape[-2:], bool))[None, None]
+        scores = scores if mask is None else jnp.where(mask, scores, -jnp.inf)
+        return jnp.einsum("BNLM,BMNK->BLNK", jax.nn.softmax(scores), value)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
+    with jax.enable_x64(True):
+        yield
+
+
+def _model64(config: Config, mesh):
+    train = config.train
+    return make_model(
+        config.model,
+        dtype="float64",
+        remat=train.remat,
+        patch_dropout=train.patch_dropout,
+        text_capacity=train.text_capacity,
+        text_groups=sharding.batch_shards(mesh),
+    )
+
+
+def _gradients(tower: str, devices: int, micro_batches: int, **changes):
+    """Return loss, metrics, statistics and gradient in float64, where rounding hides nothing."""
+    config = _config(tower, micro_batches=micro_batches, **changes)
+    mesh = sharding.make_mesh(jax.devices()[:devices])
+    model = _model64(config, mesh)
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), model.init(jax.random.key(0)))
+    stats = params.pop("batch_stats", None)
+    gradient = step.make_gradient(model, LOSSES[config.loss.name], config, mesh)
+    batch = sharding.to_global(_batch(config, 0), mesh)
+    return jax.device_get(jax.jit(gradient)(params, stats, batch, jax.random.key(1)))
+
+
+@pytest.mark.parametrize(("loss", "devices", "micro_batches"), [("softmax", 2, 4), ("sigmoid", 2, 2)])
+def test_micro_batches_give_the_gradient_of_the_whole_batch(loss, devices, micro_batches, float64):
+    """Scale and bias included, with patches dropped, captions packed, layers computed again, on two devices."""
+    changes = {"name": loss, "patch_dropout": 0.5, "remat": "full"}
+    (value, (metrics, _)), expected = _gradients("vit", 1, 1, **changes, text_capacity=1.0)
+    (got_value, (got_metrics, _)), got = _gradients("vit", devices, micro_batches, **changes)
+    np.testing.assert_allclose(got_value, value, rtol=1e-12)
+    for name, metric in metrics.items():
+        np.testing.assert_allclose(got_metrics[name], metric, rtol=1e-6)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == np.float64
+        # The bias of a key has none but rounding, hence the floor.
+        assert np.linalg.norm(a - b) <= 1e-10 * max(np.linalg.norm(b), 1e-4), jax.tree_util.keystr(path)
+
+
+def test_micro_batches_of_a_frozen_tower_give_the_same(float64):
+    _, expected = _gradients("vit", 1, 1, freeze="^image/")
+    _, got = _gradients("vit", 1, 4, freeze="^image/")
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(got["image"]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-12), got, expected)
+
+
+def test_batch_norm_sees_a_micro_batch_at_a_time(float64):
+    """The statistics are each part's own, over all devices, and the running averages move once for each part."""
+    config = _config("resnet", micro_batches=2)
+    mesh = sharding.make_mesh(jax.devices()[:2])
+    model = _model64(config, mesh)
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), model.init(jax.random.key(0)))
+    stats = params.pop("batch_stats")
+    batch = _batch(config, 0)
+    # A device's rows are consecutive, and a part has the same share of each device's.
+    parts, key = [np.r_[0:4, 8:12], np.r_[4:8, 12:16]], jax.random.key(0)
+
+    def by_hand(params):
+        running, images = stats, []
+        for rows in parts:
+            with_stats = params | {"batch_stats": running}
+            embedded, running = model.encode_image_train(with_stats, batch.image[rows], jax.random.split(key, 8))
+            images.append(embedded)
+        order = np.argsort(np.concatenate(parts))
+        image = jnp.concatenate(images)[order]
+        text = model.encode_text(params, batch.text)
+        return LOSSES["softmax"](image, text, jnp.exp(params["logit_scale"]))[0], running
+
+    (value, running), expected = jax.jit(jax.value_and_grad(by_hand, has_aux=True))(params)
+    (got, (_, got_running)), gradient = _gradients("resnet", 2, 2)
+    np.testing.assert_allclose(got, value, rtol=1e-12)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10)  # noqa: E731
+    jax.tree.map(close, got_running, jax.device_get(running))
+    jax.tree.map(close, gradient, jax.device_get(expected))
+
+
+# ------------------------------------------------------------------------------------------------ equal captions
+
+
+def test_equal_captions_can_count_as_matches():
+    config = _config("vit", equal_captions="positives")
+    mesh = sharding.make_mesh(jax.devices()[:2])
+    batch = dataclasses.replace(_batch(config, 0), text=np.repeat(_batch(config, 0).text[::2], 2, axis=0))
+    model = step.make_model_of(config, mesh)
+    params = model.init(jax.random.key(0))
+    gradient = jax.jit(step.make_gradient(model, LOSSES["softmax"], config, mesh))
+    (value, _), _ = gradient(params, None, sharding.to_global(batch, mesh), jax.random.key(0))
+    image, text = model.encode_image(params, batch.image), model.encode_text(params, batch.text)
+    logits = np.exp(params["logit_scale"]) * image @ text.T
+    matches = (batch.text[:, None] == batch.text[None]).all(-1)
+    sides = (-np.mean(np.mean(jax.nn.log_softmax(logits, axis), axis, where=matches)) for axis in (0, 1))
+    np.testing.assert_allclose(value, sum(sides) / 2, rtol=1e-5)
+
+
+def test_ids_are_equal_for_equal_rows_alone():
+    text = np.random.default_rng(0).integers(0, 49_408, (4096, 77)).astype(np.int32)
+    text[1::2] = text[::2]
+    text[1::2, 40] += np.arange(2048) % 2  # every second pair differs in one token
+    ids = np.asarray(step.caption_ids(jnp.asarray(text)))
+    assert ids.min() >= 0
+    np.testing.assert_array_equal(ids[::2] == ids[1::2], np.arange(2048) % 2 == 0)
+    assert len(np.unique(ids)) == 2048 + 1024
+
+
+# -------------------------------------------------------------------------------------------------- the TPU's word
+
+
+@pytest.mark.parametrize("changes", [{}, {"micro_batches": 4}], ids=["at once", "4 micro-batches"])
+def test_a_step_on_a_slice_reduces_every_gradient_once(changes):
+    """What 16 chips send is the gradient, in its dtype, and the loss's embeddings: nothing for packing or parts."""
+    base = _config("vit", **{"remat": "full", "batch_size": 512} | changes)
+    text = dataclasses.replace(TEXT, length=77)
+    config = dataclasses.replace(base, model=dataclasses.replace(base.model, text=text))
+    mesh = v4_mesh({"data": 16, "fsdp": 1, "tensor": 1})
+    model, optimizer = step.make_model_of(config, mesh), optim.make_optimizer(config.optim, STEPS)
+    state = step.state_like(model, optimizer, config, mesh)
+    rows = sharding.batch_sharding(mesh)
+    batch = Batch(
+        jax.ShapeDtypeStruct((512, 16, 16, 3), jnp.uint8, sharding=rows),
+        jax.ShapeDtypeStruct((512, 77), jnp.int32, sharding=rows),
+        jax.ShapeDtypeStruct((512,), bool, sharding=rows),
+    )
+    train_step = step.make_train_step(model, LOSSES["softmax"], optimizer, config, mesh)
+    compiled = train_step.lower(state, batch).compile()
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    assert sum(size for _, size in collectives(compiled)) <= 1.1 * 4 * parameters + 5 * 512 * 16 * 4
