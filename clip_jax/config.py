@@ -82,13 +82,19 @@ class InitConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with warm-up and cosine decay to zero. The defaults are the paper's for ViT."""
+    """An optimizer with warm-up and cosine decay to zero. The defaults are the paper's for ViT."""
 
-    learning_rate: float = 5e-4
+    name: Literal["adamw", "adafactor", "lion"] = "adamw"
+    learning_rate: float = 5e-4  # lion: a third to a tenth, and as many times the weight decay
     warmup_steps: int = 2000
-    b1: float = 0.9
-    b2: float = 0.98  # 0.999 for ResNets
-    eps: float = 1e-6  # 1e-8 for ResNets
+    b1: float = 0.9  # adafactor: 0 keeps no first moment
+    b2: float = 0.98  # 0.999 for ResNets; adafactor: what 1 - t^-0.8 stops at
+    eps: float = 1e-6  # 1e-8 for ResNets; of adamw alone, the others have none
+    # What moments are stored in: the paper's half-precision Adam statistics. Stochastic rounding keeps them unbiased.
+    moment_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    stochastic_rounding: bool = True  # of moments in half precision; False: to the nearest
+    # Parameters that are stored in bfloat16 and rounded stochastically after every update; the paper's: '^text/'.
+    half_precision_params: str = ""
     weight_decay: float = 0.2
     # Parameters whose path matches are not decayed; gains, biases and the logit scale never are.
     no_weight_decay: str = ""
@@ -427,7 +433,12 @@ def resolve(config: Config, *, devices: int, processes: int = 1, examples: int |
             f" use at most {max(0, steps // 10)}"
         )
     check(config.model)
-    for key, pattern in (("freeze", config.optim.freeze), ("no_weight_decay", config.optim.no_weight_decay)):
+    if config.optim.name == "adafactor" and not config.optim.b1 and config.optim.moment_dtype != "float32":
+        raise ValueError(
+            f"optim.moment_dtype={config.optim.moment_dtype!r}, but adafactor with optim.b1=0 has no moments"
+        )
+    for key in ("freeze", "no_weight_decay", "half_precision_params"):
+        pattern = getattr(config.optim, key)
         try:
             re.compile(pattern)
         except re.error as error:

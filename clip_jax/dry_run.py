@@ -18,8 +18,9 @@ def describe(config: Config, workdir: epath.Path) -> str:
     resolved = resolve(config, devices=mesh.size, processes=jax.process_count())
     model = make_model(config.model, config.preprocess)
     optimizer = optim.make_optimizer(config.optim, resolved.total_steps)
+    ema, half = config.optim.ema_decay > 0, config.optim.half_precision_params
     state = jax.eval_shape(
-        lambda key: step.init_state(model.init(key), optimizer, ema=config.optim.ema_decay > 0), jax.random.key(0)
+        lambda key: step.init_state(model.init(key), optimizer, ema=ema, half_precision_params=half), jax.random.key(0)
     )
     batch, image, text = config.train.batch_size, config.model.image, config.model.text
     bytes_per_pair = image.image_size**2 * 3 + text.length * 4 + 1

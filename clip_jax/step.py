@@ -32,9 +32,10 @@ class TrainState:
     """All that training changes.
 
     step: int32, steps taken; the position in the data follows from it.
-    params, opt_state: float32, replicated.
+    params: float32, or bfloat16 where `optim.half_precision_params` finds them; replicated, as all is.
+    opt_state: see `optim.make_optimizer`.
     batch_stats: running averages of batch norm; None for models without it.
-    ema: moving average of the parameters; None without `optim.ema_decay`.
+    ema: moving average of the parameters, float32; None without `optim.ema_decay`.
     skipped, skipped_in_a_row: int32, steps that were not finite, since the beginning and just now.
     """
 
@@ -48,15 +49,18 @@ class TrainState:
 
     @property
     def eval_params(self) -> Params:
-        """The parameters that are evaluated and exported."""
-        return _with_stats(self.params if self.ema is None else self.ema, self.batch_stats)
+        """The parameters that are evaluated and exported, float32."""
+        return _with_stats(optim.widen(self.params) if self.ema is None else self.ema, self.batch_stats)
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation, *, ema: bool) -> TrainState:
+def init_state(
+    params: Params, optimizer: optax.GradientTransformation, *, ema: bool, half_precision_params: str = ""
+) -> TrainState:
     """Return the state before the first step of `params`, batch statistics included where the model has them."""
     zero = jnp.zeros((), jnp.int32)
     trained = {name: value for name, value in params.items() if name != "batch_stats"}
     average = jax.tree.map(jnp.copy, trained) if ema else None  # a copy: the step donates both
+    trained = optim.cast_params(trained, half_precision_params)
     stats = params.get("batch_stats")
     return TrainState(zero, trained, optimizer.init(trained), stats, average, zero + 0, zero + 0)
 
@@ -96,11 +100,12 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
         gradient = jax.value_and_grad(objective, has_aux=True)
         (value, (metrics, stats)), grads = gradient(state.params, state.batch_stats, batch, key)
+        grads = optim.widen(grads)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = optim.apply_updates(state.params, updates, key)
         params = params | {"logit_scale": _clip_log_scale(params["logit_scale"], config.loss.logit_scale_max)}
         ema = state.ema and _average(state.ema, params, state.step, config.optim.ema_decay)
 

@@ -123,7 +123,7 @@ def prepare(config: Config, directory: epath.Path) -> Run:
             logit_bias_init=config.loss.logit_bias_init,
             patch_dropout=config.train.patch_dropout,
         ),
-        optim.make_optimizer(config.optim, resolved.total_steps),
+        optim.make_optimizer(config.optim, resolved.total_steps, seed=config.train.seed),
         directory,
         PreemptionNotice(),
     )
@@ -153,8 +153,7 @@ def _initial_state(run: Run) -> TrainState:
     params = starting_weights(run.config)
     if "logit_scale" not in params:  # one tower
         params = jax.jit(run.model.init)(jax.random.key(run.config.train.seed)) | params
-    start = functools.partial(step.init_state, optimizer=run.optimizer, ema=run.config.optim.ema_decay > 0)
-    return jax.jit(start, out_shardings=sharding.replicated(run.mesh))(params)
+    return jax.jit(functools.partial(_init_state, run), out_shardings=sharding.replicated(run.mesh))(params)
 
 
 def starting_weights(config: Config) -> Params:
@@ -187,8 +186,15 @@ def starting_weights(config: Config) -> Params:
 
 def _initialiser(run: Run) -> Callable[[jax.Array], TrainState]:
     return jax.jit(
-        lambda key: step.init_state(run.model.init(key), run.optimizer, ema=run.config.optim.ema_decay > 0),
+        lambda key: _init_state(run, run.model.init(key)),
         out_shardings=sharding.replicated(run.mesh),
+    )
+
+
+def _init_state(run: Run, params: Params) -> TrainState:
+    config = run.config.optim
+    return step.init_state(
+        params, run.optimizer, ema=config.ema_decay > 0, half_precision_params=config.half_precision_params
     )
 
 
@@ -287,7 +293,8 @@ def _count(meter: metrics.Meter, outputs: dict[str, jax.Array], config: Config) 
 def _finish(run: Run, checkpoints: Checkpoints, suite: Suite, export: str | None) -> None:
     """Measure the checkpoint as it lies on disk; write report and weights."""
     state, _ = checkpoints.restore(_like(run))
-    embedder = CachedEmbedder(_embedder(run, state.eval_params))
+    params = state.eval_params  # on all hosts, for it may compute
+    embedder = CachedEmbedder(_embedder(run, params))
     measured = suite.measure(embedder)
     panels = suite.panels(embedder)
     if distributed.is_main():
@@ -306,7 +313,7 @@ def _finish(run: Run, checkpoints: Checkpoints, suite: Suite, export: str | None
         for name, reason in suite.left_out.items():
             print(f"{name} is left out: {reason}")
         if export:
-            write_weights(export, state.eval_params, _weights_config(run))
+            write_weights(export, params, _weights_config(run))
             log.info("weights written to %s", export)
     distributed.wait_for_all("finished")
 
