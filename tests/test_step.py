@@ -139,3 +139,12 @@ def test_one_program_serves_all_steps():
     for seed in range(3):
         state, _ = train_step(state, sharding.to_global(_batch(seed), mesh))
     assert train_step._cache_size() == 1
+
+
+def test_both_guards_change_nothing_but_by_a_finite_step():
+    """A CPU runs the one, a TPU the other."""
+    for guard in (step._run_if, step._select_if):
+        chosen = jax.jit(
+            lambda finite, guard=guard: guard(finite, lambda: {"a": jnp.float32(2)}, {"a": jnp.float32(1)})
+        )
+        assert (float(chosen(True)["a"]), float(chosen(False)["a"])) == (2, 1)
