@@ -110,7 +110,7 @@ def prepare(config: Config, directory: epath.Path) -> Run:
     if distributed.is_main():
         workdir.describe(directory, config)
     mesh = sharding.make_mesh(fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
-    optimizer = optim.make_optimizer(config.optim, resolved.total_steps)
+    optimizer = optim.make_optimizer(config.optim, resolved.total_steps, seed=config.train.seed)
     model = step.make_model_of(config, mesh)
     return Run(resolved, mesh, source, tokenizer, model, optimizer, directory, PreemptionNotice())
 
@@ -139,7 +139,7 @@ def _initial_state(run: Run) -> TrainState:
     params = starting_weights(run.config)
     if "logit_scale" not in params:  # one tower
         params = jax.jit(run.model.init)(jax.random.key(run.config.train.seed)) | params
-    start = functools.partial(step.init_state, optimizer=run.optimizer, ema=run.config.optim.ema_decay > 0)
+    start = functools.partial(step.init_state, optimizer=run.optimizer, config=run.config.optim)
     return jax.jit(start, out_shardings=_placed(run))(params)
 
 
@@ -173,7 +173,7 @@ def starting_weights(config: Config) -> Params:
 
 def _initialiser(run: Run) -> Callable[[jax.Array], TrainState]:
     return jax.jit(
-        lambda key: step.init_state(run.model.init(key), run.optimizer, ema=run.config.optim.ema_decay > 0),
+        lambda key: step.init_state(run.model.init(key), run.optimizer, run.config.optim),
         out_shardings=_placed(run),
     )
 
@@ -275,10 +275,11 @@ def _count(meter: metrics.Meter, outputs: dict[str, jax.Array], config: Config) 
 def _finish(run: Run, checkpoints: Checkpoints, suite: Suite, export: str | None) -> None:
     """Measure the checkpoint as it lies on disk; write report and weights."""
     state, _ = checkpoints.restore(_like(run))
-    embedder = CachedEmbedder(_embedder(run, state.eval_params))
+    params = state.eval_params  # on all hosts, for it may compute
+    embedder = CachedEmbedder(_embedder(run, params))
     measured = suite.measure(embedder)
     panels = suite.panels(embedder)
-    params = sharding.gather(state.eval_params, run.mesh) if export else None
+    whole = sharding.gather(params, run.mesh) if export else None
     if distributed.is_main():
         if run.config.eval.floors_split:
             fitted_on = data.EVAL_SETS[run.config.data.source](run.config.data, run.config.eval.floors_split)
@@ -295,7 +296,7 @@ def _finish(run: Run, checkpoints: Checkpoints, suite: Suite, export: str | None
         for name, reason in suite.left_out.items():
             print(f"{name} is left out: {reason}")
         if export:
-            write_weights(export, params, _weights_config(run))
+            write_weights(export, whole, _weights_config(run))
             log.info("weights written to %s", export)
     distributed.wait_for_all("finished")
 

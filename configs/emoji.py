@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
     config.train.total_steps = 900
     config.train.dtype = "float32"
     config.train.remat = "none"
+    config.train.text_capacity = 1.0  # joined texts fill their rows
     config.train.log_every_steps = 20
     config.optim.learning_rate = 1e-3
     config.optim.warmup_steps = 60

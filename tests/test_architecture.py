@@ -15,7 +15,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 
 FLOORS = {
-    **dict.fromkeys(["typing", "architectures", "config"], 0),
+    **dict.fromkeys(["typing", "architectures", "config", "ranges", "rounding"], 0),
     **dict.fromkeys(["models", "tokenizers", "preprocess", "losses", "data"], 1),
     **dict.fromkeys(["optim", "sharding", "checkpoint", "metrics", "distributed", "workdir"], 1),
     **dict.fromkeys(["step", "evals", "interop"], 2),

@@ -17,6 +17,7 @@ import pytest
 
 from clip_jax import config as c
 from clip_jax.architectures import MODELS, Architecture
+from clip_jax.ranges import RANGES
 
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = ROOT / "tests/golden/configs"
@@ -70,13 +71,13 @@ def config_with(key, value):
 
 
 def test_every_number_has_a_range_and_every_range_a_number():
-    assert {row for row, _, _ in NUMBERS.values()} == set(c.RANGES)
+    assert {row for row, _, _ in NUMBERS.values()} == set(RANGES)
 
 
 @pytest.mark.parametrize("key", NUMBERS)
 def test_number_out_of_range_is_refused_by_name(key):
     row, kind, many = NUMBERS[key]
-    low, high = c.RANGES[row]
+    low, high = RANGES[row]
     step = 1 if kind is int else max(1e-9, abs(high) * 1e-6)
     for bad in (low - 1, high + step):
         with pytest.raises(ValueError, match=rf"{key}.* is out of range; it must lie between") as error:

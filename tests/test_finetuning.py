@@ -98,7 +98,7 @@ def _step(architecture, config, steps=2):
         model, LOSSES["softmax"], optimizer, Config(model=architecture, optim=config), mesh
     )
     params = tiny_models.params(architecture)
-    state = jax.device_put(step.init_state(params, optimizer, ema=False), sharding.replicated(mesh))
+    state = jax.device_put(step.init_state(params, optimizer, config), sharding.replicated(mesh))
     pixels, tokens = tiny_models.inputs(architecture, rows=4)
     batch = sharding.to_global(Batch(pixels, tokens, np.ones(4, bool)), mesh)
     size = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state))
@@ -124,7 +124,7 @@ def test_nothing_is_computed_for_frozen_parameters_on_the_way_back():
         config = OptimConfig(warmup_steps=0, freeze=freeze)
         optimizer = optim.make_optimizer(config, 10)
         train_step = step.make_train_step(model, LOSSES["softmax"], optimizer, Config(model=VIT, optim=config), mesh)
-        state = jax.eval_shape(lambda: step.init_state(tiny_models.params(VIT), optimizer, ema=False))
+        state = jax.eval_shape(lambda: step.init_state(tiny_models.params(VIT), optimizer, config))
         pixels, tokens = tiny_models.inputs(VIT, rows=4)
         return train_step.lower(state, Batch(pixels, tokens, np.ones(4, bool))).cost_analysis()["flops"]
 

@@ -61,7 +61,7 @@ def _build(config: Config, devices: int):
 def _run(config: Config, devices: int = 1) -> tuple[step.TrainState, list[float]]:
     mesh, model, optimizer, train_step = _build(config, devices)
     placed = jax.tree.map(lambda x: x.sharding, step.state_like(model, optimizer, config, mesh))
-    first = jax.jit(lambda key: step.init_state(model.init(key), optimizer, ema=True), out_shardings=placed)
+    first = jax.jit(lambda key: step.init_state(model.init(key), optimizer, config.optim), out_shardings=placed)
     state, losses = first(jax.random.key(0)), []
     for seed in range(STEPS):
         state, metrics = train_step(state, sharding.to_global(_batch(config, seed), mesh))

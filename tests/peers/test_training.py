@@ -59,7 +59,7 @@ def _our_steps(architecture, params, config, batches):
     mesh = sharding.make_mesh(jax.devices()[:ROWS])  # so statistics are over the global batch
     optimizer = optim.make_optimizer(config.optim, 10)
     train_step = step.make_train_step(make_model(architecture), LOSSES["softmax"], optimizer, config, mesh)
-    state = jax.device_put(step.init_state(params, optimizer, ema=False), sharding.replicated(mesh))
+    state = jax.device_put(step.init_state(params, optimizer, config.optim), sharding.replicated(mesh))
     for pixels, tokens in batches:
         batch = Batch(pixels, tokens, np.ones(len(pixels), bool))
         state, _ = train_step(state, sharding.to_global(batch, mesh))

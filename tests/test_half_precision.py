@@ -1,0 +1,247 @@
+"""Moments and weights in half precision: half the bytes, the trajectory of float32 on average, resumed bit by bit."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from clip_jax import optim, sharding, step
+from clip_jax.architectures import MODELS, Architecture, TextTransformer, ViT
+from clip_jax.checkpoint import Checkpoints
+from clip_jax.config import Config, OptimConfig
+from clip_jax.losses import LOSSES
+from clip_jax.models import make_model
+from clip_jax.typing import Batch
+
+TOTAL = 100
+CONFIG = OptimConfig(learning_rate=0.01, warmup_steps=2)
+# 65,536 elements, of which each is rounded on its own: a mean of them is as good as 256 of one.
+SHAPE = (256, 256)
+ARCHITECTURE = Architecture(ViT(16, 8, 32, 2, 2), TextTransformer(64, 8, 63, width=32, layers=2, heads=2), 16)
+
+
+def _params(seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = {"image": {"kernel": (8, 6), "bias": (6,)}, "text": {"projection": (70, 66)}, "logit_scale": ()}
+    return jax.tree.map(
+        lambda shape: jnp.float32(rng.standard_normal(shape)), shapes, is_leaf=lambda x: isinstance(x, tuple)
+    )
+
+
+def _updates(config, gradients, params, seed=0):
+    """Return the last updates, the parameters standing still, and the last state."""
+    optimizer = optim.make_optimizer(config, TOTAL, seed=seed)
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    for grads in gradients:
+        updates, state = update(grads, state, params)
+    return updates, state
+
+
+# ------------------------------------------------------------------------------------------- moments in half precision
+
+
+def _adam(moments, stochastic, gradients, *, b2=0.999, eps=1e-8, seed=0):
+    """Return the updates of AdamW with rate 1, for gradients that are equal in all elements of SHAPE."""
+    config = OptimConfig(learning_rate=1.0, warmup_steps=0, b2=b2, eps=eps, weight_decay=0.0, moment_dtype=moments)
+    config = dataclasses.replace(config, stochastic_rounding=stochastic)
+    optimizer = optim.make_optimizer(config, 10**9, seed=seed)
+    params = {"kernel": jnp.zeros(SHAPE)}
+
+    def update(state, gradient):
+        updates, state = optimizer.update({"kernel": jnp.full(SHAPE, gradient)}, state, params)
+        return state, updates["kernel"]
+
+    def mean(state, gradient):
+        state, updates = update(state, gradient)
+        return state, (updates.mean(), updates.std())
+
+    return jax.jit(lambda: jax.lax.scan(mean, optimizer.init(params), jnp.asarray(gradients, jnp.float32))[1])()
+
+
+# The mean of 65,536 elements, each with noise of some percent: a thousandth; and Adam's update is no linear function of
+# its moments, so that noise of 5 % in the second moves the mean of 1/√v by 3/8 · 0.05² = a thousandth too.
+MEAN_TOLERANCE = 5e-3
+
+
+@pytest.mark.parametrize("moments", ["bfloat16", "float16"])
+def test_the_second_moment_is_stuck_when_rounded_to_the_nearest_and_not_by_chance(moments):
+    """Gradients fall to a third: the second moment has to fall to a ninth, by a thousandth of itself a step."""
+    gradients = [1e-3] * 1000 + [3e-4] * 4000
+    expected, _ = _adam("float32", True, gradients)
+    by_chance, noise = _adam(moments, True, gradients)
+    nearest, _ = _adam(moments, False, gradients)
+    np.testing.assert_allclose(by_chance[1500::500], expected[1500::500], rtol=MEAN_TOLERANCE)
+    assert noise[-1] < 0.1 * abs(expected[-1])
+    assert abs(nearest[-1] / expected[-1] - 1) > 0.2
+
+
+@pytest.mark.parametrize("b2", [0.98, 0.999])
+@pytest.mark.parametrize("size", [1e-7, 1e-4, 1.0])
+def test_float16_holds_moments_of_gradients_of_any_size(size, b2):
+    """Squares of 1e-7 are far below float16's smallest number, 6e-8."""
+    gradients = size * np.random.default_rng(0).choice([-1.0, 1.0, 2.0], 300)
+    expected, _ = _adam("float32", True, gradients, b2=b2)
+    found, noise = _adam("float16", True, gradients, b2=b2)
+    np.testing.assert_allclose(found[10:], expected[10:], atol=MEAN_TOLERANCE)
+    assert noise.max() < 0.02
+
+
+def test_the_square_of_float16_s_root_is_too_large_by_a_ten_thousandth():
+    """Each step adds the root's variance, at most a quarter of (2^-10)², and 1,000 steps are remembered: 2.4e-4."""
+    config = dataclasses.replace(CONFIG, b2=0.999, moment_dtype="float16")
+    optimizer, grads = optim.make_optimizer(config, TOTAL), {"kernel": jnp.full(SHAPE, 1e-3)}
+    state = optimizer.init(grads)
+    state, _ = jax.jit(
+        lambda s: jax.lax.scan(lambda s, _: (optimizer.update(grads, s, grads)[1], None), s, length=3000)
+    )(state)
+    found = (np.asarray(state[1][0].nu["kernel"], np.float64) * 2**-12) ** 2
+    assert 1e-5 < found.mean() / (1e-6 * (1 - 0.999**3000)) - 1 < 2.4e-4
+
+
+def test_rounding_is_a_function_of_seed_and_step():
+    params = _params()
+    config = dataclasses.replace(CONFIG, moment_dtype="bfloat16")
+    gradients = [_params(seed) for seed in range(3)]
+    states = [_updates(config, gradients, params, seed)[1] for seed in (0, 0, 1)]
+    jax.tree.map(np.testing.assert_array_equal, states[0], states[1])
+    kernels = [np.asarray(state[1][0].mu["text"]["projection"], np.float32) for state in states]
+    assert (kernels[0] != kernels[2]).any()
+
+
+@pytest.mark.parametrize(("name", "moments"), [("adamw", 2), ("lion", 1)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_halves_the_bytes_of_the_state(name, moments, dtype):
+    params = jax.eval_shape(make_model(MODELS["vit_b32"]).init, jax.random.key(0))
+
+    def size(tree):
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+    config = dataclasses.replace(CONFIG, name=name, moment_dtype=dtype)
+    state = jax.eval_shape(optim.make_optimizer(config, TOTAL).init, params)
+    assert size(state) <= moments * size(params) / 2 + 16  # the logit scale's moments, and two counters
+    halved = jax.eval_shape(functools.partial(optim.cast_params, pattern="^text/"), params)
+    assert size(halved) == size(params) - size(params["text"]) / 2
+
+
+# ----------------------------------------------------------------------------------------- parameters in half precision
+
+
+def test_the_pattern_says_what_is_stored_in_half_precision_and_the_logit_scale_never_is():
+    params = _params()
+    for pattern, expected in (("", set()), ("^text/", {"text"}), (".", {"text", "image"})):
+        found = optim.cast_params(params, pattern)
+        assert {
+            path[0].key for path, x in jax.tree_util.tree_leaves_with_path(found) if x.dtype == jnp.bfloat16
+        } == expected
+        assert found["logit_scale"] is params["logit_scale"]
+    for pattern in ("^txt/", "^logit_scale"):
+        with pytest.raises(
+            ValueError, match=r"optim\.half_precision_params='\^\w+/?' finds no parameter; there are e\.g"
+        ):
+            optim.cast_params(params, pattern)
+
+
+def test_the_mean_update_of_half_precision_is_float32_s():
+    """Updates of a hundredth of the last place: to the nearest nothing would ever move."""
+    params = optim.cast_params({"text": jnp.full(SHAPE, 0.7)}, "text")
+    start, last_place = float(params["text"][0, 0]), 2.0**-8
+    updates = {"text": jnp.full(SHAPE, 0.01 * last_place)}
+    apply = jax.jit(optim.apply_updates)
+    for at in range(100):
+        params = apply(params, updates, jax.random.key(at))
+    moved = np.asarray(params["text"], np.float64) - start
+    # 100 draws of variance 0.0099 each: a standard deviation of 0.995 places, its mean over 65,536 elements 0.004.
+    np.testing.assert_allclose(moved.mean() / last_place, 1.0, atol=0.02)
+    np.testing.assert_allclose(moved.std() / last_place, 0.995, atol=0.02)
+
+
+def test_float32_parameters_are_added_to_as_ever():
+    params, updates = _params(), _params(1)
+    found = optim.apply_updates(params, updates, jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, found, optax.apply_updates(params, updates))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion"])
+def test_updates_are_float32_s_of_the_widened_parameters(name):
+    params = optim.cast_params(_params(), "^text/")
+    config = dataclasses.replace(CONFIG, name=name)
+    grads = _params(1)
+    found, _ = _updates(config, [grads] * 2, params)
+    expected, _ = _updates(config, [grads] * 2, optim.widen(params))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(found))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+# ------------------------------------------------------------------------------------------------------- in the step
+
+HALF = OptimConfig(
+    learning_rate=1e-3, warmup_steps=1, ema_decay=0.9, moment_dtype="bfloat16", half_precision_params="^text/|patch"
+)
+
+
+def _batch(seed, rows=16):
+    rng = np.random.default_rng(seed)
+    text = rng.integers(0, 63, (rows, 8)).astype(np.int32)
+    text[:, -1] = 63
+    return Batch(rng.integers(0, 256, (rows, 16, 16, 3), dtype=np.uint8), text, np.ones(rows, bool))
+
+
+@functools.cache
+def _compiled(config):
+    mesh = sharding.make_mesh()
+    model = make_model(ARCHITECTURE)
+    optimizer = optim.make_optimizer(config, TOTAL, seed=3)
+    start = functools.partial(step.init_state, optimizer=optimizer, config=config)
+    init = jax.jit(lambda key: start(model.init(key)), out_shardings=sharding.replicated(mesh))
+    run = Config(model=ARCHITECTURE, optim=config)
+    return init, step.make_train_step(model, LOSSES["softmax"], optimizer, run, mesh), mesh
+
+
+def _dtypes(tree):
+    return jax.tree.map(lambda x: x.dtype, tree)
+
+
+def test_a_run_in_half_precision_learns_and_keeps_its_dtypes():
+    init, train_step, mesh = _compiled(HALF)
+    state = init(jax.random.key(0))
+    first, losses = _dtypes(state), []
+    for _ in range(10):
+        state, metrics = train_step(state, sharding.to_global(_batch(0), mesh))
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0] - 0.1
+    assert _dtypes(state) == first
+    assert {x.dtype for x in jax.tree.leaves(state.params["text"])} == {jnp.dtype("bfloat16")}
+    for kept in (state.ema, state.eval_params, dataclasses.replace(state, ema=None).eval_params):
+        assert {x.dtype for x in jax.tree.leaves(kept)} == {jnp.dtype("float32")}
+    assert train_step._cache_size() == 1
+
+
+def test_a_run_in_half_precision_that_was_resumed_is_the_uninterrupted_one(tmp_path):
+    init, train_step, mesh = _compiled(HALF)
+    whole = init(jax.random.key(0))
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    for at in range(4):
+        whole, _ = train_step(whole, sharding.to_global(_batch(at), mesh))
+        if at == 1:
+            checkpoints.save(at, whole, {})
+            checkpoints.wait()
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), whole)
+    resumed, _ = checkpoints.restore(like)
+    checkpoints.close()
+    for at in range(2, 4):
+        resumed, _ = train_step(resumed, sharding.to_global(_batch(at), mesh))
+    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+
+
+def test_replicas_of_a_half_precision_state_stay_equal():
+    init, train_step, mesh = _compiled(HALF)
+    state = init(jax.random.key(0))
+    for at in range(3):
+        state, _ = train_step(state, sharding.to_global(_batch(at), mesh))
+    for leaf in jax.tree.leaves((state.params, state.opt_state)):
+        first, *others = (np.asarray(shard.data) for shard in leaf.addressable_shards)
+        assert all((first == other).all() for other in others)
