@@ -99,9 +99,9 @@ def param_specs(params: Params, mesh: Mesh, rules: Rules = RULES) -> PyTree:
         cuts = fitting[0][1]
         cuts = [None] * (len(leaf.shape) - len(cuts)) + list(cuts)
         for dimension, (axis, size) in enumerate(zip(cuts, leaf.shape, strict=True)):
-            if axis is None or size % mesh.shape[axis] == 0:
+            if axis is None or (mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0):
                 continue
-            if axis == "tensor":
+            if axis == "tensor" and size % mesh.shape[axis]:
                 raise ValueError(
                     f"mesh.tensor={mesh.shape[axis]} does not divide {size}, an axis of parameter {name} {leaf.shape};"
                     f" use {math.gcd(mesh.shape[axis], size)}"

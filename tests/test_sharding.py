@@ -39,6 +39,11 @@ def test_a_parameter_without_a_rule_and_one_with_two_are_named():
         sharding.param_specs(params, mesh, (("image/.*", ()), ("image/strange", ())))
 
 
+def test_an_axis_of_one_device_cuts_nothing():
+    specs = sharding.param_specs(_params("vit_b32"), sharding.make_mesh())
+    assert set(jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, PartitionSpec))) == {PartitionSpec()}
+
+
 def test_heads_that_tensor_does_not_divide_are_named():
     with pytest.raises(ValueError, match=r"mesh.tensor=8 does not divide 12, an axis of .*key/bias .*; use 4"):
         sharding.param_specs(_params("vit_b32"), sharding.make_mesh(tensor=8))
@@ -66,7 +71,7 @@ def test_moments_lie_where_their_parameters_do():
         for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)
         if leaf.shape == kernel.shape and "image" in str(path) and "'in'" in str(path)
     ]
-    assert found == [kernel.sharding.spec] * 2 == [PartitionSpec(None, "fsdp", "tensor")] * 2
+    assert found == [kernel.sharding.spec] * 2 == [PartitionSpec(None, "fsdp")] * 2
 
 
 def test_neighbours_on_the_tensor_axis_have_the_same_rows():

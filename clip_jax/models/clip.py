@@ -118,7 +118,8 @@ def make_model(
         return _params(variables)
 
     def normalise(image: UInt8[ArrayLike, "B H W 3"]) -> Float[Array, "B H W 3"]:
-        return ((jnp.asarray(image, jnp.float32) / 255 - mean) / std).astype(compute.dtype)
+        wide = jnp.promote_types(compute.dtype, jnp.float32)
+        return ((jnp.asarray(image, wide) / 255 - mean) / std).astype(compute.dtype)
 
     def encode_image(params: Params, image: UInt8[ArrayLike, "B H W 3"]) -> Float[Array, "B E"]:
         return _unit(module.apply(_variables(params), normalise(image), method="encode_image"))
