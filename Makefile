@@ -3,6 +3,8 @@
 # make test-lowest   the tests with the lowest versions that setup.py allows
 # make test-peers    features, gradients, files and inputs against open_clip, transformers and OpenAI's code
 # make bench-tokenizer  our CLIP tokenizer's speed against open_clip's, the ratio in the last line
+# make bench-train      a training step of ViT-B/32 against open_clip's on torch, the ratio in the last line
+# make bench-loss       the losses against their dense form: seconds and memory
 # make bench-loading    loading ViT-L/14 and RN50x64 against reading their bytes: seconds and memory
 # make clean         remove environments, caches and the demo's run
 #
@@ -15,9 +17,11 @@ PEERS ?= .venv-peers
 DEMO ?= runs/emoji
 BIN := $(VENV)/bin
 
+# What tests need brings the TPU's compiler, and JAX would look for a TPU first, and say at length that there is none.
+export JAX_PLATFORMS ?= cpu
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-lowest test-peers bench-tokenizer bench-loading clean
+.PHONY: demo test test-lowest test-peers bench-tokenizer bench-train bench-loss bench-loading clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -38,6 +42,12 @@ test-peers: $(PEERS)/.installed-peers
 
 bench-tokenizer: $(PEERS)/.installed-peers
 	@$(PEERS)/bin/python benchmarks/tokenizer.py
+
+bench-train: $(PEERS)/.installed-peers
+	@$(PEERS)/bin/python benchmarks/train.py
+
+bench-loss: $(VENV)/.installed-test
+	@$(BIN)/python benchmarks/loss.py
 
 bench-loading: $(VENV)/.installed-test
 	@$(BIN)/python benchmarks/loading.py

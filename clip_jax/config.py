@@ -125,7 +125,7 @@ class TrainConfig:
     unroll_layers: bool = False  # write the loop over layers out: the same numbers, minutes to compile
     # Causal towers: captions end to end, in room for this fraction of a batch's text positions. A batch that needs more
     # is encoded in rows (metric text/in_rows; text/filled is what was needed). 1: all in rows.
-    text_capacity: float = 0.5
+    text_capacity: float = 0.35
     log_every_steps: int = 50
     max_nonfinite_steps: int = 10  # in a row; then the run ends
     patch_dropout: float = 0.0  # the fraction of a picture's patches that a step leaves out (Li et al. 2023)

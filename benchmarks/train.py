@@ -1,0 +1,141 @@
+"""A whole training step of ViT-B/32 against open_clip's on torch, alternately, on one core: `make bench-train`.
+
+Forward, backward, AdamW, in float32, 16 pairs at a time, seconds of the processor. Both see the same pictures and the
+same captions, whose lengths are those of web captions: 20 tokens on average, of 77. open_clip encodes 77 positions of
+each, and so do we where it says "in rows"; by default we lay captions end to end (`train.text_capacity`).
+
+The last line is how many times as fast the default is, the median of the pairs.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+
+from clip_jax import optim, sharding, step  # noqa: E402
+from clip_jax.architectures import MODELS  # noqa: E402
+from clip_jax.config import Config, OptimConfig, TrainConfig  # noqa: E402
+from clip_jax.losses import LOSSES  # noqa: E402
+from clip_jax.typing import Batch  # noqa: E402
+
+BATCH, ROUNDS = 16, 5
+OPTIM = OptimConfig(warmup_steps=0)
+
+
+def main() -> None:
+    """Print the seconds of each, and the ratio in the last line."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    batch = _batch()
+    lengths = (batch.text != 0).sum(axis=1)
+    print(f"{BATCH} captions of {lengths.min()} to {lengths.max()} tokens, {lengths.mean():.1f} on average", flush=True)
+    workers = {name: _start(name) for name in STEPS}
+    seconds: dict[str, list[float]] = {name: [] for name in STEPS}
+    for number in range(ROUNDS):
+        for name in list(STEPS)[:: 1 if number % 2 else -1]:
+            workers[name].send("go")
+            seconds[name].append(workers[name].recv())
+    for name, values in seconds.items():
+        workers[name].send(None)
+        ratio = statistics.median(a / b for a, b in zip(seconds["open_clip"], values, strict=True))
+        print(f"{name:<10} {statistics.median(values):6.2f} s ({min(values):.2f} to {max(values):.2f})   {ratio:.2f}")
+    print(f"ratio: {ratio:.2f}")
+
+
+def _start(name: str) -> Connection:
+    """Return the line to a process of its own, where neither library's memory and threads are in the other's way."""
+    here, there = get_context("spawn").Pipe()
+    get_context("spawn").Process(target=_work, args=(name, there), daemon=True).start()
+    print(f"{name:<10} loss {here.recv():.4f} at first", flush=True)
+    return here
+
+
+def _work(name: str, line: Connection) -> None:
+    take = STEPS[name](_batch())
+    line.send([take(), take()][0])  # compiled, and memory at hand
+    while line.recv():
+        began = time.process_time()
+        take()
+        line.send(time.process_time() - began)
+
+
+def _batch() -> Batch:
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(np.log(17), 0.5, BATCH).astype(int), 3, 77)
+    text = np.zeros((BATCH, 77), np.int32)
+    for row, length in zip(text, lengths, strict=True):
+        row[:length] = [49_406, *rng.integers(1, 49_406, length - 2), 49_407]
+    return Batch(rng.integers(0, 256, (BATCH, 224, 224, 3), dtype=np.uint8), text, np.ones(BATCH, bool))
+
+
+def _ours(batch: Batch, text_capacity: float) -> Callable[[], float]:
+    train = TrainConfig(batch_size=BATCH, dtype="float32", remat="dots", text_capacity=text_capacity)
+    config = Config(model=MODELS["vit_b32"], optim=OPTIM, train=train)
+    mesh, optimizer = sharding.make_mesh(), optim.make_optimizer(OPTIM, 1000)
+    model = step.make_model_of(config, mesh)
+    train_step = step.make_train_step(model, LOSSES["softmax"], optimizer, config, mesh)
+    placed = jax.tree.map(lambda x: x.sharding, step.state_like(model, optimizer, config, mesh))
+    first = jax.jit(lambda key: step.init_state(model.init(key), optimizer, OPTIM), out_shardings=placed)
+    state = first(jax.random.key(0, impl="rbg"))
+    on_device = sharding.to_global(batch, mesh)
+
+    def take() -> float:
+        nonlocal state
+        state, metrics = train_step(state, on_device)
+        assert not metrics.get("text/in_rows", 0)
+        return float(metrics["loss"])
+
+    return take
+
+
+def _theirs(batch: Batch) -> Callable[[], float]:
+    import torch
+
+    for operator in ("nms", "qnms"):  # torchvision without its compiled half, as in tests/peers/conftest.py
+        torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    import open_clip
+
+    torch.set_num_threads(1)
+    model = open_clip.create_model("ViT-B-32-quickgelu")
+    model.train()
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    spared = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": spared, "weight_decay": 0.0}, {"params": decayed, "weight_decay": OPTIM.weight_decay}]
+    optimizer = torch.optim.AdamW(groups, OPTIM.learning_rate, (OPTIM.b1, OPTIM.b2), OPTIM.eps)
+    loss = open_clip.ClipLoss()
+    mean, std = (
+        torch.tensor(x).view(1, 3, 1, 1) for x in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+    )
+    images = (torch.from_numpy(batch.image).permute(0, 3, 1, 2).float() / 255 - mean) / std
+    texts = torch.from_numpy(batch.text).long()
+
+    def take() -> float:
+        optimizer.zero_grad()
+        value = loss(*model(images, texts))
+        value.backward()
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, np.log(100))
+        return value.item()
+
+    return take
+
+
+STEPS: dict[str, Callable[[Batch], Callable[[], float]]] = {
+    "open_clip": _theirs,
+    "in rows": lambda batch: _ours(batch, 1.0),
+    "end to end": lambda batch: _ours(batch, TrainConfig().text_capacity),
+}
+
+if __name__ == "__main__":
+    main()
