@@ -1,15 +1,25 @@
 """Distillation from a teacher: the loss against its dense form in float64, and a run that learns by it."""
 
+import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from jax.sharding import Mesh, NamedSharding
 
-from clip_jax import sharding
-from clip_jax.losses import distillation, pairs, ring
+from clip_jax import dry_run, metrics, optim, sharding, step, train
+from clip_jax.architectures import Preprocess, TokenizerConfig, WeightsConfig
+from clip_jax.config import Config, OptimConfig, TeacherConfig, TrainConfig, from_config_dict, resolve
+from clip_jax.interop import msgpack
+from clip_jax.losses import LOSSES, distillation, pairs, ring
+from clip_jax.models import make_model
+from clip_jax.tokenizers import make_tokenizer
+from clip_jax.typing import Batch
+from tests import runs, tiny_models
 
 BATCH, WIDTH, TEACHER_WIDTH, SCALE, TEACHER_SCALE = 16, 12, 20, 14.3, 31.0
 # Student's images and texts, teacher's images and texts, both scales: of which the student's get a gradient.
@@ -142,3 +152,152 @@ def test_one_device_holds_a_thirtieth_of_the_similarities():
     compiled = gradient.lower(*sides, scalar, scalar).compile()
     # The form with all similarities takes at least student's and teacher's and a softmax of each: 4 GiB.
     assert compiled.memory_analysis().temp_size_in_bytes <= 4 * batch * batch * 4 / 30
+
+
+# ---------------------------------------------------------------------------------------------------------- the step
+
+STUDENT, TEACHER = tiny_models.ARCHITECTURES["vit_gelu"], tiny_models.ARCHITECTURES["resnet"]
+
+
+def _train_step(devices: int, weight: float = 10.0, **changes):
+    """Return a step with a teacher of another family and width, its first state, and a batch."""
+    config = Config(
+        model=STUDENT,
+        teacher=TeacherConfig("given", weight=weight),
+        optim=OptimConfig(warmup_steps=0, learning_rate=1e-3),
+        train=TrainConfig(dtype="float32", remat="none", **changes),
+    )
+    mesh = sharding.make_mesh(jax.devices()[:devices], fsdp=devices)
+    model, optimizer = step.make_model_of(config, mesh), optim.make_optimizer(config.optim, 100)
+    architecture = dataclasses.replace(TEACHER, embed_dim=48)
+    teacher = step.make_teacher(architecture, tiny_models.params(architecture, seed=5), config, mesh)
+    train_step = step.make_train_step(model, LOSSES["softmax"], optimizer, config, mesh, teacher)
+    placed = jax.tree.map(lambda x: x.sharding, step.state_like(model, optimizer, config, mesh))
+    state = jax.device_put(step.init_state(tiny_models.params(STUDENT), optimizer, config.optim), placed)
+    pixels, tokens = tiny_models.inputs(STUDENT, rows=8)
+    return train_step, state, sharding.to_global(Batch(pixels, tokens, np.ones(8, bool)), mesh), teacher
+
+
+@pytest.mark.parametrize(("devices", "changes"), [(1, {}), (2, {"micro_batches": 2})])
+def test_steps_bring_the_student_closer_to_the_teacher(devices, changes):
+    train_step, state, batch, teacher = _train_step(devices, **changes)
+    before, divergence = jax.device_get(teacher.params), []
+    for _ in range(12):
+        state, outputs = train_step(state, batch)
+        divergence.append(float(outputs["distill/kl"]))
+    assert divergence[-1] < 0.5 * divergence[0]
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(teacher.params), before)
+
+
+def test_the_loss_is_the_contrastive_one_and_the_teachers_by_weight():
+    losses = {}
+    for weight in (0.0, 1.0, 3.0):
+        train_step, state, batch, teacher = _train_step(1, weight)
+        _, outputs = train_step(state, batch)
+        losses[weight] = float(outputs["loss"])
+    np.testing.assert_allclose(losses[1] - losses[0], outputs["distill/cross_entropy"], rtol=1e-5)
+    np.testing.assert_allclose(losses[3] - losses[0], 3 * outputs["distill/cross_entropy"], rtol=1e-5)
+    params = tiny_models.params(STUDENT)
+    encoders = ((make_model(STUDENT), params), (teacher.model, teacher.params))
+    student, target = ((m.encode_image(p, batch.image), m.encode_text(p, batch.text)) for m, p in encoders)
+    scales = (jnp.exp(p["logit_scale"]) for _, p in encoders)
+    expected, divergence = _dense(*student, *target, *scales)
+    np.testing.assert_allclose(outputs["distill/cross_entropy"], expected, rtol=1e-5)
+    np.testing.assert_allclose(outputs["distill/kl"], divergence, rtol=1e-4)
+
+
+def test_the_teacher_is_an_input_of_the_program_not_a_part_of_it():
+    train_step, state, batch, teacher = _train_step(1)
+    lowered = train_step.func.lower(*train_step.args, state, batch)
+    sizes = [leaf.size for leaf in jax.tree.leaves((teacher.params, state, batch))]
+    assert len(jax.tree.leaves(lowered.args_info)) == len(sizes)
+    constants = re.findall(r"constant dense<\"0x([0-9A-F]*)", lowered.as_text())
+    assert sum(map(len, constants)) / 2 < max(leaf.nbytes for leaf in jax.tree.leaves(teacher.params))
+
+
+# ----------------------------------------------------------------------------------------------------------- the run
+
+
+def _run(tmp_path, architecture=TEACHER, weights=None, **teacher):
+    """Return what `teaching_weights` makes of a file with these weights, and them."""
+    params = tiny_models.params(architecture)
+    msgpack.write(tmp_path / "t.msgpack", params, weights or WeightsConfig(architecture))
+    config = Config(model=STUDENT, teacher=TeacherConfig(str(tmp_path / "t.msgpack"), **teacher))
+    return train.teaching_weights(config, make_tokenizer(config.tokenizer, STUDENT.text)), params
+
+
+def test_a_teacher_is_of_any_family_with_the_runs_sizes(tmp_path):
+    (found, params), stored = _run(tmp_path)
+    assert found == TEACHER
+    jax.tree.map(np.testing.assert_array_equal, params, stored)
+    smaller = dataclasses.replace(STUDENT, image=dataclasses.replace(STUDENT.image, image_size=32))  # 4 patches
+    (found, params), _ = _run(tmp_path, smaller)
+    assert found == STUDENT and params["image"]["positional_embedding"].shape == (17, 128)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (WeightsConfig(TEACHER, preprocess=Preprocess((0.5,) * 3)), r"preprocess\.mean is \(0\.5, 0\.5, 0\.5\) there"),
+        (
+            WeightsConfig(dataclasses.replace(TEACHER, text=dataclasses.replace(TEACHER.text, vocab_size=700))),
+            r"other pixels or token ids than this run: model\.text\.vocab_size is 700 there, 600 here",
+        ),
+        (
+            WeightsConfig(TEACHER, TokenizerConfig("sentencepiece", clean="lower")),
+            r"tokenizer\.name is 'sentencepiece' there, 'clip_bpe' here; tokenizer\.clean is 'lower' there",
+        ),
+    ],
+)
+def test_a_teacher_that_sees_something_else_is_refused_by_key(tmp_path, weights, message):
+    with pytest.raises(ValueError, match=message):
+        _run(tmp_path, weights.model, weights)
+
+
+def test_a_teacher_of_other_merges_is_refused_by_what_it_makes_of_a_text(tmp_path):
+    merges = [f"{a} {b}" for a in "abcdefghij" for b in "klmnopqrs"][: STUDENT.text.vocab_size - 514]
+    content = "\n".join(["#version: 0.2", *merges, ""]).encode()
+    weights = WeightsConfig(TEACHER, TokenizerConfig(path="merges.txt"), tokenizer_file=content)
+    with pytest.raises(ValueError, match=r"other token ids than this run: 'a photo of a dog' is \[598, .* here"):
+        _run(tmp_path, weights=weights)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ("/nowhere.pt", r"teacher\.weights='/nowhere\.pt': /nowhere\.pt: there is no such file"),
+        ("lit.npz:img", r"teacher\.weights='lit\.npz:img' is one tower, and a teacher needs both"),
+    ],
+)
+def test_a_teacher_that_is_not_there_or_not_whole_is_refused(weights, message):
+    config = Config(model=STUDENT, teacher=TeacherConfig(weights))
+    with pytest.raises(ValueError, match=message):
+        train.teaching_weights(config, make_tokenizer(config.tokenizer, STUDENT.text))
+
+
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [
+        ({"weight": 2.0}, "teacher.weight=2.0 is of a teacher, and there is none: set teacher.weights"),
+        ({"weights": "t.pt", "model": "vit_b23"}, "teacher.model='vit_b23' is none of .* did you mean 'vit_b32'"),
+    ],
+)
+def test_a_config_that_makes_no_sense_is_refused_before_the_run(teacher, message):
+    config = from_config_dict({"teacher": teacher, "train": {"batch_size": 8, "total_steps": 10_000}})
+    with pytest.raises(ValueError, match=message):
+        resolve(config, devices=1)
+
+
+def test_a_run_learns_from_its_teacher_and_keeps_only_itself(tmp_path):
+    """The whole command, killed by nothing: the metrics are there, and the checkpoint is that of a run without."""
+    config, architecture = runs.tiny_model()
+    teacher = dataclasses.replace(architecture, embed_dim=24)
+    msgpack.write(tmp_path / "t.msgpack", tiny_models.params(teacher), WeightsConfig(teacher))
+    flags = [f"--config.teacher.weights={tmp_path}/t.msgpack", "--config.train.total_steps=6"]
+    said = runs.finish(runs.start(tmp_path / "run", *flags, devices=2))[0]
+    assert "learning from" in said
+    lines = [line for line in metrics.read_lines(epath.Path(tmp_path / "run")) if "loss" in line]
+    assert len(lines) == 6 and all(line["distill/kl"] > 0 for line in lines)
+    taught = dataclasses.replace(config, teacher=TeacherConfig("t.msgpack", weight=0.5))
+    assert "learns from:         t.msgpack, weight 0.5" in dry_run.describe(taught, epath.Path(tmp_path))
+    assert "learns from" not in dry_run.describe(config, epath.Path(tmp_path))
