@@ -43,5 +43,5 @@ def describe(config: Config, workdir: epath.Path) -> str:
     return "\n".join(f"{name + ':':<{width + 2}}{value}" for name, value in rows.items() if value)
 
 
-def _size(n: float) -> str:
+def _size(n: int) -> str:
     return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.1f} MiB"

@@ -61,7 +61,7 @@ class TrainState:
 
 
 class Teacher(NamedTuple):
-    """A frozen model that is learnt from. Its parameters are an input of the step; they lie on the mesh as a run's do."""
+    """A frozen model that is learnt from. Its parameters are an input of the step, and lie on the mesh as others do."""
 
     model: Model
     params: Params
@@ -185,6 +185,7 @@ class _Rows(NamedTuple):
 
 
 _Embedded = tuple[Float[Array, "B E"], Float[Array, "B E"]]
+_Target = tuple[Float[Array, "B G"], Float[Array, "B G"]]  # the teacher's embeddings
 _Value = tuple[Float[Array, ""], tuple[Metrics, Params | None]]
 
 
@@ -211,7 +212,7 @@ def make_gradient(model: Model, loss: Loss, config: Config, mesh: Mesh, teacher:
         texts_BE, metrics = model.encode_text_train(params, rows.text)
         return (images_BE, texts_BE), (stats, metrics)
 
-    def teach(taught: Params | None, rows: _Rows) -> _Embedded | None:
+    def teach(taught: Params | None, rows: _Rows) -> _Target | None:
         if teacher is None:
             return None
         return teacher.encode_image(taught, rows.image), teacher.encode_text_train(taught, rows.text)[0]
@@ -286,7 +287,7 @@ def _loss_over(mesh: Mesh, loss: Loss, config: Config) -> Callable[..., tuple[Fl
     )
 
     def whole(
-        embedded: _Embedded, head: Params, text_BL: Int32[Array, "B L"], target: _Embedded | None, taught: Params | None
+        embedded: _Embedded, head: Params, text_BL: Int32[Array, "B L"], target: _Target | None, taught: Params | None
     ) -> tuple[Float[Array, ""], Metrics]:
         ids = (caption_ids(text_BL),) * 2 if config.loss.equal_captions == "positives" else None
         scale = jnp.exp(head["logit_scale"])

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from clip_jax import dry_run, metrics, optim, sharding, step, train
 from clip_jax.architectures import Preprocess, TokenizerConfig, WeightsConfig
 from clip_jax.config import Config, OptimConfig, TeacherConfig, TrainConfig, from_config_dict, resolve
-from clip_jax.interop import msgpack
+from clip_jax.interop import msgpack, reading
 from clip_jax.losses import LOSSES, distillation, pairs, ring
 from clip_jax.models import make_model
 from clip_jax.tokenizers import make_tokenizer
@@ -289,15 +289,17 @@ def test_a_config_that_makes_no_sense_is_refused_before_the_run(teacher, message
 
 
 def test_a_run_learns_from_its_teacher_and_keeps_only_itself(tmp_path):
-    """The whole command, killed by nothing: the metrics are there, and the checkpoint is that of a run without."""
+    """From config to weights, which are the student's alone."""
     config, architecture = runs.tiny_model()
     teacher = dataclasses.replace(architecture, embed_dim=24)
     msgpack.write(tmp_path / "t.msgpack", tiny_models.params(teacher), WeightsConfig(teacher))
-    flags = [f"--config.teacher.weights={tmp_path}/t.msgpack", "--config.train.total_steps=6"]
-    said = runs.finish(runs.start(tmp_path / "run", *flags, devices=2))[0]
-    assert "learning from" in said
+    config = dataclasses.replace(
+        config,
+        teacher=TeacherConfig(str(tmp_path / "t.msgpack"), weight=0.5),
+        train=dataclasses.replace(config.train, total_steps=6),
+    )
+    assert train.train(config, str(tmp_path / "run"), str(tmp_path / "out.msgpack"))
     lines = [line for line in metrics.read_lines(epath.Path(tmp_path / "run")) if "loss" in line]
     assert len(lines) == 6 and all(line["distill/kl"] > 0 for line in lines)
-    taught = dataclasses.replace(config, teacher=TeacherConfig("t.msgpack", weight=0.5))
-    assert "learns from:         t.msgpack, weight 0.5" in dry_run.describe(taught, epath.Path(tmp_path))
-    assert "learns from" not in dry_run.describe(config, epath.Path(tmp_path))
+    assert reading.read(tmp_path / "out.msgpack").config.model == architecture
+    assert f"learns from:         {config.teacher.weights}, weight 0.5\n" in dry_run.describe(config, epath.Path("x"))
