@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from clip_jax import dry_run, metrics, optim, sharding, step, train
 from clip_jax.architectures import Architecture, Preprocess, TextTransformer, TokenizerConfig, ViT, WeightsConfig
-from clip_jax.config import Config, OptimConfig, TeacherConfig, TrainConfig, from_config_dict, resolve
+from clip_jax.config import Config, EvalConfig, OptimConfig, TeacherConfig, TrainConfig, from_config_dict, resolve
 from clip_jax.interop import msgpack, reading
 from clip_jax.losses import LOSSES, distillation, pairs, ring
 from clip_jax.models import make_model
@@ -168,7 +168,7 @@ def _train_step(devices: int, weight: float = 10.0, **changes):
         model=STUDENT,
         teacher=TeacherConfig("given", weight=weight),
         optim=OptimConfig(warmup_steps=0, learning_rate=3e-3),
-        train=TrainConfig(dtype="float32", remat="none", **changes),
+        train=TrainConfig(dtype="float32", remat="none", text_capacity=1.0, **changes),
     )
     mesh = sharding.make_mesh(jax.devices()[:devices], fsdp=devices)
     model, optimizer = step.make_model_of(config, mesh), optim.make_optimizer(config.optim, 100)
@@ -306,7 +306,8 @@ def test_a_run_learns_from_its_teacher_and_keeps_only_itself(tmp_path):
     config = dataclasses.replace(
         config,
         teacher=TeacherConfig(str(tmp_path / "t.msgpack"), weight=0.5),
-        train=dataclasses.replace(config.train, total_steps=6),
+        train=dataclasses.replace(config.train, total_steps=6, text_capacity=1.0),
+        eval=EvalConfig(),
     )
     assert train.train(config, str(tmp_path / "run"), str(tmp_path / "out.msgpack"))
     lines = [line for line in metrics.read_lines(epath.Path(tmp_path / "run")) if "loss" in line]
