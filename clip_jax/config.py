@@ -84,6 +84,20 @@ class InitConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TeacherConfig:
+    """A trained model whose softmax over the batch is learnt from: anything that `clip_jax.load` takes.
+
+    It is frozen, and sees the run's pictures and texts. Picture size and context length may differ from `model`'s as in
+    `init`; preprocessing and token ids have to be the same, all else is its own.
+    """
+
+    weights: str = ""  # empty: none
+    model: str = ""  # a name in MODELS, for files that can't tell
+    activation: str = ""  # likewise
+    weight: float = 1.0  # of the cross-entropy with the teacher; the loss's own is 1
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimConfig:
     """An optimizer with warm-up and cosine decay to zero. The defaults are the paper's for ViT."""
 
@@ -179,6 +193,7 @@ class Config:
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()
     init: InitConfig = InitConfig()
+    teacher: TeacherConfig = TeacherConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
@@ -390,6 +405,13 @@ def resolve(config: Config, *, devices: int, processes: int = 1, examples: int |
             raise ValueError(f"optim.{key}={pattern!r} is no regular expression ({error}); e.g. '^image/'") from error
     if config.loss.name == "sigmoid" and not config.model.logit_bias:
         raise ValueError("loss.name='sigmoid' has a bias that the model lacks: set model.logit_bias=True")
+    teacher = config.teacher
+    if teacher.model:
+        check_name("teacher.model", teacher.model, MODELS)
+    if not teacher.weights and teacher != TeacherConfig():
+        changed = differences(Config(teacher=TeacherConfig()), Config(teacher=teacher))
+        key, (_, value) = next(iter(changed.items()))
+        raise ValueError(f"{key}={value!r} is of a teacher, and there is none: set teacher.weights")
     if config.train.patch_dropout and config.model.image.kind != "vit":
         raise ValueError(f"train.patch_dropout={config.train.patch_dropout} needs patches; set it to 0, or use a ViT")
     return Resolved(config, steps, batch // shards)

@@ -25,6 +25,7 @@ def describe(config: Config, workdir: epath.Path) -> str:
         "  image tower": f"{count_parameters(state.params['image']):,} ({image.kind}, {image.image_size} px)",
         "  text tower": f"{count_parameters(state.params['text']):,} ({text.length} tokens of {text.vocab_size:,})",
         "starts from": config.init.weights or f"random weights, seed {config.train.seed}",
+        "learns from": f"{config.teacher.weights}, weight {config.teacher.weight:g}" if config.teacher.weights else "",
         "steps": f"{resolved.total_steps:,}",
         "examples": f"{resolved.total_steps * batch:,}",
         "batch": f"{batch:,}",
@@ -39,8 +40,8 @@ def describe(config: Config, workdir: epath.Path) -> str:
         "workdir": str(workdir),
     }
     width = max(map(len, rows))
-    return "\n".join(f"{name + ':':<{width + 2}}{value}" for name, value in rows.items())
+    return "\n".join(f"{name + ':':<{width + 2}}{value}" for name, value in rows.items() if value)
 
 
-def _size(n: float) -> str:
+def _size(n: int) -> str:
     return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.1f} MiB"

@@ -55,6 +55,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "loss.logit_scale_init": (1e-3, 1e4),
     "loss.logit_scale_max": (1.0, 1e4),
     "loss.logit_bias_init": (-1e4, 1e4),
+    "teacher.weight": (0.0, 1e4),
     "optim.learning_rate": (0.0, 10.0),
     "optim.warmup_steps": _COUNT_OR_NONE,
     "optim.b1": (0.0, 0.9999999),

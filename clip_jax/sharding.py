@@ -112,6 +112,14 @@ def param_specs(params: Params, mesh: Mesh, rules: Rules = RULES) -> PyTree:
     return jax.tree_util.tree_map_with_path(spec, params)
 
 
+def param_shardings(params: Params, mesh: Mesh) -> PyTree:
+    """Return the sharding of every parameter; running averages of batch norm are whole everywhere."""
+    trained = {name: value for name, value in params.items() if name != "batch_stats"}
+    placed = jax.tree.map(lambda spec: NamedSharding(mesh, spec), param_specs(trained, mesh))
+    rest = {name: value for name, value in params.items() if name == "batch_stats"}
+    return placed | jax.tree.map(lambda _: replicated(mesh), rest)
+
+
 def state_shardings(state: Any, mesh: Mesh, *, shard_moments: bool = False) -> Any:
     """Return the sharding of every array of a train state, whose `params` name the parameters.
 

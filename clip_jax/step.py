@@ -7,6 +7,7 @@ after enough of them, so the guard is our own.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,13 +20,15 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int32, PyTree
 
 from clip_jax import optim, sharding
+from clip_jax.architectures import Architecture
 from clip_jax.config import Config, OptimConfig
+from clip_jax.losses import distillation
 from clip_jax.models import Model, make_model
 from clip_jax.sharding import BATCH, BATCH_AXES, REPLICATED, batch_sharding, replicated
 from clip_jax.typing import Batch, Leaf, Loss, Metrics, Params
 
 TrainStep = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
-# (params, batch_stats, batch, key) -> ((loss, (metrics, batch_stats)), gradient)
+# (params, batch_stats, batch, key, teacher's params) -> ((loss, (metrics, batch_stats)), gradient)
 Gradient = Callable[..., tuple[tuple[Float[Array, ""], tuple[Metrics, Params | None]], Params]]
 
 
@@ -57,6 +60,13 @@ class TrainState:
         return _with_stats(optim.widen(self.params) if self.ema is None else self.ema, self.batch_stats)
 
 
+class Teacher(NamedTuple):
+    """A frozen model that is learnt from. Its parameters are an input of the step, and lie on the mesh as others do."""
+
+    model: Model
+    params: Params
+
+
 def make_model_of(config: Config, mesh: Mesh) -> Model:
     """Return the model as `config` trains it on a mesh."""
     train, loss = config.train, config.loss
@@ -72,6 +82,23 @@ def make_model_of(config: Config, mesh: Mesh) -> Model:
         text_capacity=train.text_capacity,
         text_groups=sharding.batch_shards(mesh),
     )
+
+
+def make_teacher(architecture: Architecture, params: Params, config: Config, mesh: Mesh) -> Teacher:
+    """Return the teacher of a run, its parameters on the mesh. It computes in the run's dtype.
+
+    Raises:
+      ValueError: if `mesh.tensor` does not divide the model.
+    """
+    model = make_model(
+        architecture,
+        config.preprocess,
+        dtype=config.train.dtype,
+        unroll=config.train.unroll_layers,
+        text_capacity=config.train.text_capacity,
+        text_groups=sharding.batch_shards(mesh),
+    )
+    return Teacher(model, jax.jit(lambda x: x, out_shardings=sharding.param_shardings(params, mesh))(params))
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation, config: OptimConfig) -> TrainState:
@@ -101,19 +128,21 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     config: Config,
     mesh: Mesh,
+    teacher: Teacher | None = None,
 ) -> TrainStep:
     """Return the compiled step: (state, batch) -> (state, metrics). The state is donated, and stays where it lies.
 
     Metrics are float32 scalars, equal on every device: loss, the loss's own, logit_scale, grad_norm, skipped,
-    skipped_in_a_row; text/filled and text/in_rows where captions are packed.
+    skipped_in_a_row; text/filled and text/in_rows where captions are packed; those of `losses.distillation` where there
+    is a teacher, whose part `loss` includes.
     """
-    gradient = make_gradient(model, loss, config, mesh)
+    gradient = make_gradient(model, loss, config, mesh, teacher and teacher.model)
 
     choose = _run_if if mesh.devices.flat[0].platform == "cpu" else _select_if
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def taught_step(taught: Params | None, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
-        (value, (metrics, stats)), grads = gradient(state.params, state.batch_stats, batch, key)
+        (value, (metrics, stats)), grads = gradient(state.params, state.batch_stats, batch, key, taught)
         grads = optim.widen(grads)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
@@ -138,13 +167,15 @@ def make_train_step(
         }
         return TrainState(state.step + 1, params, opt_state, stats, ema, skipped, in_a_row), metrics
 
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        return taught_step(None, state, batch)
+
     placed = jax.tree.map(lambda x: x.sharding, state_like(model, optimizer, config, mesh))
-    return jax.jit(
-        train_step,
-        in_shardings=(placed, batch_sharding(mesh)),
-        out_shardings=(placed, replicated(mesh)),
-        donate_argnums=0,
-    )
+    inputs, outputs = (placed, batch_sharding(mesh)), (placed, replicated(mesh))
+    if teacher is None:
+        return jax.jit(train_step, in_shardings=inputs, out_shardings=outputs, donate_argnums=0)
+    compiled = jax.jit(taught_step, in_shardings=(None, *inputs), out_shardings=outputs, donate_argnums=1)
+    return functools.partial(compiled, teacher.params)
 
 
 class _Rows(NamedTuple):
@@ -154,11 +185,14 @@ class _Rows(NamedTuple):
 
 
 _Embedded = tuple[Float[Array, "B E"], Float[Array, "B E"]]
+_Target = tuple[Float[Array, "B G"], Float[Array, "B G"]]  # the teacher's embeddings
 _Value = tuple[Float[Array, ""], tuple[Metrics, Params | None]]
 
 
-def make_gradient(model: Model, loss: Loss, config: Config, mesh: Mesh) -> Gradient:
+def make_gradient(model: Model, loss: Loss, config: Config, mesh: Mesh, teacher: Model | None = None) -> Gradient:
     """Return (params, batch_stats, batch, key) -> ((loss, (metrics, batch_stats)), gradient) of the whole batch.
+
+    With a teacher its parameters are a fifth argument; it embeds every picture and text once, in inference's way.
 
     With `train.micro_batches`, the batch is embedded part by part, the loss is taken over all embeddings, and every
     part is embedded again for its gradient, with the same keys: the gradient is that of the whole batch, with all its
@@ -167,7 +201,7 @@ def make_gradient(model: Model, loss: Loss, config: Config, mesh: Mesh) -> Gradi
     the running averages move once for each.
     """
     freeze, parts = config.optim.freeze, config.train.micro_batches
-    whole_loss = _loss_over(mesh, loss, config.loss.equal_captions)
+    whole_loss = _loss_over(mesh, loss, config)
 
     def embed(params: Params, stats: Params | None, rows: _Rows) -> tuple[_Embedded, tuple[Params | None, Metrics]]:
         params = optim.stop_frozen(params, freeze)
@@ -178,25 +212,35 @@ def make_gradient(model: Model, loss: Loss, config: Config, mesh: Mesh) -> Gradi
         texts_BE, metrics = model.encode_text_train(params, rows.text)
         return (images_BE, texts_BE), (stats, metrics)
 
-    def at_once(params: Params, stats: Params | None, rows: _Rows) -> tuple[_Value, Params]:
+    def teach(taught: Params | None, rows: _Rows) -> _Target | None:
+        if teacher is None:
+            return None
+        return teacher.encode_image(taught, rows.image), teacher.encode_text_train(taught, rows.text)[0]
+
+    def at_once(params: Params, stats: Params | None, taught: Params | None, rows: _Rows) -> tuple[_Value, Params]:
+        target = teach(taught, rows)
+
         def objective(params: Params) -> _Value:
             embedded, (new_stats, text_metrics) = embed(params, stats, rows)
-            value, metrics = whole_loss(embedded, _head(params), rows.text)
+            value, metrics = whole_loss(embedded, _head(params), rows.text, target, taught)
             return value, (metrics | text_metrics, new_stats)
 
         return jax.value_and_grad(objective, has_aux=True)(params)
 
-    def in_parts(params: Params, stats: Params | None, rows: _Rows) -> tuple[_Value, Params]:
+    def in_parts(params: Params, stats: Params | None, taught: Params | None, rows: _Rows) -> tuple[_Value, Params]:
         split, join = sharding.micro_batches(mesh, parts)
         parts_of_rows = split(rows)
 
-        def first(stats: Params | None, part: _Rows) -> tuple[Params | None, tuple[_Embedded, Metrics]]:
+        def first(stats: Params | None, part: _Rows) -> tuple[Params | None, tuple]:
             embedded, (stats, metrics) = embed(params, stats, part)
-            return stats, (embedded, metrics)
+            return stats, (embedded, metrics, teach(taught, part))
 
-        new_stats, (embedded, text_metrics) = jax.lax.scan(first, stats, parts_of_rows)
+        new_stats, (embedded, text_metrics, target) = jax.lax.scan(first, stats, parts_of_rows)
+        embedded, target = join(embedded), join(target)
         value, pull, metrics = jax.vjp(
-            lambda embedded, head: whole_loss(embedded, head, rows.text), join(embedded), _head(params), has_aux=True
+            lambda embedded, head: whole_loss(embedded, head, rows.text, target, taught),
+            *(embedded, _head(params)),
+            has_aux=True,
         )
         d_embedded, d_head = pull(jnp.ones_like(value))
 
@@ -210,10 +254,12 @@ def make_gradient(model: Model, loss: Loss, config: Config, mesh: Mesh) -> Gradi
         text_metrics = jax.tree.map(jnp.mean, text_metrics)
         return (value, (metrics | text_metrics, new_stats)), grads | d_head
 
-    def gradient(params: Params, stats: Params | None, batch: Batch, key: jax.Array) -> tuple[_Value, Params]:
+    def gradient(
+        params: Params, stats: Params | None, batch: Batch, key: jax.Array, taught: Params | None = None
+    ) -> tuple[_Value, Params]:
         keys = jax.random.split(key, batch.text.shape[0])
         rows = _Rows(batch.image, batch.text, jax.lax.with_sharding_constraint(keys, batch_sharding(mesh)))
-        return (at_once if parts == 1 else in_parts)(params, stats, rows)
+        return (at_once if parts == 1 else in_parts)(params, stats, taught, rows)
 
     return gradient
 
@@ -222,18 +268,34 @@ def _head(params: Params) -> Params:
     return {name: params[name] for name in ("logit_scale", "logit_bias") if name in params}
 
 
-def _loss_over(mesh: Mesh, loss: Loss, equal_captions: str) -> Callable[..., tuple[Float[Array, ""], Metrics]]:
-    """Return (embeddings, head, text_BL) -> (loss, metrics) of a batch over the mesh."""
+def _loss_over(mesh: Mesh, loss: Loss, config: Config) -> Callable[..., tuple[Float[Array, ""], Metrics]]:
+    """Return (embeddings, head, text_BL, teacher's embeddings, its params) -> (loss, metrics) of a batch over the mesh.
+
+    Without a teacher, the last two are None.
+    """
     sharded = jax.shard_map(
         lambda *inputs: loss(*inputs[:4], axis=BATCH_AXES, ids=inputs[4]),
         mesh=mesh,
         in_specs=(BATCH, BATCH, REPLICATED, REPLICATED, BATCH),
         out_specs=REPLICATED,
     )
+    sharded_distillation = jax.shard_map(
+        functools.partial(distillation, axis=BATCH_AXES),
+        mesh=mesh,
+        in_specs=(BATCH, BATCH, BATCH, BATCH, REPLICATED, REPLICATED),
+        out_specs=REPLICATED,
+    )
 
-    def whole(embedded: _Embedded, head: Params, text_BL: Int32[Array, "B L"]) -> tuple[Float[Array, ""], Metrics]:
-        ids = (caption_ids(text_BL),) * 2 if equal_captions == "positives" else None
-        return sharded(*embedded, jnp.exp(head["logit_scale"]), head.get("logit_bias"), ids)
+    def whole(
+        embedded: _Embedded, head: Params, text_BL: Int32[Array, "B L"], target: _Target | None, taught: Params | None
+    ) -> tuple[Float[Array, ""], Metrics]:
+        ids = (caption_ids(text_BL),) * 2 if config.loss.equal_captions == "positives" else None
+        scale = jnp.exp(head["logit_scale"])
+        value, metrics = sharded(*embedded, scale, head.get("logit_bias"), ids)
+        if target is None:
+            return value, metrics
+        distilled, more = sharded_distillation(*embedded, *target, scale, jnp.exp(taught["logit_scale"]))
+        return value + config.teacher.weight * distilled, metrics | more
 
     return whole
 

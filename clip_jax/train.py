@@ -20,7 +20,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from clip_jax import data, distributed, metrics, optim, sharding, step, workdir
-from clip_jax.architectures import WeightsConfig, name_of
+from clip_jax.architectures import Architecture, WeightsConfig, name_of
 from clip_jax.checkpoint import Checkpoints
 from clip_jax.config import Config, Resolved, differences, resolve
 from clip_jax.distributed import Preempted, PreemptionNotice
@@ -37,6 +37,13 @@ from clip_jax.tokenizers import make_tokenizer
 from clip_jax.typing import DataSource, HostBatch, Params, Tokenizer
 
 log = logging.getLogger(__name__)
+
+# By what tokenizers differ: merges, case, punctuation, entities, other scripts.
+_SAMPLES = (
+    "a photo of a dog",
+    "The QUICK brown fox, jumps: over 13 lazy dogs!",
+    "Motörhead &amp; 東京タワー 🦊 in the snow",
+)
 
 # Metrics are read this many steps late, so that the device never waits for the host to ask.
 _LAG = 2
@@ -163,12 +170,61 @@ def starting_weights(config: Config) -> Params:
     size, length = model.image.image_size, model.text.length
     found, params = positions.resize(weights.config.model, weights.params, image_size=size, length=length)
     spec = dataclasses.replace(weights.config.preprocess, like=config.preprocess.like)
-    differ = differences(dataclasses.replace(config, model=found, preprocess=spec), config)
-    if differ:
-        keys = "; ".join(f"{key} is {theirs!r} there, {ours!r} here" for key, (theirs, ours) in differ.items())
-        raise ValueError(f"init.weights={init.weights!r} has another model or other pixels than this run: {keys}")
+    theirs = dataclasses.replace(config, model=found, preprocess=spec)
+    _check_same(theirs, config, f"init.weights={init.weights!r} has another model or other pixels")
     log.info("starting from %s (%s)", init.weights, weights.format)
     return params
+
+
+def teaching_weights(config: Config, tokenizer: Tokenizer) -> tuple[Architecture, Params]:
+    """Return the model that `teacher.weights` names and its parameters, positions resized to the run's sizes.
+
+    Args:
+      tokenizer: the run's. Where the teacher's came with its weights, both have to make the same of a few texts.
+
+    Raises:
+      ValueError: if there is no such file, or its pixels or token ids are not the run's, naming what differs.
+    """
+    teacher, model = config.teacher, config.model
+    said = f"teacher.weights={teacher.weights!r}"
+    if reading.split_tower(teacher.weights)[1]:
+        raise ValueError(f"{said} is one tower, and a teacher needs both: leave out what follows the colon")
+    try:
+        weights = reading.read(published.locate(teacher.weights), model=teacher.model, activation=teacher.activation)
+        size, length = model.image.image_size, model.text.length
+        found, params = positions.resize(weights.config.model, weights.params, image_size=size, length=length)
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"{said}: {error}") from error
+    text = dataclasses.replace(model.text, vocab_size=found.text.vocab_size, eos_id=found.text.eos_id)
+    theirs = dataclasses.replace(
+        config,
+        model=dataclasses.replace(model, text=text),
+        preprocess=dataclasses.replace(weights.config.preprocess, like=config.preprocess.like),
+        tokenizer=dataclasses.replace(weights.config.tokenizer, path=config.tokenizer.path),
+    )
+    _check_same(theirs, config, f"{said} has other pixels or token ids")
+    if weights.config.tokenizer.name == "clip_bpe" or weights.config.tokenizer_file:
+        own = make_tokenizer(weights.config.tokenizer, found.text, tokenizer_file=weights.config.tokenizer_file)
+        for sample in _SAMPLES:
+            there, here = (make([sample])[0].tolist() for make in (own, tokenizer))
+            if there != here:
+                raise ValueError(f"{said} has other token ids than this run: {sample!r} is {there} there, {here} here")
+    log.info("learning from %s (%s)", teacher.weights, weights.format)
+    return found, params
+
+
+def _check_same(theirs: Config, ours: Config, said: str) -> None:
+    differ = differences(theirs, ours)
+    if differ:
+        keys = "; ".join(f"{key} is {there!r} there, {here!r} here" for key, (there, here) in differ.items())
+        raise ValueError(f"{said} than this run: {keys}")
+
+
+def _teacher(run: Run) -> step.Teacher | None:
+    if not run.config.teacher.weights:
+        return None
+    architecture, params = teaching_weights(run.config, run.tokenizer)
+    return step.make_teacher(architecture, params, run.config, run.mesh)
 
 
 def _initialiser(run: Run) -> Callable[[jax.Array], TrainState]:
@@ -198,7 +254,8 @@ def _steps(run: Run, state: TrainState, checkpoints: Checkpoints, suite: Suite) 
     progress = metrics.Progress(first, total, active=main)
     meter = metrics.Meter(config.train.batch_size)
     schedule = optim.make_schedule(config.optim, total)
-    train_step = step.make_train_step(run.model, LOSSES[config.loss.name], run.optimizer, config, run.mesh)
+    loss, teacher = LOSSES[config.loss.name], _teacher(run)
+    train_step = step.make_train_step(run.model, loss, run.optimizer, config, run.mesh, teacher)
     late: collections.deque[dict] = collections.deque()
     replaced = 0
 

@@ -135,22 +135,29 @@ def _model64(config: Config, mesh):
     )
 
 
-def _gradients(tower: str, devices: int, micro_batches: int, **changes):
-    """Return loss, metrics, statistics and gradient in float64, where rounding hides nothing."""
+def _gradients(tower: str, devices: int, micro_batches: int, teacher: bool = False, **changes):
+    """Return loss, metrics, statistics and gradient in float64, where rounding hides nothing.
+
+    teacher: learn from another model of the same kind, too.
+    """
     config = _config(tower, micro_batches=micro_batches, **changes)
     mesh = sharding.make_mesh(jax.devices()[:devices])
     model = _model64(config, mesh)
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), _first_params(tower))
     stats = params.pop("batch_stats", None)
-    gradient = step.make_gradient(model, LOSSES[config.loss.name], config, mesh)
+    taught = jax.tree.map(lambda x: x[::-1] if x.ndim > 1 else x, params) if teacher else None
+    gradient = step.make_gradient(model, LOSSES[config.loss.name], config, mesh, model if teacher else None)
     batch = sharding.to_global(_batch(config, 0), mesh)
-    return jax.device_get(jax.jit(gradient)(params, stats, batch, jax.random.key(1)))
+    return jax.device_get(jax.jit(gradient)(params, stats, batch, jax.random.key(1), taught))
 
 
-@pytest.mark.parametrize(("loss", "devices", "micro_batches"), [("softmax", 2, 4), ("sigmoid", 2, 2)])
-def test_micro_batches_give_the_gradient_of_the_whole_batch(loss, devices, micro_batches, float64):
+@pytest.mark.parametrize(
+    ("loss", "devices", "micro_batches", "teacher"),
+    [("softmax", 2, 4, False), ("sigmoid", 2, 2, False), ("softmax", 2, 4, True)],
+)
+def test_micro_batches_give_the_gradient_of_the_whole_batch(loss, devices, micro_batches, teacher, float64):
     """Scale and bias included, with patches dropped, captions packed, layers computed again, on two devices."""
-    changes = {"name": loss, "patch_dropout": 0.5, "remat": "full"}
+    changes = {"name": loss, "patch_dropout": 0.5, "remat": "full", "teacher": teacher}
     (value, (metrics, _)), expected = _gradients("vit", 1, 1, **changes, text_capacity=1.0)
     (got_value, (got_metrics, _)), got = _gradients("vit", devices, micro_batches, **changes)
     np.testing.assert_allclose(got_value, value, rtol=1e-12)

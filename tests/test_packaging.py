@@ -18,7 +18,7 @@ import clip_jax
 
 ROOT = pathlib.Path(__file__).parents[1]
 SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
-REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)(\[\w+\])?>=(?P<low>[\w.]+)(,<\d+)?$")
+REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)(\[\w+\])?>=(?P<low>[\w.]+)(,<\d+)?(; .+)?$")
 
 # Import names that aren't their distribution's.
 DISTRIBUTIONS = {

@@ -63,10 +63,14 @@ class Objective(Protocol):
 
 
 class Embeddings(NamedTuple):
-    """One side's rows, and what each is about: an image and a text match if their `ids` are equal, and not negative."""
+    """One side's rows, and what each is about: an image and a text match if their `ids` are equal, and not negative.
+
+    beside: more arrays [n …] that travel with the rows, where a walk needs them.
+    """
 
     rows: Array
     ids: Array
+    beside: Any = None
 
 
 def loss_over_pairs(
@@ -130,7 +134,7 @@ def _forward(
     block = ring.gather(Embeddings(text_bE, text_ids))
     rows, columns = _statistics(loss, single, images, block, ring)
     if single:
-        right_b1 = jnp.sum(_wide(image_bE) * _wide(text_bE), axis=1, keepdims=True)
+        right_b1 = jnp.sum(wide(image_bE) * wide(text_bE), axis=1, keepdims=True)
         positives = _positives(loss, right_b1, jnp.ones_like(right_b1, bool), axis=1)
         rows, columns = ({"negative": side["negative"], "positive": positives} for side in (rows, columns))
 
@@ -152,7 +156,7 @@ def _backward(objective: Callable, axis: Axis, single: bool, residuals: tuple, c
     text = kept if ring.hops == 1 else ring.gather(kept)
     text_ids, column_facts = ring.gather((text_ids, column_facts))
     d_image, d_text = _gradient(loss, images, Embeddings(text, text_ids), row_facts, column_facts, ring)
-    d_scale = jnp.sum(_wide(images.rows) * d_image)  # Σ derivative × similarity, by rows
+    d_scale = jnp.sum(wide(images.rows) * d_image)  # Σ derivative × similarity, by rows
     if axis is not None:
         d_scale = jax.lax.psum(d_scale, axis)
     slope = cotangents[0]
@@ -173,7 +177,6 @@ def _statistics(
     loss: Objective, single: bool, images: Embeddings, block: Embeddings, ring: Ring
 ) -> tuple[dict[str, Statistics], dict[str, Statistics]]:
     """Return what every row and every column of this device has to know of all pairs."""
-    image_tiles = _tiled(images, fill=-1)
 
     def merge(one: dict, other: dict) -> dict:
         result = {"negative": loss.merge(one["negative"], other["negative"])}
@@ -181,63 +184,93 @@ def _statistics(
             result["positive"] = _merge_positives(loss, one["positive"], other["positive"])
         return result
 
-    def of_tile(image: Embeddings, text: Embeddings, axis: int, tile: Array, matches: Array, valid: Array) -> dict:
+    def of_pairs(axis: int, tile: Array, matches: Array, valid: Array) -> dict:
         result = {"negative": loss.reduce(tile, ~matches & valid, axis, positive=False)}
         if not single:
             result["positive"] = _positives(loss, tile, matches, axis)
         return result
 
-    def both(image: Embeddings, text: Embeddings) -> tuple[dict, dict]:
-        tile, matches = _similarity(image.rows, text.rows), image.ids[:, None] == text.ids[None]
-        valid = (image.ids >= 0)[:, None] & (text.ids >= 0)[None]
-        return tuple(of_tile(image, text, axis, tile, matches & valid, valid) for axis in (1, 0))
+    def of_tile(image: Embeddings, text: Embeddings) -> tuple[dict, dict]:
+        tile, matches = similarity(image.rows, text.rows), image.ids[:, None] == text.ids[None]
+        valid = valid_pairs(image, text)
+        return tuple(of_pairs(axis, tile, matches & valid, valid) for axis in (1, 0))
 
-    def step(block: Embeddings, rows: dict | None) -> tuple[dict, dict]:
-        text_tiles = _tiled(block, fill=-1)
-
-        def column(rows: dict, text: Embeddings) -> tuple[dict, dict]:
-            def tile(columns: dict, row: tuple[Embeddings, dict]) -> tuple[dict, dict]:
-                image, known = row
-                of_rows, of_columns = both(image, text)
-                return merge(columns, of_columns), merge(known, of_rows)
-
-            columns, rows = jax.lax.scan(tile, empty(0, text), (image_tiles, rows))
-            return rows, columns
-
-        rows, columns = jax.lax.scan(column, rows, text_tiles)
-        return rows, _untiled(columns, block.rows.shape[0])
-
-    def empty(axis: int, like: Embeddings) -> dict:
+    def empty(axis: int, count: int) -> dict:
         """Return the statistics of no pairs: those of one that isn't chosen."""
-        n = like.ids.shape[-1]
-        shape = (n, 1) if axis == 1 else (1, n)
-        tile, none = jnp.zeros(shape, _accumulator(like.rows.dtype)), jnp.zeros(shape, bool)
-        result = {"negative": loss.reduce(tile, none, axis, positive=False)}
-        if not single:
-            result["positive"] = _positives(loss, tile, none, axis)
-        return ring.varying(result)
+        shape = (count, 1) if axis == 1 else (1, count)
+        none = jnp.zeros(shape, bool)
+        return of_pairs(axis, jnp.zeros(shape, accumulator(images.rows.dtype)), none, none)
 
-    count = image_tiles.ids.shape[0]
-    start = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), empty(1, image_tiles))
-    rows, columns = ring.walk(block, step, start, merge)
-    lanes = jax.tree.map(ring.exchange, columns)
-    return _untiled(rows, images.rows.shape[0]), _merge_all(merge, lanes, ring.group)
+    return walk_statistics(images, block, ring, of_tile, empty, merge)
 
 
 def _gradient(
     loss: Objective, images: Embeddings, block: Embeddings, rows: Statistics, columns: Statistics, ring: Ring
 ) -> tuple[Float[Array, "b E"], Float[Array, "c E"]]:
     """Return the derivatives by images and texts, but for the logit scale."""
+
+    def weigh(image: Embeddings, text: Embeddings, rows: Statistics, columns: Statistics) -> tuple[Array, Array]:
+        matches = (image.ids[:, None] == text.ids[None]) & (text.ids >= 0)[None]
+        tile = similarity(image.rows, text.rows)
+        return loss.weigh(tile, matches, rows, 1), loss.weigh(tile, matches, columns, 0)
+
+    return walk_gradient(images, block, rows, columns, ring, weigh)
+
+
+def walk_statistics(
+    images: Embeddings, block: Embeddings, ring: Ring, of_tile: Callable, empty: Callable, merge: Callable
+) -> tuple[Any, Any]:
+    """Return what every row and every column of this device has to know of all pairs, from tiles of them.
+
+    Args:
+      block: of texts, this group's.
+      of_tile: (images, texts) -> (statistics of the rows, of the columns); rows that fill a tile up have ids of -1.
+      empty: (axis, count) -> the statistics of no pairs: of rows (axis 1) or columns (axis 0).
+      merge: joins the statistics of two sets of pairs.
+    """
+    image_tiles = _tiled(images, fill=-1)
+
+    def step(block: Embeddings, rows: Any) -> tuple[Any, Any]:
+        def column(rows: Any, text: Embeddings) -> tuple[Any, Any]:
+            def tile(columns: Any, row: tuple[Embeddings, Any]) -> tuple[Any, Any]:
+                image, known = row
+                of_rows, of_columns = of_tile(image, text)
+                return merge(columns, of_columns), merge(known, of_rows)
+
+            columns, rows = jax.lax.scan(tile, ring.varying(empty(0, text.ids.shape[0])), (image_tiles, rows))
+            return rows, columns
+
+        rows, columns = jax.lax.scan(column, rows, _tiled(block, fill=-1))
+        return rows, _untiled(columns, block.rows.shape[0])
+
+    count, side = image_tiles.ids.shape
+    start = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), ring.varying(empty(1, side)))
+    rows, columns = ring.walk(block, step, start, merge)
+    lanes = jax.tree.map(ring.exchange, columns)
+    return _untiled(rows, images.rows.shape[0]), _merge_all(merge, lanes, ring.group)
+
+
+def walk_gradient(
+    images: Embeddings, block: Embeddings, rows: Statistics, columns: Statistics, ring: Ring, weigh: Callable
+) -> tuple[Float[Array, "b E"], Float[Array, "c E"]]:
+    """Return the derivatives by images and texts, but for the logit scale.
+
+    Args:
+      block: of texts, this group's. columns: the facts of each; rows: of each image.
+      weigh: (images, texts, rows' facts [r 1], columns' facts [1 c]) -> the derivatives by every logit [r c] of its
+        row's part, and of its column's.
+    """
     image_tiles, row_tiles = _tiled(images, fill=-1), _tiled(rows)
-    wide = _accumulator(images.rows.dtype)
+    dtype = accumulator(images.rows.dtype)
     devices = ring.group * ring.hops
     image_count, text_count = devices * images.rows.shape[0], ring.hops * block.rows.shape[0]
 
-    def slope(tile: Array, matches: Array, rows: Statistics, columns: Statistics) -> Array:
+    def slope(image: Embeddings, text: Embeddings, rows: Statistics, columns: Statistics) -> Array:
         rows, columns = (
             {name: jnp.expand_dims(x, axis) for name, x in side.items()} for side, axis in ((rows, 1), (columns, 0))
         )
-        return loss.weigh(tile, matches, rows, 1) / image_count + loss.weigh(tile, matches, columns, 0) / text_count
+        by_row, by_column = weigh(image, text, rows, columns)
+        return by_row / image_count + by_column / text_count
 
     def step(travelling: tuple[Embeddings, Statistics], d_image: Array) -> tuple[Array, Array]:
         block, columns = travelling
@@ -248,23 +281,22 @@ def _gradient(
             def tile(d_text: Array, row: tuple) -> tuple[Array, Array]:
                 image, known, d_image = row
                 # Rows that fill a tile up are zeros, so what they weigh adds nothing.
-                matches = (image.ids[:, None] == text.ids[None]) & (text.ids >= 0)[None]
-                weights = slope(_similarity(image.rows, text.rows), matches, known, facts).astype(images.rows.dtype)
+                weights = slope(image, text, known, facts).astype(images.rows.dtype)
                 d_text += _product("rc,rE->cE", weights, image.rows)
                 return d_text, d_image + _product("rc,cE->rE", weights, text.rows)
 
-            zeros = ring.varying(jnp.zeros(text.rows.shape, wide))
+            zeros = ring.varying(jnp.zeros(text.rows.shape, dtype))
             d_text, d_image = jax.lax.scan(tile, zeros, (image_tiles, row_tiles, d_image))
             return d_image, d_text
 
         d_image, d_text = jax.lax.scan(column, d_image, (_tiled(block, fill=-1), _tiled(columns)))
         return d_image, _untiled(d_text, block.rows.shape[0])
 
-    zeros = ring.varying(jnp.zeros(image_tiles.rows.shape, wide))
+    zeros = ring.varying(jnp.zeros(image_tiles.rows.shape, dtype))
     d_image, d_text = ring.walk((block, columns), step, zeros, jnp.add)
     if ring.group > 1:
         # Rounded to send, as the result will be; added up in float32.
-        d_text = jnp.sum(ring.exchange(d_text.astype(images.rows.dtype)).astype(wide), axis=0)
+        d_text = jnp.sum(ring.exchange(d_text.astype(images.rows.dtype)).astype(dtype), axis=0)
     return _untiled(d_image, images.rows.shape[0]), d_text
 
 
@@ -329,7 +361,13 @@ def tile_shape(rows: int) -> tuple[int, int]:
     return fewest, math.ceil(rows / fewest)
 
 
-def _similarity(image_rE: Array, text_cE: Array) -> Float[Array, "r c"]:
+def valid_pairs(image: Embeddings, text: Embeddings) -> Bool[Array, "r c"]:
+    """Tell pairs of two rows from those with a row that only fills a tile up."""
+    return (image.ids >= 0)[:, None] & (text.ids >= 0)[None]
+
+
+def similarity(image_rE: Array, text_cE: Array) -> Float[Array, "r c"]:
+    """Return the products of all rows, added up in `accumulator` of their dtype."""
     return _product("rE,cE->rc", image_rE, text_cE)
 
 
@@ -340,13 +378,15 @@ def _product(equation: str, left: Array, right: Array) -> Array:
         left,
         right,
         precision=jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None,
-        preferred_element_type=_accumulator(left.dtype),
+        preferred_element_type=accumulator(left.dtype),
     )
 
 
-def _accumulator(dtype: jnp.dtype) -> jnp.dtype:
+def accumulator(dtype: jnp.dtype) -> jnp.dtype:
+    """Return what products of a dtype add up in: float32, or float64 if that is what they are."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def _wide(x: ArrayLike) -> Array:
-    return jnp.asarray(x, _accumulator(x.dtype))
+def wide(x: ArrayLike) -> Array:
+    """Return an array as its products add up."""
+    return jnp.asarray(x, accumulator(x.dtype))

@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, Float
 
-from clip_jax.typing import ArrayLike
-
 Axis = str | tuple[str, ...] | None  # mesh axes that the batch is sharded over, in any order
 
 # Of gathered texts. 32,768 texts of 768 bfloat16 numbers, the paper's batch, are 48 MiB: one gather, no ring.
@@ -40,9 +38,10 @@ class Ring(NamedTuple):
     hops: int  # groups, so that so many blocks come by
 
     @classmethod
-    def of(cls, axis: Axis, text_bE: ArrayLike) -> Ring:
+    def of(cls, axis: Axis, texts: Any) -> Ring:
+        """Return the ring for a device's texts: one array of them, or a tree of arrays that travel together."""
         devices = 1 if axis is None else jax.lax.axis_size(axis)
-        group = group_size(devices, text_bE.size * text_bE.dtype.itemsize)
+        group = group_size(devices, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(texts)))
         return cls(axis, group, devices // group)
 
     @property

@@ -60,7 +60,7 @@ def _dense(name: str, image_ids: np.ndarray | None = None, text_ids: np.ndarray 
 def _sharded(name: str, devices: int):
     mesh = sharding.make_mesh(jax.devices()[:devices])
     specs = (sharding.BATCH, sharding.BATCH, sharding.REPLICATED, sharding.REPLICATED)
-    return jax.shard_map(_loss(name, sharding.BATCH_AXIS), mesh=mesh, in_specs=specs, out_specs=sharding.REPLICATED)
+    return jax.shard_map(_loss(name, sharding.BATCH_AXES), mesh=mesh, in_specs=specs, out_specs=sharding.REPLICATED)
 
 
 def test_the_value_is_that_of_the_reference_in_float64(name):
@@ -147,7 +147,7 @@ def test_equal_ids_match(name, devices, monkeypatch):
     mesh = sharding.make_mesh(jax.devices()[:devices])
     batch, whole = sharding.BATCH, sharding.REPLICATED
     sharded = jax.shard_map(
-        functools.partial(ours, axis=sharding.BATCH_AXIS),
+        functools.partial(ours, axis=sharding.BATCH_AXES),
         mesh=mesh,
         in_specs=(batch, batch, whole, whole, (batch, batch)),
         out_specs=whole,
