@@ -119,6 +119,16 @@ def test_tiles_that_do_not_divide_the_batch_change_nothing(name, rows, monkeypat
     _assert_close(_value_and_gradient(_loss(name), inputs), _value_and_gradient(_dense(name), inputs))
 
 
+def test_what_fills_a_tile_up_is_not_felt_at_scale_100(name, monkeypatch):
+    """Where all pairs are opposites, a filling's similarity of 0 is e^100 times as likely as any."""
+    monkeypatch.setattr(pairs, "TILE", 4)
+    image, _ = _embeddings(rows=5)
+    image = np.tile(image[:1], (5, 1))
+    inputs = (image, -image, jnp.float32(100), jnp.float32(BIAS))
+    ours, dense = _value_and_gradient(_loss(name), inputs), _value_and_gradient(_dense(name), inputs)
+    _assert_close(ours, dense, value_tolerance=1e-5)  # a similarity's last bit, a hundredfold
+
+
 @pytest.mark.parametrize("axes", [("data", "fsdp"), ("fsdp", "data")])
 def test_any_order_of_batch_axes_gives_the_same(name, axes, monkeypatch):
     image, text = _embeddings()
