@@ -126,7 +126,8 @@ def test_what_fills_a_tile_up_is_not_felt_at_scale_100(name, monkeypatch):
     image = np.tile(image[:1], (5, 1))
     inputs = (image, -image, jnp.float32(100), jnp.float32(BIAS))
     ours, dense = _value_and_gradient(_loss(name), inputs), _value_and_gradient(_dense(name), inputs)
-    _assert_close(ours, dense, value_tolerance=1e-5)  # a similarity's last bit, a hundredfold
+    # A similarity's last bit, a hundredfold; the gradient is 0, so it is measured against a tenth.
+    _assert_close(ours, dense, value_tolerance=1e-5, gradient_tolerance=1e-3)
 
 
 @pytest.mark.parametrize("axes", [("data", "fsdp"), ("fsdp", "data")])
