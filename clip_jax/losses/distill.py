@@ -20,11 +20,11 @@ from clip_jax.losses.pairs import (
     Embeddings,
     Statistics,
     accumulator,
+    scale_slope,
     similarity,
     valid_pairs,
     walk_gradient,
     walk_statistics,
-    wide,
 )
 from clip_jax.losses.ring import Axis, Ring, in_mesh_order
 from clip_jax.typing import ArrayLike, Metrics
@@ -98,10 +98,7 @@ def _backward(axis: Axis, residuals: tuple, cotangents: tuple) -> tuple:
     ring = Ring.of(axis, (kept.rows[:own], kept.beside[:own]))
     block = kept if ring.hops == 1 else ring.gather(kept)
     d_image, d_text = _gradient(images, block, row_facts, ring.gather(column_facts), scale, teacher_scale, ring)
-    d_scale = jnp.sum(wide(images.rows) * d_image)  # Σ derivative × similarity, by rows
-    if axis is not None:
-        d_scale = jax.lax.psum(d_scale, axis)
-    slope = cotangents[0]
+    d_scale, slope = scale_slope(images, d_image, axis), cotangents[0]
     return (
         (slope * scale * d_image).astype(images.rows.dtype),
         (slope * scale * d_text).astype(kept.rows.dtype),
@@ -194,8 +191,7 @@ def _gradient(
     """Return the derivatives by the student's images and texts, but for the logit scale."""
 
     def probability(scale: Array, tile: Array, top: Array, share: Array) -> Array:
-        # What fills a tile up has a similarity of 0, which can be far above a row's top: 0 × ∞ would be NaN.
-        return jnp.exp(scale * jnp.minimum(tile - top, 0)) * share
+        return jnp.exp(scale * (tile - top)) * share
 
     def weigh(image: Embeddings, text: Embeddings, *facts: Statistics) -> tuple[Any, ...]:
         tile, teacher_tile = similarity(image.rows, text.rows), similarity(image.beside, text.beside)

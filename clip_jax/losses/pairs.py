@@ -156,10 +156,7 @@ def _backward(objective: Callable, axis: Axis, single: bool, residuals: tuple, c
     text = kept if ring.hops == 1 else ring.gather(kept)
     text_ids, column_facts = ring.gather((text_ids, column_facts))
     d_image, d_text = _gradient(loss, images, Embeddings(text, text_ids), row_facts, column_facts, ring)
-    d_scale = jnp.sum(wide(images.rows) * d_image)  # Σ derivative × similarity, by rows
-    if axis is not None:
-        d_scale = jax.lax.psum(d_scale, axis)
-    slope = cotangents[0]
+    d_scale, slope = scale_slope(images, d_image, axis), cotangents[0]
     return (
         (slope * scale * d_image).astype(images.rows.dtype),
         (slope * scale * d_text).astype(kept.dtype),
@@ -210,8 +207,7 @@ def _gradient(
     """Return the derivatives by images and texts, but for the logit scale."""
 
     def weigh(image: Embeddings, text: Embeddings, rows: Statistics, columns: Statistics) -> tuple[Array, Array]:
-        matches = (image.ids[:, None] == text.ids[None]) & (text.ids >= 0)[None]
-        tile = similarity(image.rows, text.rows)
+        tile, matches = similarity(image.rows, text.rows), image.ids[:, None] == text.ids[None]
         return loss.weigh(tile, matches, rows, 1), loss.weigh(tile, matches, columns, 0)
 
     return walk_gradient(images, block, rows, columns, ring, weigh)
@@ -258,7 +254,7 @@ def walk_gradient(
     Args:
       block: of texts, this group's. columns: the facts of each; rows: of each image.
       weigh: (images, texts, rows' facts [r 1], columns' facts [1 c]) -> the derivatives by every logit [r c] of its
-        row's part, and of its column's.
+        row's part, and of its column's; what it says of rows that fill a tile up is not heard.
     """
     image_tiles, row_tiles = _tiled(images, fill=-1), _tiled(rows)
     dtype = accumulator(images.rows.dtype)
@@ -280,8 +276,9 @@ def walk_gradient(
 
             def tile(d_text: Array, row: tuple) -> tuple[Array, Array]:
                 image, known, d_image = row
-                # Rows that fill a tile up are zeros, so what they weigh adds nothing.
-                weights = slope(image, text, known, facts).astype(images.rows.dtype)
+                # What fills a tile up has a similarity of 0, which can be far above a row's top: 0 × ∞ would be NaN.
+                weights = jnp.where(valid_pairs(image, text), slope(image, text, known, facts), 0)
+                weights = weights.astype(images.rows.dtype)
                 d_text += _product("rc,rE->cE", weights, image.rows)
                 return d_text, d_image + _product("rc,cE->rE", weights, text.rows)
 
@@ -298,6 +295,12 @@ def walk_gradient(
         # Rounded to send, as the result will be; added up in float32.
         d_text = jnp.sum(ring.exchange(d_text.astype(images.rows.dtype)).astype(dtype), axis=0)
     return _untiled(d_image, images.rows.shape[0]), d_text
+
+
+def scale_slope(images: Embeddings, d_image: Float[Array, "b E"], axis: Axis) -> Float[Array, ""]:
+    """Return the derivative by the logit scale, Σ derivative × similarity, summed by rows; equal on every device."""
+    total = jnp.sum(wide(images.rows) * d_image)
+    return total if axis is None else jax.lax.psum(total, axis)
 
 
 def _positives(loss: Objective, tile: Array, matches: Array, axis: int) -> Statistics:

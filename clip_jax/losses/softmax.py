@@ -52,8 +52,7 @@ class _Softmax(NamedTuple):
         return parts / 2, {"top": every["top"], "share": 1 / every["total"], "target": 1 / positives["count"]}
 
     def weigh(self, tile: Array, matches: Array, facts: Statistics, axis: int) -> Float[Array, "r c"]:
-        # What fills a tile up has a similarity of 0, which can be far above a row's top: 0 × ∞ would be NaN.
-        predicted = jnp.exp(self.scale * jnp.minimum(tile - facts["top"], 0)) * facts["share"]
+        predicted = jnp.exp(self.scale * (tile - facts["top"])) * facts["share"]
         return (predicted - jnp.where(matches, facts["target"], 0)) / 2
 
     def bias_slope(self, negatives: Statistics, positives: Statistics) -> Float[Array, "b"]:
