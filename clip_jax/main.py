@@ -55,8 +55,9 @@ def _run() -> bool:
 
         print(describe(config, workdir))
         return True
-    from clip_jax import distributed
+    from clip_jax import allocator, distributed
 
+    allocator.keep_freed_memory()
     distributed.start()
     from clip_jax.train import train
 

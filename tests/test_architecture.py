@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = {
     **dict.fromkeys(["typing", "architectures", "config", "ranges", "rounding"], 0),
     **dict.fromkeys(["models", "tokenizers", "preprocess", "losses", "data"], 1),
-    **dict.fromkeys(["optim", "sharding", "checkpoint", "metrics", "distributed", "workdir"], 1),
+    **dict.fromkeys(["optim", "sharding", "checkpoint", "metrics", "distributed", "workdir", "allocator"], 1),
     **dict.fromkeys(["step", "evals", "interop"], 2),
     **dict.fromkeys(["inference", "train", "plan", "dry_run"], 3),
     **dict.fromkeys(["main", "evaluate", "convert", "search"], 4),
