@@ -81,6 +81,7 @@ def make_model_of(config: Config, mesh: Mesh) -> Model:
         patch_dropout=train.patch_dropout,
         text_capacity=train.text_capacity,
         text_groups=sharding.batch_shards(mesh),
+        rows=sharding.batch_sharding(mesh),
     )
 
 

@@ -17,7 +17,6 @@ from clip_jax.config import Config, LossConfig, MeshConfig, OptimConfig, TrainCo
 from clip_jax.losses import LOSSES
 from clip_jax.models import make_model
 from clip_jax.typing import Batch
-from tests.tpu import collectives, v4_mesh
 
 TEXT = TextTransformer(64, 8, 63, width=32, layers=2, heads=2)
 TOWERS = {
@@ -232,27 +231,3 @@ def test_ids_are_equal_for_equal_rows_alone():
     assert ids.min() >= 0
     np.testing.assert_array_equal(ids[::2] == ids[1::2], np.arange(2048) % 2 == 0)
     assert len(np.unique(ids)) == 2048 + 1024
-
-
-# -------------------------------------------------------------------------------------------------- the TPU's word
-
-
-@pytest.mark.parametrize("changes", [{}, {"micro_batches": 4}], ids=["at once", "4 micro-batches"])
-def test_a_step_on_a_slice_reduces_every_gradient_once(changes):
-    """What 16 chips send is the gradient, in its dtype, and the loss's embeddings: nothing for packing or parts."""
-    base = _config("vit", **{"remat": "full", "batch_size": 512} | changes)
-    text = dataclasses.replace(TEXT, length=77)
-    config = dataclasses.replace(base, model=dataclasses.replace(base.model, text=text))
-    mesh = v4_mesh({"data": 16, "fsdp": 1, "tensor": 1})
-    model, optimizer = step.make_model_of(config, mesh), optim.make_optimizer(config.optim, STEPS)
-    state = step.state_like(model, optimizer, config, mesh)
-    rows = sharding.batch_sharding(mesh)
-    batch = Batch(
-        jax.ShapeDtypeStruct((512, 16, 16, 3), jnp.uint8, sharding=rows),
-        jax.ShapeDtypeStruct((512, 77), jnp.int32, sharding=rows),
-        jax.ShapeDtypeStruct((512,), bool, sharding=rows),
-    )
-    train_step = step.make_train_step(model, LOSSES["softmax"], optimizer, config, mesh)
-    compiled = train_step.lower(state, batch).compile()
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    assert sum(size for _, size in collectives(compiled)) <= 1.1 * 4 * parameters + 5 * 512 * 16 * 4

@@ -12,6 +12,11 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from clip_jax import optim, sharding, step
+from clip_jax.config import Config
+from clip_jax.losses import LOSSES
+from clip_jax.typing import Batch
+
 os.environ |= {
     "TPU_SKIP_MDS_QUERY": "1",  # no metadata server to ask which TPU this is
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -35,6 +40,23 @@ def v4_mesh(sizes: dict[str, int]) -> Mesh:
         chips_per_host_bounds=(2, 2, 1),
     )
     return Mesh(np.array(topology.devices).reshape(*sizes.values()), tuple(sizes))
+
+
+def compile_step(config: Config, mesh: Mesh) -> tuple[jax.stages.Compiled, int]:
+    """Return a run's training step, compiled for the devices of a mesh, and how many parameters there are."""
+    model, optimizer = (
+        step.make_model_of(config, mesh),
+        optim.make_optimizer(config.optim, config.optim.warmup_steps + 1),
+    )
+    state = step.state_like(model, optimizer, config, mesh)
+    rows, count, side = sharding.batch_sharding(mesh), config.train.batch_size, config.model.image.image_size
+    batch = Batch(
+        jax.ShapeDtypeStruct((count, side, side, 3), np.uint8, sharding=rows),
+        jax.ShapeDtypeStruct((count, config.model.text.length), np.int32, sharding=rows),
+        jax.ShapeDtypeStruct((count,), bool, sharding=rows),
+    )
+    train_step = step.make_train_step(model, LOSSES[config.loss.name], optimizer, config, mesh)
+    return train_step.lower(state, batch).compile(), sum(leaf.size for leaf in jax.tree.leaves(state.params))
 
 
 def collectives(compiled: jax.stages.Compiled) -> list[tuple[str, int]]:

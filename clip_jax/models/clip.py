@@ -94,6 +94,7 @@ def make_model(
     patch_dropout: float = 0.0,
     text_capacity: float = 1.0,
     text_groups: int = 1,
+    rows: jax.sharding.Sharding | None = None,
 ) -> Model:
     """Return the model's functions.
 
@@ -105,8 +106,9 @@ def make_model(
       text_capacity: the fraction of a batch's text positions for which `encode_text_train` makes room; captions that
         need more are encoded in rows, as all are at 1. For towers that pool at the end token behind a causal mask.
       text_groups: so many equal parts of a batch are packed each by itself: one for every part that a device has.
+      rows: the sharding of activations; see `Compute`. Batches must divide by it.
     """
-    compute = Compute(jnp.dtype(dtype), remat, unroll)
+    compute = Compute(jnp.dtype(dtype), remat, unroll, rows)
     module = CLIP(architecture, compute, logit_scale_init, logit_bias_init, patch_dropout)
     mean, std = (np.array(channels, np.float32).reshape(1, 1, 1, 3) for channels in (preprocess.mean, preprocess.std))
 

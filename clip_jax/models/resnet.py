@@ -31,19 +31,19 @@ class ModifiedResNet(nn.Module):
 
     @nn.compact
     def __call__(self, image: Float[Array, "B H W 3"], train: bool = False) -> Float[Array, "B E"]:
-        width, dtype = self.tower.width, self.compute.dtype
+        width, compute = self.tower.width, self.compute
         x = image
         for number, (features, stride) in enumerate(((width // 2, 2), (width // 2, 1), (width, 1)), start=1):
-            x = convolution(features, 3, dtype, f"stem_conv{number}", stride)(x)
-            x = jax.nn.relu(BatchNorm(name=f"stem_norm{number}")(x, train))
+            x = convolution(features, 3, compute.dtype, f"stem_conv{number}", stride)(x)
+            x = jax.nn.relu(BatchNorm(compute, name=f"stem_norm{number}")(x, train))
         x = _average(x, 2)
         for stage, blocks in enumerate(self.tower.layers):
             stride = 1 if stage == 0 else 2
-            x = Bottleneck(width << stage, stride, dtype, name=f"stage{stage}_first")(x, train)
+            x = Bottleneck(width << stage, stride, compute, name=f"stage{stage}_first")(x, train)
             if blocks > 1:
-                rest = self.compute.repeat(_Repeated, blocks - 1, static_argnums=(2,), batch_stats=0)
-                x = rest(width << stage, 1, dtype, name=f"stage{stage}_rest")(x, train)[0]
-        return AttentionPool(self.tower.heads, self.embed_dim, dtype, name="pool")(x)
+                rest = compute.repeat(_Repeated, blocks - 1, static_argnums=(2,), batch_stats=0)
+                x = rest(width << stage, 1, compute, name=f"stage{stage}_rest")(x, train)[0]
+        return AttentionPool(self.tower.heads, self.embed_dim, compute.dtype, name="pool")(x)
 
 
 class Bottleneck(nn.Module):
@@ -51,22 +51,22 @@ class Bottleneck(nn.Module):
 
     width: int
     stride: int
-    dtype: jnp.dtype
+    compute: Compute
 
     @nn.compact
     def __call__(self, x: Float[Array, "B h w c"], train: bool) -> Float[Array, "B h2 w2 c2"]:
-        out = self.width * EXPANSION
-        y = convolution(self.width, 1, self.dtype, "conv1")(x)
-        y = jax.nn.relu(BatchNorm(name="norm1")(y, train))
-        y = convolution(self.width, 3, self.dtype, "conv2")(y)
-        y = jax.nn.relu(BatchNorm(name="norm2")(y, train))
-        y = convolution(out, 1, self.dtype, "conv3")(_average(y, self.stride))
-        y = BatchNorm(scale_init=nn.initializers.zeros, name="norm3")(
+        out, compute = self.width * EXPANSION, self.compute
+        y = convolution(self.width, 1, compute.dtype, "conv1")(x)
+        y = jax.nn.relu(BatchNorm(compute, name="norm1")(y, train))
+        y = convolution(self.width, 3, compute.dtype, "conv2")(y)
+        y = jax.nn.relu(BatchNorm(compute, name="norm2")(y, train))
+        y = convolution(out, 1, compute.dtype, "conv3")(_average(y, self.stride))
+        y = BatchNorm(compute, scale_init=nn.initializers.zeros, name="norm3")(
             y, train
         )  # as released: a block starts as nothing
         if self.stride > 1 or x.shape[-1] != out:
-            x = convolution(out, 1, self.dtype, "shortcut_conv")(_average(x, self.stride))
-            x = BatchNorm(name="shortcut_norm")(x, train)
+            x = convolution(out, 1, compute.dtype, "shortcut_conv")(_average(x, self.stride))
+            x = BatchNorm(compute, name="shortcut_norm")(x, train)
         return jax.nn.relu(x + y)
 
 
@@ -79,8 +79,12 @@ class _Repeated(Bottleneck):
 
 
 class BatchNorm(nn.Module):
-    """Batch norm in float32 or wider over all but the channels, cast back; running averages as torch keeps them."""
+    """Batch norm in float32 or wider over all but the channels, cast back; running averages as torch keeps them.
 
+    It follows every convolution, so it is here that activations are pinned to where the batch is.
+    """
+
+    compute: Compute
     scale_init: Callable = nn.initializers.ones
     epsilon: float = 1e-5
     momentum: float = 0.1  # what a new batch adds to the running averages
@@ -92,6 +96,7 @@ class BatchNorm(nn.Module):
         running_var = self.variable("batch_stats", "var", jnp.ones, channels)
         scale = self.param("scale", self.scale_init, channels)
         bias = self.param("bias", nn.initializers.zeros, channels)
+        x = self.compute.pin(x)
         wide = widen(x)
         mean, var = running_mean.value, running_var.value
         if train:
