@@ -7,7 +7,7 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from clip_jax.evals import measures
+from clip_jax.evals import measures, ranking
 from clip_jax.evals.measures import (
     MEASURES,
     Scored,
@@ -136,7 +136,10 @@ def test_constant_scores_get_no_more_than_chance_whatever_their_last_bits(name):
     chance = {"roc_auc": 0.5, "map": scored.targets.mean(), "map_11_points": scored.targets.mean()}
     assert constant == pytest.approx(chance.get(name, 0), abs=EXACT)
     for last_bits in (4e-7 * perfect, -4e-7 * perfect):  # 8e-7 apart where AUC subtracts, still a tie
-        assert MEASURES[name](with_scores(scored, 0.2 + last_bits)) <= constant + EXACT
+        value = MEASURES[name](with_scores(scored, 0.2 + last_bits))
+        assert value == pytest.approx(0.5, abs=EXACT) if name == "roc_auc" else value <= constant + EXACT
+    untold = dataclasses.replace(scored, scores=np.zeros(scored.scores.shape), tie=0.0)
+    assert MEASURES[name](untold) == pytest.approx(constant, abs=EXACT)
     assert MEASURES[name](with_scores(scored, 0.2 + 4e-6 * perfect)) == 1
 
 
@@ -153,6 +156,17 @@ def test_scores_that_are_not_finite_count_against_the_model(name, broken):
     assert MEASURES[name](with_scores(scored, one)) <= MEASURES[name](scored)
 
 
+def test_ranks_are_those_of_ranking_but_for_last_where_that_has_worse_than_any():
+    rng = np.random.default_rng(0)
+    images, texts = (rng.normal(size=(n, 16)).astype(np.float32) for n in (N, Q))
+    images[5], texts[3] = np.nan, texts[4]
+    targets, class_ids = rng.integers(Q, size=N), np.arange(Q)
+    scores = np.concatenate([scores for _, scores in ranking.score_blocks(images, texts)])
+    expected = ranking.ranks(images, targets, texts, class_ids)
+    assert expected[5] == Q
+    np.testing.assert_array_equal(Scored(scores, targets).ranks, np.minimum(expected, Q - 1))
+
+
 @pytest.mark.parametrize("name", ["top1", "mean_per_class", "macro_f1"])
 def test_classes_of_the_same_name_can_not_be_told_apart(name):
     scored = Scored(np.eye(4)[[0, 1, 2, 2]][:, [0, 1, 2, 2]], np.arange(4))
@@ -164,6 +178,8 @@ def test_f1_charges_the_class_that_is_named_instead():
     scores = np.eye(3)[[0, 1, 1]]
     assert MEASURES["macro_f1"](Scored(scores, np.array([0, 0, 1]))) == pytest.approx(2 / 3)
     assert MEASURES["macro_f1"](Scored(scores[:, [0, 2, 1]], np.array([0, 0, 1]))) == pytest.approx(1 / 3)
+    scores[1, 0] = 1  # a tie of the right one with 1, which is named then
+    assert MEASURES["macro_f1"](Scored(scores, np.array([0, 0, 1]))) == pytest.approx(2 / 3)
 
 
 def test_a_tie_of_many_steps_is_scaled_with_the_scores():

@@ -76,13 +76,12 @@ class Scored:
 
     @functools.cached_property
     def ranks(self) -> Int64[np.ndarray, "n"]:
-        """How many wrong classes stand before the right one; Q, worse than any, where that has no finite score."""
+        """How many wrong classes stand before the right one: all of them where that has no finite score."""
         ranks_n = np.empty(len(self.scores), np.int64)
         for rows, scores_nQ in self._blocks():
             right_n1 = np.take_along_axis(scores_nQ, self.targets[rows, None], 1)
             surely_worse_nQ = scores_nQ < right_n1 - self.tie  # False for NaN, and for the right one itself
-            before_n = (~surely_worse_nQ).sum(1) - 1
-            ranks_n[rows] = np.where(np.isnan(right_n1[:, 0]), scores_nQ.shape[1], before_n)
+            ranks_n[rows] = (~surely_worse_nQ).sum(1) - 1
         return ranks_n
 
     @functools.cached_property
@@ -90,9 +89,9 @@ class Scored:
         """The class that the model names: the right one if it stands alone at the top, else the first wrong one."""
         named_n = self.targets.astype(np.int64)
         for rows, scores_nQ in self._blocks():
-            scores_nQ = np.where(np.isnan(scores_nQ), np.inf, scores_nQ)
             np.put_along_axis(scores_nQ, self.targets[rows, None], -np.inf, 1)
-            named_n[rows] = np.where(self.ranks[rows] < 1, named_n[rows], scores_nQ.argmax(1))
+            first_wrong_n = scores_nQ.argmax(1)  # NaN is NumPy's highest
+            named_n[rows] = np.where(self.ranks[rows] < 1, named_n[rows], first_wrong_n)
         return named_n
 
     def _blocks(self) -> Iterator[tuple[slice, Float64[np.ndarray, "m Q"]]]:
