@@ -12,6 +12,7 @@ Deviation: it stops where a step promises less than `tolerance` nats per example
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -20,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
+
+from clip_jax.typing import Leaf
 
 MEMORY = 10  # pairs that L-BFGS keeps, as SciPy's
 MAX_STEPS = 1000  # the paper's
@@ -31,34 +34,36 @@ NOTHING = 1e-12
 _dot = functools.partial(jnp.einsum, precision="highest")  # float32 on TPUs and GPUs too
 
 
-class Problem(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Problem:
     """Features and targets, laid out for `minimize`. D counts the intercept, the weight of a last feature that is 1.
 
     x_nD: features less their mean, in the eigenbasis of their covariance, and 1.
     targets_Qn: 1 where a class is right, else 0.
     eigenvalue_D: of XᵀX; penalised_D: 1, for the intercept 0.
     mean_d, basis_dd: how the features got there; d doesn't count the intercept.
-    exclusive: 1 for classes of which one is right (softmax), 0 for each on its own (sigmoid).
+    exclusive: whether of each row one class is right (softmax), not any number (sigmoid).
     """
 
-    x_nD: Array
-    targets_Qn: Array
-    eigenvalue_D: Array
-    penalised_D: Array
-    mean_d: Array
-    basis_dd: Array
-    exclusive: Array
+    x_nD: Leaf
+    targets_Qn: Leaf
+    eigenvalue_D: Leaf
+    penalised_D: Leaf
+    mean_d: Leaf
+    basis_dd: Leaf
+    exclusive: bool = dataclasses.field(metadata={"static": True})
 
 
 def prepare(features_nd: Float[np.ndarray, "n d"], targets_nQ: Bool[np.ndarray, "n Q"], *, exclusive: bool) -> Problem:
     """Return the problem on the device; its memory is that of the features and of some six arrays of n × Q float32."""
     mean_d = features_nd.mean(0, dtype=np.float64)
     centred_nd = (features_nd - mean_d).astype(np.float32)
-    return _rotate(centred_nd, targets_nQ, mean_d.astype(np.float32), np.float32(exclusive))
+    return _rotate(centred_nd, targets_nQ, mean_d.astype(np.float32), exclusive)
 
 
-@jax.jit
-def _rotate(centred_nd: Array, targets_nQ: Array, mean_d: Array, exclusive: Array) -> Problem:
+@functools.partial(jax.jit, static_argnames="exclusive")
+def _rotate(centred_nd: Array, targets_nQ: Array, mean_d: Array, exclusive: bool) -> Problem:
     basis_dd = jnp.linalg.eigh(_dot("nd,nc->dc", centred_nd, centred_nd))[1]
     x_nd = _dot("nc,cd->nd", centred_nd, basis_dd)
     eigenvalue_d = jnp.sum(x_nd**2, 0)  # to more digits than eigh gives small ones
@@ -173,20 +178,19 @@ def minimize(problem: Problem, l2: Array, start_QD: Array, tolerance: Array) -> 
 
 
 def _probabilities(problem: Problem, logits_Qn: Array) -> Array:
-    return lax.cond(problem.exclusive > 0, lambda x: jax.nn.softmax(x, axis=0), jax.nn.sigmoid, logits_Qn)
+    return jax.nn.softmax(logits_Qn, axis=0) if problem.exclusive else jax.nn.sigmoid(logits_Qn)
 
 
 def _centre(problem: Problem, w_QD: Array) -> Array:
     """Keep a step among weights whose sum over classes is 0: the softmax doesn't see the sum."""
-    return w_QD - problem.exclusive * jnp.mean(w_QD, 0, keepdims=True)
+    return w_QD - jnp.mean(w_QD, 0, keepdims=True) if problem.exclusive else w_QD
 
 
 def _objective(problem: Problem, l2: Array, state: _State) -> Array:
-    softmax = lambda x: jnp.sum(jax.nn.logsumexp(x, axis=0))  # noqa: E731
-    sigmoid = lambda x: jnp.sum(jax.nn.softplus(x))  # noqa: E731
-    normaliser = lax.cond(problem.exclusive > 0, softmax, sigmoid, state.logits_Qn)
-    right = jnp.vdot(state.logits_Qn, problem.targets_Qn)
-    return normaliser - right + l2 / 2 * jnp.sum(problem.penalised_D[None] * state.w_QD**2)
+    logits_Qn = state.logits_Qn
+    normaliser = jax.nn.logsumexp(logits_Qn, axis=0) if problem.exclusive else jax.nn.softplus(logits_Qn)
+    right = jnp.vdot(logits_Qn, problem.targets_Qn)
+    return jnp.sum(normaliser) - right + l2 / 2 * jnp.sum(problem.penalised_D[None] * state.w_QD**2)
 
 
 def _direction(problem: Problem, state: _State) -> Array:
