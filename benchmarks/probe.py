@@ -39,7 +39,7 @@ def _splits(classes: int) -> list[Examples]:
     rng = np.random.default_rng(0)
     deviation_D = np.arange(1, WIDTH + 1) ** -0.5
     cone_D = rng.standard_normal(WIDTH) * deviation_D
-    centres_QD = rng.standard_normal((classes, WIDTH)) * deviation_D * SPREADS[classes]
+    centres_QD = rng.standard_normal((classes, WIDTH)) * deviation_D**2 * SPREADS[classes]
     rotation_DD = np.linalg.qr(rng.standard_normal((WIDTH, WIDTH)))[0]
     splits = []
     for rows in ROWS:

@@ -20,7 +20,8 @@ from jaxtyping import Bool, Float, Integer
 
 from clip_jax.evals import logistic
 
-TOLERANCE = 1e-6  # nats per example that a better optimum could still win
+# Nats per example that the optimum could still win, about: of a probe, and of those that only tell which l2 is best.
+TOLERANCE, ROUGH = 1e-6, 1e-5
 STEPS_PER_DECADE, LAST_STEP = 8, 48  # 8 · 6 decades to either side of 1
 FIRST_STRIDE = 16  # the seven first values: 1e-6, 1e-4 … 1e6
 
@@ -131,7 +132,7 @@ def search(
     """
     train, validation = Examples(*train), Examples(*validation)
     _targets(validation, classes)  # before the work
-    training = _Training(train, classes, tolerance)
+    training = _Training(train, classes, max(tolerance, ROUGH))
     solved, values = {}, {}
 
     def visit(step: int) -> None:
