@@ -89,7 +89,7 @@ def test_against_scikit_learn(l2):
 
 def test_the_usual_tolerance_is_kept():
     l2 = 1.0
-    assert objective(fit(*TRAIN, CLASSES, l2), TRAIN, l2) < GOLDEN[l2][0] + 1e-6 * len(TRAIN.targets)
+    assert objective(fit(*TRAIN, CLASSES, l2), TRAIN, l2) < GOLDEN[l2][0] + 1e-5 * len(TRAIN.targets)
 
 
 def test_two_classes_against_scikit_learn_which_penalises_their_difference():
@@ -127,7 +127,7 @@ def test_search_against_scikit_learn_over_the_same_values():
 
 def test_search_without_refit_gives_the_probe_of_the_training_split():
     found = search(TRAIN, VALIDATION, CLASSES, refit=False)
-    # Both within ROUGH of the optimum.
+    # Both within the tolerance, 1e-5, of the optimum.
     assert objective(found.probe, TRAIN, found.l2) == pytest.approx(
         objective(fit(*TRAIN, CLASSES, found.l2), TRAIN, found.l2), abs=2e-5 * len(TRAIN.targets)
     )
@@ -177,9 +177,9 @@ def test_constant_features_get_no_weight():
 
 
 def test_without_information_the_scores_are_the_frequencies():
-    probe = fit(np.ones((300, 3)), TRAIN.targets, CLASSES, 1.0, tolerance=TIGHT)
+    probe = fit(np.ones((300, WIDTH)), TRAIN.targets, CLASSES, 1.0, tolerance=TIGHT)
     frequencies = np.bincount(TRAIN.targets) / 300
-    np.testing.assert_allclose(softmax(probe.scores(np.ones((1, 3))))[0], frequencies, atol=1e-4)
+    np.testing.assert_allclose(softmax(probe.scores(np.ones((1, WIDTH))))[0], frequencies, atol=1e-4)
 
 
 def test_a_class_without_examples_is_never_named():
@@ -205,8 +205,8 @@ def test_fewer_rows_than_features_leave_no_weight_where_rows_say_nothing():
 
 
 def test_separable_classes_end_at_the_least_penalty():
-    x = np.eye(4).repeat(25, 0) * 10
-    probe = fit(x, np.arange(4).repeat(25), CLASSES, 1e-6)
+    x = np.eye(CLASSES, WIDTH).repeat(75, 0) * 10
+    probe = fit(x, np.arange(CLASSES).repeat(75), CLASSES, 1e-6)
     assert np.isfinite(probe.weight_DQ).all()
     assert softmax(probe.scores(x)).max(1).min() > 0.999
 

@@ -20,12 +20,9 @@ from jaxtyping import Bool, Float, Integer
 
 from clip_jax.evals import logistic
 
-# Nats per example that the optimum could still win, about: of a probe, and of those that only tell which l2 is best.
-TOLERANCE, ROUGH = 1e-6, 1e-5
+TOLERANCE = 1e-5  # nats per example that the optimum could still win, about
 STEPS_PER_DECADE, LAST_STEP = 8, 48  # 8 · 6 decades to either side of 1
 FIRST_STRIDE = 16  # the seven first values: 1e-6, 1e-4 … 1e6
-
-Targets = Integer[np.ndarray, "n"] | Bool[np.ndarray, "n Q"]
 
 
 class Examples(NamedTuple):
@@ -96,7 +93,7 @@ def eleven_point_precision(scores_nQ: Float[np.ndarray, "n Q"], targets_nQ: Bool
 
 def fit(
     features_nD: Float[np.ndarray, "n D"],
-    targets: Targets,
+    targets: Integer[np.ndarray, "m"] | Bool[np.ndarray, "m Q"],
     classes: int,
     l2: float,
     start: LinearProbe | None = None,
@@ -132,7 +129,7 @@ def search(
     """
     train, validation = Examples(*train), Examples(*validation)
     _targets(validation, classes)  # before the work
-    training = _Training(train, classes, max(tolerance, ROUGH))
+    training = _Training(train, classes, tolerance)
     solved, values = {}, {}
 
     def visit(step: int) -> None:

@@ -27,7 +27,7 @@ from clip_jax.typing import Leaf
 MEMORY = 10  # pairs that L-BFGS keeps, as SciPy's
 MAX_STEPS = 1000  # the paper's
 MAX_TRIALS = 20  # lengths tried for a step; one or two is usual
-SLOPE = 0.5  # a length will do where the slope has fallen to this part of the first
+SLOPE = 0.1  # a length will do where the slope has fallen to this part of the first
 # Directions whose spread is below 1e-6 of the whole are what float32 leaves of zero: they hold no information.
 NOTHING = 1e-12
 
@@ -160,7 +160,7 @@ def minimize(problem: Problem, l2: Array, start_QD: Array, tolerance: Array) -> 
             done=(-first <= tolerance * len(x_nD)) | ~found | ~(product > 0),
         )
 
-    w_QD = start_QD - problem.penalised_D[None] * (start_QD - _centre(problem, start_QD))
+    w_QD = _centre(problem, start_QD)
     logits_Qn = _dot("QD,nD->Qn", w_QD, x_nD)
     state = _State(
         w_QD,
