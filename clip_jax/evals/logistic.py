@@ -120,12 +120,12 @@ class Solution(NamedTuple):
 @jax.jit
 def minimize(problem: Problem, l2: Array, start_QD: Array, tolerance: Array) -> Solution:
     """Return the optimum to within about `tolerance` nats per example; one compilation serves all l2."""
-    x_nD, targets_Qn, penalty_1D = problem.x_nD, problem.targets_Qn, (l2 * problem.penalised_D)[None]
+    x_nD, penalty_1D = problem.x_nD, (l2 * problem.penalised_D)[None]
     empty_mQD = jnp.zeros((MEMORY, *start_QD.shape))
 
     def look(w_QD, logits_Qn):
         p_Qn = _probabilities(problem, logits_Qn)
-        gradient_QD = _dot("Qn,nD->QD", p_Qn - targets_Qn, x_nD) + penalty_1D * w_QD
+        gradient_QD = _dot("Qn,nD->QD", _wrong(problem, p_Qn), x_nD) + penalty_1D * w_QD
         spread_Q1 = jnp.maximum(jnp.mean(p_Qn * (1 - p_Qn), 1, keepdims=True), 1e-12)
         curvature_QD = spread_Q1 * problem.eigenvalue_D[None] + penalty_1D
         return gradient_QD, jnp.where(curvature_QD > 0, 1 / curvature_QD, 0)
@@ -136,7 +136,7 @@ def minimize(problem: Problem, l2: Array, start_QD: Array, tolerance: Array) -> 
         first = jnp.vdot(move_QD, state.gradient_QD)
 
         def slope(length):
-            wrong_Qn = _probabilities(problem, state.logits_Qn + length * ahead_Qn) - targets_Qn
+            wrong_Qn = _wrong(problem, _probabilities(problem, state.logits_Qn + length * ahead_Qn))
             return jnp.vdot(wrong_Qn, ahead_Qn) + jnp.vdot(penalty_1D * (state.w_QD + length * move_QD), move_QD)
 
         length, found = _length(slope, first)
@@ -179,6 +179,14 @@ def minimize(problem: Problem, l2: Array, start_QD: Array, tolerance: Array) -> 
 
 def _probabilities(problem: Problem, logits_Qn: Array) -> Array:
     return jax.nn.softmax(logits_Qn, axis=0) if problem.exclusive else jax.nn.sigmoid(logits_Qn)
+
+
+def _wrong(problem: Problem, p_Qn: Array) -> Array:
+    """Return p − targets; of a right class as minus the others' sum, since 1 − 1e-9 is 1 in float32."""
+    targets_Qn = problem.targets_Qn
+    if not problem.exclusive:
+        return p_Qn - targets_Qn
+    return jnp.where(targets_Qn > 0, -jnp.sum(p_Qn * (1 - targets_Qn), 0, keepdims=True), p_Qn)
 
 
 def _centre(problem: Problem, w_QD: Array) -> Array:
