@@ -211,6 +211,14 @@ def test_separable_classes_end_at_the_least_penalty():
     assert softmax(probe.scores(x)).max(1).min() > 0.999
 
 
+@pytest.mark.parametrize(("l2", "value"), [(1e-4, 0.038321107470390546), (1e-2, 0.985002176167017)])
+def test_separable_classes_against_scikit_learn(l2, value):
+    """The objective of 300 rows is some nats or hundredths of one, so that p − 1 is nothing but float32's rounding."""
+    examples = Examples(TRAIN.features_nD + 5 * np.eye(CLASSES, WIDTH)[TRAIN.targets], TRAIN.targets)
+    probe = fit(*examples, CLASSES, l2, tolerance=1e-12)
+    assert objective(probe, examples, l2) == pytest.approx(value, rel=1e-5)
+
+
 def test_half_precision_features_will_do():
     probe = fit(TRAIN.features_nD.astype(np.float16), TRAIN.targets, CLASSES, 1.0)
     np.testing.assert_allclose(probe.weight_DQ[:, 0], GOLDEN[1.0][1], atol=5e-3)
