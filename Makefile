@@ -6,6 +6,7 @@
 # make bench-train      a training step of ViT-B/32 against open_clip's on torch, the ratio in the last line
 # make bench-loss       the losses against their dense form: seconds and memory
 # make bench-loading    loading ViT-L/14 and RN50x64 against reading their bytes: seconds and memory
+# make bench-probe      the linear probe's search against scikit-learn's, the ratio in the last line
 # make clean         remove environments, caches and the demo's run
 #
 # PYTHON=python3.12 chooses the interpreter of a new environment.
@@ -21,7 +22,7 @@ BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-lowest test-peers bench-tokenizer bench-train bench-loss bench-loading clean
+.PHONY: demo test test-lowest test-peers bench-tokenizer bench-train bench-loss bench-loading bench-probe clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -51,6 +52,9 @@ bench-loss: $(VENV)/.installed-test
 
 bench-loading: $(VENV)/.installed-test
 	@$(BIN)/python benchmarks/loading.py
+
+bench-probe: $(PEERS)/.installed-peers
+	@$(PEERS)/bin/python benchmarks/probe.py
 
 clean:
 	rm -rf $(VENV) $(LOWEST) $(PEERS) $(DEMO) build dist *.egg-info .pytest_cache .ruff_cache

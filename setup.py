@@ -72,7 +72,13 @@ EXTRAS = {
     ],
     # What tests/peers compares with. torch first and by itself, then torchvision without what it depends on: the
     # Makefile's `test-peers` does it.
-    "peers": ["timm==1.0.31", "transformers==5.23.0", "open_clip_torch==3.3.0", "clip-anytorch==2.6.0"],
+    "peers": [
+        "timm==1.0.31",
+        "transformers==5.23.0",
+        "open_clip_torch==3.3.0",
+        "clip-anytorch==2.6.0",
+        "scikit-learn>=1.7",  # benchmarks/probe.py
+    ],
     # libtpu. Leave it out on machines without a TPU: there it costs 1.5 s and some error lines at every start.
     "tpu": [f"jax[tpu]>={JAX}"],
     # CUDA 13, which needs driver 580 or newer. For an older one: pip install "jax[cuda12]", and no extra.

@@ -1,0 +1,228 @@
+"""The linear probe: logistic regression on frozen features (Radford et al. 2021, appendix A.3).
+
+l2 is found on a validation split by the paper's parametric binary search, then the probe is fitted to training and
+validation split together. The objective is that of scikit-learn's `LogisticRegression(C=1/l2)`: `logistic.py`.
+
+Deviations: the paper's 96 values from 1e-6 to 1e6 are no whole number per decade; here there are 97, 8 per decade. Of
+values that do equally well the greatest is taken. Examples with any number of classes (Pascal VOC 2007) are fitted with
+one sigmoid per class, all with the same l2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Integer
+
+from clip_jax.evals import logistic
+
+TOLERANCE = 1e-5  # nats per example that the optimum could still win, about
+STEPS_PER_DECADE, LAST_STEP = 8, 48  # 8 · 6 decades to either side of 1
+FIRST_STRIDE = 16  # the seven first values: 1e-6, 1e-4 … 1e6
+
+
+class Examples(NamedTuple):
+    """A split: features float[n D], and of each row the class id, int[n], or whether each class is right, bool[n Q]."""
+
+    features_nD: np.ndarray
+    targets: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearProbe:
+    """A linear classifier. A class that no example had scores −∞: that is where its intercept's optimum is."""
+
+    weight_DQ: Float[np.ndarray, "D Q"]
+    bias_Q: Float[np.ndarray, "Q"]
+
+    def scores(self, features_nD: Float[np.ndarray, "n D"]) -> Float[np.ndarray, "n Q"]:
+        """Return the logits. Raises ValueError where features are not finite."""
+        _check_features(features_nD)
+        return features_nD.astype(np.float32) @ self.weight_DQ + self.bias_Q[None]
+
+
+# (scores_nQ, targets) -> a fraction, the greater the better
+Measure = Callable[[np.ndarray, np.ndarray], float]
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeSearch:
+    """What a search found.
+
+    l2: the best on the validation split.
+    curve: what the measure gave there, by the l2 tried, ascending.
+    probe: fitted with it.
+    """
+
+    l2: float
+    curve: dict[float, float]
+    probe: LinearProbe
+
+
+def accuracy(scores_nQ: Float[np.ndarray, "n Q"], class_ids_n: Integer[np.ndarray, "n"]) -> float:
+    """Return the fraction of rows whose greatest score is that of their class."""
+    return float(np.mean(scores_nQ.argmax(1) == class_ids_n))
+
+
+def mean_per_class(scores_nQ: Float[np.ndarray, "n Q"], class_ids_n: Integer[np.ndarray, "n"]) -> float:
+    """Return the mean over the classes that have rows of each class's accuracy."""
+    hits_n = scores_nQ.argmax(1) == class_ids_n
+    rows_Q = np.bincount(class_ids_n)
+    return float(np.mean(np.bincount(class_ids_n, weights=hits_n)[rows_Q > 0] / rows_Q[rows_Q > 0]))
+
+
+def eleven_point_precision(scores_nQ: Float[np.ndarray, "n Q"], targets_nQ: Bool[np.ndarray, "n Q"]) -> float:
+    """Return VOC 2007's mean over classes of the best precision at recalls of at least 0, 0.1 … 1.
+
+    Of equal scores the wrong ones stand first. A class without a right row is left out.
+    """
+    precisions = []
+    for scores_n, right_n in zip(scores_nQ.T, targets_nQ.T, strict=True):
+        hits_n = np.cumsum(right_n[np.lexsort((right_n, -scores_n))])
+        if len(hits_n) and hits_n[-1]:
+            precision_n = hits_n / np.arange(1, len(hits_n) + 1)
+            # Recall is at least k / 10 from the first row on where 10 · hits ≥ k · all: in integers, without rounding.
+            starts = [np.argmax(10 * hits_n >= k * hits_n[-1]) for k in range(11)]
+            precisions.append(np.mean([precision_n[start:].max() for start in starts]))
+    return float(np.mean(precisions))
+
+
+def fit(
+    features_nD: Float[np.ndarray, "n D"],
+    targets: Integer[np.ndarray, "m"] | Bool[np.ndarray, "m Q"],
+    classes: int,
+    l2: float,
+    start: LinearProbe | None = None,
+    tolerance: float = TOLERANCE,
+) -> LinearProbe:
+    """Return the probe with the least sum of cross-entropies + l2/2 · ‖weight‖².
+
+    targets: class ids from 0 to classes − 1, or bool[n classes] for one sigmoid per class.
+    start: where to begin; it changes how long this takes, not where it ends.
+    tolerance: nats per example by which the result may miss the optimum, about. It ends after 1000 steps at most.
+
+    Raises ValueError for features that are not finite, targets that don't suit, no rows, and l2 not above 0.
+    """
+    if not 0 < l2 < np.inf:
+        raise ValueError(f"l2={l2}: without a penalty separable classes have no optimum; use a number such as 1e-6")
+    training = _Training(Examples(features_nD, targets), classes, tolerance)
+    return training.probe(training.solve(l2, training.coordinates(start)))
+
+
+def search(
+    train: Examples,
+    validation: Examples,
+    classes: int,
+    measure: Measure = accuracy,
+    tolerance: float = TOLERANCE,
+    *,
+    refit: bool = True,
+) -> ProbeSearch:
+    """Find l2 on the validation split and fit the probe to both splits. Some 15 fits, each begun where others ended.
+
+    measure: `accuracy`, `mean_per_class`, `eleven_point_precision` or the like.
+    refit: otherwise the probe is the one fitted to the training split. Raises as `fit` does.
+    """
+    train, validation = Examples(*train), Examples(*validation)
+    _targets(validation, classes)  # before the work
+    training = _Training(train, classes, tolerance)
+    solved, values = {}, {}
+
+    def visit(step: int) -> None:
+        if step not in solved and abs(step) <= LAST_STEP:
+            solved[step] = training.solve(_l2(step), _between(solved, step))
+            values[step] = measure(training.probe(solved[step]).scores(validation.features_nD), validation.targets)
+
+    for step in range(LAST_STEP, -LAST_STEP - 1, -FIRST_STRIDE):  # the easy ones first
+        visit(step)
+    stride = FIRST_STRIDE
+    while stride > 1:
+        stride //= 2
+        peak = _peak(values)
+        visit(peak + stride)
+        visit(peak - stride)
+
+    peak = _peak(values)
+    probe = training.probe(solved[peak])
+    if refit:
+        both = Examples(*(np.concatenate(pair) for pair in zip(train, validation, strict=True)))
+        probe = fit(*both, classes, _l2(peak), probe, tolerance)
+    return ProbeSearch(_l2(peak), {_l2(step): values[step] for step in sorted(values)}, probe)
+
+
+def _l2(step: int) -> float:
+    return float(10 ** (step / STEPS_PER_DECADE))
+
+
+def _peak(values: dict[int, float]) -> int:
+    return max(values, key=lambda step: (values[step], step))
+
+
+def _between(solved: dict, step: int):
+    """Return a start: the mean of the optima on both sides, so that its error is of second order; or the nearest."""
+    sides = [[s for s in solved if s < step], [s for s in solved if s > step]]
+    near = [solved[min(side, key=lambda s: abs(s - step))] for side in sides if side]
+    return sum(near) / len(near) if near else None
+
+
+class _Training:
+    """Examples laid out for `logistic`, once for every l2. Classes without an example are left out of it."""
+
+    def __init__(self, examples: Examples, classes: int, tolerance: float):
+        targets_nQ, exclusive = _targets(examples, classes)
+        self.present_Q = targets_nQ.any(0)
+        self.problem = logistic.prepare(examples.features_nD, targets_nQ[:, self.present_Q], exclusive=exclusive)
+        # Of two classes scikit-learn fits one column, w. Here they get w/2 and −w/2, of half its square together.
+        self.factor = 2 if exclusive and self.present_Q.sum() == 2 else 1
+        self.tolerance = tolerance
+
+    def solve(self, l2: float, start_QD=None):
+        if start_QD is None:
+            start_QD = jnp.zeros((len(self.problem.targets_Qn), len(self.problem.penalised_D)))
+        return logistic.minimize(self.problem, self.factor * l2, start_QD, self.tolerance).w_QD
+
+    def coordinates(self, probe: LinearProbe | None):
+        if probe is None:
+            return None
+        if probe.weight_DQ.shape != (expected := (len(self.problem.mean_d), len(self.present_Q))):
+            raise ValueError(f"start has weights of shape {probe.weight_DQ.shape}, and these examples ask {expected}")
+        bias_Q = np.where(np.isfinite(probe.bias_Q), probe.bias_Q, 0)
+        return logistic.to_problem(self.problem, probe.weight_DQ[:, self.present_Q], bias_Q[self.present_Q])
+
+    def probe(self, w_QD) -> LinearProbe:
+        weight_DQ = np.zeros((len(self.problem.mean_d), len(self.present_Q)), np.float32)
+        bias_Q = np.full(len(self.present_Q), -np.inf, np.float32)
+        weight_DQ[:, self.present_Q], bias_Q[self.present_Q] = logistic.from_problem(self.problem, w_QD)
+        return LinearProbe(weight_DQ, bias_Q)
+
+
+def _check_features(features_nD: np.ndarray) -> None:
+    bad_nD = ~np.isfinite(features_nD)
+    if bad_nD.any():
+        row, column = np.argwhere(bad_nD)[0]
+        rows = bad_nD.any(1).sum()
+        raise ValueError(
+            f"features[{row}, {column}] is {features_nD[row, column]}, one of {rows} rows that are not finite: "
+            "look at their pictures, or leave these rows out of features and targets"
+        )
+
+
+def _targets(examples: Examples, classes: int) -> tuple[np.ndarray, bool]:
+    """Return bool[n Q] and whether of each row one class is right, all checked."""
+    features_nD, targets = examples
+    if not len(features_nD) or len(features_nD) != len(targets):
+        raise ValueError(f"{len(features_nD)} rows of features and {len(targets)} targets; give as many, at least 1")
+    _check_features(features_nD)
+    if targets.dtype == bool:
+        if targets.shape != (len(targets), classes):
+            raise ValueError(f"targets have shape {targets.shape}; with classes={classes} use {len(targets), classes}")
+        return targets, False
+    wrong_n = (targets < 0) | (targets >= classes)
+    if wrong_n.any():
+        row = int(wrong_n.argmax())
+        raise ValueError(f"targets[{row}]={targets[row]} with classes={classes}; use class ids from 0 to {classes - 1}")
+    return targets[:, None] == np.arange(classes)[None], True

@@ -1,0 +1,304 @@
+"""Linear and few-shot probes against scikit-learn 1.9.1's numbers, and against what an optimum must be.
+
+The numbers are those of `LogisticRegression(C=1/l2, tol=1e-10, max_iter=100_000)` fitted to `split(1, 300)`, its
+`coef_`, `intercept_`, `predict_proba` and `score`, `OneVsRestClassifier` of it for sigmoids; and of the search over its
+scores on `split(2, 200)`, refitted to both, on `split(3, 500)`.
+"""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from clip_jax.evals.few_shot import draw, few_shot
+from clip_jax.evals.linear_probe import (
+    Examples,
+    LinearProbe,
+    accuracy,
+    eleven_point_precision,
+    fit,
+    mean_per_class,
+    search,
+)
+
+CLASSES, WIDTH = 4, 6
+# Nats per example, as near to the optimum as float32's gradients lead.
+TIGHT = 1e-9
+# Weights are of order 1; at TIGHT their square error times the curvature, some 0.1, is 1e-9.
+WEIGHT = 5e-4
+
+
+def split(seed, rows):
+    centres = np.random.default_rng(0).normal(size=(CLASSES, WIDTH))
+    rng = np.random.default_rng(seed)
+    class_ids = rng.integers(CLASSES, size=rows)
+    return Examples(centres[class_ids] + 1.5 * rng.normal(size=(rows, WIDTH)), class_ids)
+
+
+TRAIN, VALIDATION = split(1, 300), split(2, 200)
+
+
+def softmax(scores):
+    powers = np.exp(scores - scores.max(1, keepdims=True))
+    return powers / powers.sum(1, keepdims=True)
+
+
+def objective(probe, examples, l2):
+    """The softmax's objective in float64."""
+    weight, bias = probe.weight_DQ.astype(np.float64), probe.bias_Q.astype(np.float64)
+    p = softmax(examples.features_nD @ weight + bias[None])
+    return -np.log(p[np.arange(len(p)), examples.targets]).sum() + l2 / 2 * (weight**2).sum()
+
+
+GOLDEN = {  # l2: objective, weights of class 0, intercepts, probabilities of the first of `split(2, 200)`, its accuracy
+    1e-2: (
+        253.62432830078546,
+        [0.153341, -0.280904, 0.47157, 0.131748, -0.036768, 0.07777],
+        [0.514241, -0.161196, -0.654511, 0.301466],
+        [0.136253, 0.098516, 0.346307, 0.418924],
+        0.68,
+    ),
+    1.0: (
+        254.73654488890784,
+        [0.150026, -0.278719, 0.464435, 0.128697, -0.03616, 0.076886],
+        [0.502493, -0.160558, -0.637479, 0.295545],
+        [0.137115, 0.099774, 0.344571, 0.41854],
+        0.68,
+    ),
+    100.0: (
+        309.0093820171681,
+        [0.066903, -0.160666, 0.237421, 0.048847, -0.016473, 0.04847],
+        [0.162073, -0.052931, -0.296922, 0.187781],
+        [0.17218, 0.15784, 0.288024, 0.381957],
+        0.67,
+    ),
+}
+
+
+@pytest.mark.parametrize("l2", GOLDEN)
+def test_against_scikit_learn(l2):
+    value, weight_D, bias_Q, probabilities, right = GOLDEN[l2]
+    probe = fit(*TRAIN, CLASSES, l2, tolerance=TIGHT)
+    assert objective(probe, TRAIN, l2) <= value * (1 + 1e-6)
+    np.testing.assert_allclose(probe.weight_DQ[:, 0], weight_D, atol=WEIGHT)
+    np.testing.assert_allclose(probe.bias_Q, bias_Q, atol=WEIGHT)
+    scores = probe.scores(VALIDATION.features_nD)
+    np.testing.assert_allclose(softmax(scores)[0], probabilities, atol=WEIGHT)
+    assert accuracy(scores, VALIDATION.targets) == pytest.approx(right)
+
+
+def test_the_usual_tolerance_is_kept():
+    l2 = 1.0
+    assert objective(fit(*TRAIN, CLASSES, l2), TRAIN, l2) < GOLDEN[l2][0] + 1e-5 * len(TRAIN.targets)
+
+
+def test_two_classes_against_scikit_learn_which_penalises_their_difference():
+    probe = fit(TRAIN.features_nD, TRAIN.targets % 2, 2, 0.5, tolerance=TIGHT)
+    difference = probe.weight_DQ[:, 1] - probe.weight_DQ[:, 0]
+    np.testing.assert_allclose(difference, [0.44922, 0.565589, -0.076999, 0.054186, -0.007185, 0.092196], atol=WEIGHT)
+    assert probe.bias_Q[1] - probe.bias_Q[0] == pytest.approx(0.058255, abs=WEIGHT)
+
+
+def many_targets():
+    x, class_ids = TRAIN
+    return np.stack([x[:, 0] + x[:, 1] > 0.5, class_ids == 2, x[:, 2] > 1], 1)
+
+
+def test_any_number_of_classes_against_scikit_learn_one_versus_rest():
+    probe = fit(TRAIN.features_nD, many_targets(), 3, 2.0, tolerance=TIGHT)
+    weight_QD = [
+        [2.729189, 2.493141, -0.118898, 0.141771, 0.169932, -0.000331],
+        [-0.872299, -0.34471, -0.632591, -0.229472, 0.090013, -0.261627],
+        [0.123282, -0.051595, 3.424063, 0.070873, -0.078216, -0.060961],
+    ]
+    np.testing.assert_allclose(probe.weight_DQ.T, weight_QD, atol=WEIGHT * 4)
+    np.testing.assert_allclose(probe.bias_Q, [-1.320628, -2.307797, -3.588086], atol=WEIGHT * 4)
+
+
+def test_search_against_scikit_learn_over_the_same_values():
+    found = search(TRAIN, VALIDATION, CLASSES)
+    theirs = {-48: 0.68, -32: 0.68, -16: 0.68, -8: 0.68, 0: 0.68, 4: 0.685, 8: 0.68, 10: 0.68, 12: 0.685, 13: 0.69}
+    theirs |= {14: 0.685, 15: 0.675, 16: 0.67, 32: 0.27, 48: 0.245}
+    assert found.curve == pytest.approx({10 ** (step / 8): value for step, value in theirs.items()})
+    assert found.l2 == pytest.approx(42.169650342858226)
+    test = split(3, 500)
+    assert accuracy(found.probe.scores(test.features_nD), test.targets) == pytest.approx(0.628)
+
+
+def test_search_without_refit_gives_the_probe_of_the_training_split():
+    found = search(TRAIN, VALIDATION, CLASSES, refit=False)
+    # Both within the tolerance, 1e-5, of the optimum.
+    assert objective(found.probe, TRAIN, found.l2) == pytest.approx(
+        objective(fit(*TRAIN, CLASSES, found.l2), TRAIN, found.l2), abs=2e-5 * len(TRAIN.targets)
+    )
+
+
+@pytest.mark.parametrize("l2", [1e-6, 1.0, 1e3])
+def test_the_gradient_is_zero_at_the_optimum(l2):
+    x, class_ids = TRAIN
+    probe = fit(x, class_ids, CLASSES, l2, tolerance=TIGHT)
+    weight, bias = probe.weight_DQ.astype(np.float64), probe.bias_Q.astype(np.float64)
+    wrong = softmax(x @ weight + bias[None]) - np.eye(CLASSES)[class_ids]
+    # Per example, as scikit-learn's own tolerance, 1e-4, is.
+    np.testing.assert_allclose((x.T @ wrong + l2 * weight) / len(x), 0, atol=3e-5)
+    np.testing.assert_allclose(wrong.mean(0), 0, atol=3e-5)
+
+
+def test_another_start_gives_the_same_optimum():
+    cold = fit(*TRAIN, CLASSES, 0.1, tolerance=TIGHT)
+    for start in (fit(*TRAIN, CLASSES, 100.0), LinearProbe(np.ones_like(cold.weight_DQ) * 3, np.arange(4.0))):
+        warm = fit(*TRAIN, CLASSES, 0.1, start, tolerance=TIGHT)
+        np.testing.assert_allclose(warm.weight_DQ, cold.weight_DQ, atol=WEIGHT)
+        np.testing.assert_allclose(warm.bias_Q, cold.bias_Q, atol=WEIGHT)
+
+
+def test_the_order_of_examples_does_not_matter():
+    order = np.random.default_rng(0).permutation(300)
+    one, other = (fit(*examples, CLASSES, 1.0, tolerance=TIGHT) for examples in (TRAIN, [x[order] for x in TRAIN]))
+    np.testing.assert_allclose(one.weight_DQ, other.weight_DQ, atol=WEIGHT)
+
+
+@pytest.mark.parametrize("unit", [1e-3, 1e3])
+def test_the_unit_of_the_features_does_not_matter(unit):
+    probe = fit(TRAIN.features_nD * unit, TRAIN.targets, CLASSES, 1.0 * unit**2, tolerance=TIGHT)
+    np.testing.assert_allclose(probe.weight_DQ[:, 0] * unit, GOLDEN[1.0][1], atol=WEIGHT)
+
+
+def test_examples_given_twice_at_twice_the_penalty_are_the_same_problem():
+    twice = fit(np.repeat(TRAIN.features_nD, 2, 0), np.repeat(TRAIN.targets, 2), CLASSES, 2.0, tolerance=TIGHT)
+    np.testing.assert_allclose(twice.weight_DQ[:, 0], GOLDEN[1.0][1], atol=WEIGHT)
+
+
+def test_constant_features_get_no_weight():
+    x = np.concatenate([TRAIN.features_nD, np.full((300, 2), 7.0)], 1)
+    probe = fit(x, TRAIN.targets, CLASSES, 1.0, tolerance=TIGHT)
+    np.testing.assert_allclose(probe.weight_DQ[:6, 0], GOLDEN[1.0][1], atol=WEIGHT)
+    np.testing.assert_allclose(probe.weight_DQ[6:], 0, atol=1e-6)
+
+
+def test_without_information_the_scores_are_the_frequencies():
+    probe = fit(np.ones((300, WIDTH)), TRAIN.targets, CLASSES, 1.0, tolerance=TIGHT)
+    frequencies = np.bincount(TRAIN.targets) / 300
+    np.testing.assert_allclose(softmax(probe.scores(np.ones((1, WIDTH))))[0], frequencies, atol=1e-4)
+
+
+def test_a_class_without_examples_is_never_named():
+    probe = fit(TRAIN.features_nD, TRAIN.targets * 2, 8, 1.0, tolerance=TIGHT)
+    np.testing.assert_allclose(probe.weight_DQ[:, 0], GOLDEN[1.0][1], atol=WEIGHT)
+    assert (probe.scores(VALIDATION.features_nD)[:, 1::2] == -np.inf).all()
+
+
+def test_a_single_class_is_always_named():
+    scores = fit(TRAIN.features_nD, np.full(300, 2), CLASSES, 1.0).scores(VALIDATION.features_nD)
+    assert (scores.argmax(1) == 2).all()
+    assert np.isfinite(scores[:, 2]).all()
+
+
+def test_fewer_rows_than_features_leave_no_weight_where_rows_say_nothing():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(20, 50))
+    probe = fit(x, np.arange(20) % 4, CLASSES, 1e-6)
+    assert accuracy(probe.scores(x), np.arange(20) % 4) == 1
+    span = np.linalg.svd(x - x.mean(0), full_matrices=False)[2]
+    outside = probe.weight_DQ - span.T @ (span @ probe.weight_DQ)
+    assert np.abs(outside).max() < 1e-4 * np.abs(probe.weight_DQ).max()
+
+
+def test_separable_classes_end_at_the_least_penalty():
+    x = np.eye(CLASSES, WIDTH).repeat(75, 0) * 10
+    probe = fit(x, np.arange(CLASSES).repeat(75), CLASSES, 1e-6)
+    assert np.isfinite(probe.weight_DQ).all()
+    assert softmax(probe.scores(x)).max(1).min() > 0.999
+
+
+@pytest.mark.parametrize(("l2", "value"), [(1e-4, 0.038321107470390546), (1e-2, 0.985002176167017)])
+def test_separable_classes_against_scikit_learn(l2, value):
+    """The objective of 300 rows is some nats or hundredths of one, so that p − 1 is nothing but float32's rounding."""
+    examples = Examples(TRAIN.features_nD + 5 * np.eye(CLASSES, WIDTH)[TRAIN.targets], TRAIN.targets)
+    probe = fit(*examples, CLASSES, l2, tolerance=1e-12)
+    assert objective(probe, examples, l2) == pytest.approx(value, rel=1e-5)
+
+
+def test_half_precision_features_will_do():
+    probe = fit(TRAIN.features_nD.astype(np.float16), TRAIN.targets, CLASSES, 1.0)
+    np.testing.assert_allclose(probe.weight_DQ[:, 0], GOLDEN[1.0][1], atol=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"l2": 0.0}, "l2=0.0: without a penalty"),
+        ({"targets": TRAIN.targets + 1}, r"targets\[\d+\]=4 with classes=4; use class ids from 0 to 3"),
+        ({"targets": TRAIN.targets[1:]}, "300 rows of features and 299 targets"),
+        ({"targets": many_targets()}, r"shape \(300, 3\); with classes=4 use \(300, 4\)"),
+        ({"features_nD": TRAIN.features_nD[:0], "targets": TRAIN.targets[:0]}, "at least 1"),
+        ({"start": LinearProbe(np.zeros((5, 4)), np.zeros(4))}, r"shape \(5, 4\), and these examples ask \(6, 4\)"),
+    ],
+)
+def test_errors_say_what_to_do(change, message):
+    arguments = {"features_nD": TRAIN.features_nD, "targets": TRAIN.targets, "classes": CLASSES, "l2": 1.0}
+    with pytest.raises(ValueError, match=message):
+        fit(**arguments | change)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_features_that_are_not_finite_are_named(value):
+    x = TRAIN.features_nD.copy()
+    x[[17, 40], 3] = value
+    message = rf"features\[17, 3\] is {value}, one of 2 rows"
+    with pytest.raises(ValueError, match=message):
+        fit(x, TRAIN.targets, CLASSES, 1.0)
+    with pytest.raises(ValueError, match=message):
+        fit(*TRAIN, CLASSES, 1.0).scores(x)
+
+
+def test_mean_per_class_weighs_classes_alike():
+    scores = np.eye(3)[[0, 0, 0, 0, 1]]
+    assert mean_per_class(scores, np.array([0, 0, 0, 1, 1])) == pytest.approx((1 + 1 / 2) / 2)
+
+
+def test_eleven_point_precision():
+    # Right at places 1 and 3: precision 1 for recalls of 0 to 0.5, then 2/3.
+    scores, right = np.array([[4.0], [3], [2], [1]]), np.array([[True], [False], [True], [False]])
+    assert eleven_point_precision(scores, right) == pytest.approx((6 * 1 + 5 * 2 / 3) / 11)
+    assert eleven_point_precision(np.zeros((4, 1)), right) == pytest.approx(1 / 2)  # ties: the right ones are last
+    both = np.concatenate([right, ~right], 1)
+    assert eleven_point_precision(np.where(both, 1.0, 0.0), both) == 1
+
+
+# ------------------------------------------------------------------------------------------------------- few shots
+
+
+def test_draws_are_nested_and_of_every_class_alike():
+    draws = [draw(TRAIN.targets, CLASSES, shots, 3) for shots in (1, 2, 4, 8, 16)]
+    for fewer, more in zip(draws, draws[1:], strict=False):
+        assert set(fewer) < set(more)
+    assert (np.bincount(TRAIN.targets[draws[-1]]) == 16).all()
+    assert set(draws[-1]) != set(draw(TRAIN.targets, CLASSES, 16, 4))
+
+
+def test_a_class_with_fewer_examples_is_an_error_or_gives_what_it_has():
+    class_ids = np.array([0, 0, 0, 1, 0, 1])
+    with pytest.raises(ValueError, match="class 1 has 2 examples, and shots=4: use at most 2 shots"):
+        draw(class_ids, 2, 4, 0)
+    assert set(draw(class_ids, 2, 4, 0, fewer=True)) == set(range(6))
+
+
+def test_more_shots_teach_more():
+    results = few_shot(TRAIN, VALIDATION, CLASSES, l2=1.0, shots=(1, 16), seeds=range(3))
+    low, high = results[1].interval
+    assert low <= results[1].mean <= high < results[16].mean
+    rows = draw(TRAIN.targets, CLASSES, 16, 2)
+    probe = fit(*(x[rows] for x in TRAIN), CLASSES, 1.0)
+    assert results[16].values[2] == accuracy(probe.scores(VALIDATION.features_nD), VALIDATION.targets)
+
+
+def test_few_shot_probes_search_on_the_validation_split():
+    results = few_shot(TRAIN, split(3, 500), CLASSES, validation=VALIDATION, shots=(4,), seeds=(0,))
+    rows = draw(TRAIN.targets, CLASSES, 4, 0)
+    found = search(Examples(*(x[rows] for x in TRAIN)), VALIDATION, CLASSES, refit=False)
+    assert results[4].values == (accuracy(found.probe.scores(split(3, 500)[0]), split(3, 500)[1]),)
+    with pytest.raises(ValueError, match="give either l2"):
+        few_shot(TRAIN, VALIDATION, CLASSES)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        results[4].values = ()
