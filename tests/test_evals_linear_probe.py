@@ -11,15 +11,8 @@ import numpy as np
 import pytest
 
 from clip_jax.evals.few_shot import draw, few_shot
-from clip_jax.evals.linear_probe import (
-    Examples,
-    LinearProbe,
-    accuracy,
-    eleven_point_precision,
-    fit,
-    mean_per_class,
-    search,
-)
+from clip_jax.evals.linear_probe import NEVER, Examples, LinearProbe, fit, search
+from clip_jax.evals.measures import accuracy, map_11_points
 
 CLASSES, WIDTH = 4, 6
 # Nats per example, as near to the optimum as float32's gradients lead.
@@ -84,7 +77,7 @@ def test_against_scikit_learn(l2):
     np.testing.assert_allclose(probe.bias_Q, bias_Q, atol=WEIGHT)
     scores = probe.scores(VALIDATION.features_nD)
     np.testing.assert_allclose(softmax(scores)[0], probabilities, atol=WEIGHT)
-    assert accuracy(scores, VALIDATION.targets) == pytest.approx(right)
+    assert probe.measure(accuracy, VALIDATION) == pytest.approx(right)
 
 
 def test_the_usual_tolerance_is_kept():
@@ -121,8 +114,7 @@ def test_search_against_scikit_learn_over_the_same_values():
     theirs |= {14: 0.685, 15: 0.675, 16: 0.67, 32: 0.27, 48: 0.245}
     assert found.curve == pytest.approx({10 ** (step / 8): value for step, value in theirs.items()})
     assert found.l2 == pytest.approx(42.169650342858226)
-    test = split(3, 500)
-    assert accuracy(found.probe.scores(test.features_nD), test.targets) == pytest.approx(0.628)
+    assert found.probe.measure(accuracy, split(3, 500)) == pytest.approx(0.628)
 
 
 def test_search_without_refit_gives_the_probe_of_the_training_split():
@@ -185,7 +177,7 @@ def test_without_information_the_scores_are_the_frequencies():
 def test_a_class_without_examples_is_never_named():
     probe = fit(TRAIN.features_nD, TRAIN.targets * 2, 8, 1.0, tolerance=TIGHT)
     np.testing.assert_allclose(probe.weight_DQ[:, 0], GOLDEN[1.0][1], atol=WEIGHT)
-    assert (probe.scores(VALIDATION.features_nD)[:, 1::2] == -np.inf).all()
+    assert (probe.scores(VALIDATION.features_nD)[:, 1::2] == NEVER).all()
 
 
 def test_a_single_class_is_always_named():
@@ -198,7 +190,7 @@ def test_fewer_rows_than_features_leave_no_weight_where_rows_say_nothing():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(20, 50))
     probe = fit(x, np.arange(20) % 4, CLASSES, 1e-6)
-    assert accuracy(probe.scores(x), np.arange(20) % 4) == 1
+    assert probe.measure(accuracy, Examples(x, np.arange(20) % 4)) == 1
     span = np.linalg.svd(x - x.mean(0), full_matrices=False)[2]
     outside = probe.weight_DQ - span.T @ (span @ probe.weight_DQ)
     assert np.abs(outside).max() < 1e-4 * np.abs(probe.weight_DQ).max()
@@ -252,18 +244,11 @@ def test_features_that_are_not_finite_are_named(value):
         fit(*TRAIN, CLASSES, 1.0).scores(x)
 
 
-def test_mean_per_class_weighs_classes_alike():
-    scores = np.eye(3)[[0, 0, 0, 0, 1]]
-    assert mean_per_class(scores, np.array([0, 0, 0, 1, 1])) == pytest.approx((1 + 1 / 2) / 2)
-
-
-def test_eleven_point_precision():
-    # Right at places 1 and 3: precision 1 for recalls of 0 to 0.5, then 2/3.
-    scores, right = np.array([[4.0], [3], [2], [1]]), np.array([[True], [False], [True], [False]])
-    assert eleven_point_precision(scores, right) == pytest.approx((6 * 1 + 5 * 2 / 3) / 11)
-    assert eleven_point_precision(np.zeros((4, 1)), right) == pytest.approx(1 / 2)  # ties: the right ones are last
-    both = np.concatenate([right, ~right], 1)
-    assert eleven_point_precision(np.where(both, 1.0, 0.0), both) == 1
+def test_a_search_by_another_measure_of_several_classes():
+    both = [Examples(x, np.stack([x[:, 0] > 0.5, x[:, 2] > 1], 1)) for x, _ in (TRAIN, VALIDATION)]
+    found = search(*both, 2, map_11_points, refit=False)
+    assert found.curve[found.l2] == max(found.curve.values()) > 0.9
+    assert found.probe.measure(map_11_points, both[1]) == pytest.approx(found.curve[found.l2], abs=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------------- few shots
@@ -290,14 +275,14 @@ def test_more_shots_teach_more():
     assert low <= results[1].mean <= high < results[16].mean
     rows = draw(TRAIN.targets, CLASSES, 16, 2)
     probe = fit(*(x[rows] for x in TRAIN), CLASSES, 1.0)
-    assert results[16].values[2] == accuracy(probe.scores(VALIDATION.features_nD), VALIDATION.targets)
+    assert results[16].values[2] == probe.measure(accuracy, VALIDATION)
 
 
 def test_few_shot_probes_search_on_the_validation_split():
     results = few_shot(TRAIN, split(3, 500), CLASSES, validation=VALIDATION, shots=(4,), seeds=(0,))
     rows = draw(TRAIN.targets, CLASSES, 4, 0)
     found = search(Examples(*(x[rows] for x in TRAIN)), VALIDATION, CLASSES, refit=False)
-    assert results[4].values == (accuracy(found.probe.scores(split(3, 500)[0]), split(3, 500)[1]),)
+    assert results[4].values == (found.probe.measure(accuracy, split(3, 500)),)
     with pytest.raises(ValueError, match="give either l2"):
         few_shot(TRAIN, VALIDATION, CLASSES)
     with pytest.raises(dataclasses.FrozenInstanceError):

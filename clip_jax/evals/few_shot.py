@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int64, Integer
 
-from clip_jax.evals.linear_probe import Examples, Measure, accuracy, fit, search
+from clip_jax.evals.linear_probe import Examples, fit, search
+from clip_jax.evals.measures import Measure, accuracy
 
 SHOTS = (1, 2, 4, 8, 16)
 
@@ -85,6 +86,6 @@ def few_shot(
             probe = fit(*examples, classes, l2)
         else:
             probe = search(examples, validation, classes, measure, refit=False).probe
-        return measure(probe.scores(test.features_nD), test.targets)
+        return probe.measure(measure, test)
 
     return {count: FewShot(tuple(value(count, seed) for seed in seeds)) for count in shots}

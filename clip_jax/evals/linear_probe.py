@@ -11,7 +11,6 @@ one sigmoid per class, all with the same l2.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -19,10 +18,12 @@ import numpy as np
 from jaxtyping import Bool, Float, Integer
 
 from clip_jax.evals import logistic
+from clip_jax.evals.measures import Measure, Scored, accuracy
 
 TOLERANCE = 1e-5  # nats per example that the optimum could still win, about
 STEPS_PER_DECADE, LAST_STEP = 8, 48  # 8 · 6 decades to either side of 1
 FIRST_STRIDE = 16  # the seven first values: 1e-6, 1e-4 … 1e6
+NEVER = np.finfo(np.float32).min
 
 
 class Examples(NamedTuple):
@@ -34,7 +35,7 @@ class Examples(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LinearProbe:
-    """A linear classifier. A class that no example had scores −∞: that is where its intercept's optimum is."""
+    """A linear classifier. A class that no example had scores NEVER: the optimum of its intercept is −∞."""
 
     weight_DQ: Float[np.ndarray, "D Q"]
     bias_Q: Float[np.ndarray, "Q"]
@@ -44,9 +45,9 @@ class LinearProbe:
         _check_features(features_nD)
         return features_nD.astype(np.float32) @ self.weight_DQ + self.bias_Q[None]
 
-
-# (scores_nQ, targets) -> a fraction, the greater the better
-Measure = Callable[[np.ndarray, np.ndarray], float]
+    def measure(self, measure: Measure, examples: Examples) -> float:
+        """Return a measure of the logits of a split."""
+        return measure(Scored(self.scores(examples.features_nD), examples.targets))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,34 +62,6 @@ class ProbeSearch:
     l2: float
     curve: dict[float, float]
     probe: LinearProbe
-
-
-def accuracy(scores_nQ: Float[np.ndarray, "n Q"], class_ids_n: Integer[np.ndarray, "n"]) -> float:
-    """Return the fraction of rows whose greatest score is that of their class."""
-    return float(np.mean(scores_nQ.argmax(1) == class_ids_n))
-
-
-def mean_per_class(scores_nQ: Float[np.ndarray, "n Q"], class_ids_n: Integer[np.ndarray, "n"]) -> float:
-    """Return the mean over the classes that have rows of each class's accuracy."""
-    hits_n = scores_nQ.argmax(1) == class_ids_n
-    rows_Q = np.bincount(class_ids_n)
-    return float(np.mean(np.bincount(class_ids_n, weights=hits_n)[rows_Q > 0] / rows_Q[rows_Q > 0]))
-
-
-def eleven_point_precision(scores_nQ: Float[np.ndarray, "n Q"], targets_nQ: Bool[np.ndarray, "n Q"]) -> float:
-    """Return VOC 2007's mean over classes of the best precision at recalls of at least 0, 0.1 … 1.
-
-    Of equal scores the wrong ones stand first. A class without a right row is left out.
-    """
-    precisions = []
-    for scores_n, right_n in zip(scores_nQ.T, targets_nQ.T, strict=True):
-        hits_n = np.cumsum(right_n[np.lexsort((right_n, -scores_n))])
-        if len(hits_n) and hits_n[-1]:
-            precision_n = hits_n / np.arange(1, len(hits_n) + 1)
-            # Recall is at least k / 10 from the first row on where 10 · hits ≥ k · all: in integers, without rounding.
-            starts = [np.argmax(10 * hits_n >= k * hits_n[-1]) for k in range(11)]
-            precisions.append(np.mean([precision_n[start:].max() for start in starts]))
-    return float(np.mean(precisions))
 
 
 def fit(
@@ -124,7 +97,7 @@ def search(
 ) -> ProbeSearch:
     """Find l2 on the validation split and fit the probe to both splits. Some 15 fits, each begun where others ended.
 
-    measure: `accuracy`, `mean_per_class`, `eleven_point_precision` or the like.
+    measure: one of `measures.MEASURES`, such as `accuracy`, or `map_11_points` for any number of classes.
     refit: otherwise the probe is the one fitted to the training split. Raises as `fit` does.
     """
     train, validation = Examples(*train), Examples(*validation)
@@ -135,7 +108,7 @@ def search(
     def visit(step: int) -> None:
         if step not in solved and abs(step) <= LAST_STEP:
             solved[step] = training.solve(_l2(step), _between(solved, step))
-            values[step] = measure(training.probe(solved[step]).scores(validation.features_nD), validation.targets)
+            values[step] = training.probe(solved[step]).measure(measure, validation)
 
     for step in range(LAST_STEP, -LAST_STEP - 1, -FIRST_STRIDE):  # the easy ones first
         visit(step)
@@ -190,12 +163,12 @@ class _Training:
             return None
         if probe.weight_DQ.shape != (expected := (len(self.problem.mean_d), len(self.present_Q))):
             raise ValueError(f"start has weights of shape {probe.weight_DQ.shape}, and these examples ask {expected}")
-        bias_Q = np.where(np.isfinite(probe.bias_Q), probe.bias_Q, 0)
+        bias_Q = np.where(probe.bias_Q > NEVER, probe.bias_Q, 0)
         return logistic.to_problem(self.problem, probe.weight_DQ[:, self.present_Q], bias_Q[self.present_Q])
 
     def probe(self, w_QD) -> LinearProbe:
         weight_DQ = np.zeros((len(self.problem.mean_d), len(self.present_Q)), np.float32)
-        bias_Q = np.full(len(self.present_Q), -np.inf, np.float32)
+        bias_Q = np.full(len(self.present_Q), NEVER)
         weight_DQ[:, self.present_Q], bias_Q[self.present_Q] = logistic.from_problem(self.problem, w_QD)
         return LinearProbe(weight_DQ, bias_Q)
 
