@@ -77,7 +77,7 @@ EXTRAS = {
         "transformers==5.23.0",
         "open_clip_torch==3.3.0",
         "clip-anytorch==2.6.0",
-        "scikit-learn>=1.7",  # benchmarks/probe.py
+        "scikit-learn==1.9.1",  # benchmarks/probe.py
     ],
     # libtpu. Leave it out on machines without a TPU: there it costs 1.5 s and some error lines at every start.
     "tpu": [f"jax[tpu]>={JAX}"],
