@@ -1,0 +1,119 @@
+"""Prompts: ours, a file's, and those of packages that are read and never imported."""
+
+import json
+import sys
+
+import pytest
+
+from clip_jax.evals import prompts
+from clip_jax.evals.prompts import Prompts
+from clip_jax.typing import Unavailable
+
+# As open_clip writes them: functions, a string that isn't one, and names over several lines.
+SOURCE = """
+import torch_that_is_not_there
+SIMPLE_IMAGENET_TEMPLATES = (
+    lambda c: f'a {c} of ours.',
+    lambda name: f"{name}, it's said, or {name}",
+)
+IMAGENET_CLASSNAMES = (
+    "tench", "great {white} shark",
+    'sunglasses', "sunglasses",
+)
+"""
+
+
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """Packages of other people, as far as we read them; importing either fails."""
+    for name in ("clip_benchmark", "open_clip"):
+        (tmp_path / name / "datasets").mkdir(parents=True)
+        (tmp_path / name / "__init__.py").write_text("raise ImportError('read, not imported')")
+    (tmp_path / "open_clip/zero_shot_metadata.py").write_text(SOURCE)
+    data = tmp_path / "clip_benchmark/datasets"
+    data.joinpath("en_classnames.json").write_text(
+        json.dumps({"eurosat": ["forest", "sea"], "fer2013": [["glad", "happy"], ""]})
+    )
+    data.joinpath("en_zeroshot_classification_templates.json").write_text(
+        json.dumps({"eurosat": ["a photo of {c} from above.", "{c}."], "broken": ["no place"]})
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("clip_benchmark", "open_clip"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    for cached in (prompts._clip_benchmark, prompts._open_clip):
+        cached.cache_clear()
+    yield
+    for cached in (prompts._clip_benchmark, prompts._open_clip):
+        cached.cache_clear()
+
+
+def test_published_prompts_are_read_without_an_import(packages):
+    assert prompts.templates("clip_benchmark:eurosat") == ("a photo of {} from above.", "{}.")
+    assert prompts.class_names("clip_benchmark:eurosat") == (("forest",), ("sea",))
+    assert prompts.templates("open_clip:imagenet_7") == ("a {} of ours.", "{}, it's said, or {}")
+    names = prompts.class_names("open_clip:imagenet")
+    assert names == (("tench",), ("great {white} shark",), ("sunglasses",), ("sunglasses",))
+    assert not {"clip_benchmark", "open_clip"} & set(sys.modules)
+
+
+@pytest.mark.parametrize(
+    "read, name, message",
+    [
+        ("templates", "clip_benchmark:eurosats", "templates='eurosats' is none of eurosat, broken.*eurosat"),
+        ("templates", "clip_benchmark:broken", "'no place' has no '{}' for the class's name"),
+        ("templates", "open_clip:imagenet_80", "defines no OPENAI_IMAGENET_TEMPLATES; open_clip_torch 3.3.0 does"),
+        ("templates", "photos", "use name, photo, views, clip_benchmark:<set>"),
+        ("class_names", "clip_benchmark:fer2013", r"class 1 is called \('',\); give it a name"),
+        ("class_names", "cats", "use clip_benchmark:<set>, open_clip:imagenet, or a .json file"),
+    ],
+)
+def test_what_a_package_does_not_have_is_said(packages, read, name, message):
+    with pytest.raises(ValueError, match=message):
+        getattr(prompts, read)(name)
+
+
+def test_a_missing_package_is_named_with_how_to_get_it(monkeypatch):
+    prompts._clip_benchmark.cache_clear()
+    monkeypatch.setattr(prompts.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(Unavailable, match="pip install --no-deps clip-benchmark"):
+        prompts.templates("clip_benchmark:eurosat")
+
+
+def test_a_file_of_ones_own(tmp_path):
+    file = tmp_path / "pets.json"
+    file.write_text('{"class_names": ["cat", ["dog", "puppy"]], "templates": ["{}", "my {}, a {}"]}')
+    own = Prompts(prompts.class_names(str(file)), prompts.templates(str(file)))
+    assert own.wordings() == (("cat", "my cat, a cat"), ("dog", "puppy", "my dog, a dog", "my puppy, a puppy"))
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "Expecting property name.*Prompts are a JSON object such as"),
+        ("[]", "has no list 'templates'"),
+        ('{"templates": []}', "has no list 'templates' that is not empty"),
+        ('{"templates": [3]}', "the template 3 has no"),
+    ],
+)
+def test_a_file_that_is_none_is_told_what_one_is(tmp_path, content, message):
+    file = tmp_path / "own.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        prompts.templates(str(file))
+    with pytest.raises(ValueError, match="No such file"):
+        prompts.templates(str(tmp_path / "none.json"))
+
+
+def test_the_digest_changes_with_any_wording_and_the_order_of_classes():
+    base = Prompts((("cat",), ("dog",)), ("a {}",))
+    others = [
+        Prompts((("dog",), ("cat",)), ("a {}",)),
+        Prompts((("cat", "dog"),), ("a {}",)),
+        Prompts((("cat",), ("dog",)), ("a {}.",)),
+    ]
+    assert len({p.digest for p in (base, *others)}) == 4
+    assert base.digest == Prompts((("cat",), ("dog",)), ("a {}",)).digest == "38c4e22f0598"
+
+
+def test_our_templates_have_a_place_for_the_name():
+    assert all(prompts.templates(name) for name in prompts.OURS)
