@@ -128,7 +128,9 @@ def _first_or_saved_state(run: Run, checkpoints: Checkpoints) -> TrainState:
     if restored is None:
         state = _initial_state(run)
         if distributed.is_main():
-            log.info("%s\n%s", name_of(run.config.model), parameter_overview.get_parameter_overview(state.params))
+            # Without means and deviations: a host doesn't hold the parameters that `fsdp` cuts over others.
+            overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
+            log.info("%s\n%s", name_of(run.config.model), overview)
         return state
     state, info = restored
     if info["training_data"] != run.source.fingerprint():

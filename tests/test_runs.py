@@ -1,11 +1,13 @@
 """Whole runs: killed, asked to leave, on one process and two, and always the run that would have been."""
 
+import json
 import random
 import shutil
 import signal
 
 import pytest
 
+import clip_jax
 from tests import runs
 
 TOTAL = 40
@@ -80,3 +82,16 @@ def test_hosts_with_different_configs_stop_at_the_start_and_say_which(tmp_path):
     processes = runs.start_two(tmp_path, second=["--config.train.seed=1"])
     for words in runs.finish(*processes, code=1):
         assert "hosts disagree with process 0 in: config (processes 1)" in words
+
+
+def test_two_processes_that_hold_half_of_every_parameter_run_alike(uninterrupted, tmp_path):
+    """To rounding, since sums are in another order; and what neither holds whole is evaluated and exported."""
+    export = tmp_path / "params.msgpack"
+    runs.finish(*runs.start_two(tmp_path / "run", "--config.mesh.fsdp=2", f"--export={export}"))
+    last, expected = (
+        json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+        for workdir in (tmp_path / "run", uninterrupted)
+    )
+    assert last["step"] == expected["step"] == TOTAL
+    assert last["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert clip_jax.load(export).encode_text(["a"]).shape == (1, runs.tiny_model()[1].embed_dim)
