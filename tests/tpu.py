@@ -44,10 +44,8 @@ def v4_mesh(sizes: dict[str, int]) -> Mesh:
 
 def compile_step(config: Config, mesh: Mesh) -> tuple[jax.stages.Compiled, int]:
     """Return a run's training step, compiled for the devices of a mesh, and how many parameters there are."""
-    model, optimizer = (
-        step.make_model_of(config, mesh),
-        optim.make_optimizer(config.optim, config.optim.warmup_steps + 1),
-    )
+    model = step.make_model_of(config, mesh)
+    optimizer = optim.make_optimizer(config.optim, config.optim.warmup_steps + 1)
     state = step.state_like(model, optimizer, config, mesh)
     rows, count, side = sharding.batch_sharding(mesh), config.train.batch_size, config.model.image.image_size
     batch = Batch(

@@ -15,7 +15,7 @@ import importlib.util
 import itertools
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from clip_jax.config import check_name
 from clip_jax.typing import Unavailable
@@ -38,6 +38,8 @@ OURS: dict[str, tuple[str, ...]] = {
     ),
 }
 
+# Where CLIP_benchmark has them.
+CLIP_BENCHMARK = {"templates": "en_zeroshot_classification_templates.json", "class_names": "en_classnames.json"}
 # What open_clip calls the things in its `zero_shot_metadata.py`.
 OPEN_CLIP_TEMPLATES = {"imagenet_80": "OPENAI_IMAGENET_TEMPLATES", "imagenet_7": "SIMPLE_IMAGENET_TEMPLATES"}
 OPEN_CLIP_CLASS_NAMES = {"imagenet": "IMAGENET_CLASSNAMES"}
@@ -76,22 +78,7 @@ def templates(name: str) -> tuple[str, ...]:
       Unavailable: if the package isn't installed.
       ValueError: for a name that it doesn't have, or a template without SLOT.
     """
-    package, _, key = name.partition(":")
-    if name in OURS:
-        found: Sequence[str] = OURS[name]
-    elif package == "clip_benchmark":
-        by_set = _clip_benchmark("en_zeroshot_classification_templates.json")
-        check_name("templates", key, by_set)
-        found = [template.replace("{c}", SLOT) for template in by_set[key]]
-    elif package == "open_clip":
-        check_name("templates", key, OPEN_CLIP_TEMPLATES)
-        found = _open_clip(OPEN_CLIP_TEMPLATES[key])
-    elif name.endswith(".json"):
-        found = _from_file(name, "templates")
-    else:
-        raise ValueError(
-            f"templates={name!r}: use {', '.join(OURS)}, clip_benchmark:<set>, open_clip:imagenet_80, or a .json file"
-        )
+    found = OURS[name] if name in OURS else _published_or_own("templates", name, OPEN_CLIP_TEMPLATES, OURS)
     for template in found:
         if not isinstance(template, str) or SLOT not in template:
             raise ValueError(f"{name}: the template {template!r} has no {SLOT!r} for the class's name")
@@ -107,23 +94,28 @@ def class_names(name: str) -> tuple[tuple[str, ...], ...]:
       Unavailable: if the package isn't installed.
       ValueError: for a name that it doesn't have, or a class without a name.
     """
-    package, _, key = name.partition(":")
-    if package == "clip_benchmark":
-        by_set = _clip_benchmark("en_classnames.json")
-        check_name("class_names", key, by_set)
-        found = by_set[key]
-    elif package == "open_clip":
-        check_name("class_names", key, OPEN_CLIP_CLASS_NAMES)
-        found = _open_clip(OPEN_CLIP_CLASS_NAMES[key])
-    elif name.endswith(".json"):
-        found = _from_file(name, "class_names")
-    else:
-        raise ValueError(f"class_names={name!r}: use clip_benchmark:<set>, open_clip:imagenet, or a .json file")
+    found = _published_or_own("class_names", name, OPEN_CLIP_CLASS_NAMES)
     several = [(names,) if isinstance(names, str) else tuple(names) for names in found]
     for class_id, names in enumerate(several):
         if not names or not all(isinstance(one, str) and one.strip() for one in names):
             raise ValueError(f"{name}: class {class_id} is called {names}; give it a name, or a list of names")
     return tuple(several)
+
+
+def _published_or_own(kind: str, name: str, in_open_clip: dict[str, str], ours: Iterable[str] = ()) -> list:
+    """Return what `name` says of a kind, 'templates' or 'class_names': out of a package or a file."""
+    package, _, key = name.partition(":")
+    if package == "clip_benchmark":
+        by_set = _clip_benchmark(CLIP_BENCHMARK[kind])
+        check_name(kind, key, by_set)
+        return [item.replace("{c}", SLOT) if kind == "templates" else item for item in by_set[key]]
+    if package == "open_clip":
+        check_name(kind, key, in_open_clip)
+        return _open_clip(in_open_clip[key])
+    if name.endswith(".json"):
+        return _from_file(name, kind)
+    known = [*ours, "clip_benchmark:<set>", *(f"open_clip:{key}" for key in in_open_clip)]
+    raise ValueError(f"{kind}={name!r}: use {', '.join(known)}, or a .json file")
 
 
 def _from_file(path: str, key: str) -> list:
