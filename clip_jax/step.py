@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int32, PyTree
 
 from clip_jax import optim, sharding
 from clip_jax.architectures import Architecture
-from clip_jax.config import Config, OptimConfig
+from clip_jax.config import Config, OptimConfig, TrainConfig
 from clip_jax.losses import distillation
 from clip_jax.models import Model, make_model
 from clip_jax.sharding import BATCH, BATCH_AXES, REPLICATED, batch_sharding, replicated
@@ -73,16 +73,23 @@ def make_model_of(config: Config, mesh: Mesh) -> Model:
     return make_model(
         config.model,
         config.preprocess,
-        dtype=train.dtype,
         remat=train.remat,
-        unroll=train.unroll_layers,
         logit_scale_init=loss.logit_scale_init,
         logit_bias_init=loss.logit_bias_init,
         patch_dropout=train.patch_dropout,
-        text_capacity=train.text_capacity,
-        text_groups=sharding.batch_shards(mesh),
-        rows=sharding.batch_sharding(mesh),
+        **_placement(train, mesh),
     )
+
+
+def _placement(train: TrainConfig, mesh: Mesh) -> dict[str, Any]:
+    """Return what any model of a run has in common: how it computes, and where."""
+    return {
+        "dtype": train.dtype,
+        "unroll": train.unroll_layers,
+        "text_capacity": train.text_capacity,
+        "text_groups": sharding.batch_shards(mesh),
+        "rows": sharding.batch_sharding(mesh),
+    }
 
 
 def make_teacher(architecture: Architecture, params: Params, config: Config, mesh: Mesh) -> Teacher:
@@ -91,14 +98,7 @@ def make_teacher(architecture: Architecture, params: Params, config: Config, mes
     Raises:
       ValueError: if `mesh.tensor` does not divide the model.
     """
-    model = make_model(
-        architecture,
-        config.preprocess,
-        dtype=config.train.dtype,
-        unroll=config.train.unroll_layers,
-        text_capacity=config.train.text_capacity,
-        text_groups=sharding.batch_shards(mesh),
-    )
+    model = make_model(architecture, config.preprocess, **_placement(config.train, mesh))
     return Teacher(model, jax.jit(lambda x: x, out_shardings=sharding.param_shardings(params, mesh))(params))
 
 
