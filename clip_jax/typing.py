@@ -127,6 +127,27 @@ class EvalSet:
     attribution: str = ""
 
 
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+    """A split of an evaluation dataset as it is stored: pictures, and what is right of each.
+
+    images: encoded pictures (PNG, JPEG, WebP), read when they are asked for.
+    targets: of each picture its class, or for several classes at once whether each is right; None for captions.
+    captions: of each picture its captions, one or more; empty where classes are asked for.
+    class_names, templates: as the data brings them, in the order of class ids; empty where it doesn't.
+    metadata: whole numbers that each picture comes with, such as a region or an income group.
+    fingerprint: a short hash that changes when what is stored changes.
+    """
+
+    images: Sequence[bytes]
+    targets: Int64[np.ndarray, "n"] | Bool[np.ndarray, "n Q"] | None
+    captions: Sequence[tuple[str, ...]] = ()
+    class_names: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ()
+    metadata: Int64[np.ndarray, "n F"] | None = None
+    fingerprint: str = ""
+
+
 class Unavailable(RuntimeError):
     """An evaluation set that can't be had on this machine. The message says why and how to get it."""
 
