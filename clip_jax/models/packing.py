@@ -10,7 +10,6 @@ Packing of sequences for attention is due to Krell et al. 2021 (arXiv:2107.02027
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -44,9 +43,9 @@ def before(x: Array, fill: int = 0) -> Array:
 
 
 def chunks(rows: int, length: int, capacity: float) -> tuple[int, int]:
-    """Return how many chunks of how many tokens hold `capacity`, a fraction, of rows of a length."""
+    """Return how many chunks of how many tokens come nearest to `capacity`, a fraction, of rows of a length."""
     size = -(-length // 8) * 8  # eight rows are a TPU's tile
-    return math.ceil(capacity * rows * length / size), size
+    return max(1, round(capacity * rows * length / size)), size
 
 
 def pack(
@@ -57,7 +56,7 @@ def pack(
     Args:
       text_BL: rows in `groups` equal parts, each packed by itself, so that nothing crosses devices.
       end_B: where the end tokens are.
-      capacity: the fraction of the rows' B · L positions that the streams have room for.
+      capacity: the fraction of the rows' B · L positions that the streams have room for, to the nearest chunk.
     """
     length = text_BL.shape[1]
     text_SbL, end_Sb = text_BL.reshape(groups, -1, length), end_B.reshape(groups, -1).astype(jnp.int32)
