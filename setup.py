@@ -85,7 +85,7 @@ EXTRAS = {
     "gpu": [f"jax[cuda13]>={JAX}"],
 }
 
-PACKAGE_DATA = ["*.gz", "*.LICENSE", "*.jinja"]
+PACKAGE_DATA = ["*.csv", "*.gz", "*.LICENSE", "*.jinja"]
 
 if __name__ == "__main__":
     setup(
