@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from clip_jax.typing import Batch, Params
+from clip_jax.typing import Params
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -183,15 +183,10 @@ def host_rows(mesh: Mesh, batch_size: int) -> slice:
     return slice(spans[0][0], spans[-1][1])
 
 
-def to_global(batch: Batch, mesh: Mesh) -> Batch:
-    """Assemble the hosts' rows into arrays over the whole mesh; copies to the devices without waiting."""
+def to_global(batch: Any, mesh: Mesh) -> Any:
+    """Assemble the hosts' rows of a batch into arrays over the whole mesh; copies to the devices without waiting."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
-
-
-def spread(rows: np.ndarray, mesh: Mesh) -> jax.Array:
-    """Return an array that every host holds whole as one that is sharded over its first axis."""
-    return jax.make_array_from_callback(rows.shape, batch_sharding(mesh), lambda index: rows[index])
 
 
 def gather(tree: Any, mesh: Mesh) -> Any:

@@ -362,14 +362,16 @@ def _finish(run: Run, checkpoints: Checkpoints, suite: Suite, export: str | None
 
 def _embedder(run: Run, params: Params) -> ModelEmbedder:
     model, devices = run.config.model, run.mesh.size
+    batch_size = -(-run.config.eval.batch_size // devices) * devices
     return ModelEmbedder(
         run.model.encode_image,
         run.model.encode_text,
         params,
         run.tokenizer,
         functools.partial(preprocess_many, size=model.image.image_size, spec=run.config.preprocess),
-        batch_size=-(-run.config.eval.batch_size // devices) * devices,
-        put=functools.partial(sharding.spread, mesh=run.mesh),
+        batch_size=batch_size,
+        rows=sharding.host_rows(run.mesh, batch_size),
+        put=functools.partial(sharding.to_global, mesh=run.mesh),
         out_sharding=sharding.replicated(run.mesh),
         on_batch=run.notice.poll,
     )

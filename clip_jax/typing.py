@@ -18,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int32, Int64, PyTree
+from jaxtyping import Array, Bool, Float, Int32, Int64, PyTree
 
 Params = PyTree  # nested dicts of arrays, or of what stands for them: shapes, shardings
 # A leaf of a dataclass that is a pytree: an array, or whatever `jax.tree.map` puts there (shapes, shardings, None),
@@ -114,17 +114,30 @@ class EvalSet:
 
     images: encoded pictures (PNG, JPEG, WebP).
     texts: the candidates, captions or classes; several wordings of one are averaged as embeddings.
-    targets: for every image the index in `texts` that is right.
+    targets: for every image the index in `texts` that is right, or for several at once whether each is.
     image_names: what a report writes under a picture.
     attribution: what the licences of the pictures ask to be said where they are shown.
+    groups: which part of the set an image is of, for the worst of them; negative for none.
+    measure: the set's own number, a name in `clip_jax.evals.measures.MEASURES`; retrieval has recall.
     """
 
     name: str
     images: Sequence[bytes]
     texts: Sequence[tuple[str, ...]]
-    targets: Int64[np.ndarray, "n"]
+    targets: Int64[np.ndarray, "n"] | Bool[np.ndarray, "n M"]
     image_names: Sequence[str] = ()
     attribution: str = ""
+    groups: Int64[np.ndarray, "n"] | None = None
+    measure: str = "top1"
+
+    def right_texts(self, images: slice) -> Bool[np.ndarray, "m M"]:
+        """Tell of these images which texts are right."""
+        targets = self.targets[images]
+        return targets if targets.ndim == 2 else targets[:, None] == np.arange(len(self.texts))
+
+    def right_images(self, texts: Int64[np.ndarray, "m"]) -> Bool[np.ndarray, "m n"]:
+        """Tell of these texts for which images they are right."""
+        return self.targets[:, texts].T if self.targets.ndim == 2 else texts[:, None] == self.targets
 
 
 @dataclasses.dataclass(frozen=True)

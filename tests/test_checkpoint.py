@@ -202,7 +202,7 @@ def test_saved_arrays_are_those_before_the_next_step(checkpoints):
 
 def test_the_fingerprint_sees_every_bit_and_no_sharding():
     whole = _state(devices=1)
-    spread = {"kernel": sharding.spread(np.asarray(whole["kernel"]), sharding.make_mesh()), "step": whole["step"]}
+    spread = {"kernel": sharding.to_global(np.asarray(whole["kernel"]), sharding.make_mesh()), "step": whole["step"]}
     spread["step"] = jax.device_put(np.asarray(whole["step"]), sharding.replicated(sharding.make_mesh()))
     assert int(fingerprint(whole)) == int(fingerprint(spread))
     rng = np.random.default_rng(0)

@@ -9,7 +9,8 @@ import pytest
 
 from clip_jax.evals import ranking
 from clip_jax.evals.embed import embed_set
-from clip_jax.evals.ranking import ranks, unit
+from clip_jax.evals.measures import bootstrap_interval
+from clip_jax.evals.ranking import unit
 from clip_jax.evals.retrieval import chance_of_recall, retrieval
 from clip_jax.typing import EvalSet
 
@@ -40,6 +41,12 @@ def eval_set(targets, text_count):
     )
 
 
+def ranks(queries, query_ids, candidates, candidate_ids):
+    """Return the ranks where a candidate is right if its id is the query's."""
+    right = np.asarray(query_ids)[:, None] == np.asarray(candidate_ids)
+    return ranking.ranks(queries, candidates, lambda rows: right[rows])
+
+
 def random_unit(seed, rows, width=16):
     return unit(np.random.default_rng(seed).normal(size=(rows, width)).astype(np.float32))
 
@@ -64,6 +71,26 @@ def test_recalls_equal_those_of_sorted_lists_with_several_pictures_to_a_text(see
         to_image = recall_by_sorting(texts[asked], asked, images, targets, k)
         assert metrics[f"retrieval/pairs/image_to_text/recall_at_{k}"] == pytest.approx(to_text, abs=ROUNDING)
         assert metrics[f"retrieval/pairs/text_to_image/recall_at_{k}"] == pytest.approx(to_image, abs=ROUNDING)
+
+
+def test_several_captions_to_a_picture_are_all_right_and_pictures_are_drawn_with_their_captions():
+    rng = np.random.default_rng(0)
+    picture = np.repeat(np.arange(12), 5)[rng.permutation(60)]  # of each caption
+    texts, images = random_unit(1, 60), random_unit(2, 12)
+    known = unit(np.stack([texts[picture == p].mean(0) for p in range(6)]))
+    images[:6] = known  # the other six are known by none of their captions
+    several = dataclasses.replace(eval_set(range(12), 60), targets=picture == np.arange(12)[:, None])
+    metrics = retrieval(Given(images, texts), several)
+    for k in (1, 5, 10):
+        ways = ("image_to_text", "text_to_image")
+        to_text, to_image = (metrics[f"retrieval/pairs/{way}/recall_at_{k}"] for way in ways)
+        assert to_text == pytest.approx(recall_by_sorting(images, range(12), texts, picture, k), abs=ROUNDING)
+        assert to_image == pytest.approx(recall_by_sorting(texts, picture, images, range(12), k), abs=ROUNDING)
+    assert metrics["retrieval/pairs/image_to_text/recall_at_1/chance"] == pytest.approx(5 / 60)
+    low, high = (metrics[f"retrieval/pairs/text_to_image/recall_at_1/{side}"] for side in ("low", "high"))
+    by_caption = bootstrap_interval(ranks(texts, picture, images, np.arange(12)) < 1)
+    assert low < metrics["retrieval/pairs/text_to_image/recall_at_1"] < high
+    assert high - low > by_caption.high - by_caption.low  # twelve pictures say less than sixty captions seem to
 
 
 def test_median_rank_counts_from_one():
@@ -150,6 +177,8 @@ def test_a_k_above_the_candidates_is_left_out():
         "recall_at_1",
         "candidates",
         "chance",
+        "low",
+        "high",
     }
     assert "retrieval/pairs/text_to_image/recall_at_10" in metrics
 

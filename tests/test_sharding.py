@@ -76,14 +76,14 @@ def test_moments_lie_where_their_parameters_do():
 
 def test_neighbours_on_the_tensor_axis_have_the_same_rows():
     mesh = sharding.make_mesh(fsdp=2, tensor=2)
-    rows = sharding.spread(np.arange(8), mesh)
+    rows = sharding.to_global(np.arange(8), mesh)
     held = {shard.device.id: tuple(np.asarray(shard.data)) for shard in rows.addressable_shards}
     assert [held[i] for i in range(8)] == [(0, 1), (0, 1), (2, 3), (2, 3), (4, 5), (4, 5), (6, 7), (6, 7)]
 
 
 def test_micro_batches_take_rows_of_every_device_and_go_back():
     mesh = sharding.make_mesh(jax.devices()[:4])
-    rows = sharding.spread(np.arange(16), mesh)
+    rows = sharding.to_global(np.arange(16), mesh)
     split, join = sharding.micro_batches(mesh, 2)
     parts = jax.jit(split)(rows)
     np.testing.assert_array_equal(parts, [[0, 1, 4, 5, 8, 9, 12, 13], [2, 3, 6, 7, 10, 11, 14, 15]])

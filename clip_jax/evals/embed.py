@@ -7,7 +7,7 @@ at length 1 again.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -24,13 +24,14 @@ class ModelEmbedder:
     """Embed in batches of one size, so that each encoder compiles once.
 
     Build it with the same two functions every time: JAX keeps what it compiled by the function, not by the embedder.
-    With several processes every one passes all inputs and gets all outputs.
+    With several processes every one passes all inputs, prepares its own rows of each batch, and gets all outputs.
 
     encode_image: (params, uint8[B H W 3]) -> float[B E], pure.
     encode_text: (params, int32[B L]) -> float[B E], pure.
     preprocess: encoded pictures -> uint8[n H W 3].
     batch_size: rows of a batch in all processes together; a multiple of the devices that `put` spreads it over.
-    put: a host array, the same on every process, to a device array, sharded over the batch if there is a mesh.
+    rows: those of a batch that this process prepares; None: all.
+    put: a host array of these rows to a device array of the batch, sharded if there is a mesh.
     out_sharding: of the encoders' outputs; with a mesh the replicated one, so that every process can read all rows.
     on_batch: called between batches; the training loop looks for preemption there. What it raises ends the embedding.
     """
@@ -41,30 +42,38 @@ class ModelEmbedder:
     tokenizer: Tokenizer
     preprocess: Callable[[Sequence[bytes]], np.ndarray]
     batch_size: int = 256
+    rows: slice | None = None
     put: Callable[[np.ndarray], jax.Array] = jnp.asarray
     out_sharding: jax.sharding.Sharding | None = None
     on_batch: Callable[[], None] | None = None
 
     def image(self, images: Sequence[bytes]) -> Float[np.ndarray, "n E"]:
         """Return a unit vector for every encoded picture, NaN where the model gave none."""
-        return self._embed(self.encode_image, map(self.preprocess, self._slices(images, "picture")))
+        return self._embed(self.encode_image, self.preprocess, images, "picture")
 
     def text(self, texts: Sequence[str]) -> Float[np.ndarray, "m E"]:
         """Return a unit vector for every text, NaN where the model gave none."""
-        return self._embed(self.encode_text, map(self.tokenizer, self._slices(texts, "text")))
+        return self._embed(self.encode_text, self.tokenizer, texts, "text")
 
-    def _slices(self, items: Sequence[Any], kind: str) -> Iterator[Sequence[Any]]:
+    def _prepared(self, prepare: Callable[..., np.ndarray], items: Sequence[Any]) -> Iterator[tuple[np.ndarray, int]]:
+        """Yield this process's rows of every batch, and how many of the whole batch are no padding."""
+        first, stop, _ = (self.rows or slice(None)).indices(self.batch_size)
+        for start in range(0, len(items), self.batch_size):
+            mine = items[start + first : start + stop] or items[-1:]
+            rows = prepare(mine)
+            padding = [(0, stop - first - len(rows))] + [(0, 0)] * (rows.ndim - 1)
+            yield np.pad(rows, padding, mode="edge"), min(self.batch_size, len(items) - start)
+
+    def _embed(
+        self, encode: Callable[..., jax.Array], prepare: Callable[..., np.ndarray], items: Sequence[Any], kind: str
+    ) -> Float[np.ndarray, "n E"]:
         if not len(items):
             raise ValueError(f"there is no {kind} to embed; give at least one")
-        return (items[start : start + self.batch_size] for start in range(0, len(items), self.batch_size))
-
-    def _embed(self, encode: Callable[..., jax.Array], batches: Iterable[np.ndarray]) -> Float[np.ndarray, "n E"]:
         jitted = jax.jit(encode, out_shardings=self.out_sharding)
         done: list[np.ndarray] = []
         running: tuple[jax.Array, int] | None = None
-        for rows in batches:
-            padding = [(0, self.batch_size - len(rows))] + [(0, 0)] * (rows.ndim - 1)
-            started = jitted(self.params, self.put(np.pad(rows, padding, mode="edge"))), len(rows)
+        for rows, count in self._prepared(prepare, items):
+            started = jitted(self.params, self.put(rows)), count
             if running:  # fetched only now: the next batch was decoded while this one was computed
                 done.append(_fetch(*running))
             running = started
@@ -138,7 +147,11 @@ def check_set(eval_set: EvalSet) -> None:
         raise ValueError(
             f"evaluation set {name} has {len(targets)} targets for {len(images)} pictures; give one for each"
         )
-    if targets.min() < 0 or targets.max() >= len(texts):
+    if targets.ndim == 2 and targets.shape[1] != len(texts):
+        raise ValueError(
+            f"evaluation set {name} says of {targets.shape[1]} texts whether they are right, and has {len(texts)}"
+        )
+    if targets.ndim == 1 and (targets.min() < 0 or targets.max() >= len(texts)):
         raise ValueError(
             f"evaluation set {name} has targets from {targets.min()} to {targets.max()};"
             f" its {len(texts)} texts have indices 0 to {len(texts) - 1}"

@@ -346,6 +346,23 @@ def bootstrap_interval(
     return _percentiles(means / len(strata), level)
 
 
+def interval_of_mean(values_n: Float[np.ndarray, "n"] | Bool[np.ndarray, "n"]) -> Interval:
+    """Return the bootstrap's interval of a mean of fractions, and the exact one where all are 0 or all are 1."""
+    if values_n.min() == values_n.max() and values_n[0] in (0, 1):
+        return exact_interval(int(values_n.sum()), len(values_n))
+    return bootstrap_interval(values_n)
+
+
+def interval_of(name: str, scored: Scored) -> Interval:
+    """Return the interval of a measure of MEASURES by the bootstrap, by the cheapest way that gives it."""
+    if name in ("top1", "top5"):
+        return interval_of_mean(hits(scored, 1 if name == "top1" else 5))
+    if name == "mean_per_class":
+        right_n = hits(scored)
+        return bootstrap_interval(right_n, strata_n=scored.targets) if right_n.std() else interval_of_mean(right_n)
+    return bootstrap_measure(MEASURES[name], scored)
+
+
 def bootstrap_measure(
     measure: Measure,
     scored: Scored,

@@ -6,10 +6,10 @@ or constant, since no comparison holds. Here everything that is not surely worse
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
-from jaxtyping import Float, Int64, Integer
+from jaxtyping import Bool, Float, Int64
 
 # Cosines closer than this are a tie. Equal embeddings give scores that differ in the last bits, by where in a matrix
 # product they stand; float32 dot products of 1024 terms between unit vectors err by some 1e-7.
@@ -45,20 +45,27 @@ def score_blocks(
         yield rows, scores_nM
 
 
+def scores(queries_NE: Float[np.ndarray, "N E"], candidates_ME: Float[np.ndarray, "M E"]) -> Float[np.ndarray, "N M"]:
+    """Return all the cosines at once; NaN where either embedding is unusable."""
+    return np.concatenate([scores_nM for _, scores_nM in score_blocks(queries_NE, candidates_ME)])
+
+
 def ranks(
     queries_NE: Float[np.ndarray, "N E"],
-    query_ids_N: Integer[np.ndarray, "N"],
     candidates_ME: Float[np.ndarray, "M E"],
-    candidate_ids_M: Integer[np.ndarray, "M"],
+    right: Callable[[slice], Bool[np.ndarray, "n M"]],
 ) -> Int64[np.ndarray, "N"]:
     """Return how many wrong candidates stand before the best right one, for every query; 0 is best.
 
-    A candidate is right where its id equals the query's. Ties and candidates with a NaN score stand before it; a query
-    whose right answers have no finite score gets M, worse than any rank.
+    Ties and candidates with a NaN score stand before it; a query whose right answers have no finite score gets M, worse
+    than any rank.
+
+    Args:
+      right: tells for some rows of the queries which candidates are right.
     """
     result_N = np.empty(len(queries_NE), np.int64)
     for rows, scores_nM in score_blocks(queries_NE, candidates_ME):
-        right_nM = query_ids_N[rows, None] == candidate_ids_M
+        right_nM = right(rows)
         best_n1 = np.where(right_nM & ~np.isnan(scores_nM), scores_nM, -np.inf).max(1, keepdims=True)
         surely_worse_nM = scores_nM < best_n1 - TIE  # False for NaN
         before_n = (~right_nM & ~surely_worse_nM).sum(1)

@@ -23,7 +23,7 @@ from clip_jax.config import flatten
 from clip_jax.evals.charts import SERIES, Number, Points, line_chart
 from clip_jax.evals.panels import Panels
 
-ATTRIBUTES = ("candidates", "chance", "majority", "gate")
+ATTRIBUTES = ("candidates", "chance", "majority", "gate", "low", "high", "published")
 EVALUATED = ("retrieval/", "zeroshot/")
 CURVES = {
     "loss": "Loss",

@@ -1,42 +1,56 @@
 """Classification by the text nearest to a picture (Radford et al. 2021, section 3.1).
 
-Differs from CLIP_benchmark in that ties and NaN count against the model: of two classes with the same name neither can
-be told, where `argmax` would give the first of them.
+The numbers are those of `measures`: ties and NaN count against the model, so of two classes with the same name neither
+can be told, where CLIP_benchmark's `argmax` gives the first of them.
 """
 
 from __future__ import annotations
 
+import logging
+import math
+
 import numpy as np
 
 from clip_jax.evals.embed import embed_set
-from clip_jax.evals.ranking import ranks
+from clip_jax.evals.measures import MEASURES, Scored, Undefined, interval_of
+from clip_jax.evals.ranking import scores
 from clip_jax.typing import Embedder, EvalSet
+
+log = logging.getLogger(__name__)
 
 TOP = 5
 
 
 def zeroshot(embedder: Embedder, eval_set: EvalSet) -> dict[str, float]:
-    """Return the accuracy, the accuracy among the first five where there are more classes, and the mean over classes.
+    """Return the set's own measure and, where one class is right, top-1 and top-5 accuracy and the mean over classes.
 
-    Keys: `zeroshot/<set>/{top1,top5,mean_per_class}`, under each `/candidates` and `/chance`, and `top1/majority`: what
-    always naming the most frequent class gives. The mean per class is over the classes that have pictures.
+    Keys: `zeroshot/<set>/<measure>`, under each `/candidates`, `/low` and `/high` (95 %) and, where it is known,
+    `/chance`; and `top1/majority`: what always naming the most frequent class gives. Top-5 needs more than five classes.
+    A measure that the set can't have, such as the AUC of one class, is NaN, and the log says why.
     """
     image_nE, class_QE = embed_set(embedder, eval_set)
-    classes = len(class_QE)
-    ranks_n = ranks(image_nE, eval_set.targets, class_QE, np.arange(classes))
-    pictures_Q = np.bincount(eval_set.targets, minlength=classes)
-    hits_Q = np.bincount(eval_set.targets, weights=ranks_n < 1, minlength=classes)
-    present_Q = pictures_Q > 0
+    return measured(f"zeroshot/{eval_set.name}", scores(image_nE, class_QE), eval_set)
 
-    prefix = f"zeroshot/{eval_set.name}"
-    values = {"top1": (np.mean(ranks_n < 1), 1 / classes)}
-    if classes > TOP:
-        values["top5"] = (np.mean(ranks_n < TOP), TOP / classes)
-    values["mean_per_class"] = (np.mean(hits_Q[present_Q] / pictures_Q[present_Q]), 1 / classes)
 
-    metrics: dict[str, float] = {f"{prefix}/top1/majority": float(pictures_Q.max() / pictures_Q.sum())}
-    for name, (value, chance) in values.items():
-        metrics[f"{prefix}/{name}"] = float(value)
-        metrics[f"{prefix}/{name}/candidates"] = float(classes)
-        metrics[f"{prefix}/{name}/chance"] = chance
+def measured(prefix: str, scores_nQ: np.ndarray, eval_set: EvalSet, tie: float | None = None) -> dict[str, float]:
+    """Return what `zeroshot` does for any scores of a set's pictures: cosines, or a probe's logits with their tie."""
+    targets, classes = eval_set.targets, scores_nQ.shape[1]
+    scored = Scored(scores_nQ, targets, eval_set.groups, **({} if tie is None else {"tie": tie}))
+    names = [eval_set.measure]
+    metrics: dict[str, float] = {}
+    if targets.ndim == 1:
+        names = ["top1", *["top5"] * (classes > TOP), "mean_per_class", eval_set.measure]
+        metrics[f"{prefix}/top1/majority"] = float(np.bincount(targets).max() / len(targets))
+    chances = {"top1": 1 / classes, "mean_per_class": 1 / classes, "top5": TOP / classes, "roc_auc": 0.5}
+    chances["mean_top1_top5"] = (1 + TOP) / 2 / classes
+    for name in dict.fromkeys(names):
+        key = f"{prefix}/{name}"
+        try:
+            metrics[key], (low, high) = MEASURES[name](scored), interval_of(name, scored)
+        except Undefined as error:
+            log.warning("%s is not defined: %s", key, error)
+            metrics[key], low, high = math.nan, math.nan, math.nan
+        metrics |= {f"{key}/low": low, f"{key}/high": high, f"{key}/candidates": float(classes)}
+        if name in chances:
+            metrics[f"{key}/chance"] = chances[name]
     return metrics

@@ -34,6 +34,9 @@ class Model(NamedTuple):
 
     init: key -> params, float32.
     encode_image: (params, uint8[B H W 3]) -> float32[B E], unit rows.
+    image_features: (params, uint8[B H W 3]) -> float32[B D], the input of the image tower's projection, not at length 1:
+      what linear probes see (Radford et al. 2021, appendix A.3). Of a tower without projection its output; of a ResNet
+      the attention pool's heads, which the paper leaves open.
     encode_image_train: (params, uint8[B H W 3], keys[B]) -> (float32[B E], batch_stats): statistics of the batch
       itself, and the running averages after it, None without batch norm; a picture's patches are dropped by its key.
     encode_text: (params, int32[B L]) -> float32[B E], unit rows.
@@ -42,6 +45,7 @@ class Model(NamedTuple):
 
     init: Callable[[jax.Array], Params]
     encode_image: Callable[[Params, UInt8[Array, "B H W 3"]], Float[Array, "B E"]]
+    image_features: Callable[[Params, UInt8[Array, "B H W 3"]], Float[Array, "B D"]]
     encode_image_train: Callable[..., tuple[Float[Array, "B E"], Params | None]]
     encode_text: Callable[[Params, Int32[Array, "B L"]], Float[Array, "B E"]]
     encode_text_train: Callable[[Params, Int32[Array, "B L"]], tuple[Float[Array, "B E"], Metrics]]
@@ -73,6 +77,9 @@ class CLIP(nn.Module):
         self, image: Float[Array, "B H W 3"], train: bool = False, key_B: Key[Array, "B"] | None = None
     ) -> Float[Array, "B E"]:
         return self.image(image, train, key_B) if self.patch_dropout else self.image(image, train)
+
+    def image_features(self, image: Float[Array, "B H W 3"]) -> Float[Array, "B D"]:
+        return self.image(image, project=False)
 
     def encode_text(self, text: Int32[ArrayLike, "B L"] | packing.Stream) -> Float[Array, "B E"]:
         return self.text(text)
@@ -126,6 +133,9 @@ def make_model(
     def encode_image(params: Params, image: UInt8[ArrayLike, "B H W 3"]) -> Float[Array, "B E"]:
         return _unit(module.apply(_variables(params), normalise(image), method="encode_image"))
 
+    def image_features(params: Params, image: UInt8[ArrayLike, "B H W 3"]) -> Float[Array, "B D"]:
+        return widen(module.apply(_variables(params), normalise(image), method="image_features"))
+
     def encode_image_train(
         params: Params, image: UInt8[ArrayLike, "B H W 3"], key_B: Key[Array, "B"]
     ) -> tuple[Float[Array, "B E"], Params | None]:
@@ -156,7 +166,7 @@ def make_model(
         filled = jnp.max(tokens_S) / (rows // text_groups * length)
         return embeddings, {"text/filled": filled, "text/in_rows": 1 - fits.astype(jnp.float32)}
 
-    return Model(init, encode_image, encode_image_train, encode_text, encode_text_train)
+    return Model(init, encode_image, image_features, encode_image_train, encode_text, encode_text_train)
 
 
 def _variables(params: Params) -> Params:

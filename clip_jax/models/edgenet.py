@@ -29,7 +29,9 @@ class EdgeNet(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, image: Float[Array, "B H W 3"], train: bool = False) -> Float[Array, "B E"]:
+    def __call__(
+        self, image: Float[Array, "B H W 3"], train: bool = False, project: bool = True
+    ) -> Float[Array, "B E"]:
         del train  # it does the same in training
         x_BHWC = EdgeStem(self.tower.orientations, self.tower.cell, self.dtype, name="stem")(image)
         for number, channels in enumerate(self.tower.channels):
@@ -44,6 +46,8 @@ class EdgeNet(nn.Module):
             y_BD = jax.nn.relu(LayerNorm(name=f"norm{layer}")(x_BD))
             x_BD = x_BD + nn.Dense(self.tower.width, dtype=self.dtype, name=f"layer{layer}")(y_BD)
         x_BD = LayerNorm(name="norm_post")(x_BD)
+        if not project:
+            return x_BD
         return nn.Dense(self.embed_dim, use_bias=False, dtype=self.dtype, name="projection")(x_BD)
 
 

@@ -30,7 +30,9 @@ class ModifiedResNet(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, image: Float[Array, "B H W 3"], train: bool = False) -> Float[Array, "B E"]:
+    def __call__(
+        self, image: Float[Array, "B H W 3"], train: bool = False, project: bool = True
+    ) -> Float[Array, "B E"]:
         width, compute = self.tower.width, self.compute
         x = image
         for number, (features, stride) in enumerate(((width // 2, 2), (width // 2, 1), (width, 1)), start=1):
@@ -43,7 +45,7 @@ class ModifiedResNet(nn.Module):
             if blocks > 1:
                 rest = compute.repeat(_Repeated, blocks - 1, static_argnums=(2,), batch_stats=0)
                 x = rest(width << stage, 1, compute, name=f"stage{stage}_rest")(x, train)[0]
-        return AttentionPool(self.tower.heads, self.embed_dim, compute.dtype, name="pool")(x)
+        return AttentionPool(self.tower.heads, self.embed_dim, compute.dtype, name="pool")(x, project)
 
 
 class Bottleneck(nn.Module):
@@ -119,7 +121,7 @@ class AttentionPool(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B E"]:
+    def __call__(self, x: Float[Array, "B h w c"], project: bool = True) -> Float[Array, "B E"]:
         width = x.shape[-1]
         x_BLD = x.reshape(x.shape[0], -1, width)
         x_BLD = jnp.concatenate([x_BLD.mean(axis=1, keepdims=True), x_BLD], axis=1)
@@ -132,6 +134,8 @@ class AttentionPool(nn.Module):
         )
         pooled_B1NK = jax.nn.dot_product_attention(query, key, value)
         pooled_BD = pooled_B1NK.reshape(x.shape[0], width)
+        if not project:
+            return pooled_BD
         return nn.Dense(self.embed_dim, kernel_init=init, dtype=self.dtype, name="projection")(pooled_BD)
 
 

@@ -25,7 +25,11 @@ class VisionTransformer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, image: Float[Array, "B H W 3"], train: bool = False, key_B: Key[Array, "B"] | None = None
+        self,
+        image: Float[Array, "B H W 3"],
+        train: bool = False,
+        key_B: Key[Array, "B"] | None = None,
+        project: bool = True,
     ) -> Float[Array, "B E"]:
         tower, width, patch, dtype = self.tower, self.tower.width, self.tower.patch_size, self.compute.dtype
         scaled_normal = nn.initializers.normal(width**-0.5)
@@ -57,7 +61,7 @@ class VisionTransformer(nn.Module):
             x_BD = norm(x_BLD[:, 1:].mean(axis=1))
         else:
             x_BD = AttentionHead(tower, dtype, name="pool")(norm(x_BLD))
-        if not tower.projection:
+        if not (tower.projection and project):
             return x_BD
         return x_BD @ self.param("projection", scaled_normal, (width, self.embed_dim)).astype(dtype)
 

@@ -107,3 +107,19 @@ def test_every_parameter_is_felt(architecture):
     for path, gradient in jax.tree_util.tree_leaves_with_path({tower: gradients[tower] for tower in ("image", "text")}):
         assert np.isfinite(gradient).all()
         assert np.any(gradient), jax.tree_util.keystr(path)
+
+
+@every_kind
+def test_features_are_what_the_projection_is_applied_to(architecture):
+    model, params = make_model(architecture), _initialised(architecture)
+    image, _ = _inputs(architecture)
+    features = model.image_features(params, image)
+    tower = params["image"]
+    projection = tower["pool"]["projection"] if architecture.image.kind == "resnet" else tower.get("projection", {})
+    projection = projection if isinstance(projection, dict) else {"kernel": projection}
+    projected = np.asarray(features)
+    if projection:
+        projected = projected @ np.asarray(projection["kernel"]) + np.asarray(projection.get("bias", 0.0))
+    unit = projected / np.linalg.norm(projected, axis=-1, keepdims=True)
+    np.testing.assert_allclose(unit, model.encode_image(params, image), atol=1e-6)
+    assert features.dtype == jnp.float32
