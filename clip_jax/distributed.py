@@ -83,6 +83,11 @@ def wait_for_all(point: str) -> None:
     multihost_utils.sync_global_devices(point)
 
 
+def all_agree(flag: bool) -> bool:
+    """Return whether a flag is set on every process; to be called on all of them."""
+    return jax.process_count() == 1 or bool(multihost_utils.process_allgather(np.array(flag)).all())
+
+
 def check_agreement(facts: Mapping[str, str]) -> None:
     """Stop all hosts if they differ in a fact, e.g. `{'config': …, 'training data': …}`.
 

@@ -1,0 +1,59 @@
+"""Features on disk: computed once for a checkpoint and a split, whoever asks for them next."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+import uuid
+from collections.abc import Callable
+
+import numpy as np
+
+from clip_jax import distributed
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureCache:
+    """A directory of `.npy` files for one model. With directory '' nothing is kept.
+
+    model: what the features depend on besides pictures: a fingerprint of weights, architecture and preprocessing.
+    """
+
+    directory: str
+    model: str
+
+    def get(self, key: str, rows: int, compute: Callable[[], np.ndarray]) -> np.ndarray:
+        """Return what was kept under a key, or compute and keep it. To be called on all hosts.
+
+        A file that can't be read, or holds another number of rows, counts as missing: it is written anew. Features
+        that aren't finite are not kept, for a later version may do better.
+        """
+        if not self.directory:
+            return compute()
+        name = hashlib.sha256(f"{self.model}/{key}".encode()).hexdigest()[:32]
+        path = pathlib.Path(self.directory).expanduser() / f"{name}.npy"
+        found = _read(path, rows)
+        if distributed.all_agree(found is not None):  # else some hosts would compute and wait for the others
+            return found
+        computed = compute()
+        if distributed.is_main() and np.isfinite(computed).all():
+            _write(path, computed)
+        return computed
+
+
+def _read(path: pathlib.Path, rows: int) -> np.ndarray | None:
+    try:
+        found = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return found if len(found) == rows else None
+
+
+def _write(path: pathlib.Path, array: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.new")
+    with open(new, "wb") as file:
+        np.save(file, array)
+    os.replace(new, path)
