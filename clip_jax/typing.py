@@ -18,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int32, Int64, PyTree
+from jaxtyping import Array, Bool, Float, Int32, Int64, PyTree
 
 Params = PyTree  # nested dicts of arrays, or of what stands for them: shapes, shardings
 # A leaf of a dataclass that is a pytree: an array, or whatever `jax.tree.map` puts there (shapes, shardings, None),
