@@ -346,9 +346,9 @@ def test_unknown_names_and_splits():
 
 
 def test_find_takes_what_is_there(by_class, tmp_path):
-    assert find("pets", "", "test", str(tmp_path)).class_names == ("cat", "dog", "red panda")
+    assert find("pets", "test", "", "", str(tmp_path)).class_names == ("cat", "dog", "red panda")
     _write_captions(tmp_path / "flickr", ['{"image": "a.jpg", "captions": ["a cat"]}'])
-    assert list(find("flickr", "nonesuch", "val", str(tmp_path)).captions) == [("a cat",)]
+    assert list(find("flickr", "val", "nonesuch", "val", str(tmp_path)).captions) == [("a cat",)]
 
 
 def test_find_reads_tar_shards(tmp_path):
@@ -359,26 +359,26 @@ def test_find_reads_tar_shards(tmp_path):
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
-    found = find("wds", "", "test", str(tmp_path))
+    found = find("wds", "test", "", "", str(tmp_path))
     assert found.targets.tolist() == [4] and _value(found.images[0]) == 7
     path.rename(path.with_name("1.tar"))  # shards that aren't whole are no class folders
     with pytest.raises(ValueError, match=r"0\.tar missing"):
-        find("wds", "", "test", str(tmp_path))
+        find("wds", "test", "", "", str(tmp_path))
 
 
 def test_find_falls_back_to_tfds(prepared):
     """TFDS's own folder is <data_dir>/tiny_dots too, and holds no folder of the split."""
-    assert len(find("tiny_dots", "tiny_dots", "test", prepared).images) == 5
-    assert len(find("", "tiny_dots", "test", prepared).images) == 5
+    assert len(find("tiny_dots", "test", "tiny_dots", "test", prepared).images) == 5
+    assert len(find("", "test", "tiny_dots", "test", prepared).images) == 5
 
 
 def test_find_says_where_it_looked_and_what_to_do(tmp_path):
     with pytest.raises(Unavailable) as caught:
-        find("pets", "oxford_iiit_pet", "test", str(tmp_path))
+        find("pets", "test", "oxford_iiit_pet", "test", str(tmp_path))
     message = str(caught.value)
     assert re.search(r"^pets \(test\) is not on this machine:\n.*/pets/test is no folder", message)
     assert "0.tar, 1.tar, …" in message and "captions.jsonl" in message
     assert f"tfds.builder('oxford_iiit_pet', data_dir='{tmp_path}').download_and_prepare()" in message
     with pytest.raises(Unavailable) as caught:
-        find("pets", "", "test", str(tmp_path))
+        find("pets", "test", "", "", str(tmp_path))
     assert "TFDS" not in str(caught.value)

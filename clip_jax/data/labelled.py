@@ -27,12 +27,13 @@ CAPTIONS = "captions.jsonl"
 CAPTIONS_LINE = '{"image": "a.jpg", "captions": ["a cat", "a sleeping cat"]}'
 
 
-def find(folder: str, tfds_name: str, split: str, data_dir: str) -> Labelled:
+def find(folder: str, split: str, tfds_name: str, tfds_split: str, data_dir: str) -> Labelled:
     """Open a split from `<data_dir>/<folder>`, tar shards or pictures, or else from TFDS under `data_dir`.
 
     Args:
       folder: '' where only TFDS has it.
       tfds_name: such as 'cifar10' or 'imagenet_v2/matched-frequency'; '' where TFDS doesn't have it.
+      split, tfds_split: what the split is called in the folder and on TFDS; '' where there is none.
 
     Raises:
       Unavailable: if neither is there. It says what was looked at and how to get it.
@@ -40,20 +41,20 @@ def find(folder: str, tfds_name: str, split: str, data_dir: str) -> Labelled:
     """
     root = Path(data_dir).expanduser()
     looked_at = root / folder / split
-    if folder and looked_at.is_dir():
+    if folder and split and looked_at.is_dir():
         return (webdataset if any(looked_at.glob("*.tar")) else folders)(root / folder, split)
     problems = []
-    if folder:
+    if folder and split:
         problems.append(
             f"{looked_at} is no folder. It may hold tar shards 0.tar, 1.tar, … of pictures with .cls, .npy or .txt,\n"
             f"or pictures in a folder for each class, or pictures beside a {CAPTIONS}"
         )
-    if tfds_name:
+    if tfds_name and tfds_split:
         try:
-            return tfds(tfds_name, split, data_dir)
+            return tfds(tfds_name, tfds_split, data_dir)
         except Unavailable as error:
             problems.append(str(error))
-    raise Unavailable(f"{folder or tfds_name} ({split}) is not on this machine:\n" + "\n".join(problems))
+    raise Unavailable(f"{folder or tfds_name} ({split or tfds_split}) is not on this machine:\n" + "\n".join(problems))
 
 
 # ---------------------------------------------------------------------------------------------------------- folders

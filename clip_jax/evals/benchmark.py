@@ -100,7 +100,7 @@ class Question:
         split, row = self.load(self.dataset, "test"), self.dataset
         if row.size and len(split.images) != row.size:
             raise Unavailable(
-                f"its {row.test} split has {row.size:,} pictures, and {len(split.images):,} were found: a number of these"
+                f"its {row.test} split has {row.size:,} pictures, and {len(split.images):,} were found: their number"
                 f" would not be one of {row.name}"
             )
         return split
@@ -137,7 +137,7 @@ def evaluate(
             try:
                 metrics, described = TASKS[task](Question(subject, row, load, templates, class_names))
             except Unavailable as error:
-                log.warning("%s is left out: %s", key, error)
+                log.warning("%s is left out: %s", key, str(error).splitlines()[0])
                 outcome.left_out[key] = str(error)
             else:
                 outcome.metrics.update(metrics | _published(key, subject.architecture, row, metrics))

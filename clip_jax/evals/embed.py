@@ -28,6 +28,7 @@ class ModelEmbedder:
 
     encode_image: (params, uint8[B H W 3]) -> float[B E], pure.
     encode_text: (params, int32[B L]) -> float[B E], pure.
+    image_features: (params, uint8[B H W 3]) -> float[B D], pure; for `features`.
     preprocess: encoded pictures -> uint8[n H W 3].
     batch_size: rows of a batch in all processes together; a multiple of the devices that `put` spreads it over.
     rows: those of a batch that this process prepares; None: all.
@@ -46,14 +47,19 @@ class ModelEmbedder:
     put: Callable[[np.ndarray], jax.Array] = jnp.asarray
     out_sharding: jax.sharding.Sharding | None = None
     on_batch: Callable[[], None] | None = None
+    image_features: Callable[[Params, jax.Array], jax.Array] | None = None
 
     def image(self, images: Sequence[bytes]) -> Float[np.ndarray, "n E"]:
         """Return a unit vector for every encoded picture, NaN where the model gave none."""
-        return self._embed(self.encode_image, self.preprocess, images, "picture")
+        return unit(self._embed(self.encode_image, self.preprocess, images, "picture"))
 
     def text(self, texts: Sequence[str]) -> Float[np.ndarray, "m E"]:
         """Return a unit vector for every text, NaN where the model gave none."""
-        return self._embed(self.encode_text, self.tokenizer, texts, "text")
+        return unit(self._embed(self.encode_text, self.tokenizer, texts, "text"))
+
+    def features(self, images: Sequence[bytes]) -> Float[np.ndarray, "n D"]:
+        """Return what `image_features` gives for every encoded picture, at whatever length it has."""
+        return self._embed(self.image_features, self.preprocess, images, "picture")
 
     def _prepared(self, prepare: Callable[..., np.ndarray], items: Sequence[Any]) -> Iterator[tuple[np.ndarray, int]]:
         """Yield this process's rows of every batch, and how many of the whole batch are no padding."""
@@ -79,7 +85,7 @@ class ModelEmbedder:
             running = started
             if self.on_batch:
                 self.on_batch()
-        return unit(np.concatenate([*done, _fetch(*running)]))
+        return np.concatenate([*done, _fetch(*running)])
 
 
 def _fetch(output: jax.Array, count: int) -> np.ndarray:

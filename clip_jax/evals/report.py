@@ -3,7 +3,8 @@
 The page stands alone: no script, no request, pictures and charts inside; it follows the reader's light or dark.
 
 Keys of metrics are paths. Below a metric `a/b/c` stand `a/b/c/candidates` and `/chance`, where known `/majority` (what
-the most frequent class gives) and `/gate` (what the run was asked to reach); its floor is any `floor/<name>/b/c`.
+the most frequent class gives), `/gate` (what the run was asked to reach), `/low` and `/high` (its interval) and
+`/published` (what others measured of OpenAI's weights); its floor is any `floor/<name>/b/c`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from clip_jax.evals.charts import SERIES, Number, Points, line_chart
 from clip_jax.evals.panels import Panels
 
 ATTRIBUTES = ("candidates", "chance", "majority", "gate", "low", "high", "published")
-EVALUATED = ("retrieval/", "zeroshot/")
+EVALUATED = ("retrieval/", "zeroshot/", "linear_probe/", "few_shot/")
 CURVES = {
     "loss": "Loss",
     "accuracy/image_to_text": "Contrastive accuracy in the batch",
@@ -56,6 +57,9 @@ class Result:
     floor: float | None = None
     floor_name: str = ""
     gate: float | None = None
+    low: float | None = None
+    high: float | None = None
+    published: float | None = None
 
     @property
     def set_name(self) -> str:
@@ -101,7 +105,7 @@ def results(metrics: Mapping[str, Number | None]) -> list[Result]:
                 below["chance"],
                 named.get(floor_name),
                 floor_name,
-                below["gate"],
+                *(below[name] for name in ("gate", "low", "high", "published")),
             )
         )
     rest = [k for k in metrics if k.startswith("floor/") and k not in claimed]
@@ -109,22 +113,28 @@ def results(metrics: Mapping[str, Number | None]) -> list[Result]:
 
 
 def table(metrics: Mapping[str, Number | None]) -> str:
-    """Return the metrics as aligned text: metric, value, candidates, chance, floor and, if any is set, gate.
+    """Return the metrics as aligned text: metric, value, candidates, chance, floor; where any has one, interval,
+    published number and gate.
 
     Of a set in one language among many a single line, image to text at 5; report.json has them all.
     """
     rows = [r for r in results(metrics) if not _language(r.set_name) or r.measure == LANGUAGE_MEASURES[1]]
-    gates = any(r.gate is not None for r in rows)
-    lines = [("metric", "value", "candidates", "chance", "floor", *(("gate",) if gates else ()))]
-    for r in rows:
-        gate = (
-            ((f"{_cell(r)(r.gate)} {'passed' if r.passed else 'MISSED'}" if r.gate is not None else ""),)
-            if gates
-            else ()
-        )
-        lines.append(
-            (r.key, *map(_cell(r), (r.value,)), _count(r.candidates), *map(_cell(r), (r.chance, r.floor)), *gate)
-        )
+    columns = {
+        "metric": [r.key for r in rows],
+        "value": [_cell(r)(r.value) for r in rows],
+        "interval": [_interval(r) for r in rows],
+        "candidates": [_count(r.candidates) for r in rows],
+        "chance": [_cell(r)(r.chance) for r in rows],
+        "floor": [_cell(r)(r.floor) for r in rows],
+        "published": ["" if r.published is None else _cell(r)(r.published) for r in rows],
+        "gate": [
+            f"{_cell(r)(r.gate)} {'passed' if r.passed else 'MISSED'}" if r.gate is not None else "" for r in rows
+        ],
+    }
+    for optional in ("interval", "published", "gate"):
+        if not any(columns[optional]):
+            del columns[optional]
+    lines = [tuple(columns), *zip(*columns.values(), strict=True)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     aligned = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
     return "\n".join([aligned[0], "-" * max(map(len, aligned)), *aligned[1:]])
@@ -168,7 +178,13 @@ def page(
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"words": _words, "fraction": _fraction, "count": _count, "percent": _percent}
+    environment.filters |= {
+        "words": _words,
+        "fraction": _fraction,
+        "count": _count,
+        "percent": _percent,
+        "interval": _interval,
+    }
     template = importlib.resources.files("clip_jax.evals").joinpath("report.html.jinja").read_text(encoding="utf-8")
     rows = results(metrics)
     languages = _languages(metrics)
@@ -246,6 +262,10 @@ def _words(key: str) -> str:
 
 def _fraction(value: Number | None) -> str:
     return "–" if value is None or not math.isfinite(value) else f"{value:.3f}"
+
+
+def _interval(result: Result) -> str:
+    return "" if result.low is None else f"{_fraction(result.low)} – {_fraction(result.high)}"
 
 
 def _count(value: Number | None) -> str:

@@ -22,9 +22,9 @@ KS = (1, 5, 10)
 def retrieval(embedder: Embedder, eval_set: EvalSet) -> dict[str, float]:
     """Return recall at 1, 5, 10 in both directions and the median rank of the right text, 1 being best.
 
-    Keys: `retrieval/<set>/{image_to_text,text_to_image}/recall_at_<k>` and `retrieval/<set>/image_to_text/median_rank`;
-    under each `/candidates` and `/chance`, under a recall `/low` and `/high`. A k above the number of candidates is left out. Texts that no picture
-    belongs to are candidates, not queries.
+    Keys: `retrieval/<set>/{image_to_text,text_to_image}/recall_at_<k>`, `retrieval/<set>/image_to_text/median_rank`;
+    under each `/candidates` and `/chance`, under a recall `/low` and `/high`. A k above the number of candidates is
+    left out. Texts that no picture belongs to are candidates, not queries.
     """
     image_nE, text_ME = embed_set(embedder, eval_set)
     right_texts_n, images_M, picture_M = _counts(eval_set)

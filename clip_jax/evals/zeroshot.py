@@ -25,8 +25,8 @@ def zeroshot(embedder: Embedder, eval_set: EvalSet) -> dict[str, float]:
     """Return the set's own measure and, where one class is right, top-1 and top-5 accuracy and the mean over classes.
 
     Keys: `zeroshot/<set>/<measure>`, under each `/candidates`, `/low` and `/high` (95 %) and, where it is known,
-    `/chance`; and `top1/majority`: what always naming the most frequent class gives. Top-5 needs more than five classes.
-    A measure that the set can't have, such as the AUC of one class, is NaN, and the log says why.
+    `/chance`; and `top1/majority`: what always naming the most frequent class gives. Top-5 needs over five classes. A
+    measure that the set can't have, such as the AUC of one class, is NaN, and the log says why.
     """
     image_nE, class_QE = embed_set(embedder, eval_set)
     return measured(f"zeroshot/{eval_set.name}", scores(image_nE, class_QE), eval_set)

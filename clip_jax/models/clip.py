@@ -34,7 +34,7 @@ class Model(NamedTuple):
 
     init: key -> params, float32.
     encode_image: (params, uint8[B H W 3]) -> float32[B E], unit rows.
-    image_features: (params, uint8[B H W 3]) -> float32[B D], the input of the image tower's projection, not at length 1:
+    image_features: (params, uint8[B H W 3]) -> float32[B D], the input of the image tower's projection, of any length:
       what linear probes see (Radford et al. 2021, appendix A.3). Of a tower without projection its output; of a ResNet
       the attention pool's heads, which the paper leaves open.
     encode_image_train: (params, uint8[B H W 3], keys[B]) -> (float32[B E], batch_stats): statistics of the batch

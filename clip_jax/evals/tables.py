@@ -1,0 +1,90 @@
+"""Numbers for elsewhere: a row of open_clip's table of results, and the draft of a model card."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from clip_jax.evals.registry import DATASETS, SUITES, Dataset
+from clip_jax.evals.report import results
+
+if TYPE_CHECKING:
+    from clip_jax.architectures import WeightsConfig
+    from clip_jax.evals.benchmark import Outcome
+
+# The columns of open_clip's docs/openclip_results.csv, in its order: datacomp's, with ImageNet first.
+# fmt: off
+_ORDER = (
+    "imagenet", "caltech101", "cifar10", "cifar100", "clevr_counts_vtab", "clevr_distance", "country211", "dtd",
+    "eurosat_vtab", "fgvc_aircraft", "food101", "gtsrb", "imagenet_sketch", "imagenet_v2", "imagenet_a", "imagenet_o",
+    "imagenet_r", "kitti", "mnist", "objectnet", "flowers102", "pets", "voc2007_crops", "pcam", "rendered_sst2",
+    "resisc45_vtab", "stanford_cars", "stl10", "sun397_all", "svhn", "flickr30k", "mscoco", "winogavil", "iwildcam",
+    "camelyon17", "fmow", "dollar_street", "geode",
+)
+# fmt: on
+_AVERAGE = "Average perf. on 38 datasets"
+
+
+def headline(row: Dataset, metrics: Mapping[str, float]) -> float | None:
+    """Return the one number of a set, as datacomp takes it, or None if it was not measured."""
+    if row.task == "retrieval":
+        recalls = [metrics.get(f"retrieval/{row.name}/{way}/recall_at_1") for way in ("image_to_text", "text_to_image")]
+        return None if None in recalls else sum(recalls) / 2
+    return metrics.get(f"zeroshot/{row.name}/{row.measure}")
+
+
+def open_clip_csv(name: str, pretrained: str, metrics: Mapping[str, float]) -> str:
+    """Return head and row in open_clip's columns, then those of our other sets; empty where nothing was measured.
+
+    The average is there where all of its 38 sets are.
+    """
+    others = [key for key in DATASETS if key not in _ORDER and headline(DATASETS[key], metrics) is not None]
+    values = {DATASETS[key].title: headline(DATASETS[key], metrics) for key in (*_ORDER, *others)}
+    known = [headline(DATASETS[key], metrics) for key in SUITES["datacomp"]]
+    average = "" if None in known else sum(known) / len(known)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["name", "pretrained", _AVERAGE, *values])
+    writer.writerow([name, pretrained, average, *("" if v is None else f"{v:.4f}" for v in values.values())])
+    return text.getvalue()
+
+
+def model_card(facts: Mapping[str, Any], outcome: Outcome, config: WeightsConfig) -> str:
+    """Return a draft in Markdown, with the hub's head: what was measured is filled in, the rest is asked for."""
+    spec, image, text = config.preprocess, config.model.image, config.model.text
+    lines = [
+        "---",
+        "library_name: clip_jax",
+        "pipeline_tag: zero-shot-image-classification",
+        "tags: [clip, jax, flax]",
+        "license: # fill in",
+        "---",
+        "",
+        f"# {facts['name']}",
+        "",
+        f"A CLIP (Radford et al. 2021): `{facts['architecture']}`, {facts['parameters']:,} parameters, pictures of"
+        f" {image.image_size} px, texts of {text.length} tokens. Pixels: {spec.resize}, {spec.interpolation}, mean"
+        f" {spec.mean}, standard deviation {spec.std}. Source: {config.source or 'fill in'}.",
+        "",
+        "## Intended use, data, limits",
+        "",
+        "Fill in: what it was trained on and under which licences, what it is for and what it is not for, which groups"
+        " of people and languages the data leaves out (`clip_jax.evals.bias` measures by group).",
+        "",
+        "## Evaluation",
+        "",
+        "Fractions with intervals at 95 %; for few-shot the range of the draws. Ties count against the model.",
+        "",
+        "| set and measure | value | interval | published |",
+        "|---|--:|--:|--:|",
+    ]
+    for result in results(outcome.metrics):
+        interval = f"{result.low:.3f} to {result.high:.3f}" if result.low is not None else ""
+        number = "" if result.published is None else f"{result.published:.3f}"
+        lines.append(f"| {result.key} | {result.value:.3f} | {interval} | {number} |")
+    lines += ["", "What they are of:", "", *(f"- {key}: {said}." for key, said in outcome.described.items())]
+    if outcome.left_out:
+        lines += ["", "Not measured:", "", *(f"- {key}: {reason}" for key, reason in outcome.left_out.items())]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,205 @@
+"""Measure weights: `python -m clip_jax.evaluate --weights=params.msgpack --suite=smoke --data_dir=/data`.
+
+A suite or a set is any name of `clip_jax.evals.registry`. Sets that aren't on this machine are listed with what brings
+them. Several processes share the work, as `clip_jax.main` does. Exit codes: 0; 1, an error, with its traceback; 2,
+wrong flags or input, with one sentence.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+import pathlib
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+from absl import app, flags
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from clip_jax.architectures import WeightsConfig
+    from clip_jax.evals.benchmark import Outcome, Subject
+    from clip_jax.typing import Params
+
+FAILED, REFUSED = 1, 2
+TASKS = ("zeroshot", "retrieval", "linear_probe", "few_shot")
+
+_WEIGHTS = flags.DEFINE_string("weights", None, "Anything that clip_jax.load takes, e.g. runs/emoji/params.msgpack.")
+_SUITE = flags.DEFINE_list(
+    "suite", ["smoke"], "Suites and sets: paper, robustness, retrieval, datacomp, smoke, cifar10 …"
+)
+_DATA_DIR = flags.DEFINE_string("data_dir", "", "Where evaluation data lies: webdataset folders, class folders, TFDS.")
+_TASKS = flags.DEFINE_list("tasks", ["zeroshot", "retrieval"], f"Of {', '.join(TASKS)}.")
+_OUT = flags.DEFINE_string("out", "", "Where reports are written; evaluations/<name of the weights> by default.")
+_TEMPLATES = flags.DEFINE_string(
+    "templates", "", "Templates for all sets: a name or a .json file; else the registry's."
+)
+_CLASS_NAMES = flags.DEFINE_string("class_names", "", "Class names likewise, for a single set.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Pictures at a time, on all devices together.", lower_bound=1)
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the computation.")
+_CACHE_DIR = flags.DEFINE_string(
+    "cache_dir", "~/.cache/clip_jax/features", "Features by weights and split; '' for none."
+)
+_MODEL = flags.DEFINE_string("model", "", "A model's name, e.g. vit_b32, where the file can't tell.")
+_ACTIVATION = flags.DEFINE_string("activation", "", "quick_gelu, gelu or gelu_tanh, where the file can't tell.")
+_TOKENIZER = flags.DEFINE_string(
+    "tokenizer", "", "A SentencePiece .model or tokenizer.json, for weights without theirs."
+)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Evaluate, print the table, write the reports."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(levelname).1s %(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
+    )
+    for chatty in ("absl", "jax", "tensorflow"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    try:
+        if len(argv) > 1:
+            raise ValueError(f"unexpected argument {argv[1]!r}; flags begin with --")
+        if not _WEIGHTS.value:
+            raise ValueError("expected --weights=FILE, e.g. --weights=runs/emoji/params.msgpack --suite=smoke")
+        _evaluate(_WEIGHTS.value)
+    except (ValueError, FileNotFoundError) as error:
+        _leave(REFUSED, str(error))
+    except Exception as error:  # noqa: BLE001
+        traceback.print_exc()
+        _leave(FAILED, f"{type(error).__name__}: {error}")
+
+
+def _evaluate(weights: str) -> None:
+    from clip_jax import distributed, sharding
+    from clip_jax.evals import benchmark
+
+    wrong = [task for task in _TASKS.value if task not in TASKS]
+    if wrong:
+        raise ValueError(f"--tasks: there is no {wrong[0]!r}; use {', '.join(TASKS)}")
+    names = benchmark.expand(_SUITE.value)
+    distributed.start()
+    config, params = _read(weights)
+    subject = make_subject(config, params, sharding.make_mesh())
+    outcome = benchmark.evaluate(subject, names, _TASKS.value, _load, _TEMPLATES.value, _CLASS_NAMES.value)
+    if distributed.is_main():
+        _report(weights, config, params, outcome)
+    distributed.wait_for_all("evaluated")
+
+
+def _read(weights: str) -> tuple[WeightsConfig, Params]:
+    from clip_jax.inference import with_tokenizer
+    from clip_jax.interop import published, reading
+
+    found = reading.read(published.locate(weights), model=_MODEL.value, activation=_ACTIVATION.value)
+    config = with_tokenizer(found.config, _TOKENIZER.value) if _TOKENIZER.value else found.config
+    return config, found.params
+
+
+def make_subject(config: WeightsConfig, params: Params, mesh: Mesh) -> Subject:
+    """Return the model as `benchmark` sees it, on all devices of a mesh."""
+    import jax
+
+    from clip_jax import sharding
+    from clip_jax.architectures import name_of
+    from clip_jax.evals.benchmark import Subject
+    from clip_jax.evals.embed import ModelEmbedder
+    from clip_jax.evals.feature_cache import FeatureCache
+    from clip_jax.models import make_model
+    from clip_jax.preprocess import preprocess_many
+    from clip_jax.tokenizers import make_tokenizer
+
+    model, spec, size = make_model(config.model, config.preprocess, dtype=_DTYPE.value), config.preprocess, mesh.size
+    whole, pixels = sharding.replicated(mesh), config.model.image.image_size
+    batch_size = -(-_BATCH_SIZE.value // size) * size
+    fingerprint = _fingerprint(config, params)
+    embedder = ModelEmbedder(
+        model.encode_image,
+        model.encode_text,
+        jax.tree.map(lambda x: jax.make_array_from_process_local_data(whole, np.asarray(x)), params),
+        make_tokenizer(config.tokenizer, config.model.text, truncate=True, tokenizer_file=config.tokenizer_file),
+        functools.partial(preprocess_many, size=pixels, spec=spec),
+        batch_size,
+        rows=sharding.host_rows(mesh, batch_size),
+        put=functools.partial(sharding.to_global, mesh=mesh),
+        out_sharding=whole,
+        image_features=model.image_features,
+    )
+    preprocessing = f"{pixels} px, {spec.resize}, {spec.interpolation} like {spec.like}, {_DTYPE.value}"
+    return Subject(
+        embedder,
+        embedder.features,
+        name_of(config.model),
+        preprocessing,
+        FeatureCache(_CACHE_DIR.value, fingerprint),
+    )
+
+
+def _fingerprint(config: WeightsConfig, params: Params) -> str:
+    """Return a hash of all that features depend on but the pictures."""
+    from clip_jax.interop.conversion import flat
+
+    found = hashlib.sha256(repr((config.model, config.preprocess, _DTYPE.value)).encode())
+    for name, array in sorted(flat(params).items()):
+        found.update(name.encode())
+        found.update(np.ascontiguousarray(array).view(np.uint8))
+    return found.hexdigest()
+
+
+def _load(dataset: Any, part: str) -> Any:
+    """Read a part of a set of the registry: TensorFlow is imported here, if anything needs it."""
+    from clip_jax.data import labelled
+    from clip_jax.typing import Unavailable
+
+    if dataset.builtin:
+        return labelled.builtin(dataset.builtin, part)
+    if not _DATA_DIR.value:
+        raise Unavailable("give --data_dir, the directory that evaluation data lies in")
+    return labelled.find(
+        dataset.folder, dataset.split(part), dataset.tfds, dataset.split(part, tfds=True), _DATA_DIR.value
+    )
+
+
+def _report(weights: str, config: WeightsConfig, params: Params, outcome: Outcome) -> None:
+    from clip_jax.architectures import name_of
+    from clip_jax.evals.report import table, write_report
+    from clip_jax.evals.tables import model_card, open_clip_csv
+    from clip_jax.models import count_parameters
+    from clip_jax.workdir import versions
+
+    name = pathlib.Path(weights).name.split(".")[0] or "model"
+    directory = pathlib.Path(_OUT.value or f"evaluations/{name}").expanduser()
+    facts = {
+        "name": name,
+        "weights": weights,
+        "architecture": name_of(config.model),
+        "parameters": count_parameters(params),
+        "measured": outcome.described,
+        "versions": versions(),
+        "left_out": outcome.left_out,
+    }
+    write_report(directory, outcome.metrics, (), (), facts)
+    (directory / "open_clip.csv").write_text(open_clip_csv(facts["architecture"], weights, outcome.metrics))
+    (directory / "MODEL_CARD.md").write_text(model_card(facts, outcome, config))
+    if outcome.metrics:
+        print(table(outcome.metrics))
+    for key, described in outcome.described.items():
+        print(f"{key}: {described}")
+    for key, reason in outcome.left_out.items():
+        print(f"{key} is left out: {reason}")
+    print(f"written to {directory}: report.html, report.json, open_clip.csv, MODEL_CARD.md")
+
+
+def _leave(code: int, message: str) -> NoReturn:
+    """End at once: an ordinary exit would wait for hosts that wait for us."""
+    print(f"clip_jax.evaluate: {message}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    app.run(main)
