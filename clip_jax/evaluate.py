@@ -7,14 +7,16 @@ wrong flags or input, with one sentence.
 
 from __future__ import annotations
 
+import csv
 import functools
 import hashlib
+import json
 import logging
 import os
 import pathlib
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -24,11 +26,11 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from clip_jax.architectures import WeightsConfig
-    from clip_jax.evals.benchmark import Outcome, Subject
+    from clip_jax.evals.benchmark import Options, Outcome, Subject
     from clip_jax.typing import Params
 
 FAILED, REFUSED = 1, 2
-TASKS = ("zeroshot", "retrieval", "linear_probe", "few_shot")
+TASKS = ("zeroshot", "retrieval", "linear_probe", "few_shot", "overlap", "bias")
 
 _WEIGHTS = flags.DEFINE_string("weights", None, "Anything that clip_jax.load takes, e.g. runs/emoji/params.msgpack.")
 _SUITE = flags.DEFINE_list(
@@ -41,6 +43,20 @@ _TEMPLATES = flags.DEFINE_string(
     "templates", "", "Templates for all sets: a name or a .json file; else the registry's."
 )
 _CLASS_NAMES = flags.DEFINE_string("class_names", "", "Class names likewise, for a single set.")
+_BASELINES = flags.DEFINE_string("baselines", "", "CSV of standard models, for effective robustness: evals.robustness.")
+_OVERLAP = flags.DEFINE_string("overlap", "", "Directory of the training pictures' hashes, for the task overlap.")
+_TRAIN_FILES = flags.DEFINE_string(
+    "train_files", "", "TFRecord shards to hash into --overlap first, if they aren't yet."
+)
+_BEAM = flags.DEFINE_list(
+    "beam_options", [], "Hash the shards by Apache Beam with these, e.g. --runner=DataflowRunner."
+)
+_MAX_DISTANCE = flags.DEFINE_integer(
+    "max_distance", 8, "Bits in which near-duplicates differ at most; 4 for 10⁸ pictures."
+)
+_GROUPS = flags.DEFINE_string("groups", "", "CSV with a head and a row per test picture, for the task bias.")
+_COLUMNS = flags.DEFINE_list("group_columns", [], "Its columns that make the groups; all by default.")
+_CATEGORIES = flags.DEFINE_string("categories", "", 'JSON such as {"crime": ["thief", "criminal"]}: named how often?')
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Pictures at a time, on all devices together.", lower_bound=1)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the computation.")
 _CACHE_DIR = flags.DEFINE_string(
@@ -75,19 +91,63 @@ def main(argv: Sequence[str]) -> None:
 
 def _evaluate(weights: str) -> None:
     from clip_jax import distributed, sharding
-    from clip_jax.evals import benchmark
+    from clip_jax.evals import benchmark, robustness
 
     wrong = [task for task in _TASKS.value if task not in TASKS]
     if wrong:
         raise ValueError(f"--tasks: there is no {wrong[0]!r}; use {', '.join(TASKS)}")
-    names = benchmark.expand(_SUITE.value)
+    names, options = benchmark.expand(_SUITE.value), _options()
+    baselines = robustness.read_points(_BASELINES.value) if _BASELINES.value else {}
     distributed.start()
     config, params = _read(weights)
     subject = make_subject(config, params, sharding.make_mesh())
-    outcome = benchmark.evaluate(subject, names, _TASKS.value, _load, _TEMPLATES.value, _CLASS_NAMES.value)
+    outcome = benchmark.evaluate(subject, names, _TASKS.value, _load, options)
+    outcome.metrics.update(robustness.summary(outcome.metrics, baselines))
     if distributed.is_main():
-        _report(weights, config, params, outcome)
+        _report(weights, config, params, outcome, baselines)
     distributed.wait_for_all("evaluated")
+
+
+def _options() -> Options:
+    """Return what the flags say of all sets; the files that they name are read."""
+    from clip_jax.evals.benchmark import Options
+
+    categories = json.loads(pathlib.Path(_CATEGORIES.value).read_text()) if _CATEGORIES.value else {}
+    return Options(
+        _TEMPLATES.value,
+        _CLASS_NAMES.value,
+        _hashes(),
+        _MAX_DISTANCE.value,
+        _groups(),
+        {name: tuple(several) for name, several in categories.items()},
+    )
+
+
+def _hashes() -> tuple[np.ndarray, ...]:
+    if not _OVERLAP.value:
+        return ()
+    from clip_jax.evals import overlap_beam
+
+    if _TRAIN_FILES.value:
+        from clip_jax.data.sources.tfrecord import expand
+
+        overlap_beam.hash_shards(expand(_TRAIN_FILES.value), _OVERLAP.value, _BEAM.value or None)
+    return tuple(overlap_beam.read_hashes(_OVERLAP.value).values())
+
+
+def _groups() -> tuple[np.ndarray, tuple[str, ...]] | None:
+    if not _GROUPS.value:
+        return None
+    from clip_jax.evals.bias import cross
+
+    with open(_GROUPS.value, newline="", encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    columns = _COLUMNS.value or list(table[0] if table else ())
+    missing = [column for column in columns if not table or column not in table[0]]
+    if missing or not columns:
+        found = ", ".join(table[0]) if table else "no rows"
+        raise ValueError(f"{_GROUPS.value} has no column {missing[0] if missing else ''!r}; it has {found}")
+    return cross(*([row[column] for row in table] for column in columns))
 
 
 def _read(weights: str) -> tuple[WeightsConfig, Params]:
@@ -163,7 +223,13 @@ def _load(dataset: Any, part: str) -> Any:
     )
 
 
-def _report(weights: str, config: WeightsConfig, params: Params, outcome: Outcome) -> None:
+def _report(
+    weights: str,
+    config: WeightsConfig,
+    params: Params,
+    outcome: Outcome,
+    baselines: Mapping[str, tuple[float, float]],
+) -> None:
     from clip_jax.architectures import name_of
     from clip_jax.evals.report import table, write_report
     from clip_jax.evals.tables import model_card, open_clip_csv
@@ -184,13 +250,38 @@ def _report(weights: str, config: WeightsConfig, params: Params, outcome: Outcom
     write_report(directory, outcome.metrics, (), (), facts)
     (directory / "open_clip.csv").write_text(open_clip_csv(facts["architecture"], weights, outcome.metrics))
     (directory / "MODEL_CARD.md").write_text(model_card(facts, outcome, config))
+    plots = _plots(name, outcome, baselines)
+    for file, text in plots.items():
+        (directory / file).write_text(text)
     if outcome.metrics:
         print(table(outcome.metrics))
     for key, described in outcome.described.items():
         print(f"{key}: {described}")
     for key, reason in outcome.left_out.items():
         print(f"{key} is left out: {reason}")
-    print(f"written to {directory}: report.html, report.json, open_clip.csv, MODEL_CARD.md")
+    print(
+        f"written to {directory}: {', '.join(['report.html', 'report.json', 'open_clip.csv', 'MODEL_CARD.md', *plots])}"
+    )
+
+
+def _plots(name: str, outcome: Outcome, baselines: Mapping[str, tuple[float, float]]) -> dict[str, str]:
+    """Return by file name what else was asked for: plots of robustness and overlap, tables by group."""
+    from clip_jax.evals import bias, overlap, robustness
+
+    files = {}
+    if baselines and "robustness/shifts/average" in outcome.metrics:
+        points = list(baselines.values())
+        own = (outcome.metrics["zeroshot/imagenet/top1"], outcome.metrics["robustness/shifts/average"])
+        files["robustness.svg"] = robustness.plot(robustness.fit(points), points, {name: own})
+    details = {key.split("/")[0]: {} for key in outcome.details}
+    for key, detail in outcome.details.items():
+        task, dataset = key.split("/")
+        details[task][dataset] = detail
+    if details.get("overlap"):
+        files["overlap.svg"] = overlap.plot(details["overlap"])
+    for dataset, rows in details.get("bias", {}).items():
+        files[f"bias_{dataset}.csv"] = bias.to_csv(rows)
+    return files
 
 
 def _leave(code: int, message: str) -> NoReturn:

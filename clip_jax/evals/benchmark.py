@@ -1,4 +1,4 @@
-"""The registry's sets asked of one model: zero-shot, retrieval, linear probes and few-shot curves.
+"""The registry's sets asked of one model: zero-shot, retrieval, linear probes, few-shot curves, overlap, groups.
 
 No number goes without what it is of: split, size, measure, prompts and preprocessing are in `Outcome.described`.
 """
@@ -8,19 +8,22 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int64, UInt64
 
-from clip_jax.evals import prompts
+from clip_jax.evals import bias, overlap, prompts
+from clip_jax.evals.duplicates import MAX_DISTANCE, hash_pictures, nearest_hash
+from clip_jax.evals.embed import embed_set
 from clip_jax.evals.feature_cache import FeatureCache
 from clip_jax.evals.few_shot import SHOTS, few_shot
 from clip_jax.evals.linear_probe import Examples, search
-from clip_jax.evals.measures import MEASURES
+from clip_jax.evals.measures import MEASURES, Scored, Undefined, hits
+from clip_jax.evals.ranking import scores
 from clip_jax.evals.registry import DATASETS, SUITES, Dataset, published
 from clip_jax.evals.retrieval import retrieval
-from clip_jax.evals.zeroshot import measured, zeroshot
+from clip_jax.evals.zeroshot import measured
 from clip_jax.typing import Embedder, EvalSet, Labelled, Unavailable
 
 log = logging.getLogger(__name__)
@@ -72,28 +75,56 @@ class _Split:
         return self.subject.cache.get(f"{kind}-{self.split.fingerprint}", len(images), lambda: compute(images))
 
 
+class Answer(NamedTuple):
+    """What one task found of one set: numbers, what they are of, and what plots and tables need besides."""
+
+    metrics: dict[str, float]
+    described: str
+    detail: Any = None
+
+
 class Outcome(NamedTuple):
-    """What was measured.
+    """What was measured; all but `metrics` by `<task>/<set>`.
 
     metrics: as evaluators return them: `<task>/<set>/<measure>` and what stands below.
-    described: by `<task>/<set>`, what the number is of.
-    left_out: by `<task>/<set>`, why there is no number.
+    described: what the numbers are of.
+    details: an `overlap.Overlap`, or `bias.rows` by group.
+    left_out: why there is no number.
     """
 
     metrics: dict[str, float]
     described: dict[str, str]
+    details: dict[str, Any]
     left_out: dict[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
+class Options:
+    """What a user may say of all sets that are asked.
+
+    templates, class_names: as `prompts` takes them; empty for the registry's.
+    hashes: of the training source's pictures, for 'overlap'; max_distance: bits in which near-duplicates may differ.
+    groups: of every picture of the test split its group, and the groups' names, for 'bias'.
+    categories: by name the classes that count together in 'bias', such as those that offend.
+    """
+
+    templates: str = ""
+    class_names: str = ""
+    hashes: Sequence[UInt64[np.ndarray, "..."]] = ()
+    max_distance: int = MAX_DISTANCE
+    groups: tuple[Int64[np.ndarray, "n"], tuple[str, ...]] | None = None
+    categories: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
 class Question:
-    """One set asked of one model, and the user's prompts where they win over the registry's."""
+    """One set asked of one model; asked: how many sets are asked besides, itself included."""
 
     subject: Subject
     dataset: Dataset
     load: Load
-    templates: str = ""
-    class_names: str = ""
+    options: Options
+    asked: int = 1
 
     def test(self) -> Labelled:
         """Return the test split. Raises Unavailable where it is not the whole split that the registry knows."""
@@ -115,33 +146,37 @@ class Question:
 
 
 def evaluate(
-    subject: Subject, names: Sequence[str], tasks: Sequence[str], load: Load, templates: str = "", class_names: str = ""
+    subject: Subject,
+    names: Sequence[str],
+    tasks: Sequence[str],
+    load: Load,
+    options: Options = Options(),  # noqa: B008 (frozen)
 ) -> Outcome:
     """Ask every set for which a task is meant.
 
     Args:
       names: keys of DATASETS or SUITES.
       tasks: keys of TASKS.
-      templates, class_names: as `prompts` takes them, for all sets; empty for the registry's.
 
     Raises:
       ValueError: for a name that isn't known.
     """
-    outcome = Outcome({}, {}, {})
-    for name in expand(names):
+    outcome, names = Outcome({}, {}, {}, {}), expand(names)
+    for name in names:
         for task in tasks:
             row, key = DATASETS[name], f"{task}/{name}"
             if not asks(task, row):
                 continue
             log.info("%s", key)
             try:
-                metrics, described = TASKS[task](Question(subject, row, load, templates, class_names))
-            except Unavailable as error:
+                answer = TASKS[task](Question(subject, row, load, options, len(names)))
+            except (Unavailable, Undefined) as error:
                 log.warning("%s is left out: %s", key, str(error).splitlines()[0])
                 outcome.left_out[key] = str(error)
             else:
-                outcome.metrics.update(metrics | _published(key, subject.architecture, row, metrics))
-                outcome.described[key] = described
+                outcome.metrics.update(answer.metrics | _published(key, subject.architecture, row, answer.metrics))
+                outcome.described[key] = answer.described
+                outcome.details[key] = answer.detail
     return outcome
 
 
@@ -157,48 +192,44 @@ def asks(task: str, row: Dataset) -> bool:
     """Tell whether a task is meant for a set: probes for those with a training split."""
     if task in ("linear_probe", "few_shot"):
         return row.task == "zeroshot" and bool(row.train)
-    return row.task == task or (task == "zeroshot" and row.task == "association")
+    return row.task == "retrieval" if task == "retrieval" else row.task in ("zeroshot", "association")
 
 
 # ---------------------------------------------------------------------------------------------------------- tasks
 
 
-def _zeroshot(question: Question) -> tuple[dict[str, float], str]:
+def _zeroshot(question: Question) -> Answer:
     row = question.dataset
-    if row.task == "association":
-        raise Unavailable(f"cues with several pictures are not asked yet. {row.note}")
-    split = question.test()
-    asked, source = _prompts(question, split)
-    eval_set = _eval_set(row, split, asked.wordings())
-    wordings = f"{source}, {sum(map(len, eval_set.texts)):,} wordings, {asked.digest}"
-    return zeroshot(question.subject.of(split), eval_set), question.described(split, wordings)
+    scored, described, _, _ = _classified(question)
+    return Answer(measured(f"zeroshot/{row.name}", scored, row.measure), described)
 
 
-def _retrieval(question: Question) -> tuple[dict[str, float], str]:
+def _retrieval(question: Question) -> Answer:
     row, split = question.dataset, question.test()
     if not split.captions:
         raise Unavailable("what was found has classes, not captions")
-    templates = prompts.templates(question.templates or row.templates or "name")
+    templates = prompts.templates(question.options.templates or row.templates or "name")
     captions = [caption for several in split.captions for caption in several]
     texts = [tuple(template.replace(prompts.SLOT, caption) for template in templates) for caption in captions]
     picture_M = np.repeat(np.arange(len(split.images)), [len(several) for several in split.captions])
     right_nM = picture_M == np.arange(len(split.images))[:, None]
     eval_set = EvalSet(row.name, split.images, texts, right_nM)
     metrics = retrieval(question.subject.of(split), eval_set)
-    return metrics, question.described(split, f"{len(captions):,} captions", f"as {', '.join(map(repr, templates))}")
+    said = f"{len(captions):,} captions", f"as {', '.join(map(repr, templates))}"
+    return Answer(metrics, question.described(split, *said))
 
 
-def _linear_probe(question: Question) -> tuple[dict[str, float], str]:
+def _linear_probe(question: Question) -> Answer:
     row, test = question.dataset, question.test()
     train, validation, held_out = _training(question)
     found = search(train, validation, row.classes, MEASURES[row.measure])
     scores_nQ = found.probe.scores(question.subject.of(test).examples().features_nD)
-    eval_set = _eval_set(row, test, [("",)] * row.classes)
+    scored = Scored(scores_nQ, test.targets, _groups(row, test))
     fitted = f"fitted to {len(train.targets) + len(validation.targets):,}, l2={found.l2:.3g} found on {held_out}"
-    return measured(f"linear_probe/{row.name}", scores_nQ, eval_set), question.described(test, fitted)
+    return Answer(measured(f"linear_probe/{row.name}", scored, row.measure), question.described(test, fitted))
 
 
-def _few_shot(question: Question) -> tuple[dict[str, float], str]:
+def _few_shot(question: Question) -> Answer:
     row, test = question.dataset, question.test()
     if question.load(row, "train").targets.ndim != 1:
         raise Unavailable("of several classes per picture there are no shots per class")
@@ -223,27 +254,82 @@ def _few_shot(question: Question) -> tuple[dict[str, float], str]:
         metrics |= {key: values.mean, f"{key}/low": low, f"{key}/high": high, f"{key}/candidates": float(row.classes)}
         if row.measure in ("top1", "mean_per_class"):
             metrics[f"{key}/chance"] = 1 / row.classes
-    return metrics, question.described(test, f"{len(SEEDS)} draws and their range, l2 found for each on {held_out}")
+    said = f"{len(SEEDS)} draws and their range, l2 found for each on {held_out}"
+    return Answer(metrics, question.described(test, said))
 
 
-TASKS: dict[str, Callable[[Question], tuple[dict[str, float], str]]] = {
+def _overlap(question: Question) -> Answer:
+    row, options = question.dataset, question.options
+    if not options.hashes:
+        raise Unavailable("the hashes of the training source are missing: give --overlap")
+    scored, described, split, _ = _classified(question)
+    distances_n, _ = nearest_hash(hash_pictures(split.images), options.hashes)
+    found = overlap.analyse(hits(scored), distances_n <= options.max_distance, question.asked)
+    names = ("share", "accuracy", "accuracy_clean", "accuracy_overlapping", "gain", "p_corrected")
+    metrics = {f"overlap/{row.name}/{name}": float(getattr(found, name)) for name in names}
+    hashed = sum(map(len, options.hashes))
+    said = f"top-1; near-duplicates among {hashed:,} training pictures differ in {options.max_distance} bits at most"
+    return Answer(metrics, f"{described}; {said}", found)
+
+
+def _bias(question: Question) -> Answer:
+    row, options = question.dataset, question.options
+    if options.groups is None:
+        raise Unavailable("the groups of its pictures are missing: give --groups")
+    groups_n, names = options.groups
+    scored, described, split, asked = _classified(question)
+    if len(groups_n) != len(split.images):
+        raise Unavailable(f"--groups has {len(groups_n):,} rows, and the split {len(split.images):,} pictures")
+    scored = dataclasses.replace(scored, groups=groups_n)
+    ids = {name: class_id for class_id, several in enumerate(asked.class_names) for name in several}
+    unknown = [name for several in options.categories.values() for name in several if name not in ids]
+    if unknown:
+        raise Unavailable(
+            f"the category's class {unknown[0]!r} is none of its classes: give --class_names that have it"
+        )
+    categories = {name: tuple(ids[one] for one in several) for name, several in options.categories.items()}
+    by_group = bias.by_group(scored, names, categories)
+    apart = bias.disparity(scored, names, categories)
+    metrics = {f"bias/{row.name}/{name}/accuracy": result.accuracy.value for name, result in by_group.items()}
+    for event, found in apart.items():
+        metrics |= {f"bias/{row.name}/{event}_{part}": getattr(found, part) for part in ("difference", "p_corrected")}
+    return Answer(metrics, described, bias.rows(by_group))
+
+
+TASKS: dict[str, Callable[[Question], Answer]] = {
     "zeroshot": _zeroshot,
     "retrieval": _retrieval,
     "linear_probe": _linear_probe,
     "few_shot": _few_shot,
+    "overlap": _overlap,
+    "bias": _bias,
 }
 
 
 # ----------------------------------------------------------------------------------------------------------- parts
 
 
+def _classified(question: Question) -> tuple[Scored, str, Labelled, prompts.Prompts]:
+    """Return what the zero-shot classifier says of the test split, and what it was asked."""
+    row = question.dataset
+    if row.task == "association":
+        raise Unavailable(f"cues with several pictures are not asked yet. {row.note}")
+    split = question.test()
+    if split.targets is None:
+        raise Unavailable("what was found has captions, not classes")
+    asked, source = _prompts(question, split)
+    eval_set = EvalSet(row.name, split.images, asked.wordings(), split.targets, groups=_groups(row, split))
+    scored = Scored(scores(*embed_set(question.subject.of(split), eval_set)), split.targets, eval_set.groups)
+    wordings = f"{source}, {sum(map(len, eval_set.texts)):,} wordings, {asked.digest}"
+    return scored, question.described(split, wordings), split, asked
+
+
 def _prompts(question: Question, split: Labelled) -> tuple[prompts.Prompts, str]:
     """Return the prompts and where they come from: the user's, else the registry's, else what the data brings."""
-    row = question.dataset
-    names, names_from = _found(
-        prompts.class_names, question.class_names, row.class_names, tuple((name,) for name in split.class_names)
-    )
-    templates, templates_from = _found(prompts.templates, question.templates, row.templates, split.templates)
+    row, options = question.dataset, question.options
+    stored = tuple((name,) for name in split.class_names)
+    names, names_from = _found(prompts.class_names, options.class_names, row.class_names, stored)
+    templates, templates_from = _found(prompts.templates, options.templates, row.templates, split.templates)
     if not templates:
         templates, templates_from = prompts.templates("photo"), "photo"
     if not names:
@@ -265,16 +351,13 @@ def _found(read: Callable[[str], tuple], users: str, registered: str, stored: tu
     return stored, "the data's"
 
 
-def _eval_set(row: Dataset, split: Labelled, texts: Sequence[tuple[str, ...]]) -> EvalSet:
-    """Return the set as evaluators see it, its groups those of the registry."""
-    if split.targets is None:
-        raise Unavailable("what was found has captions, not classes")
-    groups = None
-    if row.group >= 0:
-        if split.metadata is None:
-            raise Unavailable(f"{row.measure} needs the groups of its metadata (.npy), and none were found")
-        groups = np.where(np.isin(split.metadata[:, row.group], row.other_groups), -1, split.metadata[:, row.group])
-    return EvalSet(row.name, split.images, texts, split.targets, groups=groups, measure=row.measure)
+def _groups(row: Dataset, split: Labelled) -> Int64[np.ndarray, "n"] | None:
+    """Return the groups that the registry's measure looks at."""
+    if row.group < 0:
+        return None
+    if split.metadata is None:
+        raise Unavailable(f"{row.measure} needs the groups of its metadata (.npy), and none were found")
+    return np.where(np.isin(split.metadata[:, row.group], row.other_groups), -1, split.metadata[:, row.group])
 
 
 def _training(question: Question) -> tuple[Examples, Examples, str]:

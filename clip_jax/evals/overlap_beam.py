@@ -28,18 +28,14 @@ logger = logging.getLogger(__name__)
 SUFFIX = ".hashes.npy"
 
 
-def hash_shards(files: Sequence[str], output_dir: str, options: Sequence[str] = ()) -> None:
+def hash_shards(files: Sequence[str], output_dir: str, options: Sequence[str] | None = ()) -> None:
     """Hash the pictures of TFRecord shards into `output_dir`, one file for each shard.
 
     options: Beam's own flags, such as ['--runner=DataflowRunner', '--project=…']; its default runs on this machine.
+      None: without Beam, one shard after another.
 
     Raises: ImportError without Apache Beam; ValueError where two shards have the same name.
     """
-    try:
-        import apache_beam as beam
-        from apache_beam.options.pipeline_options import PipelineOptions
-    except ImportError as error:
-        raise ImportError("hash_shards needs Apache Beam: pip install apache-beam") from error
     names = Counter(os.path.basename(path) for path in files)
     if twice := [name for name, count in names.items() if count > 1]:
         raise ValueError(
@@ -49,7 +45,15 @@ def hash_shards(files: Sequence[str], output_dir: str, options: Sequence[str] = 
     epath.Path(output_dir).mkdir(parents=True, exist_ok=True)
     left = [path for path in files if not _output(path, output_dir).exists()]
     logger.info("%d of %d shards are hashed already", len(files) - len(left), len(files))
-    if left:
+    if options is None:
+        for path in left:
+            hash_shard(path, output_dir)
+    elif left:
+        try:
+            import apache_beam as beam
+            from apache_beam.options.pipeline_options import PipelineOptions
+        except ImportError as error:
+            raise ImportError("hash_shards needs Apache Beam: pip install apache-beam") from error
         with beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
             # Reshuffle: otherwise Beam fuses both steps, and one worker gets every shard.
             _ = pipeline | beam.Create(left) | beam.Reshuffle() | beam.Map(hash_shard, output_dir)

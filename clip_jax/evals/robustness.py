@@ -95,6 +95,21 @@ def robustness_gap(accuracies: Mapping[str, Number], shifts: Sequence[str] = SHI
     return _fraction(accuracies[IMAGENET], IMAGENET) - average_shift(accuracies, shifts)
 
 
+def summary(metrics: Mapping[str, float], baselines: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """Return the average over SHIFTS, the gap to ImageNet and, beside standard models, the effective robustness.
+
+    Keys: `robustness/shifts/{average,gap,effective}`. Empty unless zero-shot top-1 of all of them was measured.
+    """
+    found = {name: metrics.get(f"zeroshot/{name}/top1") for name in (IMAGENET, *SHIFTS)}
+    if None in found.values():
+        return {}
+    average = average_shift(found)
+    result = {"average": average, "gap": robustness_gap(found)}
+    if baselines:
+        result["effective"] = fit(list(baselines.values())).effective_robustness(found[IMAGENET], average)
+    return {f"robustness/shifts/{name}": value for name, value in result.items()}
+
+
 def read_points(path: str | os.PathLike[str], shifts: Sequence[str] = SHIFTS) -> dict[str, tuple[float, float]]:
     """Read standard models from a CSV file: by name (accuracy on ImageNet, average accuracy under the shifts).
 

@@ -29,17 +29,17 @@ def zeroshot(embedder: Embedder, eval_set: EvalSet) -> dict[str, float]:
     measure that the set can't have, such as the AUC of one class, is NaN, and the log says why.
     """
     image_nE, class_QE = embed_set(embedder, eval_set)
-    return measured(f"zeroshot/{eval_set.name}", scores(image_nE, class_QE), eval_set)
+    scored = Scored(scores(image_nE, class_QE), eval_set.targets, eval_set.groups)
+    return measured(f"zeroshot/{eval_set.name}", scored, eval_set.measure)
 
 
-def measured(prefix: str, scores_nQ: np.ndarray, eval_set: EvalSet, tie: float | None = None) -> dict[str, float]:
-    """Return what `zeroshot` does for any scores of a set's pictures: cosines, or a probe's logits with their tie."""
-    targets, classes = eval_set.targets, scores_nQ.shape[1]
-    scored = Scored(scores_nQ, targets, eval_set.groups, **({} if tie is None else {"tie": tie}))
-    names = [eval_set.measure]
+def measured(prefix: str, scored: Scored, measure: str) -> dict[str, float]:
+    """Return what `zeroshot` does for any scores, such as a probe's logits."""
+    targets, classes = scored.targets, scored.scores.shape[1]
+    names = [measure]
     metrics: dict[str, float] = {}
     if targets.ndim == 1:
-        names = ["top1", *["top5"] * (classes > TOP), "mean_per_class", eval_set.measure]
+        names = ["top1", *["top5"] * (classes > TOP), "mean_per_class", measure]
         metrics[f"{prefix}/top1/majority"] = float(np.bincount(targets).max() / len(targets))
     chances = {"top1": 1 / classes, "mean_per_class": 1 / classes, "top5": TOP / classes, "roc_auc": 0.5}
     chances["mean_top1_top5"] = (1 + TOP) / 2 / classes
