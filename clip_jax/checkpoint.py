@@ -32,10 +32,18 @@ class SaveFailed(RuntimeError):
 class Checkpoints:
     """The checkpoints of one run, in one directory (a local path or gs://)."""
 
-    def __init__(self, directory: str | os.PathLike[str], *, keep: int = 3, keep_every_steps: int = 0) -> None:
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        keep: int = 3,
+        keep_every_steps: int = 0,
+        read_only: bool = False,
+    ) -> None:
         """Open or create the directory.
 
         Args:
+          read_only: for others than the run itself: nothing is created, removed or renamed.
           keep: the newest so many are kept.
           keep_every_steps: besides, those at multiples of this are kept for good; 0 for none.
 
@@ -44,7 +52,9 @@ class Checkpoints:
         """
         # Orbax takes absolute paths only, and says so in the middle of the run; what has a scheme is one already.
         self.directory = epath.Path(directory if "://" in os.fspath(directory) else os.path.abspath(directory))
-        _probe(self.directory)
+        self._read_only = read_only
+        if not read_only:
+            _probe(self.directory)
         policies = [checkpoint_managers.LatestN(keep)]
         if keep_every_steps:
             policies.append(checkpoint_managers.EveryNSteps(keep_every_steps))
@@ -52,8 +62,10 @@ class Checkpoints:
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
             # Otherwise any directory with an integer for a name passes for a finished checkpoint.
             atomicity_options=ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE),
-            cleanup_tmp_directories=True,
-            enable_async_checkpointing=True,
+            cleanup_tmp_directories=not read_only,
+            enable_async_checkpointing=not read_only,
+            create=not read_only,
+            read_only=read_only,
         )
         self._manager = self._open()
 
@@ -81,28 +93,32 @@ class Checkpoints:
         with _explained(self.directory):
             self._manager.wait_until_finished()
 
-    def restore(self, like: PyTree) -> tuple[PyTree, dict[str, Any]] | None:
+    def restore(self, like: PyTree, step: int | None = None) -> tuple[PyTree, dict[str, Any]] | None:
         """Return the newest state that verifies, and its info; None if there is no checkpoint.
 
         Args:
           like: shapes, dtypes and shardings, e.g. of `jax.eval_shape`; any number of devices.
+          step: that one or none.
 
         Raises:
           ValueError: a sound checkpoint is of another model.
           RuntimeError: there are checkpoints and all are damaged.
         """
         damaged = []
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        for found in sorted(self._manager.all_steps(), reverse=True) if step is None else [step]:
             try:
-                state, info = self._read(step, like)
+                state, info = self._read(found, like)
             except _Damaged as error:
-                damaged.append(f"{step} ({error})")
-                self._set_aside(step)
+                damaged.append(f"{found} ({error})")
+                if not self._read_only:
+                    self._set_aside(found)
                 continue
             if damaged:
-                log.warning("checkpoints set aside as damaged: %s; going on from step %d", ", ".join(damaged), step)
+                log.warning("checkpoints set aside as damaged: %s; going on from step %d", ", ".join(damaged), found)
             return state, info
-        if damaged:
+        if damaged and self._read_only:
+            log.warning("can't be read, or is gone: %s", ", ".join(damaged))
+        elif damaged:
             raise RuntimeError(
                 f"every checkpoint in {self.directory} is damaged: {', '.join(damaged)}; they are kept as *.corrupt."
                 " To start over use another --workdir"

@@ -167,7 +167,8 @@ class EvalTask:
     """One evaluator on one set."""
 
     evaluator: str = "retrieval"  # a name in clip_jax.evals.EVALUATORS
-    source: str = "emoji"  # a name in clip_jax.data.EVAL_SETS
+    # A name in clip_jax.data.EVAL_SETS; or 'registry', and `split` is a set of clip_jax.evals.registry.
+    source: str = "emoji"
     split: str = "unseen_concepts"
 
 
@@ -177,6 +178,7 @@ class EvalConfig:
 
     every_steps: int = 0  # 0: at the end only
     batch_size: int = 512
+    data_dir: str = ""  # where sets of the source 'registry' lie: webdataset folders, class folders, TFDS
     # A split of the training source: what is not learned, measured beside the model, is fitted on it. Empty: nothing.
     floors_split: str = ""
     gates: Mapping[str, float] = dataclasses.field(default_factory=dict)  # what the report asks of a metric, by its key

@@ -7,17 +7,19 @@ wrong flags or input, with one sentence.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import pathlib
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 from absl import app, flags
@@ -30,9 +32,14 @@ if TYPE_CHECKING:
     from clip_jax.typing import Params
 
 FAILED, REFUSED = 1, 2
+LINES = "evaluations.jsonl"  # one for every step that --follow has measured
 TASKS = ("zeroshot", "retrieval", "linear_probe", "few_shot", "overlap", "bias")
 
 _WEIGHTS = flags.DEFINE_string("weights", None, "Anything that clip_jax.load takes, e.g. runs/emoji/params.msgpack.")
+_FOLLOW = flags.DEFINE_string(
+    "follow", None, "Instead: a run's --workdir, whose checkpoints are measured as they appear."
+)
+_EVERY_SECONDS = flags.DEFINE_float("every_seconds", 30, "How often --follow looks for checkpoints.", lower_bound=0)
 _SUITE = flags.DEFINE_list(
     "suite", ["smoke"], "Suites and sets: paper, robustness, retrieval, datacomp, smoke, cifar10 …"
 )
@@ -79,9 +86,11 @@ def main(argv: Sequence[str]) -> None:
     try:
         if len(argv) > 1:
             raise ValueError(f"unexpected argument {argv[1]!r}; flags begin with --")
-        if not _WEIGHTS.value:
-            raise ValueError("expected --weights=FILE, e.g. --weights=runs/emoji/params.msgpack --suite=smoke")
-        _evaluate(_WEIGHTS.value)
+        if bool(_WEIGHTS.value) == bool(_FOLLOW.value):
+            raise ValueError(
+                "expected either --weights=FILE, e.g. runs/emoji/params.msgpack, or --follow=WORKDIR, e.g. runs/emoji"
+            )
+        _evaluate()
     except (ValueError, FileNotFoundError) as error:
         _leave(REFUSED, str(error))
     except Exception as error:  # noqa: BLE001
@@ -89,9 +98,12 @@ def main(argv: Sequence[str]) -> None:
         _leave(FAILED, f"{type(error).__name__}: {error}")
 
 
-def _evaluate(weights: str) -> None:
+def _evaluate() -> None:
+    from etils import epath
+
     from clip_jax import distributed, sharding
     from clip_jax.evals import benchmark, robustness
+    from clip_jax.follow import follow
 
     wrong = [task for task in _TASKS.value if task not in TASKS]
     if wrong:
@@ -99,13 +111,49 @@ def _evaluate(weights: str) -> None:
     names, options = benchmark.expand(_SUITE.value), _options()
     baselines = robustness.read_points(_BASELINES.value) if _BASELINES.value else {}
     distributed.start()
-    config, params = _read(weights)
-    subject = make_subject(config, params, sharding.make_mesh())
-    outcome = benchmark.evaluate(subject, names, _TASKS.value, _load, options)
-    outcome.metrics.update(robustness.summary(outcome.metrics, baselines))
-    if distributed.is_main():
-        _report(weights, config, params, outcome, baselines)
+    mesh = sharding.make_mesh()
+
+    curves = _lines() if _FOLLOW.value else []
+
+    def measure(config: WeightsConfig, params: Params, step: int | None = None) -> None:
+        load = functools.partial(benchmark.load, data_dir=_DATA_DIR.value)
+        outcome = benchmark.evaluate(make_subject(config, params, mesh), names, _TASKS.value, load, options)
+        outcome.metrics.update(robustness.summary(outcome.metrics, baselines))
+        if not distributed.is_main():
+            return
+        _directory().mkdir(parents=True, exist_ok=True)
+        if step is not None:
+            curves.append({"step": step} | {k: v for k, v in outcome.metrics.items() if math.isfinite(v)})
+            with open(_directory() / LINES, "a", encoding="utf-8") as file:
+                file.write(json.dumps(curves[-1]) + "\n")
+        _report(config, params, outcome, baselines, curves)
+
+    if _WEIGHTS.value:
+        measure(*_read(_WEIGHTS.value))
+    else:
+        workdir = epath.Path(_FOLLOW.value).expanduser()
+        seen = {line["step"] for line in curves}
+        follow(workdir, mesh, lambda at, *model: measure(*model, at), seen, _EVERY_SECONDS.value)
     distributed.wait_for_all("evaluated")
+
+
+def _name() -> str:
+    """Return what is measured, for people: the name of the weights or of the run."""
+    return pathlib.Path(_WEIGHTS.value or _FOLLOW.value).name.removesuffix(".msgpack")
+
+
+def _directory() -> pathlib.Path:
+    """Return where the reports go."""
+    return pathlib.Path(_OUT.value or f"evaluations/{_name()}").expanduser()
+
+
+def _lines() -> list[dict]:
+    """Return what was measured of earlier steps; a line that a kill cut short is left out."""
+    path, found = _directory() / LINES, []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found
 
 
 def _options() -> Options:
@@ -209,26 +257,12 @@ def _fingerprint(config: WeightsConfig, params: Params) -> str:
     return found.hexdigest()
 
 
-def _load(dataset: Any, part: str) -> Any:
-    """Read a part of a set of the registry: TensorFlow is imported here, if anything needs it."""
-    from clip_jax.data import labelled
-    from clip_jax.typing import Unavailable
-
-    if dataset.builtin:
-        return labelled.builtin(dataset.builtin, part)
-    if not _DATA_DIR.value:
-        raise Unavailable("give --data_dir, the directory that evaluation data lies in")
-    return labelled.find(
-        dataset.folder, dataset.split(part), dataset.tfds, dataset.split(part, tfds=True), _DATA_DIR.value
-    )
-
-
 def _report(
-    weights: str,
     config: WeightsConfig,
     params: Params,
     outcome: Outcome,
     baselines: Mapping[str, tuple[float, float]],
+    curves: Sequence[Mapping],
 ) -> None:
     from clip_jax.architectures import name_of
     from clip_jax.evals.report import table, write_report
@@ -236,8 +270,7 @@ def _report(
     from clip_jax.models import count_parameters
     from clip_jax.workdir import versions
 
-    name = pathlib.Path(weights).name.split(".")[0] or "model"
-    directory = pathlib.Path(_OUT.value or f"evaluations/{name}").expanduser()
+    directory, name, weights = _directory(), _name(), _WEIGHTS.value or _FOLLOW.value
     facts = {
         "name": name,
         "weights": weights,
@@ -247,7 +280,7 @@ def _report(
         "versions": versions(),
         "left_out": outcome.left_out,
     }
-    write_report(directory, outcome.metrics, (), (), facts)
+    write_report(directory, outcome.metrics, curves, (), facts)
     (directory / "open_clip.csv").write_text(open_clip_csv(facts["architecture"], weights, outcome.metrics))
     (directory / "MODEL_CARD.md").write_text(model_card(facts, outcome, config))
     plots = _plots(name, outcome, baselines)

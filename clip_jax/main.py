@@ -91,13 +91,17 @@ def _check_names(config: configs.Config) -> None:
     """Raise ValueError for a name that no registry knows."""
     from clip_jax.data import EVAL_SETS, SOURCES
     from clip_jax.evals import EVALUATORS
+    from clip_jax.evals.registry import DATASETS
+    from clip_jax.evals.suite import REGISTRY
     from clip_jax.losses import LOSSES
 
     configs.check_name("loss.name", config.loss.name, LOSSES)
     configs.check_name("data.source", config.data.source, SOURCES)
     for name, task in config.eval.tasks.items():
         configs.check_name(f"eval.tasks.{name}.evaluator", task.evaluator, EVALUATORS)
-        configs.check_name(f"eval.tasks.{name}.source", task.source, EVAL_SETS)
+        configs.check_name(f"eval.tasks.{name}.source", task.source, [*EVAL_SETS, REGISTRY])
+        if task.source == REGISTRY:
+            configs.check_name(f"eval.tasks.{name}.split", task.split, DATASETS)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -24,9 +24,10 @@ from clip_jax.architectures import Architecture, WeightsConfig, name_of
 from clip_jax.checkpoint import Checkpoints
 from clip_jax.config import Config, Resolved, differences, resolve
 from clip_jax.distributed import Preempted, PreemptionNotice
+from clip_jax.evals import benchmark
 from clip_jax.evals.embed import CachedEmbedder, ModelEmbedder
 from clip_jax.evals.report import table, write_report
-from clip_jax.evals.suite import Suite, load_suite
+from clip_jax.evals.suite import REGISTRY, Loader, Suite, load_suite
 from clip_jax.interop import positions, published, reading
 from clip_jax.interop.msgpack import write as write_weights
 from clip_jax.losses import LOSSES
@@ -92,13 +93,18 @@ def train(config: Config, directory: str, export: str | None = None) -> bool:
             keep_every_steps=config.checkpoint.keep_every_steps,
         )
         state = _first_or_saved_state(run, checkpoints)
-        suite = load_suite(config.eval, config.data, data.EVAL_SETS)
+        suite = load_suite(config.eval, config.data, _eval_sets(config))
         _steps(run, state, checkpoints, suite)
         _finish(run, checkpoints, suite, export)
     except Preempted:
         return False
     checkpoints.close()
     return True
+
+
+def _eval_sets(config: Config) -> dict[str, Loader]:
+    """Return what loads a split of each source, the registry's sets among them."""
+    return data.EVAL_SETS | {REGISTRY: lambda _, name: benchmark.eval_set(name, config.eval.data_dir)}
 
 
 def prepare(config: Config, directory: epath.Path) -> Run:

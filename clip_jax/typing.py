@@ -130,10 +130,14 @@ class EvalSet:
     groups: Int64[np.ndarray, "n"] | None = None
     measure: str = "top1"
 
-    def right_texts(self, images: slice) -> Bool[np.ndarray, "m M"]:
+    def right_texts(self, images: slice | Int64[np.ndarray, "m"]) -> Bool[np.ndarray, "m M"]:
         """Tell of these images which texts are right."""
         targets = self.targets[images]
         return targets if targets.ndim == 2 else targets[:, None] == np.arange(len(self.texts))
+
+    def asked_texts(self) -> Int64[np.ndarray, "m"]:
+        """Return the texts that an image belongs to."""
+        return np.flatnonzero(self.targets.any(0)) if self.targets.ndim == 2 else np.unique(self.targets)
 
     def right_images(self, texts: Int64[np.ndarray, "m"]) -> Bool[np.ndarray, "m n"]:
         """Tell of these texts for which images they are right."""

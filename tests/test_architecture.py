@@ -19,7 +19,7 @@ FLOORS = {
     **dict.fromkeys(["models", "tokenizers", "preprocess", "losses", "data"], 1),
     **dict.fromkeys(["optim", "sharding", "checkpoint", "metrics", "distributed", "workdir", "allocator"], 1),
     **dict.fromkeys(["step", "evals", "interop"], 2),
-    **dict.fromkeys(["inference", "train", "plan", "dry_run"], 3),
+    **dict.fromkeys(["inference", "train", "follow", "plan", "dry_run"], 3),
     **dict.fromkeys(["main", "evaluate", "convert", "search"], 4),
     "__init__": 5,  # hands on what is below, lazily: the subprocess test sees to that
 }

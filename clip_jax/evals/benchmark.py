@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int64, UInt64
 
+from clip_jax.config import check_name
 from clip_jax.evals import bias, overlap, prompts
 from clip_jax.evals.duplicates import MAX_DISTANCE, hash_pictures, nearest_hash
 from clip_jax.evals.embed import embed_set
@@ -128,13 +129,7 @@ class Question:
 
     def test(self) -> Labelled:
         """Return the test split. Raises Unavailable where it is not the whole split that the registry knows."""
-        split, row = self.load(self.dataset, "test"), self.dataset
-        if row.size and len(split.images) != row.size:
-            raise Unavailable(
-                f"its {row.test} split has {row.size:,} pictures, and {len(split.images):,} were found: their number"
-                f" would not be one of {row.name}"
-            )
-        return split
+        return _whole(self.dataset, self.load(self.dataset, "test"))
 
     def described(self, split: Labelled, *more: str) -> str:
         """Return what a number is of, in one line."""
@@ -180,6 +175,30 @@ def evaluate(
     return outcome
 
 
+def load(row: Dataset, part: str, data_dir: str) -> Labelled:
+    """Read a part of a set. Raises Unavailable where it is not on this machine."""
+    from clip_jax.data import labelled
+
+    if row.builtin:
+        return labelled.builtin(row.builtin, part)
+    if not data_dir:
+        raise Unavailable("the directory that evaluation data lies in isn't given: --data_dir, or eval.data_dir")
+    return labelled.find(row.folder, row.split(part), row.tfds, row.split(part, tfds=True), data_dir)
+
+
+def eval_set(name: str, data_dir: str, options: Options = Options()) -> EvalSet:  # noqa: B008 (frozen)
+    """Return a set's test split as evaluators see it, for the training loop: `zeroshot` or `retrieval` by its row.
+
+    Raises:
+      ValueError: for a name that isn't in DATASETS.
+      Unavailable: where it is not on this machine, or not whole.
+    """
+    check_name("a set", name, DATASETS)
+    row = DATASETS[name]
+    split = _whole(row, load(row, "test", data_dir))
+    return _captions(row, split, options) if row.task == "retrieval" else _classes(row, split, options)[0]
+
+
 def expand(names: Sequence[str]) -> list[str]:
     """Return the sets that names of sets and suites stand for, each once. Raises ValueError for an unknown one."""
     unknown = [name for name in names if name not in DATASETS and name not in SUITES]
@@ -206,17 +225,9 @@ def _zeroshot(question: Question) -> Answer:
 
 def _retrieval(question: Question) -> Answer:
     row, split = question.dataset, question.test()
-    if not split.captions:
-        raise Unavailable("what was found has classes, not captions")
-    templates = prompts.templates(question.options.templates or row.templates or "name")
-    captions = [caption for several in split.captions for caption in several]
-    texts = [tuple(template.replace(prompts.SLOT, caption) for template in templates) for caption in captions]
-    picture_M = np.repeat(np.arange(len(split.images)), [len(several) for several in split.captions])
-    right_nM = picture_M == np.arange(len(split.images))[:, None]
-    eval_set = EvalSet(row.name, split.images, texts, right_nM)
-    metrics = retrieval(question.subject.of(split), eval_set)
-    said = f"{len(captions):,} captions", f"as {', '.join(map(repr, templates))}"
-    return Answer(metrics, question.described(split, *said))
+    asked = _captions(row, split, question.options)
+    said = f"{len(asked.texts):,} captions, the first asked as {asked.texts[0]}"
+    return Answer(retrieval(question.subject.of(split), asked), question.described(split, said))
 
 
 def _linear_probe(question: Question) -> Answer:
@@ -311,22 +322,46 @@ TASKS: dict[str, Callable[[Question], Answer]] = {
 
 def _classified(question: Question) -> tuple[Scored, str, Labelled, prompts.Prompts]:
     """Return what the zero-shot classifier says of the test split, and what it was asked."""
-    row = question.dataset
+    split = question.test()
+    asked, names, source = _classes(question.dataset, split, question.options)
+    scored = Scored(scores(*embed_set(question.subject.of(split), asked)), asked.targets, asked.groups)
+    wordings = f"{source}, {sum(map(len, asked.texts)):,} wordings, {names.digest}"
+    return scored, question.described(split, wordings), split, names
+
+
+def _whole(row: Dataset, split: Labelled) -> Labelled:
+    if row.size and len(split.images) != row.size:
+        raise Unavailable(
+            f"its {row.test} split has {row.size:,} pictures, and {len(split.images):,} were found: their number would"
+            f" not be one of {row.name}"
+        )
+    return split
+
+
+def _captions(row: Dataset, split: Labelled, options: Options) -> EvalSet:
+    if not split.captions:
+        raise Unavailable("what was found has classes, not captions")
+    templates = prompts.templates(options.templates or row.templates or "name")
+    captions = [caption for several in split.captions for caption in several]
+    texts = [tuple(template.replace(prompts.SLOT, caption) for template in templates) for caption in captions]
+    picture_M = np.repeat(np.arange(len(split.images)), [len(several) for several in split.captions])
+    return EvalSet(row.name, split.images, texts, picture_M == np.arange(len(split.images))[:, None])
+
+
+def _classes(row: Dataset, split: Labelled, options: Options) -> tuple[EvalSet, prompts.Prompts, str]:
+    """Return the set, its prompts and where they come from."""
     if row.task == "association":
         raise Unavailable(f"cues with several pictures are not asked yet. {row.note}")
-    split = question.test()
     if split.targets is None:
         raise Unavailable("what was found has captions, not classes")
-    asked, source = _prompts(question, split)
-    eval_set = EvalSet(row.name, split.images, asked.wordings(), split.targets, groups=_groups(row, split))
-    scored = Scored(scores(*embed_set(question.subject.of(split), eval_set)), split.targets, eval_set.groups)
-    wordings = f"{source}, {sum(map(len, eval_set.texts)):,} wordings, {asked.digest}"
-    return scored, question.described(split, wordings), split, asked
+    asked, source = _prompts(row, split, options)
+    groups = _groups(row, split)
+    found = EvalSet(row.name, split.images, asked.wordings(), split.targets, groups=groups, measure=row.measure)
+    return found, asked, source
 
 
-def _prompts(question: Question, split: Labelled) -> tuple[prompts.Prompts, str]:
+def _prompts(row: Dataset, split: Labelled, options: Options) -> tuple[prompts.Prompts, str]:
     """Return the prompts and where they come from: the user's, else the registry's, else what the data brings."""
-    row, options = question.dataset, question.options
     stored = tuple((name,) for name in split.class_names)
     names, names_from = _found(prompts.class_names, options.class_names, row.class_names, stored)
     templates, templates_from = _found(prompts.templates, options.templates, row.templates, split.templates)

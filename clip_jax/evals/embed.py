@@ -7,6 +7,7 @@ at length 1 again.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -94,14 +95,11 @@ def _fetch(output: jax.Array, count: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class CachedEmbedder:
-    """Embed every picture and text once, however many evaluators, sets and panels ask for it.
-
-    It holds the pictures as well as their embeddings: for sets that fit into memory, as the report needs them anyway.
-    """
+    """Embed every picture and text once, however many evaluators, sets and panels ask for it."""
 
     embedder: Embedder
     _images: dict[bytes, np.ndarray] = dataclasses.field(default_factory=dict)
-    _texts: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    _texts: dict[bytes, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def image(self, images: Sequence[bytes]) -> Float[np.ndarray, "n E"]:
         """Return the embedder's vectors for pictures, asking it only for those not seen before."""
@@ -113,12 +111,35 @@ class CachedEmbedder:
 
 
 def _remembered(
-    embed: Callable[[list[Any]], np.ndarray], seen: dict[Any, np.ndarray], items: Sequence[Any]
+    embed: Callable[[Sequence[Any]], np.ndarray], seen: dict[bytes, np.ndarray], items: Sequence[Any]
 ) -> np.ndarray:
-    new = [item for item in dict.fromkeys(items) if item not in seen]
+    keys = [_digest(item) for item in items]
+    new = {key: index for index, key in reversed([*enumerate(keys)]) if key not in seen}
     if new:
-        seen.update(zip(new, embed(new), strict=True))
-    return np.stack([seen[item] for item in items])
+        order = sorted(new, key=new.__getitem__)
+        seen.update(zip(order, embed(_Chosen(items, [new[key] for key in order])), strict=True))
+    return np.stack([seen[key] for key in keys])
+
+
+def _digest(item: bytes | str) -> bytes:
+    """Return what stands for a picture or text, so that a large set's pictures are not held."""
+    return hashlib.blake2b(item if isinstance(item, bytes) else item.encode(), digest_size=16).digest()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chosen(Sequence):
+    """Some of a sequence, read when they are asked for."""
+
+    items: Sequence[Any]
+    indices: list[int]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self.items[i] for i in self.indices[index]]
+        return self.items[self.indices[index]]
 
 
 def embed_set(embedder: Embedder, eval_set: EvalSet) -> tuple[Float[np.ndarray, "n E"], Float[np.ndarray, "M E"]]:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, Integer
+from jaxtyping import Float
 
 from clip_jax.evals.embed import embed_set
 from clip_jax.evals.ranking import score_blocks
@@ -55,29 +55,38 @@ def panels(
     ahead of the right one by most. Give the CachedEmbedder that the metrics used, and nothing is embedded twice.
     """
     image_nE, text_ME = embed_set(embedder, eval_set)
-    targets = eval_set.targets.tolist()
 
     def shown(score: float, right: bool, *, text: int | None = None, image: int | None = None) -> Match:
         name = eval_set.image_names[image] if image is not None and len(eval_set.image_names) else ""
         said = eval_set.texts[text][0] if text is not None else name
         return Match(said, "" if image is None else thumbnail(eval_set.images[image]), score, right)
 
-    asked_t = _evenly(np.unique(eval_set.targets), texts)
+    asked_t = _evenly(eval_set.asked_texts(), texts)
     text_rows = [
-        Row(shown(math.nan, True, text=t), tuple(shown(s, targets[i] == t, image=i) for i, s in best))
-        for t, best in zip(asked_t.tolist(), _best(text_ME[asked_t], image_nE, answers), strict=True)
+        Row(shown(math.nan, True, text=t), tuple(shown(s, bool(right_n[i]), image=i) for i, s in best))
+        for t, right_n, best in zip(
+            asked_t.tolist(),
+            eval_set.right_images(asked_t),
+            _best(text_ME[asked_t], image_nE, answers),
+            strict=True,
+        )
     ]
     asked_p = _evenly(np.arange(len(image_nE)), pictures)
     image_rows = [
-        Row(shown(math.nan, True, image=i), tuple(shown(s, targets[i] == t, text=t) for t, s in best))
-        for i, best in zip(asked_p.tolist(), _best(image_nE[asked_p], text_ME, answers), strict=True)
+        Row(shown(math.nan, True, image=i), tuple(shown(s, bool(right_M[t]), text=t) for t, s in best))
+        for i, right_M, best in zip(
+            asked_p.tolist(),
+            eval_set.right_texts(asked_p),
+            _best(image_nE[asked_p], text_ME, answers),
+            strict=True,
+        )
     ]
     mistake_rows = [
         Row(
             shown(math.nan, True, image=i),
-            (shown(said_score, False, text=t), shown(right_score, True, text=targets[i])),
+            (shown(said_score, False, text=t), shown(right_score, True, text=right)),
         )
-        for i, t, said_score, right_score in _mistakes(image_nE, text_ME, eval_set.targets, mistakes)
+        for i, t, right, said_score, right_score in _mistakes(image_nE, text_ME, eval_set, mistakes)
     ]
     return Panels(eval_set.name, tuple(text_rows), tuple(image_rows), tuple(mistake_rows))
 
@@ -113,21 +122,19 @@ def _best(
 def _mistakes(
     image_nE: Float[np.ndarray, "n E"],
     text_ME: Float[np.ndarray, "M E"],
-    targets_n: Integer[np.ndarray, "n"],
+    eval_set: EvalSet,
     count: int,
-) -> Sequence[tuple[int, int, float, float]]:
-    """Return (picture, wrong text, its score, the right text's score), the largest lead first."""
-    found: list[tuple[float, int, int, float, float]] = []
+) -> Sequence[tuple[int, int, int, float, float]]:
+    """Return (picture, wrong text, best right text, their scores), the largest lead first."""
+    found: list[tuple[float, int, int, int, float, float]] = []
     for rows, scores_bM in score_blocks(image_nE, text_ME):
-        numbers_b, targets_b = np.arange(len(image_nE))[rows], targets_n[rows]
-        right_b = np.take_along_axis(scores_bM, targets_b[:, None], 1)[:, 0]
-        wrong_bM = np.where(
-            np.arange(len(text_ME)) == targets_b[:, None], -np.inf, np.nan_to_num(scores_bM, nan=-np.inf)
-        )
-        said_b = wrong_bM.argmax(1)
-        said_score_b = wrong_bM.max(1)
-        lead_b = np.where(np.isnan(right_b), -np.inf, said_score_b - right_b)
+        right_bM, scores_bM = eval_set.right_texts(rows), np.nan_to_num(scores_bM, nan=-np.inf)
+        wrong_bM, best_bM = np.where(right_bM, -np.inf, scores_bM), np.where(right_bM, scores_bM, -np.inf)
+        said_b, right_b = wrong_bM.argmax(1), best_bM.argmax(1)
+        said_score_b, right_score_b = wrong_bM.max(1), best_bM.max(1)
+        lead_b = np.where(np.isfinite(right_score_b), said_score_b - np.nan_to_num(right_score_b), -np.inf)
         for j in np.argsort(-lead_b)[:count]:
             if lead_b[j] > 0:
-                found.append((lead_b[j], int(numbers_b[j]), int(said_b[j]), float(said_score_b[j]), float(right_b[j])))
+                scores = float(said_score_b[j]), float(right_score_b[j])
+                found.append((lead_b[j], rows.start + int(j), int(said_b[j]), int(right_b[j]), *scores))
     return [entry[1:] for entry in sorted(found, reverse=True)[:count]]

@@ -28,7 +28,7 @@ def retrieval(embedder: Embedder, eval_set: EvalSet) -> dict[str, float]:
     """
     image_nE, text_ME = embed_set(embedder, eval_set)
     right_texts_n, images_M, picture_M = _counts(eval_set)
-    asked_T = np.flatnonzero(images_M)
+    asked_T = eval_set.asked_texts()
     text_ranks_n = ranks(image_nE, text_ME, eval_set.right_texts)
     image_ranks_T = ranks(text_ME[asked_T], image_nE, lambda rows: eval_set.right_images(asked_T[rows]))
 

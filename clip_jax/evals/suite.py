@@ -16,6 +16,7 @@ from clip_jax.typing import Embedder, EvalSet, Evaluator, Unavailable
 log = logging.getLogger(__name__)
 
 Loader = Callable[[DataConfig, str], EvalSet]
+REGISTRY = "registry"  # the source whose splits are sets of `evals.registry`
 
 
 @dataclasses.dataclass(frozen=True)
