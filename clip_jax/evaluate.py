@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> None:
         level=logging.INFO, format="%(levelname).1s %(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
     )
     for chatty in ("absl", "jax", "tensorflow"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+        logging.getLogger(chatty).setLevel(logging.ERROR)  # Orbax warns of directories that are only read
     try:
         if len(argv) > 1:
             raise ValueError(f"unexpected argument {argv[1]!r}; flags begin with --")

@@ -24,6 +24,31 @@ LAUNCH = (ROOT / "launch/README.md").read_text(encoding="utf-8")
 BOTH = README + LAUNCH
 
 FLAGS = {"main": {"config", "workdir", "export", "dry_run"}, "search": {"weights", "images", "top"}}
+FLAGS["evaluate"] = {
+    "weights",
+    "follow",
+    "suite",
+    "data_dir",
+    "tasks",
+    "out",
+    "templates",
+    "class_names",
+    "baselines",
+    "overlap",
+    "train_files",
+    "beam_options",
+    "max_distance",
+    "groups",
+    "group_columns",
+    "categories",
+    "batch_size",
+    "dtype",
+    "cache_dir",
+    "every_seconds",
+    "model",
+    "activation",
+    "tokenizer",
+}
 FLAGS["convert"] = {"to", "model", "activation", "image_size", "context_length", "tokenizer"}
 
 

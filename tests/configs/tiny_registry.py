@@ -1,0 +1,13 @@
+"""The smallest run, measured on sets of the registry too: one that pip brings, one that isn't there."""
+
+import runpy
+from pathlib import Path
+
+
+def get_config(arg=""):
+    config = runpy.run_path(str(Path(__file__).with_name("tiny.py")))["get_config"](arg)
+    config.train.total_steps = 20
+    registry = {"evaluator": "zeroshot", "source": "registry"}
+    config.eval.every_steps = 10
+    config.eval.tasks = {"digits": registry | {"split": "digits"}, "little_pictures": registry | {"split": "cifar10"}}
+    return config

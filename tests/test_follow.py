@@ -1,0 +1,102 @@
+"""A run measured on the registry's sets by itself, and by others that follow it."""
+
+import json
+import os
+import shutil
+import threading
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from clip_jax import metrics, sharding
+from clip_jax.follow import follow
+from tests import runs
+
+STEPS = [7, 14, 20]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run, with checkpoints of all STEPS."""
+    directory = tmp_path_factory.mktemp("finished")
+    runs.finish(runs.start(directory, config="tests/configs/tiny_registry.py"))
+    return epath.Path(directory)
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    return epath.Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def _stored(directory):
+    """Return every file and folder below a directory, with sizes and times."""
+    paths = sorted(os.path.join(at, name) for at, folders, files in os.walk(directory) for name in (*folders, *files))
+    return [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
+
+
+def _followed(directory, measured=(), mesh=None):
+    found = {}
+    follow(directory, mesh or sharding.make_mesh(), lambda at, *model: found.update({at: model}), measured, 0.05)
+    return found
+
+
+def test_the_loop_measures_sets_of_the_registry_and_lists_those_that_are_not_there(finished):
+    report = json.loads((finished / "report.json").read_text())
+    key = "zeroshot/digits/top1"
+    assert 0 <= report[f"{key}/low"] <= report[key] <= report[f"{key}/high"] <= 1
+    assert (
+        "wds_cifar10_test" in report["run/left_out.little_pictures"]
+        or "data_dir" in report["run/left_out.little_pictures"]
+    )
+    assert [line["step"] for line in metrics.read_lines(finished) if key in line] == [10]
+
+
+def test_every_checkpoint_is_measured_once_with_the_parameters_that_evaluation_takes_and_nothing_is_touched(finished):
+    before = _stored(finished)
+    found = _followed(finished)
+    assert list(found) == STEPS
+    assert _stored(finished) == before
+    config, params = found[20]
+    assert config.model.embed_dim == 16 and set(params) == {"image", "text", "logit_scale"}
+    assert not np.allclose(params["image"]["projection"], found[7][1]["image"]["projection"])
+    assert not _followed(finished, measured=STEPS)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_stays_where_it_is(copy):
+    for path in (copy / "checkpoints/14").glob("**/*"):
+        if path.is_file() and path.stat().length > 1000:
+            path.write_bytes(path.read_bytes()[:500])
+    before = _stored(copy)
+    assert list(_followed(copy)) == [7, 20]
+    assert _stored(copy) == before
+
+
+def test_it_waits_for_a_run_that_has_not_finished(copy):
+    report, last = copy / "report.json", copy / "checkpoints/20"
+    report.rename(copy / "report.later")
+    last.rename(copy / "20")
+    found = []
+
+    def end():
+        while 14 not in found:
+            pass
+        (copy / "20").rename(last)
+        (copy / "report.later").rename(report)
+
+    thread = threading.Thread(target=end)
+    thread.start()
+    follow(copy, sharding.make_mesh(), lambda at, *_: found.append(at), (), 0.05)
+    thread.join()
+    assert found == STEPS
+
+
+def test_parameters_are_the_same_on_any_mesh(finished):
+    one, cut = (_followed(finished, mesh=mesh)[20][1] for mesh in (None, sharding.make_mesh(fsdp=4)))
+    jax.tree.map(np.testing.assert_array_equal, one, cut)
+
+
+def test_a_directory_without_a_run_is_named(tmp_path):
+    with pytest.raises(ValueError, match=rf"{tmp_path} holds no run"):
+        _followed(epath.Path(tmp_path))
