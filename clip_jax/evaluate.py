@@ -109,6 +109,8 @@ def _evaluate() -> None:
     if wrong:
         raise ValueError(f"--tasks: there is no {wrong[0]!r}; use {', '.join(TASKS)}")
     names, options = benchmark.expand(_SUITE.value), _options()
+    if not (names and _TASKS.value):
+        raise ValueError("--suite and --tasks: name at least one of each, e.g. --suite=smoke --tasks=zeroshot")
     baselines = robustness.read_points(_BASELINES.value) if _BASELINES.value else {}
     distributed.start()
     mesh = sharding.make_mesh()
@@ -317,6 +319,13 @@ def _plots(name: str, outcome: Outcome, baselines: Mapping[str, tuple[float, flo
     return files
 
 
+def _parse_flags(argv: list[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        _leave(REFUSED, str(error))
+
+
 def _leave(code: int, message: str) -> NoReturn:
     """End at once: an ordinary exit would wait for hosts that wait for us."""
     print(f"clip_jax.evaluate: {message}", file=sys.stderr)
@@ -326,4 +335,4 @@ def _leave(code: int, message: str) -> NoReturn:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=_parse_flags)

@@ -20,7 +20,7 @@ from clip_jax.evals.embed import embed_set
 from clip_jax.evals.feature_cache import FeatureCache
 from clip_jax.evals.few_shot import SHOTS, few_shot
 from clip_jax.evals.linear_probe import Examples, search
-from clip_jax.evals.measures import MEASURES, Scored, Undefined, hits
+from clip_jax.evals.measures import MEASURES, Measure, Scored, Undefined, hits
 from clip_jax.evals.ranking import scores
 from clip_jax.evals.registry import DATASETS, SUITES, Dataset, published
 from clip_jax.evals.retrieval import retrieval
@@ -69,10 +69,17 @@ class _Split:
         return self.subject.embedder.text(texts)
 
     def examples(self, rows: np.ndarray | slice = slice(None)) -> Examples:
+        if self.split.targets is None:
+            raise Unavailable("what was found has captions, not classes")
         features_nD = self._kept("features", self.subject.features, self.split.images)
+        broken = int((~np.isfinite(features_nD)).any(1).sum())
+        if broken:
+            raise Unavailable(f"the features of {broken:,} of {len(features_nD):,} pictures are not finite")
         return Examples(features_nD[rows], self.split.targets[rows])
 
     def _kept(self, kind: str, compute: Callable, images: Sequence[bytes]) -> np.ndarray:
+        if not self.split.fingerprint:  # nothing would tell it from another split of as many pictures
+            return compute(images)
         return self.subject.cache.get(f"{kind}-{self.split.fingerprint}", len(images), lambda: compute(images))
 
 
@@ -233,7 +240,7 @@ def _retrieval(question: Question) -> Answer:
 def _linear_probe(question: Question) -> Answer:
     row, test = question.dataset, question.test()
     train, validation, held_out = _training(question)
-    found = search(train, validation, row.classes, MEASURES[row.measure])
+    found = search(train, validation, row.classes, _chosen_by(row))
     scores_nQ = found.probe.scores(question.subject.of(test).examples().features_nD)
     scored = Scored(scores_nQ, test.targets, _groups(row, test))
     fitted = f"fitted to {len(train.targets) + len(validation.targets):,}, l2={found.l2:.3g} found on {held_out}"
@@ -242,7 +249,9 @@ def _linear_probe(question: Question) -> Answer:
 
 def _few_shot(question: Question) -> Answer:
     row, test = question.dataset, question.test()
-    if question.load(row, "train").targets.ndim != 1:
+    if row.group >= 0:
+        raise Unavailable(f"{row.measure} of few shots is not measured: draws are by class, not by group")
+    if np.ndim(question.load(row, "train").targets) == 2:
         raise Unavailable("of several classes per picture there are no shots per class")
     train, validation, held_out = _training(question)
     fewest = int(np.bincount(train.targets, minlength=row.classes).min())
@@ -410,6 +419,11 @@ def _training(question: Question) -> tuple[Examples, Examples, str]:
     held, kept = np.sort(order[:count]), np.sort(order[count:])
     examples = question.subject.of(train).examples
     return examples(kept), examples(held), f"{count:,} pictures held out of {row.train}"
+
+
+def _chosen_by(row: Dataset) -> Measure:
+    """Return what probes are chosen by: the set's own measure, or top-1 where that needs groups."""
+    return MEASURES["top1" if row.group >= 0 else row.measure]
 
 
 def _published(key: str, architecture: str, row: Dataset, metrics: dict[str, float]) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import os
 import pathlib
 import uuid
@@ -12,6 +13,8 @@ from collections.abc import Callable
 import numpy as np
 
 from clip_jax import distributed
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,16 +42,19 @@ class FeatureCache:
             return found
         computed = compute()
         if distributed.is_main() and np.isfinite(computed).all():
-            _write(path, computed)
+            try:
+                _write(path, computed)
+            except OSError as error:  # a full disk or a home that is read-only costs time, not the evaluation
+                log.warning("features are not kept: %s", error)
         return computed
 
 
 def _read(path: pathlib.Path, rows: int) -> np.ndarray | None:
     try:
         found = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+    except Exception:  # noqa: BLE001 (damaged headers raise tokenize's errors too)
         return None
-    return found if len(found) == rows else None
+    return found if isinstance(found, np.ndarray) and found.ndim == 2 and len(found) == rows else None
 
 
 def _write(path: pathlib.Path, array: np.ndarray) -> None:

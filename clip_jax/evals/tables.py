@@ -43,7 +43,7 @@ def open_clip_csv(name: str, pretrained: str, metrics: Mapping[str, float]) -> s
     others = [key for key in DATASETS if key not in _ORDER and headline(DATASETS[key], metrics) is not None]
     values = {DATASETS[key].title: headline(DATASETS[key], metrics) for key in (*_ORDER, *others)}
     known = [headline(DATASETS[key], metrics) for key in SUITES["datacomp"]]
-    average = "" if None in known else sum(known) / len(known)
+    average = "" if None in known else f"{sum(known) / len(known):.4f}"
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["name", "pretrained", _AVERAGE, *values])

@@ -1,0 +1,164 @@
+"""Features on disk: what is kept, for which model and split, and what happens to a file that is damaged."""
+
+import dataclasses
+import io
+
+import numpy as np
+import pytest
+
+from clip_jax.evals import feature_cache
+from clip_jax.evals.feature_cache import FeatureCache
+from tests.tiny_benchmark import CLASSES, PARTS, Perfect, evaluate, split
+
+
+def test_features_are_computed_once_for_a_model_and_a_split(monkeypatch, tmp_path):
+    def calls(directory=tmp_path, tasks=("zeroshot", "linear_probe"), **more):
+        embedder = Perfect()
+        outcome = evaluate(monkeypatch, embedder, tasks=tasks, directory=directory, **more)
+        results.append(outcome.metrics)
+        return embedder.image_calls
+
+    results = []
+    # Embeddings of the test split; features of train, kept and held out, and of test.
+    assert calls() == 3
+    assert calls() == 0
+    assert calls(tasks=("few_shot", "linear_probe", "zeroshot")) == 0
+    assert calls(model="another") == 3
+    assert calls(parts=PARTS | {"test": split(first=700)}) == 2  # as many pictures, but others
+    assert calls() == 0
+    assert calls(directory="") > 0
+    assert calls(directory="") > 0
+    assert results[0] == results[1] == results[3] == results[5] == results[6]
+
+
+def test_splits_without_a_fingerprint_are_not_taken_for_each_other(monkeypatch, tmp_path):
+    right, wrong = (split(np.arange(20) % CLASSES, fingerprint=""), split(fingerprint=""))
+    wrong = dataclasses.replace(wrong, targets=right.targets)  # pictures of other classes than it says
+    values = [
+        evaluate(monkeypatch, Perfect(), parts={"test": part}, directory=tmp_path).metrics["zeroshot/tiny/top1"]
+        for part in (right, wrong)
+    ]
+    assert values[0] == 1 and values[1] < 1
+
+
+ROWS = np.arange(12, dtype=np.float32).reshape(3, 4)
+
+
+class Computed:
+    """An array that counts how often it is asked for."""
+
+    def __init__(self, array=ROWS):
+        self.array, self.calls = array, 0
+
+    def __call__(self):
+        self.calls += 1
+        return self.array
+
+
+def _damage(name, path):
+    content = path.read_bytes()
+    if name == "empty":
+        return b""
+    if name == "cut in the header":
+        return content[:20]
+    if name == "cut in the numbers":
+        return content[:-1]
+    if name == "other bytes":
+        return bytes(range(256))
+    if name == "unclosed bracket in the header":
+        return content.replace(b"(3, 4), }", b"(3, 4, ( ")
+    file = io.BytesIO()
+    if name == "a scalar":
+        np.save(file, np.float32(1))
+    if name == "one number a row":
+        np.save(file, ROWS[:, 0])
+    if name == "fewer rows":
+        np.save(file, ROWS[:2])
+    if name == "more rows":
+        np.save(file, np.concatenate([ROWS, ROWS]))
+    if name == "objects":
+        np.save(file, np.array([{}, [], ()], object), allow_pickle=True)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "empty",
+        "cut in the header",
+        "cut in the numbers",
+        "other bytes",
+        "unclosed bracket in the header",
+        "a scalar",
+        "one number a row",
+        "fewer rows",
+        "more rows",
+        "objects",
+    ],
+)
+def test_a_damaged_file_is_computed_and_written_anew(tmp_path, damage):
+    cache, compute = FeatureCache(str(tmp_path), "model"), Computed()
+    cache.get("key", 3, compute)
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    damaged = _damage(damage, path)
+    assert damaged != whole
+    path.write_bytes(damaged)
+    np.testing.assert_array_equal(cache.get("key", 3, compute), ROWS)
+    assert compute.calls == 2 and path.read_bytes() == whole
+    np.testing.assert_array_equal(cache.get("key", 3, compute), ROWS)
+    assert compute.calls == 2
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_features_that_are_not_finite_are_not_kept(tmp_path, bad):
+    array = ROWS.copy()
+    array[1, 2] = bad
+    cache, compute = FeatureCache(str(tmp_path), "model"), Computed(array)
+    for calls in (1, 2):
+        np.testing.assert_array_equal(cache.get("key", 3, compute), array)
+        assert compute.calls == calls and list(tmp_path.iterdir()) == []
+
+
+def test_without_a_directory_nothing_is_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cache, compute = FeatureCache("", "model"), Computed()
+    for calls in (1, 2):
+        cache.get("key", 3, compute)
+        assert compute.calls == calls
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_writers_of_one_key_leave_one_whole_file(tmp_path, monkeypatch):
+    cache, others, save, files = FeatureCache(str(tmp_path), "model"), ROWS + 1, np.save, []
+
+    def interrupted(file, array):
+        files.append(file.name)
+        if len(files) == 1:
+            np.testing.assert_array_equal(cache.get("key", 3, Computed(others)), others)
+        save(file, array)
+
+    monkeypatch.setattr(feature_cache.np, "save", interrupted)
+    np.testing.assert_array_equal(cache.get("key", 3, Computed()), ROWS)
+    assert len(set(files)) == 2 and len(list(tmp_path.iterdir())) == 1
+    np.testing.assert_array_equal(cache.get("key", 3, Computed(others)), ROWS)
+
+
+def test_a_writer_that_is_killed_leaves_nothing_to_be_read(tmp_path, monkeypatch):
+    cache, save = FeatureCache(str(tmp_path), "model"), np.save
+
+    def killed(file, array):
+        save(file, array[:2])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(feature_cache.np, "save", killed)
+        cache.get("key", 3, Computed())
+    np.testing.assert_array_equal(cache.get("key", 3, again := Computed()), ROWS)
+    assert again.calls == 1
+
+
+def test_a_directory_that_cannot_be_written_costs_the_cache_and_not_the_evaluation(tmp_path):
+    (tmp_path / "file").write_text("no directory")
+    cache = FeatureCache(str(tmp_path / "file" / "features"), "model")
+    np.testing.assert_array_equal(cache.get("key", 3, Computed()), ROWS)

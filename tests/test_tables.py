@@ -1,0 +1,116 @@
+"""A row of open_clip's table and a model card: each number in its place, and none where there is none."""
+
+import csv
+import dataclasses
+import io
+import itertools
+
+import numpy as np
+import pytest
+
+from clip_jax.architectures import MODELS, WeightsConfig
+from clip_jax.evals import registry
+from clip_jax.evals.benchmark import Outcome
+from clip_jax.evals.tables import model_card, open_clip_csv
+from tests.tiny_benchmark import PROBES, ROW, WrongInThirds, evaluate
+
+# The head of https://github.com/mlfoundations/open_clip/blob/f862f86/docs/openclip_results.csv from its average on.
+AVERAGE = "Average perf. on 38 datasets"
+# fmt: off
+OPEN_CLIP = [
+    "ImageNet 1k", "Caltech-101", "CIFAR-10", "CIFAR-100", "CLEVR Counts", "CLEVR Distance", "Country211",
+    "Describable Textures", "EuroSAT", "FGVC Aircraft", "Food-101", "GTSRB", "ImageNet Sketch", "ImageNet v2",
+    "ImageNet-A", "ImageNet-O", "ImageNet-R", "KITTI Vehicle Distance", "MNIST", "ObjectNet", "Oxford Flowers-102",
+    "Oxford-IIIT Pet", "Pascal VOC 2007", "PatchCamelyon", "Rendered SST2", "RESISC45", "Stanford Cars", "STL-10",
+    "SUN397", "SVHN", "Flickr", "MSCOCO", "WinoGAViL", "iWildCam", "Camelyon17", "FMoW", "Dollar Street", "GeoDE",
+]
+# fmt: on
+
+
+def _all_measured():
+    """Return metrics of every set of datacomp, each another, and what stands in its column."""
+    metrics, column = {}, {}
+    for place, name in enumerate(registry.SUITES["datacomp"]):
+        row, value = registry.DATASETS[name], (1 + place) / 39
+        if row.task == "retrieval":
+            metrics |= {
+                f"retrieval/{name}/image_to_text/recall_at_1": value + 0.01,
+                f"retrieval/{name}/text_to_image/recall_at_1": value - 0.01,
+            }
+        else:
+            metrics[f"zeroshot/{name}/{row.measure}"] = value
+        column[row.title] = value
+    return metrics, column
+
+
+def _read(text):
+    (row,) = csv.DictReader(io.StringIO(text))
+    return row
+
+
+def test_the_row_for_open_clip_has_its_columns_in_its_order():
+    assert len(OPEN_CLIP) == len(registry.SUITES["datacomp"]) == 38
+    metrics, column = _all_measured()
+    text = open_clip_csv("vit_b32", "weights.pt", metrics)
+    assert text.splitlines()[0].split(",") == ["name", "pretrained", AVERAGE, *OPEN_CLIP]
+    row = _read(text)
+    assert (row["name"], row["pretrained"]) == ("vit_b32", "weights.pt")
+    assert {title: row[title] for title in OPEN_CLIP} == {title: f"{column[title]:.4f}" for title in OPEN_CLIP}
+
+
+def test_the_average_has_four_digits_too():
+    metrics, column = _all_measured()
+    assert _read(open_clip_csv("a", "b", metrics))[AVERAGE] == f"{sum(column.values()) / 38:.4f}"
+
+
+@pytest.mark.parametrize("missing", ["zeroshot/geode/worst_group_top1", "retrieval/mscoco/text_to_image/recall_at_1"])
+def test_the_average_is_there_only_where_all_38_are(missing):
+    metrics, column = _all_measured()
+    np.testing.assert_allclose(
+        float(_read(open_clip_csv("a", "b", metrics))[AVERAGE]), sum(column.values()) / 38, atol=5e-5
+    )
+    del metrics[missing]
+    row = _read(open_clip_csv("a", "b", metrics))
+    title = registry.DATASETS[missing.split("/")[1]].title
+    assert row[AVERAGE] == row[title] == ""
+    assert sum(row[title] != "" for title in OPEN_CLIP) == 37
+
+
+def test_other_sets_follow_and_what_is_no_headline_stands_nowhere():
+    metrics = {
+        "zeroshot/digits/top1": 0.5,
+        "zeroshot/digits/top5": 0.75,
+        "zeroshot/pets/top1": 0.25,  # whose own measure is the mean per class
+        "linear_probe/cifar10/top1": 0.875,
+    }
+    row = _read(open_clip_csv("a", "b", metrics))
+    assert list(row) == ["name", "pretrained", AVERAGE, *OPEN_CLIP, "scikit-learn digits"]
+    assert {key: value for key, value in row.items() if value} == {
+        "name": "a",
+        "pretrained": "b",
+        "scikit-learn digits": "0.5000",
+    }
+
+
+def test_the_model_card_has_every_number_what_it_is_of_and_what_is_missing(monkeypatch):
+    architecture = MODELS["emoji"]
+    row = dataclasses.replace(ROW, name="cifar10")
+    outcome = evaluate(monkeypatch, WrongInThirds(), row, ("zeroshot", *PROBES), architecture="vit_b32")
+    outcome = Outcome(outcome.metrics, outcome.described, {"zeroshot/pets": "not on this machine"})
+    facts = {"name": "mine", "architecture": "emoji", "parameters": 3_497_567}
+    card = model_card(facts, outcome, WeightsConfig(architecture))
+    assert card.startswith("---\n") and "# mine\n" in card and "3,497,567 parameters" in card
+    rows = {
+        cells[0]: cells[1:]
+        for line in card.splitlines()
+        if (cells := line.strip("| ").split(" | "))[0] in outcome.metrics
+    }
+    attributes = ("candidates", "chance", "majority", "low", "high", "published")
+    numbers = {key for key in outcome.metrics if key.rpartition("/")[2] not in attributes}
+    assert set(rows) == numbers and {"zeroshot/cifar10/top1", "few_shot/cifar10/1_shot"} <= numbers
+    for key, (value, interval, *_) in rows.items():
+        assert value == f"{outcome.metrics[key]:.3f}"
+        assert interval.rstrip(" |") == f"{outcome.metrics[f'{key}/low']:.3f} to {outcome.metrics[f'{key}/high']:.3f}"
+    assert rows["zeroshot/cifar10/top1"][2].strip(" |") == f"{outcome.metrics['zeroshot/cifar10/top1/published']:.3f}"
+    for key, said in itertools.chain(outcome.described.items(), outcome.left_out.items()):
+        assert f"- {key}: {said}" in card
