@@ -67,6 +67,8 @@ EXTRAS = {
     "eval": [*EMOJI, *SMOKE],
     # Weights by their name on Hugging Face's hub, and its tokenizer.json; other files need nothing beyond the core.
     "interop": ["huggingface_hub>=1.0", "tokenizers>=0.22"],
+    # Hashing a training source on many machines, for the overlap analysis; on one machine it isn't needed.
+    "beam": ["apache-beam>=2.77"],
     "test": [
         "pytest>=8.4",
         "tokenizers>=0.22",

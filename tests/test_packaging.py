@@ -25,6 +25,8 @@ DISTRIBUTIONS = {
     "google": "tensorflow",  # protobuf, the type of its messages
     "markupsafe": "jinja2",  # the type of its strings
     "PIL": "pillow",
+    "sklearn": "scikit-learn",
+    "apache_beam": "apache-beam",
     "absl": "absl-py",
     "google_crc32c": "google-crc32c",
     "ml_collections": "ml-collections",
@@ -76,7 +78,8 @@ def test_the_constraints_pin_the_lower_bounds_and_nothing_else():
 
 
 def test_what_the_package_imports_is_required_and_what_is_required_is_imported():
-    core, extras = bounds(SETUP["INSTALL"]).keys(), bounds([*SETUP["EMOJI"], *SETUP["EXTRAS"]["interop"]]).keys()
+    core, optional = bounds(SETUP["INSTALL"]).keys(), ("eval", "interop", "beam")
+    extras = bounds(requirement for name in optional for requirement in SETUP["EXTRAS"][name]).keys()
     imported = imported_distributions("clip_jax") | imported_distributions("configs")
     assert imported - core - extras == set(), "imported, not in setup.py"
     assert core - imported - NEEDED_BY_OTHERS == set(), "in setup.py, not imported"
@@ -84,7 +87,7 @@ def test_what_the_package_imports_is_required_and_what_is_required_is_imported()
 
 
 def test_every_extra_of_the_readme_exists():
-    assert set(SETUP["EXTRAS"]) == {"demo", "test", "tpu", "gpu", "eval", "interop", "data", "peers"}
+    assert set(SETUP["EXTRAS"]) == {"demo", "test", "tpu", "gpu", "eval", "interop", "data", "beam", "peers"}
 
 
 def test_the_version_is_the_package_s():

@@ -96,7 +96,7 @@ def test_the_model_card_has_every_number_what_it_is_of_and_what_is_missing(monke
     architecture = MODELS["emoji"]
     row = dataclasses.replace(ROW, name="cifar10")
     outcome = evaluate(monkeypatch, WrongInThirds(), row, ("zeroshot", *PROBES), architecture="vit_b32")
-    outcome = Outcome(outcome.metrics, outcome.described, {"zeroshot/pets": "not on this machine"})
+    outcome = Outcome(outcome.metrics, outcome.described, {}, {"zeroshot/pets": "not on this machine"})
     facts = {"name": "mine", "architecture": "emoji", "parameters": 3_497_567}
     card = model_card(facts, outcome, WeightsConfig(architecture))
     assert card.startswith("---\n") and "# mine\n" in card and "3,497,567 parameters" in card

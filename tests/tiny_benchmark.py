@@ -100,7 +100,7 @@ def evaluate(monkeypatch, embedder, row=ROW, tasks=("zeroshot",), parts=PARTS, n
             raise Unavailable(f"no {part} split here")
         return parts[part]
 
-    return benchmark.evaluate(subject(embedder, **more), names or [row.name], tasks, load, **users)
+    return benchmark.evaluate(subject(embedder, **more), names or [row.name], tasks, load, benchmark.Options(**users))
 
 
 class WrongInThirds(Perfect):

@@ -216,7 +216,7 @@ def _class_feature(name: str, features: Any) -> tuple[str, tuple[str, ...]]:
     has_image = "image" in features and isinstance(features["image"], tensorflow_datasets.features.Image)
     if has_image and isinstance(kind, tensorflow_datasets.features.ClassLabel):
         return feature, tuple(kind.names)
-    got = ", ".join(f"{key!r} ({type(value).__name__})" for key, value in features.items())
+    got = ", ".join(f"{key!r} ({type(value).__name__})" for key, value in sorted(features.items()))
     raise Unavailable(
         f"TFDS's {name} is no set of pictures with classes as it is read here: expected 'image' (Image) and one of "
         f"{', '.join(map(repr, CLASS_FEATURES))} (ClassLabel, or a Sequence of it), got {got}"

@@ -233,7 +233,8 @@ def _zeroshot(question: Question) -> Answer:
 def _retrieval(question: Question) -> Answer:
     row, split = question.dataset, question.test()
     asked = _captions(row, split, question.options)
-    said = f"{len(asked.texts):,} captions, the first asked as {asked.texts[0]}"
+    templates = ", ".join(map(repr, _caption_templates(row, question.options)))
+    said = f"{len(asked.texts):,} captions in {templates}"
     return Answer(retrieval(question.subject.of(split), asked), question.described(split, said))
 
 
@@ -347,10 +348,14 @@ def _whole(row: Dataset, split: Labelled) -> Labelled:
     return split
 
 
+def _caption_templates(row: Dataset, options: Options) -> tuple[str, ...]:
+    return prompts.templates(options.templates or row.templates or "name")
+
+
 def _captions(row: Dataset, split: Labelled, options: Options) -> EvalSet:
     if not split.captions:
         raise Unavailable("what was found has classes, not captions")
-    templates = prompts.templates(options.templates or row.templates or "name")
+    templates = _caption_templates(row, options)
     captions = [caption for several in split.captions for caption in several]
     texts = [tuple(template.replace(prompts.SLOT, caption) for template in templates) for caption in captions]
     picture_M = np.repeat(np.arange(len(split.images)), [len(several) for several in split.captions])
