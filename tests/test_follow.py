@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import shutil
 import threading
 
@@ -65,8 +66,8 @@ def test_every_checkpoint_is_measured_once_with_the_parameters_that_evaluation_t
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_stays_where_it_is(copy):
-    for path in (copy / "checkpoints/14").glob("**/*"):
-        if path.is_file() and path.stat().length > 1000:
+    for path in pathlib.Path(copy, "checkpoints/14").rglob("*"):
+        if path.is_file() and path.stat().st_size > 1000:
             path.write_bytes(path.read_bytes()[:500])
     before = _stored(copy)
     assert list(_followed(copy)) == [7, 20]

@@ -332,6 +332,7 @@ TASKS: dict[str, Callable[[Question], Answer]] = {
 
 def _classified(question: Question) -> tuple[Scored, str, Labelled, prompts.Prompts]:
     """Return what the zero-shot classifier says of the test split, and what it was asked."""
+    _check_classes(question.dataset)
     split = question.test()
     asked, names, source = _classes(question.dataset, split, question.options)
     scored = Scored(scores(*embed_set(question.subject.of(split), asked)), asked.targets, asked.groups)
@@ -346,6 +347,11 @@ def _whole(row: Dataset, split: Labelled) -> Labelled:
             f" not be one of {row.name}"
         )
     return split
+
+
+def _check_classes(row: Dataset) -> None:
+    if row.task == "association":
+        raise Unavailable(f"cues with several pictures are not asked yet. {row.note}")
 
 
 def _caption_templates(row: Dataset, options: Options) -> tuple[str, ...]:
@@ -364,8 +370,7 @@ def _captions(row: Dataset, split: Labelled, options: Options) -> EvalSet:
 
 def _classes(row: Dataset, split: Labelled, options: Options) -> tuple[EvalSet, prompts.Prompts, str]:
     """Return the set, its prompts and where they come from."""
-    if row.task == "association":
-        raise Unavailable(f"cues with several pictures are not asked yet. {row.note}")
+    _check_classes(row)
     if split.targets is None:
         raise Unavailable("what was found has captions, not classes")
     asked, source = _prompts(row, split, options)
