@@ -135,7 +135,7 @@ class TrainConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the computation; parameters are float32
     micro_batches: int = 1  # parts that are embedded one after another; the loss is still the whole batch's
     # What the backward pass computes again: nothing; all but products; all but attention; all of a layer.
-    remat: Literal["none", "dots", "names", "full"] = "full"
+    remat: Literal["none", "dots", "names", "full"] = "names"
     unroll_layers: bool = False  # write the loop over layers out: the same numbers, minutes to compile
     # Causal towers: captions end to end, in room for this fraction of a batch's text positions. A batch that needs more
     # is encoded in rows (metric text/in_rows; text/filled is what was needed). 1: all in rows.

@@ -15,12 +15,12 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 
 FLOORS = {
-    **dict.fromkeys(["typing", "architectures", "config", "ranges", "rounding"], 0),
+    **dict.fromkeys(["typing", "architectures", "chips", "config", "ranges", "rounding"], 0),
     **dict.fromkeys(["models", "tokenizers", "preprocess", "losses", "data"], 1),
     **dict.fromkeys(["optim", "sharding", "checkpoint", "metrics", "distributed", "workdir", "allocator"], 1),
-    **dict.fromkeys(["step", "evals", "interop"], 2),
-    **dict.fromkeys(["inference", "train", "follow", "plan", "dry_run"], 3),
-    **dict.fromkeys(["main", "evaluate", "convert", "search"], 4),
+    **dict.fromkeys(["step", "evals", "interop", "flops"], 2),
+    **dict.fromkeys(["inference", "train", "follow", "planner", "dry_run"], 3),
+    **dict.fromkeys(["main", "evaluate", "convert", "search", "plan"], 4),
     "__init__": 5,  # hands on what is below, lazily: the subprocess test sees to that
 }
 COMMANDS = {name for name, floor in FLOORS.items() if floor == 4}
@@ -175,7 +175,11 @@ DOC = '"""What it is."""\n'
         ("clip_jax/models/vit.py", "import tensorflow as tf", "tensorflow, which belongs to data"),
         ("clip_jax/train.py", "from orbax import checkpoint", "orbax, which belongs to checkpoint"),
         ("clip_jax/interop/openai.py", "from flax import serialization", "belongs to interop/msgpack, models"),
-        ("clip_jax/train.py", "from absl import logging", "absl, which belongs to convert, evaluate, main, search"),
+        (
+            "clip_jax/train.py",
+            "from absl import logging",
+            "absl, which belongs to convert, evaluate, main, plan, search",
+        ),
         ("clip_jax/interop/openai.py", "import torch", "torch, which belongs to nobody"),
         ("configs/x.py", "import jax", "a config imports jax"),
         ("configs/x.py", "from clip_jax import models", "a config imports clip_jax.models"),

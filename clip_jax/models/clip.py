@@ -155,7 +155,8 @@ def make_model(
     def encode_text_train(params: Params, text: Int32[ArrayLike, "B L"]) -> tuple[Float[Array, "B E"], Metrics]:
         tower, (rows, length) = architecture.text, text.shape
         count, size = packing.chunks(rows // text_groups, length, text_capacity)
-        if not (tower.causal and tower.pool == "end") or count * size >= rows // text_groups * length:
+        room = rows // text_groups * length
+        if text_capacity >= 1 or not (tower.causal and tower.pool == "end") or count * size >= room:
             return encode_text(params, text), {}
         text = jnp.asarray(text)
         stream, tokens_S = packing.pack(text, end_positions(tower, text), text_groups, text_capacity)
@@ -163,7 +164,7 @@ def make_model(
         # What a rare batch needs in rows is computed again for its gradient, so that the others hold nothing for it.
         in_rows = jax.checkpoint(lambda params: encode_text(params, text))
         embeddings = jax.lax.cond(fits, lambda params: encode_text(params, stream), in_rows, params)
-        filled = jnp.max(tokens_S) / (rows // text_groups * length)
+        filled = jnp.max(tokens_S) / room
         return embeddings, {"text/filled": filled, "text/in_rows": 1 - fits.astype(jnp.float32)}
 
     return Model(init, encode_image, image_features, encode_image_train, encode_text, encode_text_train)

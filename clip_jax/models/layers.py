@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float
 
 from clip_jax.architectures import TextTransformer, ViT
 from clip_jax.models import packing
+from clip_jax.models.attention import attend
 
 
 def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -94,6 +95,18 @@ def project_heads(heads: int, width: int, init: Callable, dtype: jnp.dtype, name
     return nn.DenseGeneral((heads, width // heads), kernel_init=init, dtype=dtype, name=name)
 
 
+class Heads(nn.Module):
+    """The parameters of a projection of width D to N heads of K, under the names that `nn.DenseGeneral` gives them."""
+
+    heads: int
+
+    @nn.compact
+    def __call__(self, width: int) -> tuple[Float[Array, "D N K"], Float[Array, "N K"]]:
+        shape = (self.heads, width // self.heads)
+        kernel = self.param("kernel", nn.initializers.normal(width**-0.5), (width, *shape))
+        return kernel, self.param("bias", nn.initializers.zeros, shape)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention; scores and softmax in float32.
 
@@ -103,33 +116,34 @@ class Attention(nn.Module):
     heads: int
     causal: bool
     output_std: float
-    dtype: jnp.dtype
+    compute: Compute
 
     @nn.compact
     def __call__(
         self, x_BLD: Float[Array, "B L D"], mask_SRPP: Bool[Array, "S R L L2"] | None = None
     ) -> Float[Array, "B L D"]:
-        width = x_BLD.shape[-1]
-        init = nn.initializers.normal(width**-0.5)
-        query, key, value = (
-            project_heads(self.heads, width, init, self.dtype, name)(x_BLD) for name in ("query", "key", "value")
+        width, dtype = x_BLD.shape[-1], self.compute.dtype
+        parts = [Heads(self.heads, name=name)(width) for name in ("query", "key", "value")]
+        # One product for the three: the input is read once, and so is its gradient written.
+        kernel_DCX, bias_CX = (
+            jnp.stack([x.reshape(*x.shape[:-2], width) for x in like], axis=-2).astype(dtype)
+            for like in zip(*parts, strict=True)
         )
-        if mask_SRPP is None:
-            y_BLNK = jax.nn.dot_product_attention(query, key, value, is_causal=self.causal)
-        else:
+        query, key, value = jnp.einsum("BLD,DCX->CBLX", x_BLD, kernel_DCX) + bias_CX[:, None, None]
+        mask_BLM = None
+        if mask_SRPP is not None:
             key, value = (_with_chunk_before(x, mask_SRPP.shape[:2]) for x in (key, value))
-            mask_B1PP = mask_SRPP.reshape(-1, 1, *mask_SRPP.shape[2:])
-            y_BLNK = jax.nn.dot_product_attention(query, key, value, mask=mask_B1PP)
-        y_BLNK = checkpoint_name(y_BLNK, "attention")
+            mask_BLM = mask_SRPP.reshape(-1, *mask_SRPP.shape[2:])
+        causal = self.causal and mask_BLM is None
+        y_BLX = attend(query, key, value, self.heads, causal=causal, mask_BLM=mask_BLM, rows=self.compute.rows)
+        y_BLNK = checkpoint_name(y_BLX, "attention").reshape(*y_BLX.shape[:2], self.heads, -1)
         init = nn.initializers.normal(self.output_std)
-        return nn.DenseGeneral(width, axis=(-2, -1), kernel_init=init, dtype=self.dtype, name="out")(y_BLNK)
+        return nn.DenseGeneral(width, axis=(-2, -1), kernel_init=init, dtype=dtype, name="out")(y_BLNK)
 
 
-def _with_chunk_before(x_BPNK: Float[Array, "B P N K"], chunks: tuple[int, int]) -> Float[Array, "B P2 N K"]:
-    x_SRPNK = x_BPNK.reshape(*chunks, *x_BPNK.shape[1:])
-    return jnp.concatenate([packing.before(x_SRPNK), x_SRPNK], axis=2).reshape(
-        -1, 2 * x_BPNK.shape[1], *x_BPNK.shape[2:]
-    )
+def _with_chunk_before(x_BPX: Float[Array, "B P X"], chunks: tuple[int, int]) -> Float[Array, "B P2 X"]:
+    x_SRPX = x_BPX.reshape(*chunks, *x_BPX.shape[1:])
+    return jnp.concatenate([packing.before(x_SRPX), x_SRPX], axis=2).reshape(-1, 2 * x_BPX.shape[1], x_BPX.shape[2])
 
 
 class Perceptron(nn.Module):
@@ -163,7 +177,7 @@ class Block(nn.Module):
         tower, width, dtype = self.tower, self.tower.width, self.compute.dtype
         # Residual branches start smaller the deeper the tower is.
         output_std = width**-0.5 * (2 * tower.layers) ** -0.5
-        attention = Attention(tower.heads, self.causal, output_std, dtype, name="attention")
+        attention = Attention(tower.heads, self.causal, output_std, self.compute, name="attention")
         mlp = Perceptron(int(width * tower.mlp_ratio), tower.activation, output_std, dtype, name="mlp")
         for number, branch in enumerate((lambda x: attention(x, mask_SRPP), mlp), start=1):
             y_BLD = branch(LayerNorm(tower.norm_epsilon, name=f"norm{number}")(x_BLD))

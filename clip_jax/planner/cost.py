@@ -1,0 +1,380 @@
+"""What a compiled program does, read off its text: flops, bytes through memory, and what chips send one another.
+
+XLA's own `cost_analysis` counts the body of a loop once, bytes without the padding of their tiles, and no collective.
+Here every computation is counted as often as it runs. Of a conditional the branch of a true predicate is counted: the
+step is written so that it is the usual one (`encode_text_train`, `make_train_step`).
+
+Bytes: every operation outside a fusion reads its operands once and writes its results once, in tiles as they lie in
+memory; what is sliced out of an array counts as the slice, what is written into one in place as the update, and what
+the compiler keeps on the chip (VMEM, v4's CMEM) as nothing. A kernel counts its operands, results and own estimate.
+Flops: two for every multiply-add of products and convolutions, only where a window meets data; one for every element
+of other arithmetic, as XLA counts them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Iterator
+
+from clip_jax.flops import meetings
+from clip_jax.planner.hlo import HBM, Array, Computation, Op, bits, parse
+
+_CALLS = re.compile(r"(?:calls|to_apply|body|condition|called_computations)=\{?%?([\w.\-]+)")
+
+# Their results are names for what is there already, or cost nothing.
+_FREE = frozenset(
+    (
+        *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "domain", "opt-barrier"),
+        *("partition-id", "replica-id", "add-dependency", "copy-done", "slice-done", "async-done", "async-update"),
+        *("send-done", "recv-done", "all-reduce-done", "all-gather-done", "collective-permute-done"),
+    )
+)
+_FREE_CUSTOM = frozenset(("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "Sharding"))
+_ARITHMETIC = frozenset(  # one flop an element, as XLA has it; exponentials and the like are counted apart there
+    (
+        *("add", "subtract", "multiply", "divide", "maximum", "minimum", "remainder", "abs", "negate", "sign"),
+        *("floor", "ceil", "round-nearest-even", "round-nearest-afz", "compare", "select", "clamp", "convert"),
+        *("and", "or", "xor", "not", "shift-left", "shift-right-logical", "shift-right-arithmetic", "is-finite"),
+        "reduce-precision",
+    )
+)
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
+
+
+@dataclasses.dataclass
+class Collective:
+    """One kind of message: how often, and how many bytes a chip puts on its links for it, all told.
+
+    group: chips that take part in one. crosses: whether a group spans slices, so that it goes over the data centre's
+    network.
+    """
+
+    kind: str
+    group: int
+    crosses: bool
+    count: float = 0.0
+    bytes: float = 0.0  # noqa: A003
+
+
+@dataclasses.dataclass
+class Cost:
+    """What one chip does in one run of a program.
+
+    flops: multiply-adds of products and convolutions, twice. unit_flops: the same as often as a matrix unit of bfloat16
+    passes over them: six times for operands at full precision, three at high. other_flops: of the remaining arithmetic.
+    kernel_flops: a part of `flops`, by kernels' own estimates. logical_bytes, padded_bytes: through HBM, without and with the padding of
+    tiles. hops: collectives one after another, a permutation's rounds included. endless: loops whose count the text
+    doesn't tell, counted once.
+    """
+
+    flops: float = 0.0
+    unit_flops: float = 0.0
+    other_flops: float = 0.0
+    kernel_flops: float = 0.0
+    logical_bytes: float = 0.0
+    padded_bytes: float = 0.0
+    hops: float = 0.0
+    collectives: dict[tuple, Collective] = dataclasses.field(default_factory=dict)
+    by_source: dict[str, float] = dataclasses.field(default_factory=dict)  # padded bytes by the model's part
+    endless: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def collective_bytes(self) -> float:
+        """Return what a chip sends, over any network."""
+        return sum(c.bytes for c in self.collectives.values())
+
+
+class Program:
+    """The text of a compiled program, and what it costs."""
+
+    def __init__(self, text: str, *, devices_per_slice: int = 0) -> None:
+        """Read `text`. devices_per_slice: of one slice, where there are several; 0: one slice."""
+        self.computations, self.entry = parse(text)
+        self._per_slice = devices_per_slice
+        self._read: dict[tuple[str, int], tuple[float, float] | None] = {}
+
+    def cost(self) -> Cost:
+        """Return the cost of one run."""
+        cost = Cost()
+        self._add(cost, self.entry, 1.0)
+        return cost
+
+    # ------------------------------------------------------------------------------------------------- control flow
+
+    def _add(self, cost: Cost, name: str, times: float) -> None:
+        computation = self.computations[name]
+        for op in computation.values():
+            if op.opcode == "while":
+                body, condition = (re.search(rf"{key}=%?([\w.\-]+)", op.attributes)[1] for key in ("body", "condition"))
+                trips = self._trips(op, condition)
+                if trips is None:
+                    cost.endless.append(op.name)
+                self._add(cost, body, times * (1 if trips is None else trips))
+            elif op.opcode == "conditional":
+                self._add(cost, _usual_branch(op), times)
+            elif op.opcode in ("call", "async-start") and (called := _CALLS.search(op.attributes)):
+                self._add(cost, called[1], times)
+            else:
+                self._count(cost, computation, op, times)
+
+    def _trips(self, op: Op, condition: str) -> int | None:
+        """Return how often a loop runs: said by the compiler, or what its counter, from 0 by 1, is compared with."""
+        known = re.search(r'known_trip_count":?\{"?n"?:"?(\d+)', op.attributes)
+        if known:
+            return int(known[1])
+        constants = [
+            int(found[1])
+            for name in self._with_called(condition)
+            for inner in self.computations[name].values()
+            if inner.opcode == "constant" and (found := re.match(r"(\d+)\b", inner.attributes))
+        ]
+        return constants[0] if len(constants) == 1 else None
+
+    def _with_called(self, name: str) -> Iterator[str]:
+        yield name
+        for op in self.computations[name].values():
+            for called in _CALLS.findall(op.attributes):
+                if called in self.computations:
+                    yield from self._with_called(called)
+
+    # ---------------------------------------------------------------------------------------------------- one operation
+
+    def _count(self, cost: Cost, computation: Computation, op: Op, times: float) -> None:
+        if op.opcode in _FREE or (op.opcode == "custom-call" and _target(op) in _FREE_CUSTOM):
+            return
+        flops, unit, other = self._flops(computation, op)
+        cost.flops += times * flops
+        cost.unit_flops += times * unit
+        cost.other_flops += times * other
+        if op.opcode == "custom-call":
+            cost.kernel_flops += times * flops
+        logical, padded = self._traffic(computation, op)
+        cost.logical_bytes += times * logical
+        cost.padded_bytes += times * padded
+        source = _source(op)
+        cost.by_source[source] = cost.by_source.get(source, 0) + times * padded
+        kind = op.opcode.removesuffix("-start")
+        if kind in COLLECTIVES:
+            self._send(cost, kind, computation, op, times)
+
+    def _flops(self, computation: Computation, op: Op) -> tuple[float, float, float]:
+        """Return flops, unit_flops and other_flops of an operation and all that is fused into it."""
+        if op.opcode in ("fusion", "map"):
+            inner = self.computations[_CALLS.search(op.attributes)[1]]
+            return tuple(map(sum, zip(*(self._flops(inner, x) for x in inner.values()), strict=True)))
+        if op.opcode == "custom-call":
+            found = re.search(r'"cost_estimate":(\{[^}]*\})', op.attributes)
+            flops = float(json.loads(found[1]).get("flops", 0)) if found else 0.0
+            return flops, flops, 0.0
+        sources = [computation[name].results[0] for name in op.operands if name in computation]
+        if op.opcode in ("convolution", "dot"):
+            flops = _convolution_flops(sources, op) if op.opcode == "convolution" else _dot_flops(sources, op)
+            return flops, flops * _passes(sources, op), 0.0
+        if op.opcode in ("reduce", "reduce-window"):
+            return (
+                0.0,
+                0.0,
+                float(sum(x.elements for x in sources[: len(op.results)]) - sum(x.elements for x in op.results)),
+            )
+        return 0.0, 0.0, float(op.results[0].elements) if op.opcode in _ARITHMETIC else 0.0
+
+    # ---------------------------------------------------------------------------------------------------------- bytes
+
+    def _traffic(self, computation: Computation, op: Op) -> tuple[float, float]:
+        """Return the bytes that an operation moves through HBM, without and with padding."""
+        sources = [computation[name].results for name in op.operands if name in computation]
+        if op.opcode in ("copy-start", "slice-start"):
+            moved = op.results[1] if op.opcode == "slice-start" else op.results[0]
+            ends = [op.results[0].space, op.results[1].space].count(HBM)
+            return ends * moved.logical_bytes, ends * moved.padded_bytes
+        if op.opcode == "fusion":
+            return self._fusion_traffic(computation, op)
+        if op.opcode == "dynamic-update-slice":
+            return _bytes([*sources[1], *sources[1]], op.results[0].space)
+        if op.opcode in ("dynamic-slice", "slice", "gather"):
+            read = _bytes(op.results) if sources[0][0].space == HBM else (0, 0)
+            return _plus(read, _bytes(op.results))
+        results = op.results[len(op.results) // 2 :] if op.opcode.endswith("-start") else op.results
+        return _plus(_bytes([x for source in sources for x in source]), _bytes(results))
+
+    def _fusion_traffic(self, computation: Computation, op: Op) -> tuple[float, float]:
+        name = _CALLS.search(op.attributes)[1]
+        total = (0.0, 0.0)
+        for position, operand in enumerate(op.operands):
+            source = computation[operand].results[0]
+            if source.space == HBM:
+                read = self._reads(name, position)
+                total = _plus(total, _bytes([source]) if read is None else read)
+        inner = self.computations[name]
+        root = next(x for x in inner.values() if x.root)
+        written = [self._written(name, x) for x in (root.operands if root.opcode == "tuple" else [root.name])]
+        for result, part in zip(op.results, written, strict=False):
+            if result.space == HBM:
+                total = _plus(total, _bytes([result]) if part is None else part)
+        return total
+
+    def _written(self, name: str, at: str) -> tuple[float, float] | None:
+        """Return the bytes that a result updates in place; None: it is written whole."""
+        inner = self.computations[name]
+        op = inner[at]
+        if op.opcode == "bitcast":
+            return self._written(name, op.operands[0])
+        if op.opcode == "fusion":
+            called = _CALLS.search(op.attributes)[1]
+            return self._written(called, next(x.name for x in self.computations[called].values() if x.root))
+        if op.opcode == "dynamic-update-slice":
+            return _bytes([inner[op.operands[1]].results[0]], None)
+        return None
+
+    def _reads(self, name: str, position: int) -> tuple[float, float] | None:
+        """Return the bytes that a fused computation reads of its parameter; None: all of it."""
+        key = (name, position)
+        if key not in self._read:
+            inner = self.computations[name]
+            at = next(
+                op.name
+                for op in inner.values()
+                if op.opcode == "parameter" and int(re.match(r"\d+", op.attributes)[0]) == position
+            )
+            self._read[key] = self._reads_of(name, at)
+        return self._read[key]
+
+    def _reads_of(self, name: str, at: str) -> tuple[float, float] | None:
+        total = (0.0, 0.0)
+        for user in self.computations[name].values():
+            for place in [i for i, operand in enumerate(user.operands) if operand == at]:
+                if user.opcode in ("dynamic-slice", "slice", "gather") and place == 0:
+                    read = _bytes(user.results, None)
+                elif user.opcode == "dynamic-update-slice" and place == 0:
+                    read = (0.0, 0.0)
+                elif user.opcode == "bitcast":
+                    read = self._reads_of(name, user.name)
+                elif user.opcode == "fusion":
+                    read = self._reads(_CALLS.search(user.attributes)[1], place)
+                else:
+                    return None
+                if read is None:
+                    return None
+                total = _plus(total, read)
+        return total
+
+    # ------------------------------------------------------------------------------------------------------ collectives
+
+    def _send(self, cost: Cost, kind: str, computation: Computation, op: Op, times: float) -> None:
+        sources = [x for name in op.operands if name in computation for x in computation[name].results]
+        size = sum(x.logical_bytes for x in sources)
+        group, crosses = self._group(op)
+        # What the best algorithm puts on a chip's links: a ring's, which no torus beats in bytes.
+        share = {
+            "all-reduce": 2 * (group - 1) / group,
+            "all-gather": group - 1,
+            "reduce-scatter": (group - 1) / group,
+            "all-to-all": (group - 1) / group,
+            "collective-permute": 1,
+        }[kind]
+        known = cost.collectives.setdefault((kind, group, crosses), Collective(kind, group, crosses))
+        known.count += times
+        known.bytes += times * share * size
+        cost.hops += times
+
+    def _group(self, op: Op) -> tuple[int, bool]:
+        """Return how many chips exchange with one another, and whether they are in several slices."""
+        text = op.attributes
+        if op.opcode.startswith("collective-permute"):
+            pairs = re.findall(r"\{(\d+),(\d+)\}", re.search(r"source_target_pairs=\{(.*?)\}\}", text + "}")[0] + "}")
+            return 2, any(self._slice(int(a)) != self._slice(int(b)) for a, b in pairs)
+        if found := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", text):
+            sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
+            names = re.findall(r"'(\w+)'", found[2])
+            group = math.prod(sizes[name] for name in names)
+            order = list(sizes)
+            first = min((order.index(name) for name in names), default=0)
+            span = math.prod(list(sizes.values())[first:])  # neighbours vary in the last axis first
+            return group, bool(self._per_slice) and group > 1 and span > self._per_slice
+        if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\]", text):
+            group, whole = int(found[2]), math.prod(map(int, found[3].split(",")))
+            contiguous = "T(" not in text[found.end() : found.end() + 2]
+            return group, bool(self._per_slice) and (group if contiguous else whole) > self._per_slice
+        if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
+            members = [int(x) for x in found[1].split(",")]
+            return len(members), len({self._slice(x) for x in members}) > 1
+        return 1, False
+
+    def _slice(self, device: int) -> int:
+        return device // self._per_slice if self._per_slice else 0
+
+
+def _bytes(found: list[Array], space: int | None = HBM) -> tuple[float, float]:
+    """Return the bytes, without and with padding, of what lies in HBM; with space=None of all."""
+    counted = [x for x in found if space is None or x.space == HBM]
+    if space not in (None, HBM):
+        return 0.0, 0.0
+    return float(sum(x.logical_bytes for x in counted)), float(sum(x.padded_bytes for x in counted))
+
+
+def _plus(a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float]:
+    return a[0] + b[0], a[1] + b[1]
+
+
+def _usual_branch(op: Op) -> str:
+    true = re.search(r"true_computation=%?([\w.\-]+)", op.attributes)
+    if true:
+        return true[1]
+    return re.findall(r"%?([\w.\-]+)", re.search(r"branch_computations=\{(.*?)\}", op.attributes)[1])[-1]
+
+
+def _target(op: Op) -> str:
+    found = re.search(r'custom_call_target="([^"]*)"', op.attributes)
+    return found[1] if found else ""
+
+
+def _source(op: Op) -> str:
+    """Return which part of the step an operation comes from, by the names that JAX hands down."""
+    found = re.search(r'op_name="([^"]*)"', op.attributes)
+    path = found[1] if found else ""
+    part = next((x for x in ("image", "text") if f"/{x}/" in path or f"encode_{x}" in path), "")
+    if not part:
+        return "loss" if "shard_map" in path else "update and rest"
+    return f"{part}: " + next((x for x in ("attention", "mlp", "norm1", "norm2") if f"/{x}/" in path), "rest")
+
+
+def _passes(sources: list[Array], op: Op) -> int:
+    """Return how often a matrix unit of bfloat16 passes over a product of these operands."""
+    found = re.search(r"operand_precision=\{(\w+)", op.attributes)
+    wide = any(bits(x.dtype) > 16 for x in sources)
+    return {"highest": 6, "high": 3}.get(found[1], 1) if found and wide else 1
+
+
+def _dot_flops(sources: list[Array], op: Op) -> float:
+    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.attributes)[1]
+    return 2.0 * op.results[0].elements * math.prod(sources[0].shape[int(d)] for d in contracted.split(",") if d)
+
+
+def _convolution_flops(sources: list[Array], op: Op) -> float:
+    """Return two flops for every product whose both factors are data, not padding: XLA writes products of batches so."""
+    lhs, rhs = sources
+    kinds = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.attributes)
+    lhs_dims, rhs_dims, out_dims = kinds[1], kinds[2], kinds[3]
+    window = re.search(r"window=\{([^}]*)\}", op.attributes)
+    fields = dict(re.findall(r"(\w+)=(\S+)", window[1])) if window else {}
+    spatial = sorted(d for d in out_dims if d.isdigit())
+
+    def each(key: str, default: str) -> list[str]:
+        return fields[key].split("x") if key in fields else [default] * len(spatial)
+
+    total = 2.0 * op.results[0].shape[out_dims.index("b")] * op.results[0].shape[out_dims.index("f")]
+    total *= rhs.shape[rhs_dims.index("i")]
+    if batch_groups := re.search(r"batch_group_count=(\d+)", op.attributes):
+        total /= int(batch_groups[1])  # the results' features are cut among them
+    options = zip(
+        *(each("size", "1"), each("stride", "1"), each("pad", "0_0"), each("lhs_dilate", "1"), each("rhs_dilate", "1")),
+        strict=True,
+    )
+    for d, (size, stride, pad, lhs_dilate, rhs_dilate) in zip(spatial, options, strict=True):
+        side, out = lhs.shape[lhs_dims.index(d)], op.results[0].shape[out_dims.index(d)]
+        low = int(pad.split("_")[0])
+        total *= meetings(side, int(size), out, int(stride), low, int(lhs_dilate), int(rhs_dilate))
+    return total
