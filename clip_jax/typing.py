@@ -130,6 +130,10 @@ class EvalSet:
     groups: Int64[np.ndarray, "n"] | None = None
     measure: str = "top1"
 
+    def right_pairs(self) -> tuple[Int64[np.ndarray, "m"], Int64[np.ndarray, "m"]]:
+        """Return the images and the texts of all pairs that belong together."""
+        return np.nonzero(self.targets) if self.targets.ndim == 2 else (np.arange(len(self.targets)), self.targets)
+
     def right_texts(self, images: slice | Int64[np.ndarray, "m"]) -> Bool[np.ndarray, "m M"]:
         """Tell of these images which texts are right."""
         targets = self.targets[images]

@@ -7,9 +7,11 @@ scores on `split(2, 200)`, refitted to both, on `split(3, 500)`.
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
+from clip_jax.evals import logistic
 from clip_jax.evals.few_shot import draw, few_shot
 from clip_jax.evals.linear_probe import NEVER, Examples, LinearProbe, fit, search
 from clip_jax.evals.measures import accuracy, map_11_points
@@ -249,6 +251,108 @@ def test_a_search_by_another_measure_of_several_classes():
     found = search(*both, 2, map_11_points, refit=False)
     assert found.curve[found.l2] == max(found.curve.values()) > 0.9
     assert found.probe.measure(map_11_points, both[1]) == pytest.approx(found.curve[found.l2], abs=1e-3)
+
+
+# --------------------------------------------------------------------------------------- more rows than logits can be
+
+
+@pytest.fixture(params=[(1, 4), (1, 37), (8, 4), (3, 11)], ids=lambda given: "{} devices, {} rows each".format(*given))
+def chunked(request, monkeypatch):
+    """Walk rows in chunks, as with ImageNet's: most of these leave padding in the last one."""
+    devices, rows = request.param
+    some = jax.local_devices()[:devices]
+    monkeypatch.setattr(logistic, "HELD_LOGITS", 0)
+    monkeypatch.setattr(logistic, "CHUNK_LOGITS", rows * CLASSES)
+    monkeypatch.setattr(logistic.jax, "local_devices", lambda: some)
+    return devices, rows
+
+
+def test_chunks_end_at_the_same_optimum(chunked):
+    for l2, (value, weight_D, bias_Q, _, right) in GOLDEN.items():
+        probe = fit(*TRAIN, CLASSES, l2, tolerance=TIGHT)
+        assert objective(probe, TRAIN, l2) <= value * (1 + 1e-6)
+        np.testing.assert_allclose(probe.weight_DQ[:, 0], weight_D, atol=WEIGHT)
+        np.testing.assert_allclose(probe.bias_Q, bias_Q, atol=WEIGHT)
+        assert probe.measure(accuracy, VALIDATION) == pytest.approx(right)
+
+
+def test_chunks_of_any_number_of_classes_end_at_the_same_optimum(chunked):
+    probe = fit(TRAIN.features_nD, many_targets(), 3, 2.0, tolerance=TIGHT)
+    np.testing.assert_allclose(
+        probe.weight_DQ[:2].T, [[2.7292, 2.4931], [-0.8723, -0.3447], [0.1233, -0.0516]], atol=2e-3
+    )
+    np.testing.assert_allclose(probe.bias_Q, [-1.320628, -2.307797, -3.588086], atol=WEIGHT * 4)
+
+
+def test_rows_are_spread_over_devices_in_chunks_of_the_size_asked(chunked):
+    devices, rows = chunked
+    problem = logistic.prepare(*TRAIN, CLASSES)
+    assert len(problem.x_CnD.sharding.device_set) == devices
+    assert problem.x_CnD.sharding.shard_shape(problem.x_CnD.shape)[1] <= rows
+    np.testing.assert_allclose(problem.eigenvalue_D[-1], 300)  # the intercept's: padding doesn't count
+
+
+def test_the_objective_of_chunks_is_that_of_the_whole(monkeypatch):
+    for targets in (TRAIN.targets, many_targets()):
+        classes, found = CLASSES if targets.ndim == 1 else 3, []
+        for held in (2**26, 0):
+            monkeypatch.setattr(logistic, "HELD_LOGITS", held)
+            problem = logistic.prepare(TRAIN.features_nD, targets, classes)
+            found.append(logistic.minimize(problem, 1.0, np.zeros((classes, WIDTH + 1), np.float32), TIGHT).objective)
+        np.testing.assert_allclose(*found, rtol=1e-6)
+
+
+def test_a_search_in_chunks_finds_what_the_whole_finds(monkeypatch):
+    whole = search(TRAIN, VALIDATION, CLASSES)
+    monkeypatch.setattr(logistic, "HELD_LOGITS", 0)
+    monkeypatch.setattr(logistic, "CHUNK_LOGITS", 20 * CLASSES)
+    found = search(TRAIN, VALIDATION, CLASSES)
+    assert found.l2 == whole.l2 and found.curve == pytest.approx(whole.curve)
+
+
+def compiled_bytes(chunks, rows, width, classes):
+    def array(*shape, dtype=np.float32):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    problem = logistic.Problem(
+        x_CnD=array(chunks, rows, width + 1),
+        targets=array(chunks, rows, dtype=np.int32),
+        eigenvalue_D=array(width + 1),
+        penalised_D=array(width + 1),
+        mean_d=array(width),
+        basis_dd=array(width, width),
+        rows=chunks * rows,
+    )
+    lowered = logistic.minimize.lower(problem, array(), array(classes, width + 1), array())
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+
+def test_imagenets_probe_holds_chunks_of_logits_not_all_of_them():
+    rows, classes = 1_281_167, 1000
+    chunk = logistic.CHUNK_LOGITS // classes
+    chunks = -(-rows // chunk)
+    # Some arrays of a chunk's logits, 67 MB each, and L-BFGS's 20 of 1000 × 769: 62 MB. All logits would be 5.1 GB.
+    assert rows * classes > logistic.HELD_LOGITS
+    assert compiled_bytes(chunks, chunk, 768, classes) < 1e9 < 4e9 < compiled_bytes(1, rows, 768, classes)
+
+
+@pytest.mark.parametrize("held", [2**26, 0])
+def test_a_search_holds_the_features_once(monkeypatch, held):
+    monkeypatch.setattr(logistic, "HELD_LOGITS", held)
+    prepare, before, after = logistic.prepare, [], []
+
+    def watched(*arguments):
+        before.append(features_held())
+        problem = prepare(*arguments)
+        after.append(features_held() - problem.x_CnD.nbytes)
+        return problem
+
+    def features_held():
+        return sum(array.nbytes for array in jax.live_arrays() if array.nbytes > 4 * 200 * WIDTH)
+
+    monkeypatch.setattr(logistic, "prepare", watched)
+    search(TRAIN, VALIDATION, CLASSES)
+    assert before == after == [0, 0]  # for the training split, and for both
 
 
 # ------------------------------------------------------------------------------------------------------- few shots

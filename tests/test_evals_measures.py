@@ -160,9 +160,9 @@ def test_ranks_are_those_of_ranking_but_for_last_where_that_has_worse_than_any()
     rng = np.random.default_rng(0)
     images, texts = (rng.normal(size=(n, 16)).astype(np.float32) for n in (N, Q))
     images[5], texts[3] = np.nan, texts[4]
-    targets, class_ids = rng.integers(Q, size=N), np.arange(Q)
+    targets = rng.integers(Q, size=N)
     scores = np.concatenate([scores for _, scores in ranking.score_blocks(images, texts)])
-    expected = ranking.ranks(images, texts, lambda rows: targets[rows, None] == class_ids)
+    expected = ranking.ranks(images, texts, (np.arange(N), targets))
     assert expected[5] == Q
     np.testing.assert_array_equal(Scored(scores, targets).ranks, np.minimum(expected, Q - 1))
 

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from fractions import Fraction
 
+import jax
 import numpy as np
 import pytest
 
@@ -44,7 +45,7 @@ def eval_set(targets, text_count):
 def ranks(queries, query_ids, candidates, candidate_ids):
     """Return the ranks where a candidate is right if its id is the query's."""
     right = np.asarray(query_ids)[:, None] == np.asarray(candidate_ids)
-    return ranking.ranks(queries, candidates, lambda rows: right[rows])
+    return ranking.ranks(queries, candidates, np.nonzero(right))
 
 
 def random_unit(seed, rows, width=16):
@@ -107,6 +108,95 @@ def test_blocks_do_not_change_the_ranks(monkeypatch):
     np.testing.assert_array_equal(ranks(images, targets, texts, np.arange(30)), whole)
     monkeypatch.setattr(ranking, "BLOCK_SCORES", 1)
     np.testing.assert_array_equal(ranks(images, targets, texts, np.arange(30)), whole)
+
+
+# Queries and candidates in a narrow cone, some of them twice: hundreds of pairs lie within rounding of a tie.
+def crowded(queries=300, candidates=200, width=64):
+    rng = np.random.default_rng(5)
+    centre = rng.normal(size=width)
+    x = centre + 3e-3 * rng.normal(size=(queries + candidates, width))
+    x[-20:] = x[queries : queries + 20]
+    return unit(x[:queries]), unit(x[queries:]), np.arange(queries) % candidates
+
+
+def ranks_by_float64(queries, targets, candidates):
+    cosines = queries.astype(np.float64) @ candidates.T.astype(np.float64)
+    right = cosines[np.arange(len(queries)), targets]
+    return (~(cosines < right[:, None] - ranking.TIE)).sum(1) - 1
+
+
+@pytest.mark.parametrize("scores", [2**22, 64**2, 33**2, 7**2])
+@pytest.mark.parametrize("devices", [1, 3, 8])
+def test_ranks_are_float64s_for_any_block_and_number_of_devices(monkeypatch, scores, devices):
+    queries, candidates, targets = crowded()
+    expected = ranks_by_float64(queries, targets, candidates)
+    single = queries @ candidates.T
+    by_float32 = (~(single < single[np.arange(300), targets][:, None] - np.float32(ranking.TIE))).sum(1) - 1
+    assert (by_float32 != expected).any()  # what the last bits of float32 would decide otherwise
+    monkeypatch.setattr(ranking, "BLOCK_SCORES", scores)
+    some = jax.local_devices()[:devices]
+    monkeypatch.setattr(ranking.jax, "local_devices", lambda: some)
+    np.testing.assert_array_equal(ranks(queries, targets, candidates, np.arange(200)), expected)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_products_off_by_less_than_the_doubt_change_no_rank(monkeypatch, seed):
+    """As another chip's would be: the rounding of its products is drawn at random."""
+    queries, candidates, targets = crowded()
+    exact = ranking._cosines
+
+    def rounded_otherwise(queries_bE, candidates_cE):
+        scores_bc = exact(queries_bE, candidates_cE)
+        off_bc = jax.random.uniform(jax.random.key(seed), scores_bc.shape, minval=-1, maxval=1)
+        return scores_bc + 0.6 * ranking.DOUBT * off_bc
+
+    monkeypatch.setattr(ranking, "_cosines", rounded_otherwise)
+    monkeypatch.setattr(ranking, "_count", jax.jit(ranking._count.__wrapped__))
+    found = ranks(queries, targets, candidates, np.arange(200))
+    np.testing.assert_array_equal(found, ranks_by_float64(queries, targets, candidates))
+
+
+def test_rows_of_some_hosts_have_the_ranks_that_they_have_among_all():
+    queries, candidates, targets = crowded()
+    whole = ranks(queries, targets, candidates, np.arange(200))
+    parts = [ranks(queries[rows], targets[rows], candidates, np.arange(200)) for rows in np.split(np.arange(300), 4)]
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
+
+
+def test_several_right_answers_are_counted_once_and_the_best_of_them_decides():
+    queries, candidates, _ = crowded()
+    right = np.random.default_rng(0).random((300, 200)) < 0.03
+    cosines = queries.astype(np.float64) @ candidates.T.astype(np.float64)
+    best = np.where(right, cosines, -np.inf).max(1)
+    expected = (~right & ~(cosines < best[:, None] - ranking.TIE)).sum(1)
+    expected[~right.any(1)] = 200
+    np.testing.assert_array_equal(ranking.ranks(queries, candidates, np.nonzero(right)), expected)
+
+
+def test_a_duplicate_counts_against_the_model_in_whatever_block_it_stands(monkeypatch):
+    monkeypatch.setattr(ranking, "BLOCK_SCORES", 16**2)
+    candidates = random_unit(0, 100)
+    candidates[77] = candidates[3]
+    found = ranks(candidates, np.arange(100), candidates, np.arange(100))
+    assert np.flatnonzero(found).tolist() == [3, 77] and found.max() == 1
+
+
+def test_ranks_take_no_memory_for_all_pairs():
+    """A million queries and candidates: what is compiled has a block's shapes, and holds one block of scores."""
+    side = 2048
+    row, index = jax.ShapeDtypeStruct((side,), np.float32), jax.ShapeDtypeStruct((side,), np.int32)
+    x_bE, span = jax.ShapeDtypeStruct((side, 512), np.float32), jax.ShapeDtypeStruct((2,), np.int32)
+    assert ranking._side(10**6, math.isqrt(ranking.BLOCK_SCORES)) == side
+    memory = ranking._count.lower(x_bE, row, row, index, x_bE, span).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 2 * 4 * side**2
+
+
+def test_sets_of_like_sizes_share_a_compilation():
+    ranking._count.clear_cache()
+    for rows, columns in ((700, 300), (900, 500), (901, 257)):
+        queries, candidates = random_unit(0, rows), random_unit(1, columns)
+        ranks(queries, np.arange(rows) % columns, candidates, np.arange(columns))
+    assert ranking._count._cache_size() == 1
 
 
 def test_a_block_holds_no_more_scores_than_it_may(monkeypatch):

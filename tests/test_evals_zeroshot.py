@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from clip_jax.evals import ranking
+from clip_jax.evals.measures import Scored
 from clip_jax.evals.ranking import unit
 from clip_jax.evals.zeroshot import zeroshot
 from clip_jax.typing import EvalSet
@@ -73,3 +75,22 @@ def test_a_class_without_finite_embedding_is_not_chosen_and_not_forgiven():
     texts = np.eye(4)
     texts[3] = np.nan
     assert measure(np.eye(4), texts, range(4))["top1"] == 0  # it stands before every other
+
+
+@pytest.mark.parametrize("scores", [2**22, 11**2])
+def test_top1_is_that_of_float64_where_float32_can_not_tell(monkeypatch, scores):
+    rng = np.random.default_rng(0)
+    x = unit(rng.normal(size=1024) + 0.02 * rng.normal(size=(4010, 1024)))  # in a narrow cone
+    images, classes = x[:4000], x[4000:]
+    cosines = images.astype(np.float64) @ classes.T.astype(np.float64)
+    targets = cosines.argmax(1)
+    ahead = np.sort(cosines - cosines.max(1, keepdims=True) + ranking.TIE, 1)[:, -2]
+    nearest = np.argsort(np.abs(ahead))[:40]  # leads of TIE but for some 1e-7
+    monkeypatch.setattr(ranking, "BLOCK_SCORES", scores)
+    found = measure(images[nearest], classes, targets[nearest])
+    assert found["top1"] == np.mean(ahead[nearest] < 0) not in (0, 1)
+
+
+def test_ranks_that_are_known_stay_with_the_rows_that_are_drawn():
+    scored = Scored(np.eye(3), np.array([0, 1, 2]), known_ranks=np.array([2, 0, 1]))
+    assert scored.ranks.tolist() == [2, 0, 1] and scored.take(np.array([2, 2, 0])).ranks.tolist() == [1, 1, 2]

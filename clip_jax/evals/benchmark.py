@@ -16,15 +16,13 @@ from jaxtyping import Float, Int64, UInt64
 from clip_jax.config import check_name
 from clip_jax.evals import bias, overlap, prompts
 from clip_jax.evals.duplicates import MAX_DISTANCE, hash_pictures, nearest_hash
-from clip_jax.evals.embed import embed_set
 from clip_jax.evals.feature_cache import FeatureCache
 from clip_jax.evals.few_shot import SHOTS, few_shot
 from clip_jax.evals.linear_probe import Examples, search
 from clip_jax.evals.measures import MEASURES, Measure, Scored, Undefined, hits
-from clip_jax.evals.ranking import scores
 from clip_jax.evals.registry import DATASETS, SUITES, Dataset, published
 from clip_jax.evals.retrieval import retrieval
-from clip_jax.evals.zeroshot import measured
+from clip_jax.evals.zeroshot import classified, measured
 from clip_jax.typing import Embedder, EvalSet, Labelled, Unavailable
 
 log = logging.getLogger(__name__)
@@ -335,7 +333,7 @@ def _classified(question: Question) -> tuple[Scored, str, Labelled, prompts.Prom
     _check_classes(question.dataset)
     split = question.test()
     asked, names, source = _classes(question.dataset, split, question.options)
-    scored = Scored(scores(*embed_set(question.subject.of(split), asked)), asked.targets, asked.groups)
+    scored = classified(question.subject.of(split), asked)
     wordings = f"{source}, {sum(map(len, asked.texts)):,} wordings, {names.digest}"
     return scored, question.described(split, wordings), split, names
 

@@ -102,6 +102,17 @@ def search(
     """
     train, validation = Examples(*train), Examples(*validation)
     _targets(validation, classes)  # before the work
+    peak, values, probe = _walk(train, validation, classes, measure, tolerance)
+    if refit:  # what was laid out of the training split is gone by now: devices hold features once
+        both = Examples(*(np.concatenate(pair) for pair in zip(train, validation, strict=True)))
+        probe = fit(*both, classes, _l2(peak), probe, tolerance)
+    return ProbeSearch(_l2(peak), {_l2(step): values[step] for step in sorted(values)}, probe)
+
+
+def _walk(
+    train: Examples, validation: Examples, classes: int, measure: Measure, tolerance: float
+) -> tuple[int, dict[int, float], LinearProbe]:
+    """Return the best step, what the measure gave at every step tried, and the training split's probe of the best."""
     training = _Training(train, classes, tolerance)
     solved, values = {}, {}
 
@@ -120,11 +131,7 @@ def search(
         visit(peak - stride)
 
     peak = _peak(values)
-    probe = training.probe(solved[peak])
-    if refit:
-        both = Examples(*(np.concatenate(pair) for pair in zip(train, validation, strict=True)))
-        probe = fit(*both, classes, _l2(peak), probe, tolerance)
-    return ProbeSearch(_l2(peak), {_l2(step): values[step] for step in sorted(values)}, probe)
+    return peak, values, training.probe(solved[peak])
 
 
 def _l2(step: int) -> float:
@@ -146,16 +153,18 @@ class _Training:
     """Examples laid out for `logistic`, once for every l2. Classes without an example are left out of it."""
 
     def __init__(self, examples: Examples, classes: int, tolerance: float):
-        targets_nQ, exclusive = _targets(examples, classes)
-        self.present_Q = targets_nQ.any(0)
-        self.problem = logistic.prepare(examples.features_nD, targets_nQ[:, self.present_Q], exclusive=exclusive)
+        targets = _targets(examples, classes)
+        exclusive = targets.dtype != bool
+        self.present_Q = np.bincount(targets, minlength=classes) > 0 if exclusive else targets.any(0)
+        targets = (np.cumsum(self.present_Q) - 1)[targets] if exclusive else targets[:, self.present_Q]
+        self.problem = logistic.prepare(examples.features_nD, targets, int(self.present_Q.sum()))
         # Of two classes scikit-learn fits one column, w. Here they get w/2 and −w/2, of half its square together.
         self.factor = 2 if exclusive and self.present_Q.sum() == 2 else 1
         self.tolerance = tolerance
 
     def solve(self, l2: float, start_QD=None):
         if start_QD is None:
-            start_QD = jnp.zeros((len(self.problem.targets_Qn), len(self.problem.penalised_D)))
+            start_QD = jnp.zeros((self.present_Q.sum(), len(self.problem.penalised_D)))
         return logistic.minimize(self.problem, self.factor * l2, start_QD, self.tolerance).w_QD
 
     def coordinates(self, probe: LinearProbe | None):
@@ -184,8 +193,8 @@ def _check_features(features_nD: np.ndarray) -> None:
         )
 
 
-def _targets(examples: Examples, classes: int) -> tuple[np.ndarray, bool]:
-    """Return bool[n Q] and whether of each row one class is right, all checked."""
+def _targets(examples: Examples, classes: int) -> np.ndarray:
+    """Return the targets, all checked."""
     features_nD, targets = examples
     if not len(features_nD) or len(features_nD) != len(targets):
         raise ValueError(f"{len(features_nD)} rows of features and {len(targets)} targets; give as many, at least 1")
@@ -193,9 +202,9 @@ def _targets(examples: Examples, classes: int) -> tuple[np.ndarray, bool]:
     if targets.dtype == bool:
         if targets.shape != (len(targets), classes):
             raise ValueError(f"targets have shape {targets.shape}; with classes={classes} use {len(targets), classes}")
-        return targets, False
+        return targets
     wrong_n = (targets < 0) | (targets >= classes)
     if wrong_n.any():
         row = int(wrong_n.argmax())
         raise ValueError(f"targets[{row}]={targets[row]} with classes={classes}; use class ids from 0 to {classes - 1}")
-    return targets[:, None] == np.arange(classes)[None], True
+    return targets

@@ -39,6 +39,7 @@ class Scored:
     scores: higher is likelier; of every class, or for a yes or no question of yes alone.
     targets: the one class that is right, or for several at once (multi-label) whether each is.
     groups: for the worst group: which one an example is of; negative for none (FMoW's region `Other`).
+    known_ranks: what `ranks` returns, where something surer than these scores has told it (`ranking.ranks`).
     ignored: with multi-label targets: neither right nor wrong (VOC's difficult objects, a padded candidate).
     tie: scores closer than this are equal. The default is that of cosines, whose last bits depend on the place in a
         matrix product; scale it with them (100 × for logits at CLIP's temperature).
@@ -49,6 +50,7 @@ class Scored:
     groups: Integer[np.ndarray, "n"] | None = None
     ignored: Bool[np.ndarray, "n Q"] | None = None
     tie: float = TIE
+    known_ranks: Int64[np.ndarray, "n"] | None = None
 
     def __post_init__(self) -> None:
         n, shape = len(self.scores), self.scores.shape
@@ -77,6 +79,8 @@ class Scored:
     @functools.cached_property
     def ranks(self) -> Int64[np.ndarray, "n"]:
         """How many wrong classes stand before the right one: all of them where that has no finite score."""
+        if self.known_ranks is not None:
+            return self.known_ranks
         ranks_n = np.empty(len(self.scores), np.int64)
         for rows, scores_nQ in self._blocks():
             right_n1 = np.take_along_axis(scores_nQ, self.targets[rows, None], 1)

@@ -29,8 +29,9 @@ def retrieval(embedder: Embedder, eval_set: EvalSet) -> dict[str, float]:
     image_nE, text_ME = embed_set(embedder, eval_set)
     right_texts_n, images_M, picture_M = _counts(eval_set)
     asked_T = eval_set.asked_texts()
-    text_ranks_n = ranks(image_nE, text_ME, eval_set.right_texts)
-    image_ranks_T = ranks(text_ME[asked_T], image_nE, lambda rows: eval_set.right_images(asked_T[rows]))
+    image_m, text_m = eval_set.right_pairs()
+    text_ranks_n = ranks(image_nE, text_ME, (image_m, text_m))
+    image_ranks_T = ranks(text_ME[asked_T], image_nE, (np.searchsorted(asked_T, text_m), image_m))
 
     prefix = f"retrieval/{eval_set.name}"
     median_rank = f"{prefix}/image_to_text/median_rank"

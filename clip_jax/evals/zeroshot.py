@@ -13,7 +13,7 @@ import numpy as np
 
 from clip_jax.evals.embed import embed_set
 from clip_jax.evals.measures import MEASURES, Scored, Undefined, interval_of
-from clip_jax.evals.ranking import scores
+from clip_jax.evals.ranking import ranks, scores
 from clip_jax.typing import Embedder, EvalSet
 
 log = logging.getLogger(__name__)
@@ -28,9 +28,16 @@ def zeroshot(embedder: Embedder, eval_set: EvalSet) -> dict[str, float]:
     `/chance`; and `top1/majority`: what always naming the most frequent class gives. Top-5 needs over five classes. A
     measure that the set can't have, such as the AUC of one class, is NaN, and the log says why.
     """
+    return measured(f"zeroshot/{eval_set.name}", classified(embedder, eval_set), eval_set.measure)
+
+
+def classified(embedder: Embedder, eval_set: EvalSet) -> Scored:
+    """Return the cosine of every picture and class and, where one class is right, its exact ranks."""
     image_nE, class_QE = embed_set(embedder, eval_set)
-    scored = Scored(scores(image_nE, class_QE), eval_set.targets, eval_set.groups)
-    return measured(f"zeroshot/{eval_set.name}", scored, eval_set.measure)
+    ranks_n = None
+    if eval_set.targets.ndim == 1:  # a miss is last here, not worse than that
+        ranks_n = np.minimum(ranks(image_nE, class_QE, eval_set.right_pairs()), len(class_QE) - 1)
+    return Scored(scores(image_nE, class_QE), eval_set.targets, eval_set.groups, known_ranks=ranks_n)
 
 
 def measured(prefix: str, scored: Scored, measure: str) -> dict[str, float]:
