@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Integer
 
 from clip_jax import distributed
 from clip_jax.distributed import FAILURES
@@ -164,8 +164,18 @@ def embed_set(embedder: Embedder, eval_set: EvalSet) -> tuple[Float[np.ndarray, 
     ):
         if got != expected:
             raise ValueError(f"the embedder returned {got} rows for the {expected} {kind} of {eval_set.name}")
+    return image_nE, mean_of_wordings(wordings_TE, counts_M)
+
+
+def mean_of_wordings(
+    wordings_TE: Float[np.ndarray, "T E"], counts_M: Integer[np.ndarray, "M"]
+) -> Float[np.ndarray, "M E"]:
+    """Return for each text the mean of its wordings' unit vectors, at length 1 again.
+
+    counts_M: how many rows each text has, one after another; 1 or more.
+    """
     starts_M = np.concatenate([[0], np.cumsum(counts_M)[:-1]])
-    return image_nE, unit(np.add.reduceat(unit(wordings_TE), starts_M, axis=0))
+    return unit(np.add.reduceat(unit(wordings_TE), starts_M, axis=0))
 
 
 def check_set(eval_set: EvalSet) -> None:
