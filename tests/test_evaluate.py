@@ -112,7 +112,7 @@ def test_sets_that_are_not_here_are_listed_with_what_brings_them(weights, tmp_pa
         "zeroshot/birdsnap": f"{data}/wds_birdsnap_test/test is no folder",
         "linear_probe/birdsnap": f"{data}/wds_birdsnap_test/test is no folder",
         "retrieval/flickr30k": f"{data}/wds_flickr30k/test is no folder",
-        "zeroshot/winogavil": "cues with several pictures",
+        "zeroshot/winogavil": "as lines of associations.jsonl beside them",  # the registry's note
     }
     assert set(left_out) == {f"run/left_out.{key}" for key in reasons}
     assert not [key for key in report(out) if not key.startswith("run/")]

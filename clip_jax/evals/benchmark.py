@@ -16,6 +16,7 @@ from clip_jax import distributed
 from clip_jax.config import check_name
 from clip_jax.distributed import FAILURES
 from clip_jax.evals import bias, overlap, prompts
+from clip_jax.evals.association import MANY, association
 from clip_jax.evals.duplicates import hash_pictures, nearest_hash
 from clip_jax.evals.embed import embed_set
 from clip_jax.evals.few_shot import SHOTS, few_shot
@@ -30,6 +31,7 @@ from clip_jax.evals.question import (
     as_classes,
     caption_templates,
     check_classes,
+    cue_wordings,
     groups_of,
     whole_split,
 )
@@ -131,7 +133,10 @@ def load(row: Dataset, part: str, data_dir: str) -> Labelled:
         return labelled.builtin(row.builtin, part)
     if not data_dir:
         raise Unavailable("the directory that evaluation data lies in isn't given: --data_dir, or eval.data_dir")
-    return labelled.find(row.folder, row.split(part), row.tfds, row.split(part, tfds=True), data_dir)
+    try:
+        return labelled.find(row.folder, row.split(part), row.tfds, row.split(part, tfds=True), data_dir)
+    except Unavailable as error:
+        raise Unavailable(f"{error}\n{row.note}".rstrip()) from error
 
 
 def eval_set(name: str, data_dir: str, options: Options = Options()) -> EvalSet:  # noqa: B008 (frozen)
@@ -167,6 +172,14 @@ def asks(task: str, row: Dataset) -> bool:
 
 def _zeroshot(question: Question) -> Answer:
     row = question.dataset
+    if row.task == "association":
+        split = question.test()
+        if not split.cues:
+            raise Unavailable("what was found has no cues: they are in its associations.jsonl")
+        wordings = cue_wordings(split, question.options)
+        said = f"{len(split.cues):,} cues, such as {wordings[0][0]!r}; those with {MANY} candidates or more count"
+        found = association(question.subject.of(split), row.name, split.images, split.cues, wordings)
+        return Answer(found, question.described(split, said))
     scored, described, _, _ = _classified(question)
     return Answer(measured(f"zeroshot/{row.name}", scored, row.measure), described)
 

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int64, UInt64
 from clip_jax import distributed
 from clip_jax.distributed import FAILURES
 from clip_jax.evals import prompts
+from clip_jax.evals.association import wording
 from clip_jax.evals.duplicates import MAX_DISTANCE
 from clip_jax.evals.feature_cache import FeatureCache
 from clip_jax.evals.linear_probe import Examples
@@ -127,10 +128,11 @@ class Question:
 
 def whole_split(row: Dataset, split: Labelled) -> Labelled:
     """Return the split. Raises Unavailable where it has another size than the registry says."""
-    if row.size and len(split.images) != row.size:
+    found, kind = (len(split.cues), "cues") if row.task == "association" else (len(split.images), "pictures")
+    if row.size and found != row.size:
         raise Unavailable(
-            f"its {row.test} split has {row.size:,} pictures, and {len(split.images):,} were found: their number would"
-            f" not be one of {row.name}"
+            f"its {row.test} split has {row.size:,} {kind}, and {found:,} were found: their number would not be one of"
+            f" {row.name}"
         )
     return split
 
@@ -138,12 +140,19 @@ def whole_split(row: Dataset, split: Labelled) -> Labelled:
 def check_classes(row: Dataset) -> None:
     """Raise Unavailable for a set that is asked otherwise than by classes."""
     if row.task == "association":
-        raise Unavailable(f"cues with several pictures are not asked yet. {row.note}")
+        raise Unavailable("cues with several pictures are asked by the task zeroshot alone, and have no classes")
 
 
 def caption_templates(row: Dataset, options: Options) -> tuple[str, ...]:
     """Return the sentences that captions stand in."""
     return prompts.templates(options.templates or row.templates or "name")
+
+
+def cue_wordings(split: Labelled, options: Options) -> list[tuple[str, ...]]:
+    """Return for each cue the user's templates with it, or datacomp's sentence."""
+    templates = prompts.templates(options.templates) if options.templates else ()
+    texts = [cue.text for cue in split.cues]
+    return [tuple(one.replace(prompts.SLOT, text) for one in templates) or (wording(text),) for text in texts]
 
 
 def as_captions(row: Dataset, split: Labelled, options: Options) -> EvalSet:
