@@ -10,11 +10,15 @@ import contextlib
 import hashlib
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+# What is raised for data that are damaged or gone; what else is raised is a mistake of the program.
+FAILURES = (ValueError, OSError, IndexError, KeyError)
+_SAID_BYTES = 2048  # of an error, sent to the other hosts
 
 
 class Preempted(Exception):
@@ -86,6 +90,42 @@ def wait_for_all(point: str) -> None:
 def all_agree(flag: bool) -> bool:
     """Return whether a flag is set on every process; to be called on all of them."""
     return bool(multihost_utils.process_allgather(np.array(flag)).all())
+
+
+@contextlib.contextmanager
+def together(*kinds: type[Exception]) -> Iterator[None]:
+    """Go on after a block on all processes or on none; to be entered on all of them.
+
+    Where the block raises one of `kinds` on any process, it is raised on every one, with the words of the first: else
+    the others would wait for it in the next computation that they share. Errors of other kinds go straight through, end
+    their process, and with it the job.
+    """
+    mine = None
+    try:
+        yield
+    except kinds as error:
+        mine = error
+    if jax.process_count() == 1:
+        if mine:
+            raise mine
+        return
+    kind = next((number for number, kind in enumerate(kinds, 1) if isinstance(mine, kind)), 0)
+    said = bytes([kind]) + (sentence(mine).encode() if mine else b"")[: _SAID_BYTES - 1]
+    everyone = multihost_utils.process_allgather(np.frombuffer(said.ljust(_SAID_BYTES, b"\0"), np.uint8))
+    failed = np.flatnonzero(everyone[:, 0])
+    if not failed.size:
+        return
+    first = int(failed[0])
+    if first == jax.process_index():
+        raise mine
+    words = everyone[first, 1:].tobytes().rstrip(b"\0").decode(errors="ignore")
+    raise kinds[everyone[first, 0] - 1](f"process {first}: {words}") from mine
+
+
+def sentence(error: Exception) -> str:
+    """Return an error's words in one line, after its kind where they don't stand alone: KeyError's are a key."""
+    words = " ".join(str(error).split())
+    return words if words and isinstance(error, (ValueError, RuntimeError)) else f"{type(error).__name__}: {words}"
 
 
 def check_agreement(facts: Mapping[str, str]) -> None:

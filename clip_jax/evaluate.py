@@ -1,8 +1,15 @@
 """Measure weights: `python -m clip_jax.evaluate --weights=params.msgpack --suite=smoke --data_dir=/data`.
 
 A suite or a set is any name of `clip_jax.evals.registry`. Sets that aren't on this machine are listed with what brings
-them. Several processes share the work, as `clip_jax.main` does. Exit codes: 0; 1, an error, with its traceback; 2,
-wrong flags or input, with one sentence.
+them; sets that are damaged are listed as failed, and the others go on. Reports are written after every set, each file
+in one step, so that a command that is killed keeps what it has measured. Several processes share the work, as
+`clip_jax.main` does; what one of them can't read has failed on all.
+
+Reports go to `evaluations/<name>`: the name of the file, or of its directory where the file is called as many others
+are (params.msgpack). There a report of other weights is not overwritten; in the directory that --out names it is.
+
+Exit codes: 0; 1, an error, with its traceback; 2, wrong flags or input, with one sentence; 3, measured, but some sets
+failed: the last line and the reports say which.
 """
 
 from __future__ import annotations
@@ -19,7 +26,7 @@ import pathlib
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 from absl import app, flags
@@ -31,7 +38,11 @@ if TYPE_CHECKING:
     from clip_jax.evals.benchmark import Options, Outcome, Subject
     from clip_jax.typing import Params
 
-FAILED, REFUSED = 1, 2
+FAILED, REFUSED, INCOMPLETE = 1, 2, 3
+# Files that are called so in every directory, which then says more.
+PLAIN_NAMES = ("params", "model", "weights", "pytorch_model", "open_clip_model", "open_clip_pytorch_model")
+SUFFIXES = (".msgpack", ".pt", ".pth", ".bin", ".safetensors", ".npz")
+FINGERPRINT = 12  # hexadecimal digits, in reports
 LINES = "evaluations.jsonl"  # one for every step that --follow has measured
 TASKS = ("zeroshot", "retrieval", "linear_probe", "few_shot", "overlap", "bias")
 
@@ -76,8 +87,8 @@ _TOKENIZER = flags.DEFINE_string(
 )
 
 
-def main(argv: Sequence[str]) -> None:
-    """Evaluate, print the table, write the reports."""
+def main(argv: Sequence[str]) -> int:
+    """Evaluate, print the table, write the reports. Returns the exit code."""
     logging.basicConfig(
         level=logging.INFO, format="%(levelname).1s %(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
     )
@@ -90,15 +101,17 @@ def main(argv: Sequence[str]) -> None:
             raise ValueError(
                 "expected either --weights=FILE, e.g. runs/emoji/params.msgpack, or --follow=WORKDIR, e.g. runs/emoji"
             )
-        _evaluate()
+        failed = _evaluate()
     except (ValueError, FileNotFoundError) as error:
         _leave(REFUSED, str(error))
     except Exception as error:  # noqa: BLE001
         traceback.print_exc()
         _leave(FAILED, f"{type(error).__name__}: {error}")
+    return INCOMPLETE if failed else 0
 
 
-def _evaluate() -> None:
+def _evaluate() -> int:
+    """Return how many answers failed, over all checkpoints that were measured."""
     from etils import epath
 
     from clip_jax import distributed, sharding
@@ -112,23 +125,34 @@ def _evaluate() -> None:
     if not (names and _TASKS.value):
         raise ValueError("--suite and --tasks: name at least one of each, e.g. --suite=smoke --tasks=zeroshot")
     baselines = robustness.read_points(_BASELINES.value) if _BASELINES.value else {}
+    if baselines:
+        robustness.fit(list(baselines.values()))  # no line goes through some
     distributed.start()
     mesh = sharding.make_mesh()
-
-    curves = _lines() if _FOLLOW.value else []
+    curves, failed = _lines() if _FOLLOW.value else [], 0
 
     def measure(config: WeightsConfig, params: Params, step: int | None = None) -> None:
+        nonlocal failed
+        subject = make_subject(config, params, mesh)
+        with distributed.together(ValueError):
+            _check_directory(subject.cache.model)
+        facts = _facts(config, params, subject.cache.model)
+
+        def write(outcome: Outcome) -> list[str]:
+            outcome.metrics.update(robustness.summary(outcome.metrics, baselines))
+            return _write(facts, config, outcome, baselines, curves) if distributed.is_main() else []
+
         load = functools.partial(benchmark.load, data_dir=_DATA_DIR.value)
-        outcome = benchmark.evaluate(make_subject(config, params, mesh), names, _TASKS.value, load, options)
-        outcome.metrics.update(robustness.summary(outcome.metrics, baselines))
+        outcome = benchmark.evaluate(subject, names, _TASKS.value, load, options, write)
+        failed += len(outcome.failed)
         if not distributed.is_main():
             return
-        _directory().mkdir(parents=True, exist_ok=True)
         if step is not None:
             curves.append({"step": step} | {k: v for k, v in outcome.metrics.items() if math.isfinite(v)})
+            _directory().mkdir(parents=True, exist_ok=True)
             with open(_directory() / LINES, "a", encoding="utf-8") as file:
                 file.write(json.dumps(curves[-1]) + "\n")
-        _report(config, params, outcome, baselines, curves)
+        _print(outcome, write(outcome))
 
     if _WEIGHTS.value:
         measure(*_read(_WEIGHTS.value))
@@ -137,16 +161,36 @@ def _evaluate() -> None:
         seen = {line["step"] for line in curves}
         follow(workdir, mesh, lambda at, *model: measure(*model, at), seen, _EVERY_SECONDS.value)
     distributed.wait_for_all("evaluated")
+    return failed
 
 
 def _name() -> str:
     """Return what is measured, for people: the name of the weights or of the run."""
-    return pathlib.Path(_WEIGHTS.value or _FOLLOW.value).name.removesuffix(".msgpack")
+    path = pathlib.Path(_WEIGHTS.value or _FOLLOW.value).expanduser()
+    stem = path.stem if path.suffix in SUFFIXES else path.name
+    return path.absolute().parent.name or stem if stem in PLAIN_NAMES else stem or path.resolve().name
 
 
 def _directory() -> pathlib.Path:
     """Return where the reports go."""
     return pathlib.Path(_OUT.value or f"evaluations/{_name()}").expanduser()
+
+
+def _check_directory(fingerprint: str) -> None:
+    """Raise ValueError where the reports' directory is the default and holds those of other weights.
+
+    Weights that were measured from this path before are not others: they may have been trained on.
+    """
+    path = _directory() / "report.json"
+    if _OUT.value or not path.exists():
+        return
+    there = json.loads(path.read_text(encoding="utf-8"))
+    mine = {"run/weights": _WEIGHTS.value or _FOLLOW.value, "run/fingerprint": fingerprint[:FINGERPRINT]}
+    if not any(there.get(key) == value for key, value in mine.items()):
+        raise ValueError(
+            f"{path} is the report of other weights, {there.get('run/weights')}: give a directory of its own, e.g."
+            f" --out={_directory()}-2, or --out={_directory()} to overwrite it"
+        )
 
 
 def _lines() -> list[dict]:
@@ -259,64 +303,85 @@ def _fingerprint(config: WeightsConfig, params: Params) -> str:
     return found.hexdigest()
 
 
-def _report(
-    config: WeightsConfig,
-    params: Params,
-    outcome: Outcome,
-    baselines: Mapping[str, tuple[float, float]],
-    curves: Sequence[Mapping],
-) -> None:
+def _facts(config: WeightsConfig, params: Params, fingerprint: str) -> dict[str, Any]:
     from clip_jax.architectures import name_of
-    from clip_jax.evals.report import table, write_report
-    from clip_jax.evals.tables import model_card, open_clip_csv
     from clip_jax.models import count_parameters
     from clip_jax.workdir import versions
 
-    directory, name, weights = _directory(), _name(), _WEIGHTS.value or _FOLLOW.value
-    facts = {
-        "name": name,
-        "weights": weights,
+    return {
+        "name": _name(),
+        "weights": _WEIGHTS.value or _FOLLOW.value,
+        "fingerprint": fingerprint[:FINGERPRINT],
         "architecture": name_of(config.model),
         "parameters": count_parameters(params),
-        "measured": outcome.described,
         "versions": versions(),
-        "left_out": outcome.left_out,
     }
-    write_report(directory, outcome.metrics, curves, (), facts)
-    (directory / "open_clip.csv").write_text(open_clip_csv(facts["architecture"], weights, outcome.metrics))
-    (directory / "MODEL_CARD.md").write_text(model_card(facts, outcome, config))
-    plots = _plots(name, outcome, baselines)
-    for file, text in plots.items():
-        (directory / file).write_text(text)
+
+
+def _write(
+    facts: Mapping[str, Any],
+    config: WeightsConfig,
+    outcome: Outcome,
+    baselines: Mapping[str, tuple[float, float]],
+    curves: Sequence[Mapping],
+) -> list[str]:
+    """Write the reports of what was measured so far, each in one step, and return their names."""
+    from clip_jax.evals.report import replace, write_report
+    from clip_jax.evals.tables import model_card, open_clip_csv
+
+    directory = _directory()
+    plots, tables = _plots(facts["name"], outcome, baselines), _by_group(outcome)
+    run = {**facts, "measured": outcome.described, "left_out": outcome.left_out, "failed": outcome.failed}
+    write_report(directory, outcome.metrics, curves, (), run, plots)
+    files = {
+        "open_clip.csv": open_clip_csv(facts["architecture"], facts["weights"], facts["parameters"], outcome.metrics),
+        "MODEL_CARD.md": model_card(facts, outcome, config),
+        **{f"{name}.svg": svg for name, svg in plots.items()},
+        **tables,
+    }
+    for file, text in files.items():
+        replace(directory / file, text)
+    return ["report.html", "report.json", *files]
+
+
+def _print(outcome: Outcome, files: Sequence[str]) -> None:
+    from clip_jax.evals.report import table
+
     if outcome.metrics:
         print(table(outcome.metrics))
     for key, described in outcome.described.items():
         print(f"{key}: {described}")
     for key, reason in outcome.left_out.items():
         print(f"{key} is left out: {reason}")
-    print(
-        f"written to {directory}: {', '.join(['report.html', 'report.json', 'open_clip.csv', 'MODEL_CARD.md', *plots])}"
-    )
+    for key, reason in outcome.failed.items():
+        print(f"{key} failed: {reason}")
+    print(f"written to {_directory()}: {', '.join(files)}")
+    if outcome.failed:
+        sys.stdout.flush()
+        print(f"clip_jax.evaluate: failed, and not measured: {', '.join(outcome.failed)}", file=sys.stderr)
 
 
 def _plots(name: str, outcome: Outcome, baselines: Mapping[str, tuple[float, float]]) -> dict[str, str]:
-    """Return by file name what else was asked for: plots of robustness and overlap, tables by group."""
-    from clip_jax.evals import bias, overlap, robustness
+    """Return by name what can be drawn: effective robustness, overlap."""
+    from clip_jax.evals import overlap, robustness
 
-    files = {}
-    if baselines and "robustness/shifts/average" in outcome.metrics:
+    plots = {}
+    if "robustness/shifts/effective" in outcome.metrics:
         points = list(baselines.values())
         own = (outcome.metrics["zeroshot/imagenet/top1"], outcome.metrics["robustness/shifts/average"])
-        files["robustness.svg"] = robustness.plot(robustness.fit(points), points, {name: own})
-    details = {key.split("/")[0]: {} for key in outcome.details}
-    for key, detail in outcome.details.items():
-        task, dataset = key.split("/")
-        details[task][dataset] = detail
-    if details.get("overlap"):
-        files["overlap.svg"] = overlap.plot(details["overlap"])
-    for dataset, rows in details.get("bias", {}).items():
-        files[f"bias_{dataset}.csv"] = bias.to_csv(rows)
-    return files
+        plots["robustness"] = robustness.plot(robustness.fit(points), points, {name: own})
+    overlaps = {key.split("/")[1]: found for key, found in outcome.details.items() if key.startswith("overlap/")}
+    if overlaps:
+        plots["overlap"] = overlap.plot(overlaps)
+    return plots
+
+
+def _by_group(outcome: Outcome) -> dict[str, str]:
+    """Return by file name the tables of groups."""
+    from clip_jax.evals import bias
+
+    details = outcome.details.items()
+    return {f"{key.replace('/', '_')}.csv": bias.to_csv(rows) for key, rows in details if key.startswith("bias/")}
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -149,12 +149,22 @@ class EvalSet:
 
 
 @dataclasses.dataclass(frozen=True)
+class Cue:
+    """A word, the pictures that it is asked of (their places in `Labelled.images`), and which of them go with it."""
+
+    text: str
+    candidates: Int64[np.ndarray, "m"]
+    right: Bool[np.ndarray, "m"]
+
+
+@dataclasses.dataclass(frozen=True)
 class Labelled:
     """A split of an evaluation dataset as it is stored: pictures, and what is right of each.
 
     images: encoded pictures (PNG, JPEG, WebP), read when they are asked for.
     targets: of each picture its class, or for several classes at once whether each is right; None for captions.
     captions: of each picture its captions, one or more; empty where classes are asked for.
+    cues: of associations, which share their pictures; empty elsewhere.
     class_names, templates: as the data brings them, in the order of class ids; empty where it doesn't.
     metadata: whole numbers that each picture comes with, such as a region or an income group.
     fingerprint: a short hash that changes when what is stored changes.
@@ -167,6 +177,7 @@ class Labelled:
     templates: tuple[str, ...] = ()
     metadata: Int64[np.ndarray, "n F"] | None = None
     fingerprint: str = ""
+    cues: Sequence[Cue] = ()
 
 
 class Unavailable(RuntimeError):

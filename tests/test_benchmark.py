@@ -26,6 +26,7 @@ from tests.tiny_benchmark import (
     captioned,
     evaluate,
     split,
+    subject,
 )
 
 # ------------------------------------------------------------------------------------------- numbers and what they are
@@ -106,6 +107,44 @@ def test_what_is_not_there_is_left_out_with_its_reason_and_the_rest_goes_on(monk
     assert outcome.left_out == {f"{task}/tiny": "no train split here" for task in ("few_shot", "linear_probe")}
     assert outcome.metrics["zeroshot/tiny/top1"] == 1
     assert evaluate(monkeypatch, Perfect(), parts={}).left_out == {"zeroshot/tiny": "no test split here"}
+
+
+def _ask_three(monkeypatch, error, after_each=lambda outcome: None):
+    """Ask three sets, of which the second raises an error when it is read."""
+    rows = {name: dataclasses.replace(ROW, name=name) for name in ("one", "two", "three")}
+    monkeypatch.setattr(benchmark, "DATASETS", rows)
+
+    def load(row, part):
+        if row.name == "two":
+            raise error
+        return PARTS[part]
+
+    return benchmark.evaluate(subject(Perfect()), list(rows), ("zeroshot",), load, after_each=after_each)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ValueError("0.tar: sample 's7'\nhas no picture"), "0.tar: sample 's7' has no picture"),
+        (OSError(5, "Input/output error", "0.tar"), "OSError: [Errno 5] Input/output error: '0.tar'"),
+        (IndexError("index 3 is out of bounds"), "IndexError: index 3 is out of bounds"),
+        (KeyError("cls"), "KeyError: 'cls'"),
+        (ValueError(), "ValueError: "),
+    ],
+)
+def test_what_cannot_be_read_of_one_set_is_recorded_and_the_rest_goes_on(monkeypatch, error, reason):
+    known = []
+    outcome = _ask_three(monkeypatch, error, lambda outcome: known.append((set(outcome.described), [*outcome.failed])))
+    assert outcome.failed == {"zeroshot/two": reason} and outcome.left_out == {}
+    assert outcome.metrics["zeroshot/one/top1"] == outcome.metrics["zeroshot/three/top1"] == 1
+    one, three = "zeroshot/one", "zeroshot/three"
+    assert known == [({one}, []), ({one}, ["zeroshot/two"]), ({one, three}, ["zeroshot/two"])]
+
+
+@pytest.mark.parametrize("error", [TypeError("no"), AttributeError("no"), AssertionError("no"), RuntimeError("no")])
+def test_mistakes_of_the_program_end_it(monkeypatch, error):
+    with pytest.raises(type(error)):
+        _ask_three(monkeypatch, error)
 
 
 def test_names_and_suites_are_asked_once_and_unknown_ones_refused(monkeypatch):

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clip_jax.evals import overlap, ranking, robustness
 from clip_jax.evals import panels as panels_module
-from clip_jax.evals import ranking
 from clip_jax.evals.charts import line_chart, number, ticks
 from clip_jax.evals.panels import panels
 from clip_jax.evals.report import page, results, table, write_report
@@ -294,3 +294,21 @@ def test_thumbnails_are_small_and_keep_transparency():
     kind, data = uri.split(",")
     picture = Image.open(io.BytesIO(base64.b64decode(data)))
     assert kind == "data:image/webp;base64" and picture.size == (96, 24) and picture.mode == "RGBA"
+
+
+@pytest.mark.parametrize("kind", ["robustness", "overlap"])
+def test_plots_stand_in_the_page_in_its_colours_light_and_dark(tmp_path, kind):
+    svg = {
+        "robustness": lambda: robustness.plot(robustness.Baseline(1.0, -0.5, 2), [(0.6, 0.5)], {"<mine>": (0.7, 0.6)}),
+        "overlap": lambda: overlap.plot({"<mine>": overlap.analyse(np.arange(9) % 2 == 0, np.arange(9) < 3)}),
+    }[kind]()
+    write_report(tmp_path, METRICS, CURVES, [], RUN, {kind: svg})
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert svg in text and f"<h2>{kind.capitalize()}</h2>" in text and kind not in page(METRICS, CURVES, [], RUN)
+    style = text.partition("<style>")[2].partition("</style>")[0]
+    # Of the page's `:root` and of the plot's rules: what is light stands before the first @media, what is dark inside.
+    light, dark = (set(re.findall(r"--\w[\w-]*: (#\w+)", part)) for part in re.findall(r":root \{(.*?)\}", style, re.S))
+    before, inside = (
+        set(re.findall(r"#[0-9a-f]{6}", p)) for p in re.split(r"@media ?\(prefers-color-scheme: ?dark\)", svg)
+    )
+    assert before and before <= light and inside and inside <= dark and len(before) == len(inside)

@@ -1,19 +1,21 @@
 """`python -m clip_jax.evaluate`, as a user types it."""
 
-import contextlib
 import csv
+import html
 import json
 import os
-import socket
-import subprocess
-import sys
+import shutil
+import time
+from unittest import mock
 
 import pytest
 
+from clip_jax import evaluate
 from clip_jax.architectures import MODELS, WeightsConfig
 from clip_jax.evals.registry import DATASETS
 from clip_jax.interop import msgpack
-from tests import runs, tiny_models
+from tests import tiny_models
+from tests.evaluations import picture, report, run, start, write_classes
 
 ALONE = ("--suite=digits", "--tasks=zeroshot,linear_probe", "--cache_dir=")  # nothing is shared between runs
 
@@ -23,46 +25,6 @@ def weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "small.msgpack"
     msgpack.write(path, tiny_models.params(MODELS["emoji"]), WeightsConfig(MODELS["emoji"]))
     return path
-
-
-def start(*arguments, process=0, processes=1, port=0):
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-        "PYTHONPATH": str(runs.ROOT),
-        "CLIP_JAX_HEARTBEAT_SECONDS": "20",
-        "CLIP_JAX_SHUTDOWN_SECONDS": "10",
-        "JAX_COMPILATION_CACHE_DIR": str(runs.CACHE),  # for time alone: the programs of other batch sizes are others
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    if processes > 1:
-        environment |= {
-            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-            "JAX_NUM_PROCESSES": str(processes),
-            "JAX_PROCESS_ID": str(process),
-        }
-    command = [sys.executable, "-m", "clip_jax.evaluate", *map(str, arguments)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=runs.ROOT, env=environment, **pipes)
-
-
-def run(*arguments, processes=1, code=0):
-    """Return what each process printed, and said to stderr."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    with contextlib.ExitStack() as stack:
-        started = [start(*arguments, process=i, processes=processes, port=port) for i in range(processes)]
-        for process in started:
-            stack.callback(process.kill)
-        said = [process.communicate(timeout=240) for process in started]
-    for process, words in zip(started, said, strict=True):
-        assert process.returncode == code, f"exit code {process.returncode}, expected {code}:\n{words[0]}{words[1]}"
-    return said
-
-
-def report(directory):
-    return json.loads((directory / "report.json").read_text())
 
 
 def numbers(directory):
@@ -150,7 +112,7 @@ def test_sets_that_are_not_here_are_listed_with_what_brings_them(weights, tmp_pa
         "zeroshot/birdsnap": f"{data}/wds_birdsnap_test/test is no folder",
         "linear_probe/birdsnap": f"{data}/wds_birdsnap_test/test is no folder",
         "retrieval/flickr30k": f"{data}/wds_flickr30k/test is no folder",
-        "zeroshot/winogavil": "cues with several pictures",
+        "zeroshot/winogavil": "as lines of associations.jsonl beside them",  # the registry's note
     }
     assert set(left_out) == {f"run/left_out.{key}" for key in reasons}
     assert not [key for key in report(out) if not key.startswith("run/")]
@@ -158,3 +120,119 @@ def test_sets_that_are_not_here_are_listed_with_what_brings_them(weights, tmp_pa
     for key, reason in reasons.items():
         assert reason in left_out[f"run/left_out.{key}"]
         assert f"{key} is left out: " in printed and f"- {key}: " in card
+
+
+# ------------------------------------------------------------------------------------------------ what is damaged
+
+TEN = tuple(f"thing {class_id}" for class_id in range(10))
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Twelve pictures each of MNIST, CIFAR-10 and SVHN, as CLIP_benchmark stores them."""
+    for first, name in enumerate(("mnist", "cifar10", "svhn")):
+        pictures = [picture(100 * first + row) for row in range(12)]
+        write_classes(tmp_path / "data" / DATASETS[name].folder, pictures, [row % 10 for row in range(12)], TEN)
+    return tmp_path / "data"
+
+
+def _damage(data, name):
+    """Make the second picture of a set undecodable, its size as before."""
+    shard = data / DATASETS[name].folder / "test" / "0.tar"
+    parts = shard.read_bytes().split(b"IHDR")
+    shard.write_bytes(b"IHDR".join(parts[:2]) + b"\0\0\0\0" + b"IHDR".join(parts[2:]))
+
+
+def test_a_damaged_set_is_listed_as_failed_and_the_others_are_measured(weights, data, tmp_path):
+    folder = data / DATASETS["mnist"].folder
+    shutil.rmtree(folder)
+    write_classes(folder, [picture(row) for row in range(4)], [0, 1, 2, 10], TEN)
+    _damage(data, "cifar10")
+    flags = (f"--weights={weights}", f"--data_dir={data}", "--suite=mnist,cifar10,svhn,dtd", "--cache_dir=")
+    out = tmp_path / "out"
+    ((printed, said),) = run(*flags, f"--out={out}", code=3, tiny=True)
+    found = report(out)
+    assert {key.split("/")[1] for key in found if not key.startswith("run/")} == {"svhn"}
+    failed = {key.removeprefix("run/failed."): value for key, value in found.items() if key.startswith("run/failed.")}
+    assert set(failed) == {"zeroshot/mnist", "zeroshot/cifar10"}
+    assert [key for key in found if key.startswith("run/left_out")] == ["run/left_out.zeroshot/dtd"]
+    assert "10" in failed["zeroshot/mnist"] and "picture 1: " in failed["zeroshot/cifar10"]
+    card, page = (out / "MODEL_CARD.md").read_text(), html.unescape((out / "report.html").read_text())
+    for key, reason in failed.items():
+        assert len(reason.splitlines()) == 1 and f"{key} failed: {reason}" in printed
+        assert f"- {key}: failed: {reason}" in card and f"failed: {reason}</p>" in page
+    assert said.splitlines()[-1] == "clip_jax.evaluate: failed, and not measured: zeroshot/mnist, zeroshot/cifar10"
+
+
+def test_what_one_process_cannot_read_has_failed_on_all_and_the_others_are_measured(weights, data, tmp_path):
+    other = shutil.copytree(data, tmp_path / "other")
+    _damage(other, "cifar10")  # in a batch of two the second row is the second process's
+    shutil.rmtree(other / DATASETS["svhn"].folder)
+    flags = (f"--weights={weights}", "--suite=cifar10,svhn,mnist", "--cache_dir=", "--batch_size=2")
+    out = tmp_path / "out"
+    second = (f"--data_dir={other}",)
+    said = run(*flags, f"--data_dir={data}", f"--out={out}", processes=2, second=second, code=3, tiny=True)
+    found = report(out)
+    assert found["run/failed.zeroshot/cifar10"].startswith("process 1: picture ")
+    assert found["run/left_out.zeroshot/svhn"].startswith("process 1: ")
+    assert "not measured: zeroshot/cifar10" in said[0][1] and "not measured" not in said[1][1]
+    run(*flags[:1], "--suite=mnist", f"--data_dir={data}", f"--out={tmp_path / 'alone'}", "--cache_dir=", tiny=True)
+    expected = {key: value for key, value in report(tmp_path / "alone").items() if key.startswith("zeroshot/")}
+    assert expected and {key: found[key] for key in found if key.startswith("zeroshot/")} == expected
+
+
+def test_a_killed_command_keeps_what_it_measured(weights, data, tmp_path):
+    shard = data / DATASETS["cifar10"].folder / "test" / "0.tar"
+    shard.unlink()
+    os.mkfifo(shard)  # whoever reads it waits
+    out = tmp_path / "out"
+    flags = (f"--weights={weights}", f"--data_dir={data}", "--suite=mnist,cifar10", "--cache_dir=", f"--out={out}")
+    process = start(*flags, tiny=True)
+    deadline = time.monotonic() + 120
+    try:
+        while not (out / "MODEL_CARD.md").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+    finally:
+        process.kill()
+        process.communicate()
+    assert "zeroshot/mnist/top1" in report(out)
+    assert {path.name for path in out.iterdir()} == {"report.json", "report.html", "open_clip.csv", "MODEL_CARD.md"}
+
+
+# ------------------------------------------------------------------------------------------- where reports go
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("runs/emoji/params.msgpack", "emoji"),
+        ("small.msgpack", "small"),
+        ("/models/ViT-B-32.pt", "ViT-B-32"),
+        ("/models/b32/open_clip_model.safetensors", "b32"),
+        ("/models/vit.b32", "vit.b32"),
+        ("vit_l14", "vit_l14"),
+        ("hf-hub:openai/clip-vit-base-patch32", "clip-vit-base-patch32"),
+    ],
+)
+def test_reports_are_named_after_what_tells_weights_apart(monkeypatch, path, name):
+    monkeypatch.setattr(evaluate, "_WEIGHTS", mock.Mock(value=path))
+    assert evaluate._name() == name
+
+
+def test_a_report_of_other_weights_is_not_overwritten_unless_the_directory_is_named(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for flag in ("_WEIGHTS", "_OUT", "_FOLLOW"):
+        monkeypatch.setattr(evaluate, flag, mock.Mock(value=""))
+    evaluate._WEIGHTS.value = "a/x/params.msgpack"
+    evaluate._check_directory("f" * 64)
+    there = {"run/weights": "b/x/params.msgpack", "run/fingerprint": "0" * 12}
+    (tmp_path / "evaluations/x").mkdir(parents=True)
+    (tmp_path / "evaluations/x/report.json").write_text(json.dumps(there))
+    evaluate._check_directory("0" * 64)  # the same, elsewhere
+    with pytest.raises(ValueError, match=r"report of other weights, b/x/params\.msgpack: .*--out=evaluations/x-2"):
+        evaluate._check_directory("f" * 64)
+    evaluate._OUT.value = "evaluations/x"
+    evaluate._check_directory("f" * 64)
+    evaluate._OUT.value, evaluate._WEIGHTS.value = "", "b/x/params.msgpack"
+    evaluate._check_directory("f" * 64)  # trained on

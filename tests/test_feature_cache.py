@@ -2,6 +2,8 @@
 
 import dataclasses
 import io
+import os
+import time
 
 import numpy as np
 import pytest
@@ -154,8 +156,15 @@ def test_a_writer_that_is_killed_leaves_nothing_to_be_read(tmp_path, monkeypatch
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(feature_cache.np, "save", killed)
         cache.get("key", 3, Computed())
+    (left,) = tmp_path.iterdir()
+    users = tmp_path / "notes.new"
+    users.write_text("of the user's")
     np.testing.assert_array_equal(cache.get("key", 3, again := Computed()), ROWS)
-    assert again.calls == 1
+    assert again.calls == 1 and left.exists()  # it may be at work still
+    for path in (left, users):
+        os.utime(path, (time.time() - feature_cache.ABANDONED_SECONDS - 60,) * 2)
+    cache.get("another", 3, Computed())
+    assert not left.exists() and users.exists() and len(list(tmp_path.glob("*.npy"))) == 2
 
 
 def test_a_directory_that_cannot_be_written_costs_the_cache_and_not_the_evaluation(tmp_path):

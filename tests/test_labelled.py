@@ -143,6 +143,53 @@ def test_captions_that_cannot_be_used_are_named(tmp_path, lines, message):
         folders(_write_captions(tmp_path, lines), "val")
 
 
+def _write_cues(directory, lines):
+    _write_text(directory / "test" / "associations.jsonl", "\n".join(lines) + "\n")
+    for number, name in enumerate("abc"):
+        (directory / "test" / f"{name}.jpg").write_bytes(_picture(number))
+    return directory
+
+
+CUES = [
+    {"cue": "wing", "candidates": ["c.jpg", "a.jpg"], "associations": ["a.jpg"]},
+    {"cue": "egg", "candidates": ["a.jpg", "b.jpg", "c.jpg"], "associations": ["c.jpg", "b.jpg"]},
+]
+
+
+def test_cues_share_their_pictures(tmp_path):
+    lines = [json.dumps(row) for row in CUES]
+    found = folders(_write_cues(tmp_path, [lines[0], "", lines[1]]), "test")
+    assert [_value(image) for image in found.images] == [2, 0, 1]  # as they are named first
+    assert [(cue.text, cue.candidates.tolist(), cue.right.tolist()) for cue in found.cues] == [
+        ("wing", [0, 1], [False, True]),
+        ("egg", [1, 2, 0], [False, True, True]),
+    ]
+    assert found.targets is None and found.captions == () and found.class_names == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cue": " "}, r"line 1: expected a cue, different candidates"),
+        ({"cue": 1}, r"line 1: expected a cue"),
+        ({"candidates": ["a.jpg", "a.jpg"]}, r"line 1: expected a cue, different candidates"),
+        ({"associations": []}, r"line 1: .* some of them but not all, such as \{\"cue\": \"wing\""),
+        ({"associations": ["a.jpg", "c.jpg"]}, r"line 1: .* some of them but not all"),
+        ({"associations": ["b.jpg"]}, r"line 1: .* some of them but not all"),
+        ({"candidates": ["a.jpg", "d.jpg"]}, r"line 1: .*test/d\.jpg does not exist; names count from .*test"),
+        ({"candidates": 3}, r"line 1: got '\{.*expected a line such as"),
+    ],
+)
+def test_cues_that_cannot_be_used_are_named(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        folders(_write_cues(tmp_path, [json.dumps(CUES[0] | change)]), "test")
+
+
+def test_a_file_without_cues_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"associations\.jsonl is empty; expected lines such as"):
+        folders(_write_cues(tmp_path, [""]), "test")
+
+
 # -------------------------------------------------------------------------------------------------------------- TFDS
 
 CLASSES = ["red", "blue", "green"]

@@ -16,6 +16,7 @@ from clip_jax.evals.robustness import (
     plot,
     read_points,
     robustness_gap,
+    summary,
 )
 
 EXACT = 1e-12  # float64 in another order
@@ -251,3 +252,16 @@ def test_a_plot_of_nothing_or_of_certainty_is_refused():
         plot(fit(STANDARD), [], {})
     with pytest.raises(ValueError, match="accuracy 1.0 has no logit"):
         plot(fit(STANDARD), STANDARD, {"perfect": (1.0, 0.9)})
+
+
+def test_a_summary_has_what_is_defined_and_no_number_made_of_missing_ones():
+    measured = {f"zeroshot/{name}/top1": 0.5 for name in ("imagenet", *SHIFTS)}
+    baselines = dict(zip("abcd", STANDARD, strict=True))
+    names = {f"robustness/shifts/{name}" for name in ("average", "gap", "effective")}
+    assert set(summary(measured, baselines)) == names
+    for broken in ("imagenet", "objectnet"):
+        assert summary(measured | {f"zeroshot/{broken}/top1": math.nan}, baselines) == {}
+    for extreme in (0.0, 1.0):  # neither has a logit
+        same = dict.fromkeys(measured, extreme)
+        found = summary(same, baselines)
+        assert found == {"robustness/shifts/average": extreme, "robustness/shifts/gap": 0}

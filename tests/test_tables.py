@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from clip_jax.evals.benchmark import Outcome
 from clip_jax.evals.tables import model_card, open_clip_csv
 from tests.tiny_benchmark import PROBES, ROW, WrongInThirds, evaluate
 
-# The head of https://github.com/mlfoundations/open_clip/blob/f862f86/docs/openclip_results.csv from its average on.
+# The head of https://github.com/mlfoundations/open_clip/blob/89fb801/docs/openclip_results.csv.
+FIRST = ["name", "pretrained", "params (M)", "FLOPs (B)"]
 AVERAGE = "Average perf. on 38 datasets"
 # fmt: off
 OPEN_CLIP = [
@@ -51,29 +53,31 @@ def _read(text):
 def test_the_row_for_open_clip_has_its_columns_in_its_order():
     assert len(OPEN_CLIP) == len(registry.SUITES["datacomp"]) == 38
     metrics, column = _all_measured()
-    text = open_clip_csv("vit_b32", "weights.pt", metrics)
-    assert text.splitlines()[0].split(",") == ["name", "pretrained", AVERAGE, *OPEN_CLIP]
+    text = open_clip_csv("vit_b32", "weights.pt", 151_277_313, metrics)
+    assert text.splitlines()[0].split(",") == [*FIRST, AVERAGE, *OPEN_CLIP]
     row = _read(text)
     assert (row["name"], row["pretrained"]) == ("vit_b32", "weights.pt")
+    assert (row["params (M)"], row["FLOPs (B)"]) == ("151.28", "")  # the first is what its table has for ViT-B-32
     assert {title: row[title] for title in OPEN_CLIP} == {title: f"{column[title]:.4f}" for title in OPEN_CLIP}
 
 
 def test_the_average_has_four_digits_too():
     metrics, column = _all_measured()
-    assert _read(open_clip_csv("a", "b", metrics))[AVERAGE] == f"{sum(column.values()) / 38:.4f}"
+    assert _read(open_clip_csv("a", "b", 1, metrics))[AVERAGE] == f"{sum(column.values()) / 38:.4f}"
 
 
 @pytest.mark.parametrize("missing", ["zeroshot/geode/worst_group_top1", "retrieval/mscoco/text_to_image/recall_at_1"])
 def test_the_average_is_there_only_where_all_38_are(missing):
     metrics, column = _all_measured()
     np.testing.assert_allclose(
-        float(_read(open_clip_csv("a", "b", metrics))[AVERAGE]), sum(column.values()) / 38, atol=5e-5
+        float(_read(open_clip_csv("a", "b", 1, metrics))[AVERAGE]), sum(column.values()) / 38, atol=5e-5
     )
-    del metrics[missing]
-    row = _read(open_clip_csv("a", "b", metrics))
     title = registry.DATASETS[missing.split("/")[1]].title
-    assert row[AVERAGE] == row[title] == ""
-    assert sum(row[title] != "" for title in OPEN_CLIP) == 37
+    without = {key: value for key, value in metrics.items() if key != missing}
+    for broken in (without, metrics | {missing: math.nan}, metrics | {missing: math.inf}):
+        row = _read(open_clip_csv("a", "b", 1, broken))
+        assert row[AVERAGE] == row[title] == ""
+        assert sum(row[title] != "" for title in OPEN_CLIP) == 37
 
 
 def test_other_sets_follow_and_what_is_no_headline_stands_nowhere():
@@ -83,11 +87,12 @@ def test_other_sets_follow_and_what_is_no_headline_stands_nowhere():
         "zeroshot/pets/top1": 0.25,  # whose own measure is the mean per class
         "linear_probe/cifar10/top1": 0.875,
     }
-    row = _read(open_clip_csv("a", "b", metrics))
-    assert list(row) == ["name", "pretrained", AVERAGE, *OPEN_CLIP, "scikit-learn digits"]
+    row = _read(open_clip_csv("a", "b", 1, metrics))
+    assert list(row) == [*FIRST, AVERAGE, *OPEN_CLIP, "scikit-learn digits"]
     assert {key: value for key, value in row.items() if value} == {
         "name": "a",
         "pretrained": "b",
+        "params (M)": "0.00",
         "scikit-learn digits": "0.5000",
     }
 
@@ -96,7 +101,9 @@ def test_the_model_card_has_every_number_what_it_is_of_and_what_is_missing(monke
     architecture = MODELS["emoji"]
     row = dataclasses.replace(ROW, name="cifar10")
     outcome = evaluate(monkeypatch, WrongInThirds(), row, ("zeroshot", *PROBES), architecture="vit_b32")
-    outcome = Outcome(outcome.metrics, outcome.described, {}, {"zeroshot/pets": "not on this machine"})
+    outcome = Outcome(
+        outcome.metrics, outcome.described, {}, {"zeroshot/pets": "not on this machine"}, {"zeroshot/dtd": "0.tar ends"}
+    )
     facts = {"name": "mine", "architecture": "emoji", "parameters": 3_497_567}
     card = model_card(facts, outcome, WeightsConfig(architecture))
     assert card.startswith("---\n") and "# mine\n" in card and "3,497,567 parameters" in card
@@ -114,3 +121,4 @@ def test_the_model_card_has_every_number_what_it_is_of_and_what_is_missing(monke
     assert rows["zeroshot/cifar10/top1"][2].strip(" |") == f"{outcome.metrics['zeroshot/cifar10/top1/published']:.3f}"
     for key, said in itertools.chain(outcome.described.items(), outcome.left_out.items()):
         assert f"- {key}: {said}" in card
+    assert "- zeroshot/dtd: failed: 0.tar ends" in card

@@ -19,11 +19,13 @@ from PIL import Image
 from clip_jax.config import DataConfig
 from clip_jax.data.sources import emoji
 from clip_jax.data.webdataset import IMAGE_SUFFIXES, FileRanges, class_names, fingerprint, webdataset
-from clip_jax.typing import Labelled, Unavailable
+from clip_jax.typing import Cue, Labelled, Unavailable
 
 __all__ = ["BUILTIN", "builtin", "find", "folders", "tfds", "webdataset"]
 
 CAPTIONS = "captions.jsonl"
+ASSOCIATIONS = "associations.jsonl"
+ASSOCIATIONS_LINE = '{"cue": "wing", "candidates": ["a.jpg", "b.jpg", "c.jpg"], "associations": ["b.jpg"]}'
 CAPTIONS_LINE = '{"image": "a.jpg", "captions": ["a cat", "a sleeping cat"]}'
 
 
@@ -47,7 +49,7 @@ def find(folder: str, split: str, tfds_name: str, tfds_split: str, data_dir: str
     if folder and split:
         problems.append(
             f"{looked_at} is no folder. It may hold tar shards 0.tar, 1.tar, … of pictures with .cls, .npy or .txt,\n"
-            f"or pictures in a folder for each class, or pictures beside a {CAPTIONS}"
+            f"or pictures in a folder for each class, or pictures beside {CAPTIONS} or {ASSOCIATIONS}"
         )
     if tfds_name and tfds_split:
         try:
@@ -61,14 +63,15 @@ def find(folder: str, split: str, tfds_name: str, tfds_split: str, data_dir: str
 
 
 def folders(directory: str | os.PathLike, split: str) -> Labelled:
-    """Open pictures in a local folder, `<directory>/<split>`: a folder for each class, or beside captions.jsonl.
+    """Open pictures in a local folder, `<directory>/<split>`: a folder for each class, or beside a .jsonl file.
 
     Class ids follow the folders' names in sorted order, and so do the lines of `<directory>/classnames.txt`; without it
     a class is called as its folder is, `_` read as a space. captions.jsonl holds a line for each picture:
-    {"image": "a.jpg", "captions": ["a cat", "a sleeping cat"]}.
+    {"image": "a.jpg", "captions": ["a cat", "a sleeping cat"]}. associations.jsonl holds a line for each cue:
+    {"cue": "wing", "candidates": ["a.jpg", "b.jpg", "c.jpg"], "associations": ["b.jpg"]}.
 
     Raises:
-      ValueError: if there are no pictures, or names or captions don't fit them.
+      ValueError: if there are no pictures, or names, captions or cues don't fit them.
     """
     directory = Path(directory).expanduser()
     folder = directory / split
@@ -76,7 +79,11 @@ def folders(directory: str | os.PathLike, split: str) -> Labelled:
         raise ValueError(
             f"{folder} is no folder; expected pictures in it, in a folder for each class or with {CAPTIONS}"
         )
-    if (folder / CAPTIONS).is_file():
+    cues = ()
+    if (folder / ASSOCIATIONS).is_file():
+        paths, cues = _associated(folder / ASSOCIATIONS)
+        targets, names, captions, said = None, (), (), [""] * len(paths)
+    elif (folder / CAPTIONS).is_file():
         paths, captions = _captioned(folder / CAPTIONS)
         targets, names = None, ()
         said = [json.dumps(texts) for texts in captions]
@@ -93,6 +100,7 @@ def folders(directory: str | os.PathLike, split: str) -> Labelled:
         captions=captions,
         class_names=names,
         fingerprint=fingerprint([*names, *described]),
+        cues=cues,
     )
 
 
@@ -134,6 +142,41 @@ def _captioned(path: Path) -> tuple[list[Path], list[tuple[str, ...]]]:
     if not found:
         raise ValueError(f"{path} is empty; expected lines such as {CAPTIONS_LINE}")
     return list(found), list(found.values())
+
+
+def _associated(path: Path) -> tuple[list[Path], tuple[Cue, ...]]:
+    """Return the pictures that associations.jsonl names, in the order in which it first does, and its cues."""
+    places: dict[Path, int] = {}
+    cues = []
+    for number, line in enumerate(path.read_text("utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        text, candidates, associated = _associations_line(line, where)
+        pictures = [path.parent / name for name in candidates]
+        missing = [picture for picture in pictures if picture not in places and not picture.is_file()]
+        if missing:
+            raise ValueError(f"{where}: {missing[0]} does not exist; names count from {path.parent}")
+        rows = [places.setdefault(picture, len(places)) for picture in pictures]
+        cues.append(Cue(text, np.array(rows, np.int64), np.array([name in associated for name in candidates], bool)))
+    if not cues:
+        raise ValueError(f"{path} is empty; expected lines such as {ASSOCIATIONS_LINE}")
+    return list(places), tuple(cues)
+
+
+def _associations_line(line: str, where: str) -> tuple[str, list[str], set[str]]:
+    try:
+        row = json.loads(line)
+        text, candidates, associated = row["cue"], list(row["candidates"]), set(row["associations"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{where}: got {line[:80]!r}, expected a line such as {ASSOCIATIONS_LINE}") from error
+    told_apart = len(set(candidates)) == len(candidates) and associated and associated < set(candidates)
+    if not (isinstance(text, str) and text.strip() and told_apart):
+        raise ValueError(
+            f"{where}: expected a cue, different candidates, and associations that are some of them but not all, such"
+            f" as {ASSOCIATIONS_LINE}"
+        )
+    return text, candidates, associated
 
 
 def _captions_line(line: str, where: str) -> tuple[str, tuple[str, ...]]:

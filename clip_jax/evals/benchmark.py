@@ -11,74 +11,40 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int64, UInt64
 
+from clip_jax import distributed
 from clip_jax.config import check_name
+from clip_jax.distributed import FAILURES
 from clip_jax.evals import bias, overlap, prompts
-from clip_jax.evals.duplicates import MAX_DISTANCE, hash_pictures, nearest_hash
-from clip_jax.evals.feature_cache import FeatureCache
+from clip_jax.evals.association import MANY, association
+from clip_jax.evals.duplicates import hash_pictures, nearest_hash
 from clip_jax.evals.few_shot import SHOTS, few_shot
 from clip_jax.evals.linear_probe import Examples, search
 from clip_jax.evals.measures import MEASURES, Measure, Scored, Undefined, hits
+from clip_jax.evals.question import (
+    Load,
+    Options,
+    Question,
+    Subject,
+    as_captions,
+    as_classes,
+    caption_templates,
+    check_classes,
+    cue_wordings,
+    groups_of,
+    whole_split,
+)
 from clip_jax.evals.registry import DATASETS, SUITES, Dataset, published
 from clip_jax.evals.retrieval import retrieval
 from clip_jax.evals.zeroshot import classified, measured
-from clip_jax.typing import Embedder, EvalSet, Labelled, Unavailable
+from clip_jax.typing import EvalSet, Labelled, Unavailable
+
+__all__ = ["TASKS", "Options", "Outcome", "Question", "Subject", "asks", "eval_set", "evaluate", "expand", "load"]
 
 log = logging.getLogger(__name__)
 
 HELD_OUT = 0.2  # of the training split, for validation where there is no split for it
 SEEDS = range(5)  # of few-shot draws
-
-Load = Callable[[Dataset, str], Labelled]  # (set, 'test', 'train' or 'validation') -> the split
-
-
-@dataclasses.dataclass(frozen=True)
-class Subject:
-    """The model that is measured.
-
-    embedder: unit vectors of pictures and texts.
-    features: pictures to float32[n D], before the projection: what probes see.
-    architecture: a key of `architectures.MODELS`, by which published numbers are found; others have none.
-    preprocessing: what happens to pictures, in words.
-    cache: keeps features on disk, or doesn't.
-    """
-
-    embedder: Embedder
-    features: Callable[[Sequence[bytes]], Float[np.ndarray, "n D"]]
-    architecture: str
-    preprocessing: str
-    cache: FeatureCache
-
-    def of(self, split: Labelled) -> _Split:
-        """Return the embedder for the pictures of one split."""
-        return _Split(self, split)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Split:
-    subject: Subject
-    split: Labelled
-
-    def image(self, images: Sequence[bytes]) -> Float[np.ndarray, "n E"]:
-        return self._kept("embeddings", self.subject.embedder.image, images)
-
-    def text(self, texts: Sequence[str]) -> Float[np.ndarray, "m E"]:
-        return self.subject.embedder.text(texts)
-
-    def examples(self, rows: np.ndarray | slice = slice(None)) -> Examples:
-        if self.split.targets is None:
-            raise Unavailable("what was found has captions, not classes")
-        features_nD = self._kept("features", self.subject.features, self.split.images)
-        broken = int((~np.isfinite(features_nD)).any(1).sum())
-        if broken:
-            raise Unavailable(f"the features of {broken:,} of {len(features_nD):,} pictures are not finite")
-        return Examples(features_nD[rows], self.split.targets[rows])
-
-    def _kept(self, kind: str, compute: Callable, images: Sequence[bytes]) -> np.ndarray:
-        if not self.split.fingerprint:  # nothing would tell it from another split of as many pictures
-            return compute(images)
-        return self.subject.cache.get(f"{kind}-{self.split.fingerprint}", len(images), lambda: compute(images))
 
 
 class Answer(NamedTuple):
@@ -95,54 +61,15 @@ class Outcome(NamedTuple):
     metrics: as evaluators return them: `<task>/<set>/<measure>` and what stands below.
     described: what the numbers are of.
     details: an `overlap.Overlap`, or `bias.rows` by group.
-    left_out: why there is no number.
+    left_out: why there is no number: the set is not here, or can't be measured so.
+    failed: what went wrong where there should be one: what is here is damaged.
     """
 
     metrics: dict[str, float]
     described: dict[str, str]
     details: dict[str, Any]
     left_out: dict[str, str]
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What a user may say of all sets that are asked.
-
-    templates, class_names: as `prompts` takes them; empty for the registry's.
-    hashes: of the training source's pictures, for 'overlap'; max_distance: bits in which near-duplicates may differ.
-    groups: of every picture of the test split its group, and the groups' names, for 'bias'.
-    categories: by name the classes that count together in 'bias', such as those that offend.
-    """
-
-    templates: str = ""
-    class_names: str = ""
-    hashes: Sequence[UInt64[np.ndarray, "..."]] = ()
-    max_distance: int = MAX_DISTANCE
-    groups: tuple[Int64[np.ndarray, "n"], tuple[str, ...]] | None = None
-    categories: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True)
-class Question:
-    """One set asked of one model; asked: how many sets are asked besides, itself included."""
-
-    subject: Subject
-    dataset: Dataset
-    load: Load
-    options: Options
-    asked: int = 1
-
-    def test(self) -> Labelled:
-        """Return the test split. Raises Unavailable where it is not the whole split that the registry knows."""
-        return _whole(self.dataset, self.load(self.dataset, "test"))
-
-    def described(self, split: Labelled, *more: str) -> str:
-        """Return what a number is of, in one line."""
-        row = self.dataset
-        classes = [f"{row.classes} classes"] if row.classes else []
-        measure = f"measure {row.measure}"
-        pictures = f"{len(split.images):,} pictures of the {row.test} split"
-        return "; ".join([pictures, *classes, measure, *filter(None, more), self.subject.preprocessing])
+    failed: dict[str, str]
 
 
 def evaluate(
@@ -151,33 +78,49 @@ def evaluate(
     tasks: Sequence[str],
     load: Load,
     options: Options = Options(),  # noqa: B008 (frozen)
+    after_each: Callable[[Outcome], None] = lambda outcome: None,
 ) -> Outcome:
-    """Ask every set for which a task is meant.
+    """Ask every set for which a task is meant. To be called on all hosts.
+
+    What can't be read of one set is recorded, and the others go on; an error of the program's own ends it.
 
     Args:
       names: keys of DATASETS or SUITES.
       tasks: keys of TASKS.
+      after_each: gets what there is after each set that was asked, so that it can be kept.
 
     Raises:
-      ValueError: for a name that isn't known.
+      ValueError: for a name that isn't known, or prompts of the user's that can't be used.
     """
-    outcome, names = Outcome({}, {}, {}, {}), expand(names)
+    outcome, names = Outcome({}, {}, {}, {}, {}), expand(names)
+    options.check()
     for name in names:
-        for task in tasks:
-            row, key = DATASETS[name], f"{task}/{name}"
-            if not asks(task, row):
-                continue
-            log.info("%s", key)
-            try:
-                answer = TASKS[task](Question(subject, row, load, options, len(names)))
-            except (Unavailable, Undefined) as error:
-                log.warning("%s is left out: %s", key, str(error).splitlines()[0])
-                outcome.left_out[key] = str(error)
-            else:
-                outcome.metrics.update(answer.metrics | _published(key, subject.architecture, row, answer.metrics))
-                outcome.described[key] = answer.described
-                outcome.details[key] = answer.detail
+        asked = [task for task in tasks if asks(task, DATASETS[name])]
+        for task in asked:
+            _ask(task, Question(subject, DATASETS[name], load, options, len(names)), outcome)
+        if asked:
+            after_each(outcome)
     return outcome
+
+
+def _ask(task: str, question: Question, outcome: Outcome) -> None:
+    """Add to the outcome what a task finds of a set, the same on all hosts."""
+    row, key = question.dataset, f"{task}/{question.dataset.name}"
+    log.info("%s", key)
+    try:
+        with distributed.together(Unavailable, Undefined, *FAILURES):
+            answer = TASKS[task](question)
+            metrics = answer.metrics | _published(key, question.subject.architecture, row, answer.metrics)
+    except (Unavailable, Undefined) as error:
+        log.warning("%s is left out: %s", key, str(error).splitlines()[0])
+        outcome.left_out[key] = str(error)
+    except FAILURES as error:
+        outcome.failed[key] = distributed.sentence(error)
+        log.exception("%s failed", key)  # with the traceback: an IndexError may as well be ours
+    else:
+        outcome.metrics.update(metrics)
+        outcome.described[key] = answer.described
+        outcome.details[key] = answer.detail
 
 
 def load(row: Dataset, part: str, data_dir: str) -> Labelled:
@@ -188,7 +131,10 @@ def load(row: Dataset, part: str, data_dir: str) -> Labelled:
         return labelled.builtin(row.builtin, part)
     if not data_dir:
         raise Unavailable("the directory that evaluation data lies in isn't given: --data_dir, or eval.data_dir")
-    return labelled.find(row.folder, row.split(part), row.tfds, row.split(part, tfds=True), data_dir)
+    try:
+        return labelled.find(row.folder, row.split(part), row.tfds, row.split(part, tfds=True), data_dir)
+    except Unavailable as error:
+        raise Unavailable(f"{error}\n{row.note}".rstrip()) from error
 
 
 def eval_set(name: str, data_dir: str, options: Options = Options()) -> EvalSet:  # noqa: B008 (frozen)
@@ -200,8 +146,8 @@ def eval_set(name: str, data_dir: str, options: Options = Options()) -> EvalSet:
     """
     check_name("a set", name, DATASETS)
     row = DATASETS[name]
-    split = _whole(row, load(row, "test", data_dir))
-    return _captions(row, split, options) if row.task == "retrieval" else _classes(row, split, options)[0]
+    split = whole_split(row, load(row, "test", data_dir))
+    return as_captions(row, split, options) if row.task == "retrieval" else as_classes(row, split, options)[0]
 
 
 def expand(names: Sequence[str]) -> list[str]:
@@ -224,14 +170,22 @@ def asks(task: str, row: Dataset) -> bool:
 
 def _zeroshot(question: Question) -> Answer:
     row = question.dataset
+    if row.task == "association":
+        split = question.test()
+        if not split.cues:
+            raise Unavailable("what was found has no cues: they are in its associations.jsonl")
+        wordings = cue_wordings(split, question.options)
+        said = f"{len(split.cues):,} cues, such as {wordings[0][0]!r}; those with {MANY} candidates or more count"
+        found = association(question.subject.of(split), row.name, split.images, split.cues, wordings)
+        return Answer(found, question.described(split, said))
     scored, described, _, _ = _classified(question)
     return Answer(measured(f"zeroshot/{row.name}", scored, row.measure), described)
 
 
 def _retrieval(question: Question) -> Answer:
     row, split = question.dataset, question.test()
-    asked = _captions(row, split, question.options)
-    templates = ", ".join(map(repr, _caption_templates(row, question.options)))
+    asked = as_captions(row, split, question.options)
+    templates = ", ".join(map(repr, caption_templates(row, question.options)))
     said = f"{len(asked.texts):,} captions in {templates}"
     return Answer(retrieval(question.subject.of(split), asked), question.described(split, said))
 
@@ -241,7 +195,7 @@ def _linear_probe(question: Question) -> Answer:
     train, validation, held_out = _training(question)
     found = search(train, validation, row.classes, _chosen_by(row))
     scores_nQ = found.probe.scores(question.subject.of(test).examples().features_nD)
-    scored = Scored(scores_nQ, test.targets, _groups(row, test))
+    scored = Scored(scores_nQ, test.targets, groups_of(row, test))
     fitted = f"fitted to {len(train.targets) + len(validation.targets):,}, l2={found.l2:.3g} found on {held_out}"
     return Answer(measured(f"linear_probe/{row.name}", scored, row.measure), question.described(test, fitted))
 
@@ -250,7 +204,7 @@ def _few_shot(question: Question) -> Answer:
     row, test = question.dataset, question.test()
     if row.group >= 0:
         raise Unavailable(f"{row.measure} of few shots is not measured: draws are by class, not by group")
-    if np.ndim(question.load(row, "train").targets) == 2:
+    if np.ndim(question.part("train").targets) == 2:
         raise Unavailable("of several classes per picture there are no shots per class")
     train, validation, held_out = _training(question)
     fewest = int(np.bincount(train.targets, minlength=row.classes).min())
@@ -330,94 +284,20 @@ TASKS: dict[str, Callable[[Question], Answer]] = {
 
 def _classified(question: Question) -> tuple[Scored, str, Labelled, prompts.Prompts]:
     """Return what the zero-shot classifier says of the test split, and what it was asked."""
-    _check_classes(question.dataset)
+    check_classes(question.dataset)
     split = question.test()
-    asked, names, source = _classes(question.dataset, split, question.options)
+    asked, names, source = as_classes(question.dataset, split, question.options)
     scored = classified(question.subject.of(split), asked)
     wordings = f"{source}, {sum(map(len, asked.texts)):,} wordings, {names.digest}"
     return scored, question.described(split, wordings), split, names
 
 
-def _whole(row: Dataset, split: Labelled) -> Labelled:
-    if row.size and len(split.images) != row.size:
-        raise Unavailable(
-            f"its {row.test} split has {row.size:,} pictures, and {len(split.images):,} were found: their number would"
-            f" not be one of {row.name}"
-        )
-    return split
-
-
-def _check_classes(row: Dataset) -> None:
-    if row.task == "association":
-        raise Unavailable(f"cues with several pictures are not asked yet. {row.note}")
-
-
-def _caption_templates(row: Dataset, options: Options) -> tuple[str, ...]:
-    return prompts.templates(options.templates or row.templates or "name")
-
-
-def _captions(row: Dataset, split: Labelled, options: Options) -> EvalSet:
-    if not split.captions:
-        raise Unavailable("what was found has classes, not captions")
-    templates = _caption_templates(row, options)
-    captions = [caption for several in split.captions for caption in several]
-    texts = [tuple(template.replace(prompts.SLOT, caption) for template in templates) for caption in captions]
-    picture_M = np.repeat(np.arange(len(split.images)), [len(several) for several in split.captions])
-    return EvalSet(row.name, split.images, texts, picture_M == np.arange(len(split.images))[:, None])
-
-
-def _classes(row: Dataset, split: Labelled, options: Options) -> tuple[EvalSet, prompts.Prompts, str]:
-    """Return the set, its prompts and where they come from."""
-    _check_classes(row)
-    if split.targets is None:
-        raise Unavailable("what was found has captions, not classes")
-    asked, source = _prompts(row, split, options)
-    groups = _groups(row, split)
-    found = EvalSet(row.name, split.images, asked.wordings(), split.targets, groups=groups, measure=row.measure)
-    return found, asked, source
-
-
-def _prompts(row: Dataset, split: Labelled, options: Options) -> tuple[prompts.Prompts, str]:
-    """Return the prompts and where they come from: the user's, else the registry's, else what the data brings."""
-    stored = tuple((name,) for name in split.class_names)
-    names, names_from = _found(prompts.class_names, options.class_names, row.class_names, stored)
-    templates, templates_from = _found(prompts.templates, options.templates, row.templates, split.templates)
-    if not templates:
-        templates, templates_from = prompts.templates("photo"), "photo"
-    if not names:
-        raise Unavailable("its classes have no names: neither the data brings any, nor is a package known that does")
-    if len(names) != row.classes:
-        raise Unavailable(f"{len(names)} class names ({names_from}) for {row.classes} classes: give --class_names")
-    return prompts.Prompts(names, templates), f"class names {names_from}, templates {templates_from}"
-
-
-def _found(read: Callable[[str], tuple], users: str, registered: str, stored: tuple) -> tuple[tuple, str]:
-    if users:
-        return read(users), users
-    if registered:
-        try:
-            return read(registered), registered
-        except Unavailable:
-            if not stored:
-                raise
-    return stored, "the data's"
-
-
-def _groups(row: Dataset, split: Labelled) -> Int64[np.ndarray, "n"] | None:
-    """Return the groups that the registry's measure looks at."""
-    if row.group < 0:
-        return None
-    if split.metadata is None:
-        raise Unavailable(f"{row.measure} needs the groups of its metadata (.npy), and none were found")
-    return np.where(np.isin(split.metadata[:, row.group], row.other_groups), -1, split.metadata[:, row.group])
-
-
 def _training(question: Question) -> tuple[Examples, Examples, str]:
     """Return what to fit to and what to choose by: the validation split, or a part held out, the same every time."""
-    row, train = question.dataset, question.load(question.dataset, "train")
+    row, train = question.dataset, question.part("train")
     if row.validation or row.tfds_validation:
         try:
-            validation = question.load(row, "validation")
+            validation = question.part("validation")
         except Unavailable as error:
             log.info("%s: a part of the training split is held out, since %s", row.name, error)
         else:

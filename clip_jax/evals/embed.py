@@ -6,6 +6,7 @@ at length 1 again.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -14,8 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Integer
 
+from clip_jax import distributed
+from clip_jax.distributed import FAILURES
 from clip_jax.evals.ranking import unit
 from clip_jax.typing import Embedder, EvalSet, Params, Tokenizer
 
@@ -25,7 +28,8 @@ class ModelEmbedder:
     """Embed in batches of one size, so that each encoder compiles once.
 
     Build it with the same two functions every time: JAX keeps what it compiled by the function, not by the embedder.
-    With several processes every one passes all inputs, prepares its own rows of each batch, and gets all outputs.
+    With several processes every one passes all inputs, prepares its own rows of each batch, and gets all outputs. What
+    one of them can't prepare is an error on all.
 
     encode_image: (params, uint8[B H W 3]) -> float[B E], pure.
     encode_text: (params, int32[B L]) -> float[B E], pure.
@@ -66,8 +70,9 @@ class ModelEmbedder:
         """Yield this process's rows of every batch, and how many of the whole batch are no padding."""
         first, stop, _ = (self.rows or slice(None)).indices(self.batch_size)
         for start in range(0, len(items), self.batch_size):
-            mine = items[start + first : start + stop] or items[-1:]
-            rows = prepare(mine)
+            # Decoding is shared and so is the encoder: who can't decode would leave the others waiting in it.
+            with distributed.together(*FAILURES) if self.rows is not None else contextlib.nullcontext():
+                rows = prepare(items[start + first : start + stop] or items[-1:])
             padding = [(0, stop - first - len(rows))] + [(0, 0)] * (rows.ndim - 1)
             yield np.pad(rows, padding, mode="edge"), min(self.batch_size, len(items) - start)
 
@@ -159,8 +164,18 @@ def embed_set(embedder: Embedder, eval_set: EvalSet) -> tuple[Float[np.ndarray, 
     ):
         if got != expected:
             raise ValueError(f"the embedder returned {got} rows for the {expected} {kind} of {eval_set.name}")
+    return image_nE, mean_of_wordings(wordings_TE, counts_M)
+
+
+def mean_of_wordings(
+    wordings_TE: Float[np.ndarray, "T E"], counts_M: Integer[np.ndarray, "M"]
+) -> Float[np.ndarray, "M E"]:
+    """Return for each text the mean of its wordings' unit vectors, at length 1 again.
+
+    counts_M: how many rows each text has, one after another; 1 or more.
+    """
     starts_M = np.concatenate([[0], np.cumsum(counts_M)[:-1]])
-    return image_nE, unit(np.add.reduceat(unit(wordings_TE), starts_M, axis=0))
+    return unit(np.add.reduceat(unit(wordings_TE), starts_M, axis=0))
 
 
 def check_set(eval_set: EvalSet) -> None:

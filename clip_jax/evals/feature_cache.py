@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import logging
 import os
 import pathlib
+import time
 import uuid
 from collections.abc import Callable
 
@@ -15,6 +17,9 @@ import numpy as np
 from clip_jax import distributed
 
 log = logging.getLogger(__name__)
+
+# A writer at work touches its file more often; one that was killed never again. Clocks of shared disks may be off.
+ABANDONED_SECONDS = 3600
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +64,16 @@ def _read(path: pathlib.Path, rows: int) -> np.ndarray | None:
 
 def _write(path: pathlib.Path, array: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path.parent)
     new = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.new")
     with open(new, "wb") as file:
         np.save(file, array)
     os.replace(new, path)
+
+
+def _remove_abandoned(directory: pathlib.Path) -> None:
+    """Remove what killed writers left; others' files of that ending have other names."""
+    for path in directory.glob(f"{'[0-9a-f]' * 32}.{'[0-9a-f]' * 32}.new"):
+        with contextlib.suppress(OSError):  # its writer was alive, or another has removed it
+            if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+                path.unlink()

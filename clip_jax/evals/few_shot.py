@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int64, Integer
 
 from clip_jax.evals.linear_probe import Examples, fit, search
-from clip_jax.evals.measures import Measure, accuracy
+from clip_jax.evals.measures import Interval, Measure, accuracy
 
 SHOTS = (1, 2, 4, 8, 16)
 
@@ -31,9 +31,9 @@ class FewShot:
         return float(np.mean(self.values))
 
     @property
-    def interval(self) -> tuple[float, float]:
-        """The least and the greatest of the seeds' values."""
-        return min(self.values), max(self.values)
+    def interval(self) -> Interval:
+        """The least and the greatest of the seeds' values: no interval at a level."""
+        return Interval(min(self.values), max(self.values))
 
 
 def draw(

@@ -206,10 +206,12 @@ _DATACOMP = (
             note="Published class names leave the fourth of six empty, so `prompts.class_names` refuses them."),
     Dataset(name="imagenet_o", title="ImageNet-O", folder="wds_imagenet-o_test", train="",
             size=2_000, classes=200, **_templates("imagenet1k"), note="200 of ImageNet's classes, numbered from 0."),
-    Dataset(name="winogavil", title="WinoGAViL", task="association", train="", size=3_563, classes=0,
-            measure="jaccard",
-            note="A cue and several pictures, of which some go with it: no folder of pictures and classes holds it. "
-                 "datacomp's number is of cues with 10 or 12 pictures."),
+    Dataset(name="winogavil", title="WinoGAViL", task="association", folder="winogavil", train="", size=3_563,
+            classes=0, measure="jaccard",
+            note="3,563 cues, each with several pictures of which some go with it; the number is of those with 10 or "
+                 "12. datacomp keeps it in Hugging Face's cache, which is not read: save the candidate_images of "
+                 "huggingface.co/datasets/nlphuji/winogavil (test) under their names in candidates, and the fields "
+                 "cue, candidates and associations as lines of associations.jsonl beside them."),
     Dataset(name="iwildcam", title="iWildCam", folder="wds_wilds-iwildcam_test", validation="validation",
             size=42_791, classes=182, measure="macro_f1"),
     Dataset(name="camelyon17", title="Camelyon17", folder="wds_wilds-camelyon17_test", validation="validation",
@@ -242,7 +244,8 @@ _NOT_IN_DATACOMP = {"birdsnap", "fer2013", "ucf101", "kinetics700", "hateful_mem
 _NOT_IN_DATACOMP |= {"eurosat", "resisc45", "sun397", "voc2007", "clevr_counts"}
 
 SUITES: dict[str, tuple[str, ...]] = {
-    # IIIT5K, which the paper reads too, gives every picture candidates of its own: no set of classes.
+    # IIIT5K, which the paper reads too, gives every picture a lexicon of its own, 50 or 1,000 words: no set of classes,
+    # and neither CLIP_benchmark nor datacomp stores it.
     "paper": (*(row.name for row in _PAPER), "svhn"),
     "robustness": ("imagenet", "imagenet_v2", "imagenet_a", "imagenet_r", "imagenet_sketch", "objectnet"),
     "retrieval": ("flickr30k", "mscoco"),

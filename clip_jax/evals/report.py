@@ -26,6 +26,7 @@ from clip_jax.evals.panels import Panels
 
 ATTRIBUTES = ("candidates", "chance", "majority", "gate", "low", "high", "published")
 EVALUATED = ("retrieval/", "zeroshot/", "linear_probe/", "few_shot/")
+NOTES = {"failed": "failed", "left_out": "is left out"}  # of a run's facts: why sets have no number
 CURVES = {
     "loss": "Loss",
     "accuracy/image_to_text": "Contrastive accuracy in the batch",
@@ -146,6 +147,7 @@ def write_report(
     curves: Sequence[Mapping[str, Number | None]],
     panels: Sequence[Panels],
     run: Mapping[str, Any],
+    plots: Mapping[str, str] | None = None,
 ) -> None:
     """Write `report.json` and `report.html` into `workdir`; each replaces an older one in a single step.
 
@@ -154,15 +156,17 @@ def write_report(
       curves: JSON-lines records of the run. Those with `loss` are training's, with the keys of CURVES; those with keys
         that begin with an evaluator's name are evaluations'. Each has `step`.
       run: facts by name (`name` is the title, `attribution` the foot); a mapping, such as `config` or `versions`,
-        becomes a table of its own, and `left_out`, from sets to reasons, a note. report.json has all under `run/`.
+        becomes a table of its own; `left_out` and `failed`, from sets to reasons, are notes. report.json has all under
+        `run/`.
+      plots: SVGs by title, with colours for light and dark of their own.
     """
     directory = epath.Path(workdir)
     run = {"name": directory.name, **run}
     flat = {key: _as_json(key, value) for key, value in metrics.items()}
     flat |= {f"run/{key}": _as_json(key, value) for key, value in flatten(run).items()}
     directory.mkdir(parents=True, exist_ok=True)
-    _replace(directory / "report.json", json.dumps(flat, sort_keys=True, indent=1, ensure_ascii=False) + "\n")
-    _replace(directory / "report.html", page(metrics, curves, panels, run))
+    replace(directory / "report.json", json.dumps(flat, sort_keys=True, indent=1, ensure_ascii=False) + "\n")
+    replace(directory / "report.html", page(metrics, curves, panels, run, plots))
 
 
 def page(
@@ -170,8 +174,9 @@ def page(
     curves: Sequence[Mapping[str, Number | None]],
     panels: Sequence[Panels],
     run: Mapping[str, Any],
+    plots: Mapping[str, str] | None = None,
 ) -> str:
-    """Return the page as HTML."""
+    """Return the page as HTML; the arguments are those of `write_report`."""
     import jinja2
     import markupsafe
 
@@ -192,13 +197,14 @@ def page(
         title=run.get("name", "A run of clip_jax"),
         attribution=run.get("attribution", ""),
         facts={k: v for k, v in run.items() if not isinstance(v, Mapping) and k not in ("name", "attribution")},
-        sections={k: flatten(v) for k, v in run.items() if isinstance(v, Mapping) and k != "left_out"},
-        left_out=run.get("left_out", {}),
+        sections={k: flatten(v) for k, v in run.items() if isinstance(v, Mapping) and k not in NOTES},
+        notes={words: run.get(name, {}) for name, words in NOTES.items()},
         headlines=[r for r in rows if r.gate is not None] or [r for r in rows if r.floor is not None][:4],
         groups=_by_set(r for r in rows if r.set_name not in {language["set"] for language in languages}),
         languages=languages,
         charts=[(title, names, markupsafe.Markup(svg)) for title, names, svg in _charts(curves)],
         panels=panels,
+        plots={title: markupsafe.Markup(svg) for title, svg in (plots or {}).items()},
     )
 
 
@@ -298,8 +304,9 @@ def _as_json(key: str, value: Any) -> Number | str | None:
     return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _replace(path: epath.Path, text: str) -> None:
+def replace(path: os.PathLike[str], text: str) -> None:
     """Write in one step, so that a reader never finds half a file."""
+    path = epath.Path(path)
     new = path.with_name(path.name + ".new")
     new.write_text(text)
     new.replace(path)

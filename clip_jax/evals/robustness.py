@@ -98,14 +98,15 @@ def robustness_gap(accuracies: Mapping[str, Number], shifts: Sequence[str] = SHI
 def summary(metrics: Mapping[str, float], baselines: Mapping[str, tuple[float, float]]) -> dict[str, float]:
     """Return the average over SHIFTS, the gap to ImageNet and, beside standard models, the effective robustness.
 
-    Keys: `robustness/shifts/{average,gap,effective}`. Empty unless zero-shot top-1 of all of them was measured.
+    Keys: `robustness/shifts/{average,gap,effective}`. Empty unless zero-shot top-1 of all of them is there and finite.
+    Accuracies of 0 or 1 have no logit, so there is no effective robustness then.
     """
-    found = {name: metrics.get(f"zeroshot/{name}/top1") for name in (IMAGENET, *SHIFTS)}
-    if None in found.values():
+    found = {name: metrics.get(f"zeroshot/{name}/top1", math.nan) for name in (IMAGENET, *SHIFTS)}
+    if not all(map(math.isfinite, found.values())):
         return {}
     average = average_shift(found)
     result = {"average": average, "gap": robustness_gap(found)}
-    if baselines:
+    if baselines and 0 < found[IMAGENET] < 1 and 0 < average < 1:
         result["effective"] = fit(list(baselines.values())).effective_robustness(found[IMAGENET], average)
     return {f"robustness/shifts/{name}": value for name, value in result.items()}
 

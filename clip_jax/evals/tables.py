@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from clip_jax.architectures import WeightsConfig
     from clip_jax.evals.benchmark import Outcome
 
-# The columns of open_clip's docs/openclip_results.csv, in its order: datacomp's, with ImageNet first.
+# The columns of open_clip's docs/openclip_results.csv as of 89fb801, in its order: datacomp's, with ImageNet first.
 # fmt: off
 _ORDER = (
     "imagenet", "caltech101", "cifar10", "cifar100", "clevr_counts_vtab", "clevr_distance", "country211", "dtd",
@@ -28,17 +29,20 @@ _AVERAGE = "Average perf. on 38 datasets"
 
 
 def headline(row: Dataset, metrics: Mapping[str, float]) -> float | None:
-    """Return the one number of a set, as datacomp takes it, or None if it was not measured."""
+    """Return the one number of a set, as datacomp takes it, or None if it was not measured or is not finite."""
     if row.task == "retrieval":
-        recalls = [metrics.get(f"retrieval/{row.name}/{way}/recall_at_1") for way in ("image_to_text", "text_to_image")]
-        return None if None in recalls else sum(recalls) / 2
-    return metrics.get(f"zeroshot/{row.name}/{row.measure}")
+        keys = [f"retrieval/{row.name}/{way}/recall_at_1" for way in ("image_to_text", "text_to_image")]
+    else:
+        keys = [f"zeroshot/{row.name}/{row.measure}"]
+    value = sum(metrics.get(key, math.nan) for key in keys) / len(keys)
+    return value if math.isfinite(value) else None
 
 
-def open_clip_csv(name: str, pretrained: str, metrics: Mapping[str, float]) -> str:
-    """Return head and row in open_clip's columns, then those of our other sets; empty where nothing was measured.
+def open_clip_csv(name: str, pretrained: str, parameters: int, metrics: Mapping[str, float]) -> str:
+    """Return head and row in open_clip's columns, then those of our other sets; empty where there is no number.
 
-    The average is there where all of its 38 sets are.
+    The average is there where all of its 38 sets have one. `FLOPs (B)` is left empty: open_clip's are a profiler's
+    count of its own modules.
     """
     others = [key for key in DATASETS if key not in _ORDER and headline(DATASETS[key], metrics) is not None]
     values = {DATASETS[key].title: headline(DATASETS[key], metrics) for key in (*_ORDER, *others)}
@@ -46,8 +50,9 @@ def open_clip_csv(name: str, pretrained: str, metrics: Mapping[str, float]) -> s
     average = "" if None in known else f"{sum(known) / len(known):.4f}"
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["name", "pretrained", _AVERAGE, *values])
-    writer.writerow([name, pretrained, average, *("" if v is None else f"{v:.4f}" for v in values.values())])
+    writer.writerow(["name", "pretrained", "params (M)", "FLOPs (B)", _AVERAGE, *values])
+    cells = ("" if value is None else f"{value:.4f}" for value in values.values())
+    writer.writerow([name, pretrained, f"{parameters / 1e6:.2f}", "", average, *cells])
     return text.getvalue()
 
 
@@ -85,6 +90,7 @@ def model_card(facts: Mapping[str, Any], outcome: Outcome, config: WeightsConfig
         number = "" if result.published is None else f"{result.published:.3f}"
         lines.append(f"| {result.key} | {result.value:.3f} | {interval} | {number} |")
     lines += ["", "What they are of:", "", *(f"- {key}: {said}." for key, said in outcome.described.items())]
-    if outcome.left_out:
-        lines += ["", "Not measured:", "", *(f"- {key}: {reason}" for key, reason in outcome.left_out.items())]
+    missing = outcome.left_out | {key: f"failed: {reason}" for key, reason in outcome.failed.items()}
+    if missing:
+        lines += ["", "Not measured:", "", *(f"- {key}: {reason}" for key, reason in missing.items())]
     return "\n".join(lines) + "\n"

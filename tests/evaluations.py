@@ -1,0 +1,91 @@
+"""Starting `python -m clip_jax.evaluate` as a user does, and the data that it reads, as others store them."""
+
+import contextlib
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+from PIL import Image
+
+from tests import runs
+
+
+def start(*arguments, process=0, processes=1, port=0, tiny=False):
+    """Start one process. tiny: the registry's sets may have any size, as `tests.tiny_evaluate` says."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "PYTHONPATH": str(runs.ROOT),
+        "CLIP_JAX_HEARTBEAT_SECONDS": "20",
+        "CLIP_JAX_SHUTDOWN_SECONDS": "10",
+        "JAX_COMPILATION_CACHE_DIR": str(runs.CACHE),  # for time alone: the programs of other batch sizes are others
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    if processes > 1:
+        environment |= {
+            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+            "JAX_NUM_PROCESSES": str(processes),
+            "JAX_PROCESS_ID": str(process),
+        }
+    program = [str(runs.ROOT / "tests/tiny_evaluate.py")] if tiny else ["-m", "clip_jax.evaluate"]
+    command = [sys.executable, *program, *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=runs.ROOT, env=environment, **pipes)
+
+
+def run(*arguments, processes=1, code=0, tiny=False, second=(), seconds=240):
+    """Return what each process printed, and said to stderr. second: flags that the second process gets besides."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    with contextlib.ExitStack() as stack:
+        started = [
+            start(*arguments, *second * (i == 1), process=i, processes=processes, port=port, tiny=tiny)
+            for i in range(processes)
+        ]
+        for process in started:
+            stack.callback(process.kill)
+        said = [process.communicate(timeout=seconds) for process in started]
+    for process, words in zip(started, said, strict=True):
+        assert process.returncode == code, f"exit code {process.returncode}, expected {code}:\n{words[0]}{words[1]}"
+    return said
+
+
+def report(directory):
+    """Return report.json."""
+    return json.loads((directory / "report.json").read_text())
+
+
+def picture(seed, pixels=24):
+    """Return a PNG of coloured squares, another for every seed."""
+    colours = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(colours.repeat(pixels // 4, axis=0).repeat(pixels // 4, axis=1)).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_shards(folder, samples, *, class_names=(), kind="classification", shards=2):
+    """Write a test split as CLIP_benchmark does; samples: of each picture its members by suffix, in bytes."""
+    (folder / "test").mkdir(parents=True)
+    if class_names:
+        (folder / "classnames.txt").write_text("\n".join(class_names) + "\n")
+    (folder / "dataset_type.txt").write_text(kind)
+    (folder / "test" / "nshards.txt").write_text(str(shards))
+    for shard in range(shards):
+        with tarfile.open(folder / "test" / f"{shard}.tar", "w") as tar:
+            for row in range(shard * len(samples) // shards, (shard + 1) * len(samples) // shards):
+                for suffix, content in samples[row].items():
+                    member = tarfile.TarInfo(f"s{row:07d}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+
+
+def write_classes(folder, pictures, class_ids, class_names):
+    """Write a split of pictures with a class each."""
+    samples = [{"png": data, "cls": str(i).encode()} for data, i in zip(pictures, class_ids, strict=True)]
+    write_shards(folder, samples, class_names=class_names)
