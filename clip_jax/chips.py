@@ -1,8 +1,8 @@
 """Accelerators by their datasheets: what one chip computes, moves and holds.
 
 Sources: docs.cloud.google.com/tpu/docs/{v2,v3,v4,v5e,v5p,v6e,tpu7x} as of 2026; NVIDIA's datasheets of A100, H100,
-H200, B200 and L4, dense bfloat16. HBM of TPUs is what the compiler lets a program have, by its own error; links count one
-direction, half of the "bidirectional" figure where only that is given.
+H200, B200 and L4, dense bfloat16. HBM of TPUs is what the compiler lets a program have, by its own error. Links count
+one direction, half of the "bidirectional" figure where only that is given.
 """
 
 from __future__ import annotations

@@ -305,6 +305,7 @@ def _fingerprint(config: WeightsConfig, params: Params) -> str:
 
 def _facts(config: WeightsConfig, params: Params, fingerprint: str) -> dict[str, Any]:
     from clip_jax.architectures import name_of
+    from clip_jax.flops import forward_flops
     from clip_jax.models import count_parameters
     from clip_jax.workdir import versions
 
@@ -314,6 +315,7 @@ def _facts(config: WeightsConfig, params: Params, fingerprint: str) -> dict[str,
         "fingerprint": fingerprint[:FINGERPRINT],
         "architecture": name_of(config.model),
         "parameters": count_parameters(params),
+        "flops_per_pair": sum(forward_flops(config.model)),
         "versions": versions(),
     }
 
@@ -334,7 +336,9 @@ def _write(
     run = {**facts, "measured": outcome.described, "left_out": outcome.left_out, "failed": outcome.failed}
     write_report(directory, outcome.metrics, curves, (), run, plots)
     files = {
-        "open_clip.csv": open_clip_csv(facts["architecture"], facts["weights"], facts["parameters"], outcome.metrics),
+        "open_clip.csv": open_clip_csv(
+            *(facts[key] for key in ("architecture", "weights", "parameters", "flops_per_pair")), outcome.metrics
+        ),
         "MODEL_CARD.md": model_card(facts, outcome, config),
         **{f"{name}.svg": svg for name, svg in plots.items()},
         **tables,

@@ -30,7 +30,7 @@ def count(function: Callable, *args: Any, padding: bool = True) -> float:
 
 
 def _count(jaxpr: Any, padding: bool) -> float:
-    return sum(_equation(equation, padding) for equation in jaxpr.eqns)
+    return sum((_equation(equation, padding) for equation in jaxpr.eqns), start=0.0)
 
 
 def _equation(equation: Any, padding: bool) -> float:
@@ -48,7 +48,7 @@ def _equation(equation: Any, padding: bool) -> float:
     if name in ("scan", "shard_map"):
         times = params["length"] if name == "scan" else params["mesh"].size
         return times * _count(getattr(params["jaxpr"], "jaxpr", params["jaxpr"]), padding)
-    return sum(_count(inner, padding) for value in params.values() for inner in _jaxprs(value))
+    return sum((_count(inner, padding) for value in params.values() for inner in _jaxprs(value)), start=0.0)
 
 
 def _jaxprs(value: Any) -> list[Any]:

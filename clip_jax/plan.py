@@ -1,4 +1,4 @@
-"""Ask the TPU's compiler before a slice is booked: `python -m clip_jax.plan --config=configs/vit_l14.py --topology=v5e-256`.
+"""Ask the compiler before a slice is booked: `python -m clip_jax.plan --config=configs/vit_l14.py --topology=v5e-256`.
 
 The step of `clip_jax.main` is compiled for that slice, on any Linux machine with libtpu (`pip install 'jax[tpu]'`), and
 one page says whether it fits and what it costs. Compiling takes minutes. Exit codes: 0, it fits; 3, it doesn't; 1, an
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import pathlib
 import sys
 import threading
@@ -57,14 +58,13 @@ def main(argv: list[str]) -> None:
 
 
 def _plan() -> bool:
-    from clip_jax.planner.topology import prepare_compiler, topology
+    from clip_jax.planner.topology import topology
 
     if not _TOPOLOGY.value:
         raise ValueError("give --topology, e.g. --topology=v5e-256, v4-512 or h100-64")
     where = topology(_TOPOLOGY.value, _SLICES.value)
     config = None if _LOSS_ONLY.value else _config()
-    if where.chip.kind == "tpu":
-        prepare_compiler()  # before jax is imported
+    os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported: it would look for a TPU, and say at length why not
     if _SEARCH.value:
         return _search(config, where)
 

@@ -13,6 +13,7 @@ from clip_jax.architectures import MODELS, WeightsConfig
 from clip_jax.evals import registry
 from clip_jax.evals.benchmark import Outcome
 from clip_jax.evals.tables import model_card, open_clip_csv
+from clip_jax.flops import forward_flops
 from tests.tiny_benchmark import PROBES, ROW, WrongInThirds, evaluate
 
 # The head of https://github.com/mlfoundations/open_clip/blob/89fb801/docs/openclip_results.csv.
@@ -53,29 +54,29 @@ def _read(text):
 def test_the_row_for_open_clip_has_its_columns_in_its_order():
     assert len(OPEN_CLIP) == len(registry.SUITES["datacomp"]) == 38
     metrics, column = _all_measured()
-    text = open_clip_csv("vit_b32", "weights.pt", 151_277_313, metrics)
+    text = open_clip_csv("vit_b32", "weights.pt", 151_277_313, sum(forward_flops(MODELS["vit_b32"])), metrics)
     assert text.splitlines()[0].split(",") == [*FIRST, AVERAGE, *OPEN_CLIP]
     row = _read(text)
     assert (row["name"], row["pretrained"]) == ("vit_b32", "weights.pt")
-    assert (row["params (M)"], row["FLOPs (B)"]) == ("151.28", "")  # the first is what its table has for ViT-B-32
+    assert (row["params (M)"], row["FLOPs (B)"]) == ("151.28", "14.78")  # as in its table for ViT-B-32
     assert {title: row[title] for title in OPEN_CLIP} == {title: f"{column[title]:.4f}" for title in OPEN_CLIP}
 
 
 def test_the_average_has_four_digits_too():
     metrics, column = _all_measured()
-    assert _read(open_clip_csv("a", "b", 1, metrics))[AVERAGE] == f"{sum(column.values()) / 38:.4f}"
+    assert _read(open_clip_csv("a", "b", 1, 1e7, metrics))[AVERAGE] == f"{sum(column.values()) / 38:.4f}"
 
 
 @pytest.mark.parametrize("missing", ["zeroshot/geode/worst_group_top1", "retrieval/mscoco/text_to_image/recall_at_1"])
 def test_the_average_is_there_only_where_all_38_are(missing):
     metrics, column = _all_measured()
     np.testing.assert_allclose(
-        float(_read(open_clip_csv("a", "b", 1, metrics))[AVERAGE]), sum(column.values()) / 38, atol=5e-5
+        float(_read(open_clip_csv("a", "b", 1, 1e7, metrics))[AVERAGE]), sum(column.values()) / 38, atol=5e-5
     )
     title = registry.DATASETS[missing.split("/")[1]].title
     without = {key: value for key, value in metrics.items() if key != missing}
     for broken in (without, metrics | {missing: math.nan}, metrics | {missing: math.inf}):
-        row = _read(open_clip_csv("a", "b", 1, broken))
+        row = _read(open_clip_csv("a", "b", 1, 1e7, broken))
         assert row[AVERAGE] == row[title] == ""
         assert sum(row[title] != "" for title in OPEN_CLIP) == 37
 
@@ -87,12 +88,13 @@ def test_other_sets_follow_and_what_is_no_headline_stands_nowhere():
         "zeroshot/pets/top1": 0.25,  # whose own measure is the mean per class
         "linear_probe/cifar10/top1": 0.875,
     }
-    row = _read(open_clip_csv("a", "b", 1, metrics))
+    row = _read(open_clip_csv("a", "b", 1, 1e7, metrics))
     assert list(row) == [*FIRST, AVERAGE, *OPEN_CLIP, "scikit-learn digits"]
     assert {key: value for key, value in row.items() if value} == {
         "name": "a",
         "pretrained": "b",
         "params (M)": "0.00",
+        "FLOPs (B)": "0.01",
         "scikit-learn digits": "0.5000",
     }
 

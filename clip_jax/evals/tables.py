@@ -38,11 +38,10 @@ def headline(row: Dataset, metrics: Mapping[str, float]) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def open_clip_csv(name: str, pretrained: str, parameters: int, metrics: Mapping[str, float]) -> str:
+def open_clip_csv(name: str, pretrained: str, parameters: int, flops: float, metrics: Mapping[str, float]) -> str:
     """Return head and row in open_clip's columns, then those of our other sets; empty where there is no number.
 
-    The average is there where all of its 38 sets have one. `FLOPs (B)` is left empty: open_clip's are a profiler's
-    count of its own modules.
+    The average is there where all of its 38 sets have one. flops: of one picture and one text.
     """
     others = [key for key in DATASETS if key not in _ORDER and headline(DATASETS[key], metrics) is not None]
     values = {DATASETS[key].title: headline(DATASETS[key], metrics) for key in (*_ORDER, *others)}
@@ -52,7 +51,7 @@ def open_clip_csv(name: str, pretrained: str, parameters: int, metrics: Mapping[
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["name", "pretrained", "params (M)", "FLOPs (B)", _AVERAGE, *values])
     cells = ("" if value is None else f"{value:.4f}" for value in values.values())
-    writer.writerow([name, pretrained, f"{parameters / 1e6:.2f}", "", average, *cells])
+    writer.writerow([name, pretrained, f"{parameters / 1e6:.2f}", f"{flops / 1e9:.2f}", average, *cells])
     return text.getvalue()
 
 

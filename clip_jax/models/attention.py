@@ -9,8 +9,8 @@ and values only.
 What the compiler's count of bytes can't see, for ViT-L/14's image tower, 257 tokens and 16 heads of 64, bf16:
 
 - VMEM. A grid step holds [r, 257, 128] of every operand, two heads side by side, twice for the pipeline: at r = 2,
-  2 · 257 · 128 · 2 bytes = 132 kB each, 4 forward and 7 backward, 1.8 MB; scores f32[257, 257] are 264 · 384 · 4 = 406 kB
-  and up to four are alive, 1.6 MB. That is a fifth of the 16 MB which a kernel may use by default.
+  2 · 257 · 128 · 2 bytes = 132 kB each, 4 forward and 7 backward, 1.8 MB. Scores f32[257, 257] are 264 · 384 · 4 =
+  406 kB, and up to four are alive, 1.6 MB. That is a fifth of the 16 MB which a kernel may use by default.
 - Matrix unit. A head's lanes are masked, not sliced: products contract or produce all 128 lanes, of which 64 count, as
   a 128 × 128 unit would pad them anyway. With 257 padded to 264 rows and 384 columns, a third of what the unit does is
   useful: 7 products of 2 · 264 · 384 · 128 a head and layer are 8.9 TFLOP a chip at 128 pictures, 32 ms at v4's peak,
@@ -64,9 +64,8 @@ def attend(
     query, key, value = (x.reshape(*x.shape[:2], heads, -1) for x in (query_BLX, key_BMX, value_BMX))
     mask_B1LM = None if mask_BLM is None else mask_BLM[:, None]
     flash = mask_BLM is None and rows is not None and _fits_cudnn(rows, query)
-    y_BLNK = jax.nn.dot_product_attention(
-        query, key, value, mask=mask_B1LM, is_causal=causal, implementation="cudnn" if flash else "xla"
-    )
+    chosen = {"implementation": "cudnn"} if flash else {}
+    y_BLNK = jax.nn.dot_product_attention(query, key, value, mask=mask_B1LM, is_causal=causal, **chosen)
     return y_BLNK.reshape(query_BLX.shape)
 
 

@@ -10,7 +10,7 @@ release leaves the image tower's unstated.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -37,7 +37,8 @@ ACTIVATIONS: dict[str, Callable] = {
 # What the backward pass finds in memory; it computes the rest again.
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "names": jax.checkpoint_policies.save_only_these_names("attention"),  # as wide as the stream, dear to compute
+    # As wide as the stream, and dear to compute; what follows a convolution, batch norm and ReLU, is cheap.
+    "names": jax.checkpoint_policies.save_only_these_names("attention", "convolution"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -60,14 +61,18 @@ class Compute(NamedTuple):
         """Return activations whose examples lie where the batch's do."""
         return x if self.rows is None else jax.lax.with_sharding_constraint(x, self.rows)
 
+    def forget(self, block: Any, static_argnums: tuple[int, ...] = (), prevent_cse: bool = True) -> Any:
+        """Return a module's class, or a function of a module, as one whose inside the backward pass computes again."""
+        if self.remat == "none":
+            return block
+        policy = REMAT_POLICIES[self.remat]
+        return nn.remat(block, policy=policy, prevent_cse=prevent_cse, static_argnums=static_argnums)
+
     def repeat(self, block: type[nn.Module], count: int, static_argnums: tuple[int, ...] = (), **axes: int) -> Callable:
         """Return a block as `count` of them, one after another, parameters stacked along axis 0."""
-        if self.remat != "none":
-            # Inside a loop nothing can be merged away, so the barrier against that is only cost.
-            policy = REMAT_POLICIES[self.remat]
-            block = nn.remat(block, policy=policy, prevent_cse=self.unroll, static_argnums=static_argnums)
+        # Inside a loop nothing can be merged away, so the barrier against that is only cost.
         return nn.scan(
-            block,
+            self.forget(block, static_argnums, prevent_cse=self.unroll),
             variable_axes={"params": 0} | axes,
             split_rngs={"params": True},
             in_axes=nn.broadcast,

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from clip_jax.architectures import ResNet as Tower
@@ -34,14 +35,18 @@ class ModifiedResNet(nn.Module):
         self, image: Float[Array, "B H W 3"], train: bool = False, project: bool = True
     ) -> Float[Array, "B E"]:
         width, compute = self.tower.width, self.compute
-        x = image
-        for number, (features, stride) in enumerate(((width // 2, 2), (width // 2, 1), (width, 1)), start=1):
-            x = convolution(features, 3, compute.dtype, f"stem_conv{number}", stride)(x)
-            x = jax.nn.relu(BatchNorm(compute, name=f"stem_norm{number}")(x, train))
-        x = _average(x, 2)
+
+        def stem(module: nn.Module, x: Float[Array, "B H W 3"]) -> Float[Array, "B h w c"]:
+            for number, (features, stride) in enumerate(((width // 2, 2), (width // 2, 1), (width, 1)), start=1):
+                x = convolution(x, features, 3, compute.dtype, f"stem_conv{number}", stride)
+                x = jax.nn.relu(BatchNorm(compute, name=f"stem_norm{number}")(x, train))
+            return _average(x, 2)
+
+        x = compute.forget(stem)(self, image)
+        first = compute.forget(Bottleneck, static_argnums=(2,))
         for stage, blocks in enumerate(self.tower.layers):
             stride = 1 if stage == 0 else 2
-            x = Bottleneck(width << stage, stride, compute, name=f"stage{stage}_first")(x, train)
+            x = first(width << stage, stride, compute, name=f"stage{stage}_first")(x, train)
             if blocks > 1:
                 rest = compute.repeat(_Repeated, blocks - 1, static_argnums=(2,), batch_stats=0)
                 x = rest(width << stage, 1, compute, name=f"stage{stage}_rest")(x, train)[0]
@@ -58,16 +63,16 @@ class Bottleneck(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B h w c"], train: bool) -> Float[Array, "B h2 w2 c2"]:
         out, compute = self.width * EXPANSION, self.compute
-        y = convolution(self.width, 1, compute.dtype, "conv1")(x)
+        y = convolution(x, self.width, 1, compute.dtype, "conv1")
         y = jax.nn.relu(BatchNorm(compute, name="norm1")(y, train))
-        y = convolution(self.width, 3, compute.dtype, "conv2")(y)
+        y = convolution(y, self.width, 3, compute.dtype, "conv2")
         y = jax.nn.relu(BatchNorm(compute, name="norm2")(y, train))
-        y = convolution(out, 1, compute.dtype, "conv3")(_average(y, self.stride))
+        y = convolution(_average(y, self.stride), out, 1, compute.dtype, "conv3")
         y = BatchNorm(compute, scale_init=nn.initializers.zeros, name="norm3")(
             y, train
         )  # as released: a block starts as nothing
         if self.stride > 1 or x.shape[-1] != out:
-            x = convolution(out, 1, compute.dtype, "shortcut_conv")(_average(x, self.stride))
+            x = convolution(_average(x, self.stride), out, 1, compute.dtype, "shortcut_conv")
             x = BatchNorm(compute, name="shortcut_norm")(x, train)
         return jax.nn.relu(x + y)
 
@@ -139,12 +144,13 @@ class AttentionPool(nn.Module):
         return nn.Dense(self.embed_dim, kernel_init=init, dtype=self.dtype, name="projection")(pooled_BD)
 
 
-def convolution(features: int, size: int, dtype: jnp.dtype, name: str, stride: int = 1) -> nn.Conv:
-    """Return a convolution without bias that keeps the size, but for its stride: torch's padding of size // 2."""
-    pad = size // 2
-    return nn.Conv(
-        features, (size, size), stride, padding=((pad, pad), (pad, pad)), use_bias=False, dtype=dtype, name=name
-    )
+def convolution(
+    x: Float[Array, "B h w c"], features: int, size: int, dtype: jnp.dtype, name: str, stride: int = 1
+) -> Float[Array, "B h2 w2 c2"]:
+    """Convolve without bias at the same size, but for the stride: torch's padding of size // 2."""
+    padding = ((size // 2, size // 2),) * 2
+    layer = nn.Conv(features, (size, size), stride, padding=padding, use_bias=False, dtype=dtype, name=name)
+    return checkpoint_name(layer(x), "convolution")
 
 
 def _average(x: Float[Array, "B h w c"], size: int) -> Float[Array, "B h2 w2 c"]:

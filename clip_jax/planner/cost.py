@@ -61,13 +61,13 @@ class Collective:
 
 @dataclasses.dataclass
 class Cost:
-    """What one chip does in one run of a program.
+    """What one device does in one run of a program.
 
     flops: multiply-adds of products and convolutions, twice. unit_flops: the same as often as a matrix unit of bfloat16
     passes over them: six times for operands at full precision, three at high. other_flops: of the remaining arithmetic.
-    kernel_flops: a part of `flops`, by kernels' own estimates. logical_bytes, padded_bytes: through HBM, without and with the padding of
-    tiles. hops: collectives one after another, a permutation's rounds included. endless: loops whose count the text
-    doesn't tell, counted once.
+    kernel_flops: a part of `flops`, by kernels' own estimates. logical_bytes, padded_bytes: through HBM, without and
+    with the padding of tiles. hops: collectives, one after another. endless: loops whose count the text doesn't tell,
+    counted once.
     """
 
     flops: float = 0.0
@@ -189,13 +189,13 @@ class Program:
         if op.opcode in ("copy-start", "slice-start"):
             moved = op.results[1] if op.opcode == "slice-start" else op.results[0]
             ends = [op.results[0].space, op.results[1].space].count(HBM)
-            return ends * moved.logical_bytes, ends * moved.padded_bytes
+            return float(ends * moved.logical_bytes), float(ends * moved.padded_bytes)
         if op.opcode == "fusion":
             return self._fusion_traffic(computation, op)
         if op.opcode == "dynamic-update-slice":
             return _bytes([*sources[1], *sources[1]], op.results[0].space)
         if op.opcode in ("dynamic-slice", "slice", "gather"):
-            read = _bytes(op.results) if sources[0][0].space == HBM else (0, 0)
+            read = _bytes(op.results) if sources[0][0].space == HBM else (0.0, 0.0)
             return _plus(read, _bytes(op.results))
         results = op.results[len(op.results) // 2 :] if op.opcode.endswith("-start") else op.results
         return _plus(_bytes([x for source in sources for x in source]), _bytes(results))
@@ -354,7 +354,7 @@ def _dot_flops(sources: list[Array], op: Op) -> float:
 
 
 def _convolution_flops(sources: list[Array], op: Op) -> float:
-    """Return two flops for every product whose both factors are data, not padding: XLA writes products of batches so."""
+    """Return two flops for every product of two numbers that are data, not padding, which XLA uses for batches."""
     lhs, rhs = sources
     kinds = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.attributes)
     lhs_dims, rhs_dims, out_dims = kinds[1], kinds[2], kinds[3]

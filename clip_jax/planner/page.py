@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from clip_jax.architectures import name_of
+from clip_jax.chips import Number
 from clip_jax.planner.predict import Plan
 
 IMAGES_PER_CORE_SECOND = 254  # decoded, cropped and resized by tf.data from 512 px JPEG: docs/performance.md
@@ -13,36 +14,36 @@ RESOURCES = {"flops": "matrix units", "hbm": "HBM", "links": "links between chip
 
 def page(plan: Plan) -> str:
     """Return the page."""
-    return "\n".join(
-        [_title(plan), "", *_memory(plan), *(["", *_work(plan)] if plan.flops else []), "", *_advice(plan)]
-    )
+    parts = [_title(plan), _memory(plan)]
+    if plan.flops:
+        parts += [_work(plan), _speed(plan)]
+    return "\n\n".join("\n".join(lines) for lines in (*parts, _advice(plan)))
 
 
-def _title(plan: Plan) -> str:
+def _title(plan: Plan) -> Iterator[str]:
     where, config = plan.topology, plan.config
     shape = f" ({'x'.join(map(str, where.shape))})" if where.shape else ""
-    machine = f"{where.chips} chips of {where.chip.name}{shape}" + (
-        f" in {where.slices} slices" if where.slices > 1 else ""
-    )
-    lines = [f"{where.name}: {machine}", plan.what]
-    if config is not None:
-        mesh = {"data": where.chips * where.chip.devices // config.mesh.fsdp // config.mesh.tensor}
-        mesh |= {"fsdp": config.mesh.fsdp, "tensor": config.mesh.tensor}
-        lines[1] = (
-            f"{name_of(config.model)}, {plan.what}: batch {plan.global_batch:,}, {plan.global_batch / where.chips:g} a chip;"
-            f" remat {config.train.remat}; {config.train.micro_batches} micro-batch(es); text_capacity"
-            f" {config.train.text_capacity:g}; mesh {', '.join(f'{k} {v}' for k, v in mesh.items())}"
-        )
-    return "\n".join(lines)
+    slices = f" in {where.slices} slices" if where.slices > 1 else ""
+    yield f"{where.name}: {where.chips:,} chips of {where.chip.name}{shape}{slices}"
+    if config is None:
+        yield plan.what
+        return
+    data = where.chips * where.chip.devices // config.mesh.fsdp // config.mesh.tensor
+    train = config.train
+    rows = f"batch {plan.global_batch:,}, {plan.global_batch / where.chips:g} a chip"
+    yield f"{name_of(config.model)}, {plan.what}: {rows};"
+    yield f"mesh data {data}, fsdp {config.mesh.fsdp}, tensor {config.mesh.tensor}; remat {train.remat},"
+    yield f"{train.micro_batches} micro-batch(es), text_capacity {train.text_capacity:g}, optimizer {config.optim.name}"
 
 
 def _memory(plan: Plan) -> Iterator[str]:
     room = plan.topology.chip.hbm_bytes
     if not plan.fits:
-        yield f"DOES NOT FIT: {_giga(plan.needed_bytes)} needed, {_giga(room)} a chip: {plan.needed_bytes / room:.2f} times as much"
+        times = plan.needed_bytes / room
+        yield f"DOES NOT FIT: {_bytes(plan.needed_bytes)} needed of {_bytes(room)} a chip, {times:.2f} times as much"
         return
     free = room - plan.peak_bytes
-    yield f"FITS: {_giga(plan.peak_bytes)} of {_giga(room)} a chip at the peak, {_giga(free)} ({free / room:.0%}) free"
+    yield f"FITS: {_bytes(plan.peak_bytes)} of {_bytes(room)} a chip at the peak, {free / room:.0%} free"
     rows = [
         ("parameters", plan.parameter_bytes),
         ("optimizer, averages", plan.optimizer_bytes),
@@ -50,73 +51,66 @@ def _memory(plan: Plan) -> Iterator[str]:
         ("temporaries, all told", plan.temporary_bytes),
         ("  saved activations", plan.activation_bytes),
     ]
-    yield from _table([(name, _giga(size)) for name, size in rows if size])
+    yield from _table([(name, _bytes(size)) for name, size in rows if size])
 
 
 def _work(plan: Plan) -> Iterator[str]:
-    seconds, (fast, slow) = plan.seconds, plan.step_seconds
-    chip = plan.topology.chip
-    yield "A step, a chip:"
+    chip, milliseconds = plan.topology.chip, {name: f"{1e3 * t:.3g} ms" for name, t in plan.seconds.items()}
+    yield "A step on a chip:"
+    again = f", {plan.flops / plan.model_flops:.2f} times the model's" if plan.model_flops else ""
+    padding = plan.hbm_bytes_padded / plan.hbm_bytes - 1
     rows = [
         (
-            *("matrix units", f"{seconds['flops'] * 1e3:.1f} ms"),
-            f"{plan.flops / 1e12:.2f} TFLOP of {chip.flops_per_second / 1e12:.0f} a second; the model's {plan.model_flops / 1e12:.2f}",
+            *("matrix units", milliseconds["flops"]),
+            f"{_si(plan.flops, 'FLOP')}{again}, at {_si(chip.flops_per_second, 'FLOP/s')}",
         ),
         (
-            *("HBM", f"{seconds['hbm'] * 1e3:.1f} ms"),
-            f"{_giga(plan.hbm_bytes_padded)} of {_giga(chip.hbm_bytes_per_second)} a second; {_giga(plan.hbm_bytes)} without padding",
+            *("HBM", milliseconds["hbm"]),
+            f"{_bytes(plan.hbm_bytes_padded)}, {padding:.1%} of it padding, at {_bytes(chip.hbm_bytes_per_second)}/s",
         ),
-        ("links", f"{seconds['links'] * 1e3:.1f} ms", f"{_giga(plan.link_bytes)}, {plan.hops:,.0f} messages in a row"),
+        (*("links", milliseconds["links"]), f"{_bytes(plan.link_bytes)} at {_bytes(chip.link_bytes_per_second)}/s"),
     ]
     if plan.network_bytes:
-        rows.append(
-            ("network", f"{seconds['network'] * 1e3:.1f} ms", f"{_giga(plan.network_bytes)} between slices or hosts")
-        )
+        rate = _bytes(chip.network_bytes_per_second)
+        rows.append(("network", milliseconds["network"], f"{_bytes(plan.network_bytes)} at {rate}/s"))
     yield from _table(rows)
-    for message in plan.collectives:
-        where = "between slices" if message["crosses"] else "in a slice"
-        yield (
-            f"    {message['count']:,.0f} x {message['kind']} of {message['group']} devices, {where}: {_giga(message['bytes'])}"
-        )
+    for sent in plan.collectives:
+        where = "between slices" if sent["crosses"] else "in a slice"
+        count = f"{sent['count']:,.0f} x {sent['kind']} of {sent['group']} devices"
+        yield f"    {count}, {where}: {_bytes(sent['bytes'])}"
     if plan.hbm_bytes_by_source:
-        largest = sorted(plan.hbm_bytes_by_source.items(), key=lambda item: -item[1])[:6]
-        yield "    HBM by source: " + ", ".join(f"{name} {_giga(size)}" for name, size in largest)
-    yield ""
-    yield f"Bound by {RESOURCES[plan.bound_by]}. Everything at once, or one after another:"
-    rates, mfu = plan.images_per_second, plan.mfu
-    rows = [("a step", f"{fast * 1e3:,.0f} to {slow * 1e3:,.0f} ms"), ("MFU", f"{mfu[0]:.2f} to {mfu[1]:.2f}")]
+        largest = sorted(plan.hbm_bytes_by_source.items(), key=lambda item: -item[1])[:5]
+        yield "    HBM: " + ", ".join(f"{name} {_bytes(size)}" for name, size in largest)
+
+
+def _speed(plan: Plan) -> Iterator[str]:
+    """Yield what follows, from everything at once to one thing after another."""
+    (fast, slow), rates, chips = plan.step_seconds, plan.images_per_second, plan.topology.chips
+    yield f"Bound by {RESOURCES[plan.bound_by]}. If all work at once, or one after another:"
+    rows = [
+        ("a step", f"{1e3 * fast:,.3g} to {1e3 * slow:,.3g} ms"),
+        ("MFU", "{:.2f} to {:.2f}".format(*plan.mfu)),
+        ("pairs a second", f"{rates[0]:,.0f} to {rates[1]:,.0f} a chip, {chips * rates[0]:,.0f} at most in all"),
+    ]
     if plan.config is not None:
-        hosts = max(1, plan.topology.chips // chip.chips_per_host)
-        a_host = [rate * plan.topology.chips / hosts for rate in rates]
+        hosts = max(1, chips // plan.topology.chip.chips_per_host)
+        of_host = [rate * chips / hosts for rate in rates]
+        cores = of_host[0] / IMAGES_PER_CORE_SECOND
+        days, hours = plan.days, plan.chip_hours
         rows += [
-            (
-                "pairs a second",
-                f"{rates[0]:,.0f} to {rates[1]:,.0f} a chip, {rates[0] * plan.topology.chips:,.0f} at most in all",
-            ),
-            (
-                *("input", f"{a_host[0]:,.0f} to {a_host[1]:,.0f} pictures a second from each of {hosts} hosts;"),
-                f"{a_host[0] / IMAGES_PER_CORE_SECOND:,.0f} to {a_host[1] / IMAGES_PER_CORE_SECOND:,.0f} cores by tf.data",
-            ),
+            ("input", f"{of_host[0]:,.0f} pictures a second at most from each of {hosts:,} hosts: {cores:,.0f} cores"),
+            (f"{plan.total_steps:,} steps", f"{days[0]:,.2f} to {days[1]:,.2f} days"),
+            ("", f"{hours[0]:,.0f} to {hours[1]:,.0f} chip-hours"),
         ]
-        days = [plan.total_steps * t / 86_400 for t in (fast, slow)]
-        hours = [day * 24 * plan.topology.chips for day in days]
-        rows.append(
-            (
-                f"{plan.total_steps:,} steps",
-                f"{days[0]:,.1f} to {days[1]:,.1f} days, {hours[0]:,.0f} to {hours[1]:,.0f} chip-hours",
-            )
-        )
     yield from _table(rows)
 
 
 def _advice(plan: Plan) -> Iterator[str]:
     """Yield what to change first, and what not to believe."""
-    config = plan.config
-    if config is not None:
-        changes = list(_room(plan) if not plan.fits else _speed(plan))
-        yield from (f"Try {change}" for change in changes)
-    if plan.traced_flops and abs(plan.flops / plan.traced_flops - 1) > 0.005:
-        yield f"Beware: the trace has {plan.traced_flops / 1e12:.3f} TFLOP, the compiled program {plan.flops / 1e12:.3f}."
+    if plan.config is not None:
+        yield from (f"Try {change}" for change in (_faster(plan) if plan.fits else _smaller(plan)))
+    if plan.flops and plan.traced_flops and abs(plan.flops / plan.traced_flops - 1) > 0.005:
+        yield f"Beware: JAX's trace has {_si(plan.traced_flops, 'FLOP')}, the program {_si(plan.flops, 'FLOP')}."
     if plan.endless_loops:
         yield f"Beware: counted once, for want of a constant number of rounds: {', '.join(plan.endless_loops)}."
     if plan.topology.chip.kind == "gpu":
@@ -125,52 +119,59 @@ def _advice(plan: Plan) -> Iterator[str]:
         yield "Bounds by the datasheet, not times: what happens inside a kernel or a fusion is not in them."
 
 
-def _room(plan: Plan) -> Iterator[str]:
+def _smaller(plan: Plan) -> Iterator[str]:
     """Yield what makes a program smaller, the cheapest in time first."""
-    config, chips = plan.config, plan.topology.chips * plan.topology.chip.devices
-    if config.train.remat not in ("names", "full"):
-        yield "--config.train.remat=names: the backward pass computes all but attention again."
-    elif config.train.remat == "names" and config.model.image.kind == "vit":
-        yield "--config.train.remat=full: attention outputs are computed again too."
-    if config.mesh.fsdp == 1 and chips > 1:
-        yield f"--config.mesh.fsdp={chips // plan.topology.slices}: parameters and moments are cut over all chips."
-    rows, parts = config.train.batch_size // (chips // config.mesh.tensor), config.train.micro_batches
+    config, devices = plan.config, plan.topology.chips * plan.topology.chip.devices
+    train = config.train
+    if train.remat not in ("names", "full"):
+        yield "--config.train.remat=names: all but attention is computed again."
+    if train.remat == "names" and config.model.image.kind == "vit":
+        yield "--config.train.remat=full: attention is computed again too."
+    if config.mesh.fsdp == 1 and devices > 1:
+        yield f"--config.mesh.fsdp={devices // plan.topology.slices}: parameters and moments are cut over all chips."
+    rows, parts = train.batch_size // (devices // config.mesh.tensor), train.micro_batches
     if rows % (2 * parts) == 0:
-        yield f"--config.train.micro_batches={2 * parts}: half the activations, one more forward pass of the towers."
+        yield f"--config.train.micro_batches={2 * parts}: half the activations, one more forward pass."
     else:
         yield "a larger slice: a chip has few rows already."
 
 
-def _speed(plan: Plan) -> Iterator[str]:
-    """Yield what makes the slowest resource's work less."""
-    config, room = plan.config, plan.topology.chip.hbm_bytes - plan.peak_bytes
-    text = config.model.text
-    if config.train.text_capacity >= 1 and text.causal and text.pool == "end":
+def _faster(plan: Plan) -> Iterator[str]:
+    """Yield what makes the slowest resource's work less, and what is left unused."""
+    config, capacity = plan.config, plan.topology.chip.hbm_bytes
+    train, text, free = config.train, config.model.text, capacity - plan.peak_bytes
+    bound = plan.bound_by
+    if train.text_capacity >= 1 and text.causal and text.pool == "end":
         yield "--config.train.text_capacity=0.35: positions behind the end token cost nothing."
-    if plan.bound_by == "flops" and config.train.remat in ("names", "full"):
-        again = plan.flops / plan.model_flops - 1
-        if room > plan.temporary_bytes and again > 0.05:
-            yield f"--config.train.remat=dots: {again:.0%} of the flops compute again what there is room to keep."
-    if plan.bound_by == "hbm" and config.train.remat != "names" and config.model.image.kind == "vit":
-        yield "--config.train.remat=names: activations are computed again instead of being read back."
-    if plan.bound_by == "hbm" and config.mesh.fsdp == 1 and plan.optimizer_bytes > 0.1 * plan.hbm_bytes_padded / 7:
-        yield "--config.optim.shard_moments=True: every chip updates its part of the parameters only."
-    if plan.bound_by == "links" and config.mesh.fsdp > 1:
+    if bound == "flops" and train.remat in ("names", "full") and free > 2 * plan.temporary_bytes:
+        yield "--config.train.remat=dots: less is computed again, and there is room to keep it."
+    if bound == "hbm" and train.remat != "names" and config.model.image.kind == "vit":
+        yield "--config.train.remat=names: what is cheap is computed again instead of read back."
+    # An update reads and writes parameters, two moments and the gradient: about 3.5 times what the optimizer holds.
+    update, whole = 3.5 * plan.optimizer_bytes, config.mesh.fsdp == 1 and not config.optim.shard_moments
+    if bound == "hbm" and whole and update > 0.2 * plan.hbm_bytes_padded:
+        yield "--config.optim.shard_moments=True: every chip updates its own part of the parameters."
+    if bound == "links" and config.mesh.fsdp > 1:
         yield f"--config.mesh.fsdp={config.mesh.fsdp // 2}: fewer chips gather every layer."
-    if plan.bound_by == "network":
+    if bound == "network":
         yield "a larger batch: gradients cross between slices once a step, whatever its size."
-    if plan.bound_by == "flops" and room < plan.temporary_bytes:
-        return
-    if plan.global_batch and room > plan.peak_bytes:
-        yield f"a smaller slice, or twice the batch: {room / plan.topology.chip.hbm_bytes:.0%} of the memory is free."
+    if free > capacity / 2:
+        yield f"a smaller slice or a larger batch: {free / capacity:.0%} of the memory is free."
 
 
-def _giga(size: float) -> str:
-    return f"{size / 1e9:,.2f} GB" if size >= 1e7 else f"{size / 1e6:,.2f} MB"
+def _bytes(size: Number) -> str:
+    return _si(size, "B")
+
+
+def _si(value: Number, unit: str) -> str:
+    """Return a number with four digits and a decimal prefix, as datasheets have it."""
+    for prefix, scale in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= scale:
+            return f"{value / scale:.4g} {prefix}{unit}"
+    return f"{value:.4g} {unit}"
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
-    widths = [max(len(row[i]) for row in rows if len(row) > i) for i in range(max(map(len, rows)) - 1)]
-    for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)] + list(row[len(widths) :])
-        yield "  " + "  ".join(cells).rstrip()
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    for *cells, last in rows:
+        yield "  " + "  ".join((*(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)), last))

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from clip_jax import flops, optim, sharding, step
+from clip_jax.chips import Number
 from clip_jax.config import Config, resolve
 from clip_jax.losses import LOSSES
 from clip_jax.planner.cost import Cost, Program
@@ -46,26 +47,26 @@ class Plan:
     topology: Topology
     global_batch: int
     fits: bool
-    needed_bytes: float = 0.0
-    parameter_bytes: float = 0.0
-    optimizer_bytes: float = 0.0
-    batch_bytes: float = 0.0
-    argument_bytes: float = 0.0
-    activation_bytes: float = 0.0
-    temporary_bytes: float = 0.0
-    peak_bytes: float = 0.0
-    flops: float = 0.0
-    kernel_flops: float = 0.0
-    unit_flops: float = 0.0
-    traced_flops: float = 0.0
-    model_flops: float = 0.0
-    hbm_bytes: float = 0.0
-    hbm_bytes_padded: float = 0.0
-    link_bytes: float = 0.0
-    network_bytes: float = 0.0
-    hops: float = 0.0
+    needed_bytes: Number = 0
+    parameter_bytes: Number = 0
+    optimizer_bytes: Number = 0
+    batch_bytes: Number = 0
+    argument_bytes: Number = 0
+    activation_bytes: Number = 0
+    temporary_bytes: Number = 0
+    peak_bytes: Number = 0
+    flops: Number = 0
+    kernel_flops: Number = 0
+    unit_flops: Number = 0
+    traced_flops: Number = 0
+    model_flops: Number = 0
+    hbm_bytes: Number = 0
+    hbm_bytes_padded: Number = 0
+    link_bytes: Number = 0
+    network_bytes: Number = 0
+    hops: Number = 0
     collectives: tuple[dict[str, Any], ...] = ()
-    hbm_bytes_by_source: dict[str, float] = dataclasses.field(default_factory=dict)
+    hbm_bytes_by_source: dict[str, Number] = dataclasses.field(default_factory=dict)
     endless_loops: tuple[str, ...] = ()
     total_steps: int = 0
     config: Config | None = None
@@ -104,10 +105,18 @@ class Plan:
         rows = self.global_batch / self.topology.chips
         return tuple(rows / t if t else 0.0 for t in self.step_seconds)
 
+    @property
+    def days(self) -> tuple[float, float]:
+        """Return how long the run takes, with perfect overlap, and with none; evaluation and saving come on top."""
+        return tuple(self.total_steps * t / 86_400 for t in self.step_seconds)
+
+    @property
+    def chip_hours(self) -> tuple[float, float]:
+        """Return the days of all chips together, in hours."""
+        return tuple(24 * self.topology.chips * t for t in self.days)
+
     def as_json(self) -> dict[str, Any]:
         """Return one object with everything, ready for `json`."""
-        seconds, fast, slow = self.seconds, *self.step_seconds
-        steps = self.total_steps
         return {
             "what": self.what,
             "topology": self.topology.name,
@@ -133,16 +142,16 @@ class Plan:
             "collectives": list(self.collectives),
             "hops": self.hops,
             "hbm_bytes_by_source": self.hbm_bytes_by_source,
-            "seconds": seconds,
+            "seconds": self.seconds,
             "bound_by": self.bound_by,
-            "step_seconds": [fast, slow],
+            "step_seconds": list(self.step_seconds),
             "mfu_bound": self.mfu[0],
             "mfu_no_overlap": self.mfu[1],
             "images_per_second_per_chip": self.images_per_second[0],
             "images_per_second_per_chip_no_overlap": self.images_per_second[1],
-            "total_steps": steps,
-            "days": [steps * t / 86_400 for t in (fast, slow)],
-            "chip_hours": [steps * t / 3600 * self.topology.chips for t in (fast, slow)],
+            "total_steps": self.total_steps,
+            "days": list(self.days),
+            "chip_hours": list(self.chip_hours),
             "endless_loops": list(self.endless_loops),
         }
 

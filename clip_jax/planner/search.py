@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
+from clip_jax.chips import Number
 from clip_jax.config import Config
 from clip_jax.planner.predict import Plan
 from clip_jax.planner.topology import Topology
@@ -36,7 +37,7 @@ def search(config: Config, where: Topology, plan: Callable[[Config, Topology], P
 
 def _largest(config: Config, where: Topology, devices: int, plan: Callable[[Config, Topology], Plan]) -> Plan | None:
     rows = max(1, config.train.batch_size // devices)
-    needed: dict[int, float] = {}  # bytes by rows on a device
+    needed: dict[int, Number] = {}  # bytes by rows on a device
     best, smallest_failure = None, 0
     for _ in range(TRIES):
         made = plan(_with_rows(config, rows * devices), where)
@@ -53,7 +54,7 @@ def _largest(config: Config, where: Topology, devices: int, plan: Callable[[Conf
     return best
 
 
-def _next(needed: dict[int, float], rows: int, fits: bool, room: float) -> int:
+def _next(needed: dict[int, Number], rows: int, fits: bool, room: Number) -> int:
     """Return how many rows to try after these."""
     if len(needed) == 1:
         return _round(rows * 2 if fits else rows / 2)
@@ -64,7 +65,7 @@ def _next(needed: dict[int, float], rows: int, fits: bool, room: float) -> int:
     return _round(a + (HEADROOM * room - a_bytes) / a_row)
 
 
-def _round(rows: float) -> int:
+def _round(rows: Number) -> int:
     """Return a number of rows that makes whole tiles."""
     return int(rows) // 8 * 8 if rows >= 8 else int(rows)
 
@@ -86,7 +87,7 @@ def table(plans: Sequence[Plan]) -> str:
         )
         lines.append(
             f"{' ' if beaten else '*'} {made.config.train.remat:>7} {made.config.mesh.fsdp:>5} {made.global_batch:>10,}"
-            f" {made.global_batch // made.topology.chips:>7,} {made.peak_bytes / 1e9:>5.1f} GB {fast:>19,.0f} .. {slow:<9,.0f}"
-            f" {made.mfu[0]:>8.2f}  {made.bound_by}"
+            f" {made.global_batch // made.topology.chips:>7,} {made.peak_bytes / 1e9:>5.1f} GB"
+            f" {fast:>19,.0f} .. {slow:<9,.0f} {made.mfu[0]:>8.2f}  {made.bound_by}"
         )
     return "\n".join(lines)

@@ -88,7 +88,6 @@ def prepare_compiler() -> None:
         "TPU_WORKER_HOSTNAMES": "localhost",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several at once
     }
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     try:
         import libtpu  # noqa: F401
     except ModuleNotFoundError:
@@ -109,7 +108,7 @@ def topology(name: str, slices: int = 1) -> Topology:
     kind = ALIASES.get(found[1], found[1])
     if kind not in CHIPS:
         near = difflib.get_close_matches(kind, CHIPS, n=1)
-        meant = f"; did you mean {near[0]}?" if near else ""
+        meant = f"; did you mean {near[0]}?" if near else "."
         raise ValueError(f"topology {name!r}: no chip {found[1]!r}{meant} There are {', '.join(CHIPS)}")
     if slices < 1:
         raise ValueError(f"slices={slices}: expected 1 or more")

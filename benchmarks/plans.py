@@ -1,0 +1,106 @@
+"""The paper's nine configs on a slice of every kind, by the TPU's compiler: `make plan-all` writes docs/plans.md.
+
+Each row is one compilation of minutes; rows that stand in the file are kept, so that a killed run goes on. The batch
+stays the paper's 32,768: where a chip can't hold its part, it is embedded in micro-batches, and the fewest that fit are
+found. Delete a row, or the file, to have it made again. Arguments choose configs and slices: `plans.py rn50 v5e-256`.
+"""
+
+import dataclasses
+import pathlib
+import runpy
+import sys
+import time
+
+from clip_jax.planner.topology import prepare_compiler, topology
+
+prepare_compiler()
+
+from clip_jax import sharding  # noqa: E402
+from clip_jax.config import Config, from_config_dict  # noqa: E402
+from clip_jax.planner import predict  # noqa: E402
+
+CONFIGS = ("vit_b32", "vit_b16", "vit_l14", "vit_l14_336", "rn50", "rn101", "rn50x4", "rn50x16", "rn50x64")
+SLICES = ("v4-512", "v5e-256", "v6e-256", "v5p-512", "v7x-128")
+ROOT = pathlib.Path(__file__).parents[1]
+TABLE = ROOT / "docs/plans.md"
+COLUMNS = ("config", "slice", "chips", "micro-batches", "peak GB", "of GB", "TFLOP", "HBM GB", "sent GB", "bound by")
+COLUMNS += ("step ms", "MFU", "pairs/s/chip", "days", "compiled in s")
+HEAD = """# Plans
+
+Made by `make plan-all` (benchmarks/plans.py): the step of every config, batch 32,768, compiled for slices that nobody
+booked. Figures are a chip's. Ranges go from everything at once to one thing after another; both are bounds by datasheets, not times.
+
+"""
+ROOM = 0.6  # of the memory, for saved activations, where the first number of micro-batches is guessed
+
+
+def main(wanted: list[str]) -> None:
+    """Make the rows that are missing, one after another."""
+    rows = {tuple(row[:2]): row for row in _rows()}
+    for name in CONFIGS:
+        for sold in SLICES:
+            chosen = not wanted or name in wanted or sold in wanted
+            if wanted and set(wanted) & set(CONFIGS) and set(wanted) & set(SLICES):
+                chosen = name in wanted and sold in wanted
+            if chosen and (name, sold) not in rows:
+                rows[name, sold] = _row(name, sold)
+                _write(rows)
+                print(" | ".join(rows[name, sold]), flush=True)
+
+
+def _row(name: str, sold: str) -> list[str]:
+    config = from_config_dict(runpy.run_path(str(ROOT / f"configs/{name}.py"))["get_config"]())
+    where, began = topology(sold), time.monotonic()
+    parts = _first_guess(config, where)
+    plan = predict.plan_step(_in_parts(config, parts), where)
+    while not plan.fits:
+        parts *= 2
+        plan = predict.plan_step(_in_parts(config, parts), where)
+    numbers = (plan.peak_bytes, where.chip.hbm_bytes, plan.flops, plan.hbm_bytes_padded)
+    scaled = [f"{value / scale:.4g}" for value, scale in zip(numbers, (1e9, 1e9, 1e12, 1e9), strict=True)]
+    ranges = (
+        "{:.0f} to {:.0f}".format(*(1e3 * t for t in plan.step_seconds)),
+        "{:.2f} to {:.2f}".format(*plan.mfu),
+        "{:,.0f} to {:,.0f}".format(*plan.images_per_second),
+        "{:.1f} to {:.1f}".format(*plan.days),
+    )
+    sent = f"{(plan.link_bytes + plan.network_bytes) / 1e9:.3g}"
+    return [
+        name,
+        sold,
+        str(where.chips),
+        str(parts),
+        *scaled,
+        sent,
+        plan.bound_by,
+        *ranges,
+        f"{time.monotonic() - began:.0f}",
+    ]
+
+
+def _first_guess(config: Config, where) -> int:
+    mesh, parts = sharding.make_mesh(where.devices()), 1
+    saved = predict.saved_bytes(config, mesh)
+    while saved / parts > ROOM * where.chip.hbm_bytes / where.chip.devices:
+        parts *= 2
+    return parts
+
+
+def _in_parts(config: Config, parts: int) -> Config:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batches=parts))
+
+
+def _rows() -> list[list[str]]:
+    lines = TABLE.read_text().splitlines() if TABLE.exists() else []
+    cells = [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines if line.startswith("| ")]
+    return [row for row in cells if row[0] in CONFIGS]
+
+
+def _write(rows: dict[tuple, list[str]]) -> None:
+    order = [rows[name, sold] for name in CONFIGS for sold in SLICES if (name, sold) in rows]
+    lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS), *(f"| {' | '.join(row)} |" for row in order)]
+    TABLE.write_text(HEAD + "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,411 @@
+"""The planner: names of slices, what a program's text says, what follows from it, and the command."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from clip_jax import flops, sharding
+from clip_jax.architectures import MODELS, Architecture, ResNet, TextTransformer, ViT
+from clip_jax.chips import CHIPS, KINDS, chip_of
+from clip_jax.config import default_config, from_config_dict
+from clip_jax.planner import predict
+from clip_jax.planner.cost import Program
+from clip_jax.planner.hlo import arrays, parse
+from clip_jax.planner.page import page
+from clip_jax.planner.search import search, table
+from clip_jax.planner.topology import topology
+from tests.tpu import v4_mesh
+
+# What the compiler turns into something else than a product: less than half a percent of a model's flops.
+SAME_FLOPS = 0.005
+
+# ------------------------------------------------------------------------------------------------------- topologies
+
+
+@pytest.mark.parametrize(
+    ("name", "chips", "devices", "kind"),
+    [
+        ("v4-512", 256, 256, "TPU v4"),  # cores
+        ("v4:2x2x4", 16, 16, "TPU v4"),
+        ("v5p-128", 64, 64, "TPU v5"),
+        ("v5e-256", 256, 256, "TPU v5 lite"),
+        ("v5litepod-16", 16, 16, "TPU v5 lite"),
+        ("v6e-8", 8, 8, "TPU v6 lite"),
+        ("v7x-128", 128, 256, "TPU7x"),
+        ("v3-8", 4, 8, "TPU v3"),
+    ],
+)
+def test_a_slice_has_the_chips_that_clouds_sell_under_its_name(name, chips, devices, kind):
+    pytest.importorskip("libtpu")
+    where = topology(name)
+    found = where.devices()
+    assert (where.chips, len(found), found[0].device_kind) == (chips, devices, kind)
+    assert chip_of(kind) is where.chip
+    assert len({device.process_index for device in found}) == max(1, chips // where.chip.chips_per_host)
+
+
+def test_several_slices_are_joined():
+    pytest.importorskip("libtpu")
+    where = topology("v5e-16", slices=2)
+    assert (where.chips, {device.slice_index for device in where.devices()}) == (32, {0, 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v4", "expected a chip and a size, such as v5e-256"),
+        ("v4-7", "v4 counts cores, 2 a chip"),
+        ("v4-24", "no slice of 12 chips is sold; use v4-16"),
+        ("v5e-512", "the largest slice of v5e is v5e-256; several: --slices=2"),
+        ("v5f-8", "no chip 'v5f'; did you mean v5"),
+        ("h100:2x2", "GPUs have no shape; say h100-4"),
+    ],
+)
+def test_a_wrong_name_is_answered_with_one_that_works(name, message):
+    with pytest.raises(ValueError, match=message):
+        topology(name)
+
+
+def test_every_kind_that_jax_names_has_its_figures():
+    assert set(KINDS.values()) == set(CHIPS)
+    assert chip_of("a chip of next year") is None
+
+
+# ------------------------------------------------------------------------------------------------- a program's text
+
+
+def test_arrays_take_whole_tiles():
+    """A ViT-L/14's scores: 257 columns are padded to 384, 257 rows to 264."""
+    (scores,) = arrays("f32[2,257,257]{2,1,0:T(8,128)}")
+    assert (scores.logical_bytes, scores.padded_bytes) == (2 * 257 * 257 * 4, 2 * 264 * 384 * 4)
+    kept, parameter, flag = arrays("(bf16[8,257,64]{0,2,1:T(8,128)(2,1)S(1)}, f32[24]{0}, pred[])")
+    assert (kept.space, kept.padded_bytes, parameter.padded_bytes, flag.logical_bytes) == (1, 257 * 64 * 128 * 2, 96, 1)
+
+
+PROGRAM = """HloModule step
+
+%body (p: (s32[], f32[8,128], f32[3,128,128])) -> (s32[], f32[8,128], f32[3,128,128]) {
+  %p = (s32[], f32[8,128]{1,0:T(8,128)}, f32[3,128,128]{2,1,0:T(8,128)}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = f32[8,128]{1,0:T(8,128)} get-tuple-element(%p), index=1
+  %w = f32[3,128,128]{2,1,0:T(8,128)} get-tuple-element(%p), index=2
+  %y = f32[8,128]{1,0:T(8,128)} fusion(%x, %w, %i), kind=kOutput, calls=%product
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  ROOT %t = (s32[], f32[8,128]{1,0:T(8,128)}, f32[3,128,128]{2,1,0:T(8,128)}) tuple(%next, %y, %w)
+}
+
+%product (a: f32[8,128], b: f32[3,128,128], c: s32[]) -> f32[8,128] {
+  %a = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %b = f32[3,128,128]{2,1,0:T(8,128)} parameter(1)
+  %c = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  %slice = f32[1,128,128]{2,1,0:T(8,128)} dynamic-slice(%b, %c, %zero, %zero), dynamic_slice_sizes={1,128,128}
+  %k = f32[128,128]{1,0:T(8,128)} bitcast(%slice)
+  ROOT %d = f32[8,128]{1,0:T(8,128)} convolution(%a, %k), dim_labels=bf_io->bf, operand_precision={highest,highest}
+}
+
+%condition (p.1: (s32[], f32[8,128], f32[3,128,128])) -> pred[] {
+  %p.1 = (s32[], f32[8,128]{1,0:T(8,128)}, f32[3,128,128]{2,1,0:T(8,128)}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%p.1), index=0
+  %n = s32[] constant(3)
+  ROOT %lt = pred[] compare(%i.1, %n), direction=LT
+}
+
+ENTRY %main (x.1: f32[8,128], w.1: f32[3,128,128]) -> f32[8,128] {
+  %x.1 = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %w.1 = f32[3,128,128]{2,1,0:T(8,128)} parameter(1)
+  %start = s32[] constant(0)
+  %init = (s32[], f32[8,128]{1,0:T(8,128)}, f32[3,128,128]{2,1,0:T(8,128)}) tuple(%start, %x.1, %w.1)
+  %loop = (s32[], f32[8,128]{1,0:T(8,128)}, f32[3,128,128]{2,1,0}) while(%init), condition=%condition, body=%body
+  %out = f32[8,128]{1,0:T(8,128)} get-tuple-element(%loop), index=1
+  ROOT %sum = f32[8,128]{1,0:T(8,128)} all-reduce(%out), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%body
+}
+"""
+
+
+def test_a_loop_counts_as_often_as_it_runs_and_a_slice_as_itself():
+    cost = Program(PROGRAM).cost()
+    assert cost.flops == 3 * 2 * 8 * 128 * 128
+    assert cost.unit_flops == 6 * cost.flops  # float32 at full precision: six passes
+    x, w = 8 * 128 * 4, 128 * 128 * 4
+    counters = 3 * 3 * 4 + 3 * 4  # the sum's operands and result, and the slice's index
+    assert cost.logical_bytes == 3 * (2 * x + w) + 2 * x + counters
+    assert not cost.endless
+    (sent,) = cost.collectives.values()
+    assert (sent.kind, sent.group, sent.count, sent.bytes, sent.crosses) == ("all-reduce", 4, 1, 2 * 3 / 4 * x, False)
+
+
+def test_a_group_in_two_slices_crosses_the_network():
+    (sent,) = Program(PROGRAM, devices_per_slice=2).cost().collectives.values()
+    assert sent.crosses
+
+
+def test_a_loop_without_a_constant_count_is_named():
+    cost = Program(PROGRAM.replace("%n = s32[] constant(3)", "%n = s32[] get-tuple-element(%p.1), index=0")).cost()
+    assert cost.endless == ["loop"] and cost.flops == 2 * 8 * 128 * 128
+
+
+def test_what_stays_on_the_chip_does_not_go_through_memory():
+    on_chip = PROGRAM.replace("f32[8,128]{1,0:T(8,128)}", "f32[8,128]{1,0:T(8,128)S(1)}")
+    assert Program(PROGRAM).cost().logical_bytes - Program(on_chip).cost().logical_bytes == (3 * 2 + 2) * 8 * 128 * 4
+
+
+def test_of_a_conditional_the_branch_of_a_true_predicate_counts():
+    def function(x):
+        return jax.lax.cond(x[0, 0] > 0, lambda x: x @ x, lambda x: x @ x @ x @ x, x)
+
+    x = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+    assert Program(jax.jit(function).lower(x).compile().as_text()).cost().flops == 2 * 64**3
+    assert flops.count(function, x) == 2 * 64**3
+
+
+def test_other_text_is_refused():
+    with pytest.raises(ValueError, match="no ENTRY computation: expected the text of a compiled program"):
+        parse("HloModule empty")
+
+
+# ----------------------------------------------------------------------------------------------------------- flops
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "text"),
+    [
+        ("vit_b32", 8.82, 5.96),
+        ("vit_b16", 35.13, 5.96),
+        ("vit_l14", 162.03, 13.30),
+        ("vit_l14_336", 381.92, 13.30),
+        ("rn50", 11.59, 5.96),
+        ("rn101", 19.01, 5.96),
+        ("rn50x4", 41.16, 9.27),
+        ("rn50x16", 145.74, 13.30),
+        ("rn50x64", 520.25, 23.55),
+    ],
+)
+def test_a_forward_pass_has_the_published_flops(name, image, text):
+    """GFLOP of a picture and of a text: open_clip's model_profile.csv has the ViTs', its ResNets' are 0.6 more."""
+    found = [round(value / 1e9, 2) for value in flops.forward_flops(MODELS[name])]
+    assert found == [image, text]
+
+
+def small(image: ViT | ResNet, **train: object):
+    """Return a run of a model with few flops, 64 pairs on each of 16 chips."""
+    config = default_config("vit_b32")
+    config.train.batch_size, config.train.total_steps = 1024, 10_000
+    config.train.update(train)
+    text = TextTransformer(vocab_size=1024, eos_id=1023, length=32, width=256, layers=2, heads=4)
+    return dataclasses.replace(from_config_dict(config), model=Architecture(image, text, 256))
+
+
+VIT = ViT(image_size=64, patch_size=16, width=256, layers=2, heads=4)
+
+
+@pytest.fixture(scope="module")
+def vit_plan():
+    """A whole step for 16 chips, as `clip_jax.main` would run it."""
+    pytest.importorskip("libtpu")
+    return predict.plan_step(small(VIT), topology("v4-32"))
+
+
+def test_the_compiled_step_has_the_flops_of_its_trace(vit_plan):
+    assert vit_plan.flops == pytest.approx(vit_plan.traced_flops, rel=SAME_FLOPS)
+    forward = sum(flops.forward_flops(small(VIT).model))
+    assert vit_plan.model_flops == 3 * forward * 64
+    assert 0 < vit_plan.kernel_flops < vit_plan.flops
+
+
+def test_without_loops_the_flops_are_xla_s_own():
+    """And bytes are no more than its own, which knows neither what stays on the chip nor what is sliced in place."""
+    config = small(VIT, unroll_layers=True, remat="none", text_capacity=1.0)
+    lowered, *_ = predict.lower_step(config, v4_mesh({"data": 16, "fsdp": 1, "tensor": 1}), 10_000)
+    compiled = lowered.compile()
+    cost, xla = Program(compiled.as_text()).cost(), compiled.cost_analysis()
+    assert not cost.endless
+    assert cost.flops + cost.other_flops == pytest.approx(xla["flops"], rel=SAME_FLOPS)
+    assert 0 < cost.logical_bytes < xla["bytes accessed"]
+
+
+def test_a_resnet_s_step_has_the_flops_of_its_trace():
+    config = small(ResNet(64, 32, (1, 1, 1, 1), 8))
+    plan = predict.plan_step(config, topology("v4-32"))
+    assert plan.flops == pytest.approx(plan.traced_flops, rel=SAME_FLOPS)
+
+
+# ------------------------------------------------------------------------------------------------------------ plans
+
+
+def test_what_is_held_adds_up(vit_plan):
+    assert vit_plan.fits and not vit_plan.endless_loops
+    held = vit_plan.parameter_bytes + vit_plan.optimizer_bytes + vit_plan.batch_bytes
+    assert held <= vit_plan.argument_bytes <= 1.3 * held  # arguments are padded to tiles
+    assert vit_plan.activation_bytes > 0
+    assert vit_plan.argument_bytes <= vit_plan.peak_bytes <= vit_plan.topology.chip.hbm_bytes
+
+
+def test_saved_activations_are_those_of_the_policy():
+    """names: in every layer the stream and attention's result; full: the stream. bfloat16, 64 pairs on a chip."""
+    mesh = v4_mesh({"data": 16, "fsdp": 1, "tensor": 1})
+    saved = {
+        policy: predict.saved_bytes(small(VIT, remat=policy, text_capacity=1.0), mesh)
+        for policy in ("none", "dots", "names", "full")
+    }
+    streams = 2 * 64 * (17 + 32) * 256 * 2
+    assert saved["names"] - saved["full"] == pytest.approx(streams, rel=0.01)
+    assert saved["full"] < saved["names"] < saved["dots"] < saved["none"]
+
+
+def test_too_large_a_batch_is_said_not_to_fit():
+    pytest.importorskip("libtpu")
+    plan = predict.plan_loss("softmax", 2**25, 4096, "float32", topology("v5e-4"))
+    assert not plan.fits and plan.needed_bytes > plan.topology.chip.hbm_bytes and plan.as_json()["fits"] is False
+    assert "DOES NOT FIT" in page(plan)
+
+
+def test_times_are_work_over_rates(vit_plan):
+    chip = CHIPS["v4"]
+    assert vit_plan.seconds["hbm"] == vit_plan.hbm_bytes_padded / chip.hbm_bytes_per_second
+    fast, slow = vit_plan.step_seconds
+    assert fast == max(vit_plan.seconds.values()) and slow == sum(vit_plan.seconds.values())
+    assert vit_plan.mfu[0] == pytest.approx(vit_plan.model_flops / chip.flops_per_second / fast)
+    assert vit_plan.images_per_second == pytest.approx((64 / fast, 64 / slow))
+    assert vit_plan.days[0] == pytest.approx(10_000 * fast / 86_400)
+
+
+def test_a_gpu_is_planned_by_its_datasheet():
+    plan = predict.plan_by_datasheet(small(VIT), topology("h100-16"))
+    assert plan.fits and plan.flops == pytest.approx(plan.model_flops, rel=0.5)
+    two = predict.plan_by_datasheet(
+        dataclasses.replace(small(VIT), mesh=dataclasses.replace(small(VIT).mesh, fsdp=2)), topology("h100-16")
+    )
+    assert two.parameter_bytes == plan.parameter_bytes / 2
+    assert "Not compiled" in page(plan)
+
+
+def made(config, where, *, peak, fits):
+    rows = config.train.batch_size / where.chips
+    return predict.Plan(
+        *("step", where, config.train.batch_size, fits),
+        needed_bytes=peak,
+        peak_bytes=peak,
+        flops=rows * 1e9,
+        unit_flops=rows * 1e9,
+        model_flops=rows * 1e9,
+        hbm_bytes=1e6,
+        hbm_bytes_padded=1e6,
+        config=config,
+    )
+
+
+def test_search_finds_the_largest_batch_that_fits():
+    """Of a compiler that takes 3 GB, and a row's megabytes by policy."""
+    a_row = {"none": 400e6, "dots": 200e6, "names": 100e6, "full": 50e6}
+    asked = []
+
+    def plan(config, where):
+        asked.append((config.train.remat, config.mesh.fsdp, config.train.batch_size))
+        peak = 3e9 + a_row[config.train.remat] * config.train.batch_size / where.chips
+        return made(config, where, peak=peak, fits=peak <= where.chip.hbm_bytes)
+
+    where = topology("v5e-16")
+    found = list(search(small(VIT), where, plan))
+    assert len(found) == 8 and len(asked) == len(set(asked)) <= 8 * 5
+    for best in found:
+        rows, most = best.global_batch / 16, (where.chip.hbm_bytes - 3e9) / a_row[best.config.train.remat]
+        assert 0.75 * most <= rows <= most
+    starred = [line for line in table(found).splitlines() if line.startswith("*")]
+    assert starred and all("full" in line for line in starred)  # as fast as any here, and the largest
+
+
+# ---------------------------------------------------------------------------------------------------------- the page
+
+
+def test_the_page_has_what_decides(vit_plan):
+    text = page(vit_plan)
+    for expected in ("v4-32: 16 chips of v4 (2x2x4)", "FITS", "optimizer", "all-reduce", "Bound by", "MFU", "days"):
+        assert expected in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"fits": False, "needed_bytes": 1e12}, "Try --config.mesh.fsdp=16"),
+        ({"unit_flops": 1e15}, "Try --config.train.remat=dots"),
+        ({"hbm_bytes_padded": 1e12, "optimizer_bytes": 1e11}, "Try --config.optim.shard_moments=True"),
+        ({"network_bytes": 1e12}, "Try a larger batch: gradients cross between slices"),
+        ({"traced_flops": 1.0}, "Beware: JAX's trace has 1 FLOP"),
+        ({"endless_loops": ("while.1",)}, "Beware: counted once, for want of a constant number of rounds: while.1"),
+    ],
+)
+def test_the_page_says_what_to_change_first(vit_plan, change, expected):
+    assert expected in page(dataclasses.replace(vit_plan, **change))
+
+
+# ------------------------------------------------------------------------------------------------------- the command
+
+
+def run(*arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", "clip_jax.plan", *arguments], capture_output=True, text=True, check=False
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_command_prints_json_and_writes_the_program(tmp_path):
+    pytest.importorskip("libtpu")
+    code, out, err = run(
+        *("--loss_only", "--loss=softmax", "--global_batch=131072", "--embed_dim=768", "--dtype=float32"),
+        *("--topology=v4-32", "--json", f"--dump_hlo={tmp_path}/loss.hlo"),
+    )
+    assert code == 0 and "compiling for 16 chips of v4" in err
+    found = json.loads(out)
+    wanted = "fits chips argument_bytes temporary_bytes peak_bytes flops model_flops hbm_bytes hbm_bytes_padded"
+    wanted += " collective_bytes collectives mfu_bound mfu_no_overlap images_per_second_per_chip"
+    assert set(wanted.split()) <= set(found)
+    assert found["fits"] and found["chips"] == 16
+    assert found["temporary_bytes"] <= 0.30 * 2**30
+    assert found["flops"] == pytest.approx(found["traced_flops"], rel=SAME_FLOPS)
+    assert Program((tmp_path / "loss.hlo").read_text()).cost().flops == found["flops"]
+
+
+def test_the_command_says_when_nothing_fits():
+    pytest.importorskip("libtpu")
+    code, out, _ = run("--loss_only", "--global_batch=33554432", "--embed_dim=4096", "--topology=v5e-4")
+    assert code == 3 and "DOES NOT FIT" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--loss_only"], "give --topology, e.g. --topology=v5e-256"),
+        (["--topology=v5e-8"], "give --config, e.g. --config=configs/vit_l14.py"),
+        (["--topology=v5e-8", "--loss_only", "--loss=hinge"], "--loss='hinge' is none of"),
+        (["--topology=v5e-8", "--loss_only", "--global_batch=100"], "does not divide over 8 devices; use 96"),
+        (["--topology=h100-8", "--loss_only"], "only TPUs can be compiled for without the device"),
+        (["--topology=v5e-7", "--loss_only"], "no slice of 7 chips is sold; use v5e-4"),
+        (["--topology=v5e-8", "--config=configs/vit_b32.py", "--config.train.batch_size=100"], "does not divide over"),
+        (["--topology=v5e-8", "--loss_only", "--search"], "--search compiles steps: it needs --config"),
+    ],
+)
+def test_the_command_answers_what_is_wrong_with_one_sentence(arguments, message):
+    code, out, err = run(*arguments)
+    assert code == 2 and message in err and not out and "Traceback" not in err
+
+
+def test_without_the_compiler_it_says_what_to_install():
+    script = "import sys; sys.modules['libtpu'] = None; from clip_jax.planner.topology import topology;"
+    script += " topology('v5e-8').devices()"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert "pip install 'jax[tpu]'" in done.stderr
+
+
+def test_a_mesh_of_a_slice_keeps_a_host_s_rows_together():
+    pytest.importorskip("libtpu")
+    mesh = sharding.make_mesh(topology("v5e-16", slices=2).devices())
+    hosts = [device.process_index for device in mesh.devices.flat]
+    assert hosts == sorted(hosts)
