@@ -7,6 +7,8 @@
 # make bench-loss       the losses against their dense form: seconds and memory
 # make bench-loading    loading ViT-L/14 and RN50x64 against reading their bytes: seconds and memory
 # make bench-probe      the linear probe's search against scikit-learn's, the ratio in the last line
+# make bench-truth      a step's flops, memory and time as predicted, and as measured on this machine
+# make plan-all         docs/plans.md: the nine models compiled for five kinds of slices; some hours
 # make clean         remove environments, caches and the demo's run
 #
 # PYTHON=python3.12 chooses the interpreter of a new environment.
@@ -22,7 +24,8 @@ BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-lowest test-peers bench-tokenizer bench-train bench-loss bench-loading bench-probe clean
+.PHONY: demo test test-lowest test-peers bench-tokenizer bench-train bench-loss bench-loading bench-probe bench-truth \
+	plan-all clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -55,6 +58,12 @@ bench-loading: $(VENV)/.installed-test
 
 bench-probe: $(PEERS)/.installed-peers
 	@$(PEERS)/bin/python benchmarks/probe.py
+
+bench-truth: $(VENV)/.installed-test
+	@$(BIN)/python benchmarks/truth.py
+
+plan-all: $(VENV)/.installed-test
+	@$(BIN)/python benchmarks/plans.py
 
 clean:
 	rm -rf $(VENV) $(LOWEST) $(PEERS) $(DEMO) build dist *.egg-info .pytest_cache .ruff_cache

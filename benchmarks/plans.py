@@ -28,7 +28,8 @@ COLUMNS += ("step ms", "MFU", "pairs/s/chip", "days", "compiled in s")
 HEAD = """# Plans
 
 Made by `make plan-all` (benchmarks/plans.py): the step of every config, batch 32,768, compiled for slices that nobody
-booked. Figures are a chip's. Ranges go from everything at once to one thing after another; both are bounds by datasheets, not times.
+booked. Figures are a chip's. Ranges go from everything at once to one thing after another: bounds by datasheets,
+not times.
 
 """
 ROOM = 0.6  # of the memory, for saved activations, where the first number of micro-batches is guessed

@@ -326,9 +326,17 @@ def test_search_finds_the_largest_batch_that_fits():
 
 def test_the_page_has_what_decides(vit_plan):
     text = page(vit_plan)
-    for expected in ("v4-32: 16 chips of v4 (2x2x4)", "FITS", "optimizer", "all-reduce", "Bound by", "MFU", "days"):
+    for expected in (
+        "v4-32: 16 chips of v4 (2x2x4)",
+        "FITS",
+        "optimizer",
+        "all-reduce",
+        "Bound by",
+        "MFU counts",
+        "days",
+    ):
         assert expected in text
-    assert max(map(len, text.splitlines())) <= 120
+    assert max(map(len, text.splitlines())) <= 130
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,8 @@ FLAGS["evaluate"] = {
     "activation",
     "tokenizer",
 }
+FLAGS["plan"] = {"config", "topology", "slices", "search", "loss_only", "loss", "global_batch", "embed_dim", "dtype"}
+FLAGS["plan"] |= {"dump_hlo", "json"}
 FLAGS["convert"] = {"to", "model", "activation", "image_size", "context_length", "tokenizer"}
 
 

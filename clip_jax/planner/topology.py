@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.util
 import math
 import os
 import re
@@ -88,12 +89,10 @@ def prepare_compiler() -> None:
         "TPU_WORKER_HOSTNAMES": "localhost",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several at once
     }
-    try:
-        import libtpu  # noqa: F401
-    except ModuleNotFoundError:
+    if importlib.util.find_spec("libtpu") is None:
         raise ModuleNotFoundError(
             "the TPU's compiler isn't installed, and it compiles for a slice without any TPU: pip install 'jax[tpu]'"
-        ) from None
+        )
 
 
 def topology(name: str, slices: int = 1) -> Topology:
