@@ -63,7 +63,7 @@ def _row(name: str, sold: str) -> list[str]:
         "{:.0f} to {:.0f}".format(*(1e3 * t for t in plan.step_seconds)),
         "{:.2f} to {:.2f}".format(*plan.mfu),
         "{:,.0f} to {:,.0f}".format(*plan.images_per_second),
-        "{:.1f} to {:.1f}".format(*plan.days),
+        "{:.2f} to {:.2f}".format(*plan.days),
     )
     sent = f"{(plan.link_bytes + plan.network_bytes) / 1e9:.3g}"
     return [
