@@ -138,17 +138,49 @@ def test_a_loop_counts_as_often_as_it_runs_and_a_slice_as_itself():
     assert cost.logical_bytes == 3 * (2 * x + w) + 2 * x + counters
     assert not cost.endless
     (sent,) = cost.collectives.values()
-    assert (sent.kind, sent.group, sent.count, sent.bytes, sent.crosses) == ("all-reduce", 4, 1, 2 * 3 / 4 * x, False)
+    assert (sent.kind, sent.group, sent.slices, sent.count) == ("all-reduce", 4, 1, 1)
+    assert (sent.link_bytes, sent.network_bytes) == (2 * 3 / 4 * x, 0)
 
 
-def test_a_group_in_two_slices_crosses_the_network():
-    (sent,) = Program(PROGRAM, devices_per_slice=2).cost().collectives.values()
-    assert sent.crosses
+@pytest.mark.parametrize(
+    ("groups", "group", "slices"),
+    [
+        ("{{0,1,2,3},{4,5,6,7}}", 4, 2),
+        ("{{0,4},{1,5},{2,6},{3,7}}", 2, 2),
+        ("[2,4]<=[8]", 4, 2),
+        ("[4,2]<=[8]", 2, 1),
+        ("[4,2]<=[2,4]T(1,0)", 2, 2),
+        ("mesh['a'=4,'b'=2] {'b'}", 2, 1),
+        ("mesh['a'=4,'b'=2] {'a'}", 4, 4),
+        ("mesh['a'=4,'b'=2] {'a','b'}", 8, 4),
+    ],
+)
+def test_groups_in_every_notation_and_the_slices_of_two_devices_that_they_span(groups, group, slices):
+    text = PROGRAM.replace("{{0,1,2,3},{4,5,6,7}}", groups)
+    (sent,) = Program(text, slices=4, devices_per_slice=2).cost().collectives.values()
+    assert (sent.group, sent.slices) == (group, slices)
+
+
+def test_between_slices_a_device_sends_its_part():
+    (sent,) = Program(PROGRAM, slices=4, devices_per_slice=2).cost().collectives.values()
+    x = 8 * 128 * 4
+    assert (sent.link_bytes, sent.network_bytes) == (2 * 1 / 2 * x, 2 * 1 / 2 * x / 2)
 
 
 def test_a_loop_without_a_constant_count_is_named():
     cost = Program(PROGRAM.replace("%n = s32[] constant(3)", "%n = s32[] get-tuple-element(%p.1), index=0")).cost()
     assert cost.endless == ["loop"] and cost.flops == 2 * 8 * 128 * 128
+
+
+def test_what_the_compiler_sends_between_slices_goes_over_the_network():
+    pytest.importorskip("libtpu")
+    plan = predict.plan_loss("softmax", 4096, 256, "float32", topology("v5e-8", slices=2))
+    over_network = [sent for sent in plan.collectives if sent["network_bytes"]]
+    assert {sent["slices"] for sent in over_network} == {2}
+    # A device sends its texts to the other slice, and what it has for the gradients of those that are there.
+    texts, gradients = 4096 // 16 * 256 * 4, 4096 // 2 * 256 * 4
+    assert texts + gradients <= plan.network_bytes <= 1.02 * (texts + gradients)
+    assert "between 2 slices" in page(plan)
 
 
 def test_what_stays_on_the_chip_does_not_go_through_memory():

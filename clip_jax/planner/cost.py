@@ -17,7 +17,10 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
 
 from clip_jax.flops import meetings
 from clip_jax.planner.hlo import HBM, Array, Computation, Op, bits, parse
@@ -46,17 +49,18 @@ COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute
 
 @dataclasses.dataclass
 class Collective:
-    """One kind of message: how often, and how many bytes a chip puts on its links for it, all told.
+    """One kind of message: how often, and how many bytes a device sends for it, all told.
 
-    group: chips that take part in one. crosses: whether a group spans slices, so that it goes over the data centre's
-    network.
+    group: devices that take part in one. slices: over which they are spread. link_bytes: to others of its slice;
+    network_bytes: to other slices.
     """
 
     kind: str
     group: int
-    crosses: bool
+    slices: int
     count: float = 0.0
-    bytes: float = 0.0  # noqa: A003
+    link_bytes: float = 0.0
+    network_bytes: float = 0.0
 
 
 @dataclasses.dataclass
@@ -81,19 +85,14 @@ class Cost:
     by_source: dict[str, float] = dataclasses.field(default_factory=dict)  # padded bytes by the model's part
     endless: list[str] = dataclasses.field(default_factory=list)
 
-    @property
-    def collective_bytes(self) -> float:
-        """Return what a chip sends, over any network."""
-        return sum(c.bytes for c in self.collectives.values())
-
 
 class Program:
     """The text of a compiled program, and what it costs."""
 
-    def __init__(self, text: str, *, devices_per_slice: int = 0) -> None:
-        """Read `text`. devices_per_slice: of one slice, where there are several; 0: one slice."""
+    def __init__(self, text: str, *, slices: int = 1, devices_per_slice: int = 0) -> None:
+        """Read `text`. slices: that it runs on; devices_per_slice: where there are several."""
         self.computations, self.entry = parse(text)
-        self._per_slice = devices_per_slice
+        self._all_slices, self._per_slice = slices, devices_per_slice if slices > 1 else 0
         self._read: dict[tuple[str, int], tuple[float, float] | None] = {}
 
     def cost(self) -> Cost:
@@ -157,8 +156,12 @@ class Program:
         source = _source(op)
         cost.by_source[source] = cost.by_source.get(source, 0) + times * padded
         kind = op.opcode.removesuffix("-start")
+        between = re.search(r'_xla_megascale_transfer_type="(\w+)"', op.attributes) if kind == "send" else None
         if kind in COLLECTIVES:
-            self._send(cost, kind, computation, op, times)
+            self._send(cost, kind, *self._group(op), computation, op, times)
+        elif between:  # what the compiler has left for the network, after its own collectives within slices
+            kind = {"ONE_TO_ONE": "collective-permute"}.get(between[1], between[1].lower().replace("_", "-"))
+            self._send(cost, kind, self._all_slices, self._all_slices, computation, op, times)
 
     def _flops(self, computation: Computation, op: Op) -> tuple[float, float, float]:
         """Return flops, unit_flops and other_flops of an operation and all that is fused into it."""
@@ -192,6 +195,8 @@ class Program:
             return float(ends * moved.logical_bytes), float(ends * moved.padded_bytes)
         if op.opcode == "fusion":
             return self._fusion_traffic(computation, op)
+        if op.opcode in ("send", "recv"):
+            return _bytes(op.results[:1])
         if op.opcode == "dynamic-update-slice":
             return _bytes([*sources[1], *sources[1]], op.results[0].space)
         if op.opcode in ("dynamic-slice", "slice", "gather"):
@@ -263,48 +268,61 @@ class Program:
 
     # ------------------------------------------------------------------------------------------------------ collectives
 
-    def _send(self, cost: Cost, kind: str, computation: Computation, op: Op, times: float) -> None:
+    def _send(
+        self, cost: Cost, kind: str, group: int, slices: int, computation: Computation, op: Op, times: float
+    ) -> None:
         sources = [x for name in op.operands if name in computation for x in computation[name].results]
-        size = sum(x.logical_bytes for x in sources)
-        group, crosses = self._group(op)
-        # What the best algorithm puts on a chip's links: a ring's, which no torus beats in bytes.
-        share = {
-            "all-reduce": 2 * (group - 1) / group,
-            "all-gather": group - 1,
-            "reduce-scatter": (group - 1) / group,
-            "all-to-all": (group - 1) / group,
-            "collective-permute": 1,
-        }[kind]
-        known = cost.collectives.setdefault((kind, group, crosses), Collective(kind, group, crosses))
+        known = cost.collectives.setdefault((kind, group, slices), Collective(kind, group, slices))
+        size = float(sum(x.logical_bytes for x in sources))
+        links, network = _sent(kind, size, group // slices, slices)
         known.count += times
-        known.bytes += times * share * size
+        known.link_bytes += times * links
+        known.network_bytes += times * network
         cost.hops += times
 
-    def _group(self, op: Op) -> tuple[int, bool]:
-        """Return how many chips exchange with one another, and whether they are in several slices."""
+    def _group(self, op: Op) -> tuple[int, int]:
+        """Return how many devices exchange with one another, and over how many slices they are spread."""
         text = op.attributes
         if op.opcode.startswith("collective-permute"):
-            pairs = re.findall(r"\{(\d+),(\d+)\}", re.search(r"source_target_pairs=\{(.*?)\}\}", text + "}")[0] + "}")
-            return 2, any(self._slice(int(a)) != self._slice(int(b)) for a, b in pairs)
+            pairs = re.findall(r"\{(\d+),(\d+)\}", re.search(r"source_target_pairs=\{.*?\}\}", text)[0])
+            return 2, max(self._slices(pair) for pair in pairs)
         if found := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", text):
             sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
-            names = re.findall(r"'(\w+)'", found[2])
-            group = math.prod(sizes[name] for name in names)
-            order = list(sizes)
-            first = min((order.index(name) for name in names), default=0)
-            span = math.prod(list(sizes.values())[first:])  # neighbours vary in the last axis first
-            return group, bool(self._per_slice) and group > 1 and span > self._per_slice
-        if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\]", text):
-            group, whole = int(found[2]), math.prod(map(int, found[3].split(",")))
-            contiguous = "T(" not in text[found.end() : found.end() + 2]
-            return group, bool(self._per_slice) and (group if contiguous else whole) > self._per_slice
+            apart, strides = 1, {}
+            for axis in reversed(sizes):  # neighbours differ in the last axis
+                strides[axis], apart = apart, apart * sizes[axis]
+            members = [0]
+            for axis in re.findall(r"'(\w+)'", found[2]):
+                members = [m + strides[axis] * k for m in members for k in range(sizes[axis])]
+            return len(members), self._slices(members)
+        if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+            devices = np.arange(int(found[1]) * int(found[2])).reshape([int(x) for x in found[3].split(",")])
+            if found[4]:
+                devices = devices.transpose([int(x) for x in found[4].split(",")])
+            return int(found[2]), self._slices(devices.reshape(-1, int(found[2]))[0])
         if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
-            members = [int(x) for x in found[1].split(",")]
-            return len(members), len({self._slice(x) for x in members}) > 1
-        return 1, False
+            members = found[1].split(",")
+            return len(members), self._slices(members)
+        return 1, 1
 
-    def _slice(self, device: int) -> int:
-        return device // self._per_slice if self._per_slice else 0
+    def _slices(self, members: Iterable[Any]) -> int:
+        return len({int(x) // self._per_slice for x in members}) if self._per_slice else 1
+
+
+def _sent(kind: str, size: float, inner: int, slices: int) -> tuple[float, float]:
+    """Return the bytes that a device sends within its slice and to others, for operands of `size` bytes.
+
+    Each by the algorithm that sends least: rings within a slice (no torus beats them in bytes), and across slices every
+    device only its part of what its slice has to say.
+    """
+    around, across = (inner - 1) / inner, (slices - 1) / slices
+    return {
+        "all-reduce": (2 * around * size, 2 * across * size / inner),
+        "all-gather": (slices * (inner - 1) * size, (slices - 1) * size),
+        "reduce-scatter": (around * size, across * size / inner),
+        "all-to-all": (size / slices * around, across * size),
+        "collective-permute": (size, 0.0) if slices == 1 else (0.0, size),
+    }[kind]
 
 
 def _bytes(found: list[Array], space: int | None = HBM) -> tuple[float, float]:

@@ -76,9 +76,10 @@ def _work(plan: Plan) -> Iterator[str]:
         rows.append(("network", milliseconds["network"], f"{_bytes(plan.network_bytes)} at {rate}/s"))
     yield from _table(rows)
     for sent in plan.collectives:
-        where = "between slices" if sent["crosses"] else "in a slice"
+        network = f", {_bytes(sent['network_bytes'])} between {sent['slices']} slices" if sent["slices"] > 1 else ""
         count = f"{sent['count']:,.0f} x {sent['kind']} of {sent['group']} devices"
-        yield f"    {count}, {where}: {_bytes(sent['bytes'])}"
+        links = _bytes(sent["link_bytes"]) if sent["link_bytes"] or not network else ""
+        yield f"    {count}: {links}{network if links else network.removeprefix(', ')}"
     if plan.hbm_bytes_by_source:
         largest = sorted(plan.hbm_bytes_by_source.items(), key=lambda item: -item[1])[:5]
         yield "    HBM: " + ", ".join(f"{name} {_bytes(size)}" for name, size in largest)

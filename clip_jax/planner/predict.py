@@ -237,8 +237,8 @@ def compiled(plan: Plan, lowered: jax.stages.Lowered) -> Plan:
         return dataclasses.replace(plan, fits=False, needed_bytes=_needed(str(error)) * plan.topology.chip.devices)
     memory, per_chip = program.memory_analysis(), plan.topology.chip.devices
     text = program.as_text()
-    slices = plan.topology.slices
-    cost: Cost = Program(text, devices_per_slice=plan.topology.devices_per_slice if slices > 1 else 0).cost()
+    where = plan.topology
+    cost: Cost = Program(text, slices=where.slices, devices_per_slice=where.devices_per_slice).cost()
     return dataclasses.replace(
         plan,
         argument_bytes=per_chip * memory.argument_size_in_bytes,
@@ -249,10 +249,13 @@ def compiled(plan: Plan, lowered: jax.stages.Lowered) -> Plan:
         unit_flops=per_chip * cost.unit_flops,
         hbm_bytes=per_chip * cost.logical_bytes,
         hbm_bytes_padded=per_chip * cost.padded_bytes,
-        link_bytes=per_chip * sum(c.bytes for c in cost.collectives.values() if not c.crosses),
-        network_bytes=per_chip * sum(c.bytes for c in cost.collectives.values() if c.crosses),
+        link_bytes=per_chip * sum(c.link_bytes for c in cost.collectives.values()),
+        network_bytes=per_chip * sum(c.network_bytes for c in cost.collectives.values()),
         hops=cost.hops,
-        collectives=tuple(dataclasses.asdict(c) | {"bytes": per_chip * c.bytes} for c in cost.collectives.values()),
+        collectives=tuple(
+            dataclasses.asdict(c) | {"link_bytes": per_chip * c.link_bytes, "network_bytes": per_chip * c.network_bytes}
+            for c in cost.collectives.values()
+        ),
         hbm_bytes_by_source={name: per_chip * size for name, size in cost.by_source.items()},
         endless_loops=tuple(cost.endless),
         compiled_text=text,
