@@ -266,7 +266,9 @@ def make_subject(config: WeightsConfig, params: Params, mesh: Mesh) -> Subject:
     from clip_jax.preprocess import preprocess_many
     from clip_jax.tokenizers import make_tokenizer
 
-    model, spec, size = make_model(config.model, config.preprocess, dtype=_DTYPE.value), config.preprocess, mesh.size
+    placed = sharding.batch_sharding(mesh)
+    model = make_model(config.model, config.preprocess, dtype=_DTYPE.value, rows=placed)
+    spec, size = config.preprocess, mesh.size
     whole, pixels = sharding.replicated(mesh), config.model.image.image_size
     batch_size = -(-_BATCH_SIZE.value // size) * size
     fingerprint = _fingerprint(config, params)

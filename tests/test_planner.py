@@ -429,6 +429,7 @@ def test_the_command_says_when_nothing_fits():
         (["--topology=h100-8", "--loss_only"], "only TPUs can be compiled for without the device"),
         (["--topology=v5e-7", "--loss_only"], "no slice of 7 chips is sold; use v5e-4"),
         (["--topology=v5e-8", "--config=configs/vit_b32.py", "--config.train.batch_size=100"], "does not divide over"),
+        (["--topology=h100-8", "--config=configs/vit_b32.py", "--config.teacher.weights=a.pt"], "without it"),
         (["--topology=v5e-8", "--loss_only", "--search"], "--search compiles steps: it needs --config"),
     ],
 )

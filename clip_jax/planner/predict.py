@@ -160,9 +160,10 @@ def plan_step(config: Config, where: Topology) -> Plan:
     """Compile the step of a run for a slice, and say what it costs.
 
     Raises:
-      ValueError: if the config doesn't fit the slice's number of devices.
+      ValueError: if the config doesn't fit the slice's number of devices, or has a teacher.
       ModuleNotFoundError: without libtpu.
     """
+    _refuse_teacher(config)
     devices = where.devices()
     resolved = resolve(config, devices=len(devices), processes=max(1, where.chips // where.chip.chips_per_host))
     mesh = sharding.make_mesh(devices, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
@@ -262,6 +263,14 @@ def compiled(plan: Plan, lowered: jax.stages.Lowered) -> Plan:
     )
 
 
+def _refuse_teacher(config: Config) -> None:
+    if config.teacher.weights:
+        raise ValueError(
+            f"teacher.weights={config.teacher.weights!r}: a teacher's part of the step isn't planned;"
+            " --config.teacher.weights='' plans the run without it"
+        )
+
+
 def lower_step(config: Config, mesh: Mesh, total_steps: int) -> tuple[jax.stages.Lowered, Any, Batch]:
     """Return the step of a run, lowered for the devices of a mesh, and the shapes of its state and batch."""
     model = step.make_model_of(config, mesh)
@@ -338,8 +347,9 @@ def plan_by_datasheet(config: Config, where: Topology) -> Plan:
     activations out and in. Sent: gradients once around, and with `mesh.fsdp` parameters twice.
 
     Raises:
-      ValueError: if the config doesn't fit the number of devices.
+      ValueError: if the config doesn't fit the number of devices, or has a teacher.
     """
+    _refuse_teacher(config)
     resolved = resolve(config, devices=where.chips, processes=max(1, where.chips // where.chip.chips_per_host))
     part = dataclasses.replace(
         config,
