@@ -61,8 +61,9 @@ def read_lines(workdir: epath.Path) -> list[dict]:
 class Meter:
     """Means and rates of the steps since the last record."""
 
-    def __init__(self, batch_size: int) -> None:
-        self._batch_size = batch_size
+    def __init__(self, batch_size: int, pair_seconds: float = 0.0) -> None:
+        """Begin. pair_seconds: what a pair takes on all devices at their peak, for `mfu`; 0: not known."""
+        self._batch_size, self._pair_seconds = batch_size, pair_seconds
         self._reset()
 
     def _reset(self) -> None:
@@ -82,12 +83,17 @@ class Meter:
             self._sums[name] = self._sums.get(name, 0.0) + float(value)
 
     def flush(self) -> dict[str, float]:
-        """Return means of the metrics, images_per_second and data_wait (a fraction of the time); begin anew."""
+        """Return means of the metrics, images_per_second, data_wait and mfu (fractions); begin anew.
+
+        mfu, model flops utilisation (Chowdhery et al. 2022), is there where `pair_seconds` is known.
+        """
         elapsed = max(time.monotonic() - self._began, 1e-9)
         steps = max(self._steps, 1)
         record = {name: total / steps for name, total in self._sums.items()}
         record["images_per_second"] = self._steps * self._batch_size / elapsed
         record["data_wait"] = min(1.0, self._waited / elapsed)
+        if self._pair_seconds:
+            record["mfu"] = record["images_per_second"] * self._pair_seconds
         self._reset()
         return record
 
@@ -110,11 +116,12 @@ class Progress:
             return
         rate = (time.monotonic() - self._began) / max(step - self._first, 1)
         left = datetime.timedelta(seconds=round(rate * (self._total - step)))
+        mfu = f"  MFU {record['mfu']:.2f}" if "mfu" in record else ""
         line = (
             f"step {step:,}/{self._total:,}  loss {record['loss']:.4f}"
             f"  accuracy {record['accuracy/image_to_text']:.3f} {record['accuracy/text_to_image']:.3f}"
             f"  scale {record['logit_scale']:.2f}  rate {record['learning_rate']:.2e}"
-            f"  {record['images_per_second']:,.0f} images/s  data wait {record['data_wait']:.0%}  left {left}"
+            f"  {record['images_per_second']:,.0f} images/s{mfu}  data wait {record['data_wait']:.0%}  left {left}"
         )
         if self._live:
             print(f"\r\x1b[2K{line}", end="", file=sys.stderr, flush=True)

@@ -11,7 +11,8 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import optax
@@ -22,12 +23,14 @@ from jax.sharding import Mesh
 from clip_jax import data, distributed, metrics, optim, sharding, step, workdir
 from clip_jax.architectures import Architecture, WeightsConfig, name_of
 from clip_jax.checkpoint import Checkpoints
+from clip_jax.chips import chip_of
 from clip_jax.config import Config, Resolved, differences, resolve
 from clip_jax.distributed import Preempted, PreemptionNotice
 from clip_jax.evals import benchmark
 from clip_jax.evals.embed import CachedEmbedder, ModelEmbedder
 from clip_jax.evals.report import table, write_report
 from clip_jax.evals.suite import REGISTRY, Loader, Suite, load_suite
+from clip_jax.flops import forward_flops
 from clip_jax.interop import positions, published, reading
 from clip_jax.interop.msgpack import write as write_weights
 from clip_jax.losses import LOSSES
@@ -251,6 +254,15 @@ def _like(run: Run) -> TrainState:
     return step.state_like(run.model, run.optimizer, run.config, run.mesh)
 
 
+def _pair_seconds(config: Config, devices: Sequence[Any]) -> float:
+    """Return the time that a pair's model flops take on all devices at their peak; 0 where that isn't known."""
+    chip = chip_of(devices[0].device_kind)
+    if chip is None:
+        return 0.0
+    flops = 3 * sum(forward_flops(config.model))  # forward, and twice as much backward
+    return flops / (chip.flops_per_second * len(devices) / chip.devices)
+
+
 def _steps(run: Run, state: TrainState, checkpoints: Checkpoints, suite: Suite) -> None:
     """Take the remaining steps; save, measure and tell on the way."""
     config, total = run.config, run.resolved.total_steps
@@ -260,7 +272,7 @@ def _steps(run: Run, state: TrainState, checkpoints: Checkpoints, suite: Suite) 
     main = distributed.is_main()
     writer = metrics.Writer(run.workdir, first_step=first, active=main)
     progress = metrics.Progress(first, total, active=main)
-    meter = metrics.Meter(config.train.batch_size)
+    meter = metrics.Meter(config.train.batch_size, _pair_seconds(config, jax.devices()))
     schedule = optim.make_schedule(config.optim, total)
     loss, teacher = LOSSES[config.loss.name], _teacher(run)
     train_step = step.make_train_step(run.model, loss, run.optimizer, config, run.mesh, teacher)

@@ -2,16 +2,19 @@
 
 import dataclasses
 import json
+import types
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from etils import epath
 
 import clip_jax
 from clip_jax import config as configs
 from clip_jax import distributed, metrics, train, workdir
+from clip_jax.architectures import MODELS
 from tests import runs
 
 
@@ -137,6 +140,18 @@ def test_metrics_that_a_kill_cut_short_or_that_come_again_are_dropped(tmp_path):
     writer.write(2, {"loss": float("nan")})
     writer.close()
     assert metrics.read_lines(path) == [{"step": 1, "loss": 2}, {"step": 2, "loss": None}]
+
+
+def test_utilisation_is_the_models_flops_over_the_peak_of_all_devices():
+    """ViT-L/14 needs 526 GFLOP a pair; four v7x devices are two chips of 2,307 TFLOP/s."""
+    config = configs.Config(model=MODELS["vit_l14"])
+    seconds = train._pair_seconds(config, [types.SimpleNamespace(device_kind="TPU7x")] * 4)
+    np.testing.assert_allclose(seconds, 526.0e9 / (2 * 2307e12), rtol=1e-3)
+    assert train._pair_seconds(config, jax.devices("cpu")) == 0
+    meter = metrics.Meter(10, pair_seconds=0.5)
+    meter.add({"loss": 1.0})
+    record = meter.flush()
+    assert record["mfu"] == 0.5 * record["images_per_second"]
 
 
 def test_the_meter_gives_means_and_rates():
