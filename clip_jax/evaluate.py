@@ -39,9 +39,6 @@ if TYPE_CHECKING:
     from clip_jax.typing import Params
 
 FAILED, REFUSED, INCOMPLETE = 1, 2, 3
-# Files that are called so in every directory, which then says more.
-PLAIN_NAMES = ("params", "model", "weights", "pytorch_model", "open_clip_model", "open_clip_pytorch_model")
-SUFFIXES = (".msgpack", ".pt", ".pth", ".bin", ".safetensors", ".npz")
 FINGERPRINT = 12  # hexadecimal digits, in reports
 LINES = "evaluations.jsonl"  # one for every step that --follow has measured
 TASKS = ("zeroshot", "retrieval", "linear_probe", "few_shot", "overlap", "bias")
@@ -165,10 +162,10 @@ def _evaluate() -> int:
 
 
 def _name() -> str:
-    """Return what is measured, for people: the name of the weights or of the run."""
-    path = pathlib.Path(_WEIGHTS.value or _FOLLOW.value).expanduser()
-    stem = path.stem if path.suffix in SUFFIXES else path.name
-    return path.absolute().parent.name or stem if stem in PLAIN_NAMES else stem or path.resolve().name
+    """Return what is measured, for people."""
+    from clip_jax.evals.report import weights_name
+
+    return weights_name(_WEIGHTS.value or _FOLLOW.value)
 
 
 def _directory() -> pathlib.Path:
@@ -177,20 +174,11 @@ def _directory() -> pathlib.Path:
 
 
 def _check_directory(fingerprint: str) -> None:
-    """Raise ValueError where the reports' directory is the default and holds those of other weights.
+    """Raise ValueError where the reports' directory is the default and holds those of other weights."""
+    from clip_jax.evals.report import check_same_weights
 
-    Weights that were measured from this path before are not others: they may have been trained on.
-    """
-    path = _directory() / "report.json"
-    if _OUT.value or not path.exists():
-        return
-    there = json.loads(path.read_text(encoding="utf-8"))
-    mine = {"run/weights": _WEIGHTS.value or _FOLLOW.value, "run/fingerprint": fingerprint[:FINGERPRINT]}
-    if not any(there.get(key) == value for key, value in mine.items()):
-        raise ValueError(
-            f"{path} is the report of other weights, {there.get('run/weights')}: give a directory of its own, e.g."
-            f" --out={_directory()}-2, or --out={_directory()} to overwrite it"
-        )
+    if not _OUT.value:
+        check_same_weights(_directory(), _WEIGHTS.value or _FOLLOW.value, fingerprint[:FINGERPRINT])
 
 
 def _lines() -> list[dict]:

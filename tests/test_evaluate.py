@@ -6,13 +6,12 @@ import json
 import os
 import shutil
 import time
-from unittest import mock
 
 import pytest
 
-from clip_jax import evaluate
 from clip_jax.architectures import MODELS, WeightsConfig
 from clip_jax.evals.registry import DATASETS
+from clip_jax.evals.report import check_same_weights, weights_name
 from clip_jax.interop import msgpack
 from tests import tiny_models
 from tests.evaluations import picture, report, run, start, write_classes
@@ -215,24 +214,17 @@ def test_a_killed_command_keeps_what_it_measured(weights, data, tmp_path):
         ("hf-hub:openai/clip-vit-base-patch32", "clip-vit-base-patch32"),
     ],
 )
-def test_reports_are_named_after_what_tells_weights_apart(monkeypatch, path, name):
-    monkeypatch.setattr(evaluate, "_WEIGHTS", mock.Mock(value=path))
-    assert evaluate._name() == name
+def test_reports_are_named_after_what_tells_weights_apart(path, name):
+    assert weights_name(path) == name
 
 
-def test_a_report_of_other_weights_is_not_overwritten_unless_the_directory_is_named(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    for flag in ("_WEIGHTS", "_OUT", "_FOLLOW"):
-        monkeypatch.setattr(evaluate, flag, mock.Mock(value=""))
-    evaluate._WEIGHTS.value = "a/x/params.msgpack"
-    evaluate._check_directory("f" * 64)
+def test_a_report_of_other_weights_is_not_overwritten(tmp_path):
+    directory = tmp_path / "x"
+    check_same_weights(directory, "a/x/params.msgpack", "f" * 12)
+    directory.mkdir()
     there = {"run/weights": "b/x/params.msgpack", "run/fingerprint": "0" * 12}
-    (tmp_path / "evaluations/x").mkdir(parents=True)
-    (tmp_path / "evaluations/x/report.json").write_text(json.dumps(there))
-    evaluate._check_directory("0" * 64)  # the same, elsewhere
-    with pytest.raises(ValueError, match=r"report of other weights, b/x/params\.msgpack: .*--out=evaluations/x-2"):
-        evaluate._check_directory("f" * 64)
-    evaluate._OUT.value = "evaluations/x"
-    evaluate._check_directory("f" * 64)
-    evaluate._OUT.value, evaluate._WEIGHTS.value = "", "b/x/params.msgpack"
-    evaluate._check_directory("f" * 64)  # trained on
+    (directory / "report.json").write_text(json.dumps(there))
+    check_same_weights(directory, "a/x/params.msgpack", "0" * 12)  # the same, elsewhere
+    with pytest.raises(ValueError, match=r"report of other weights, b/x/params\.msgpack: .*--out=.*x-2"):
+        check_same_weights(directory, "a/x/params.msgpack", "f" * 12)
+    check_same_weights(directory, "b/x/params.msgpack", "f" * 12)  # trained on

@@ -1,9 +1,6 @@
-"""The planner: names of slices, what a program's text says, what follows from it, and the command."""
+"""The planner: names of slices, what a program's text says, and what follows from it."""
 
 import dataclasses
-import json
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +71,13 @@ def test_a_wrong_name_is_answered_with_one_that_works(name, message):
 def test_every_kind_that_jax_names_has_its_figures():
     assert set(KINDS.values()) == set(CHIPS)
     assert chip_of("a chip of next year") is None
+
+
+def test_a_mesh_of_a_slice_keeps_a_host_s_rows_together():
+    pytest.importorskip("libtpu")
+    mesh = sharding.make_mesh(topology("v5e-16", slices=2).devices())
+    hosts = [device.process_index for device in mesh.devices.flat]
+    assert hosts == sorted(hosts)
 
 
 # ------------------------------------------------------------------------------------------------- a program's text
@@ -384,69 +388,3 @@ def test_the_page_has_what_decides(vit_plan):
 )
 def test_the_page_says_what_to_change_first(vit_plan, change, expected):
     assert expected in page(dataclasses.replace(vit_plan, **change))
-
-
-# ------------------------------------------------------------------------------------------------------- the command
-
-
-def run(*arguments):
-    done = subprocess.run(
-        [sys.executable, "-m", "clip_jax.plan", *arguments], capture_output=True, text=True, check=False
-    )
-    return done.returncode, done.stdout, done.stderr
-
-
-def test_the_command_prints_json_and_writes_the_program(tmp_path):
-    pytest.importorskip("libtpu")
-    code, out, err = run(
-        *("--loss_only", "--loss=softmax", "--global_batch=131072", "--embed_dim=768", "--dtype=float32"),
-        *("--topology=v4-32", "--json", f"--dump_hlo={tmp_path}/loss.hlo"),
-    )
-    assert code == 0 and "compiling for 16 chips of v4" in err
-    found = json.loads(out)
-    wanted = "fits chips argument_bytes temporary_bytes peak_bytes flops model_flops hbm_bytes hbm_bytes_padded"
-    wanted += " collective_bytes collectives mfu_bound mfu_no_overlap images_per_second_per_chip"
-    assert set(wanted.split()) <= set(found)
-    assert found["fits"] and found["chips"] == 16
-    assert found["temporary_bytes"] <= 0.30 * 2**30
-    assert found["flops"] == pytest.approx(found["traced_flops"], rel=SAME_FLOPS)
-    assert Program((tmp_path / "loss.hlo").read_text()).cost().flops == found["flops"]
-
-
-def test_the_command_says_when_nothing_fits():
-    pytest.importorskip("libtpu")
-    code, out, _ = run("--loss_only", "--global_batch=33554432", "--embed_dim=4096", "--topology=v5e-4")
-    assert code == 3 and "DOES NOT FIT" in out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--loss_only"], "give --topology, e.g. --topology=v5e-256"),
-        (["--topology=v5e-8"], "give --config, e.g. --config=configs/vit_l14.py"),
-        (["--topology=v5e-8", "--loss_only", "--loss=hinge"], "--loss='hinge' is none of"),
-        (["--topology=v5e-8", "--loss_only", "--global_batch=100"], "does not divide over 8 devices; use 96"),
-        (["--topology=h100-8", "--loss_only"], "only TPUs can be compiled for without the device"),
-        (["--topology=v5e-7", "--loss_only"], "no slice of 7 chips is sold; use v5e-4"),
-        (["--topology=v5e-8", "--config=configs/vit_b32.py", "--config.train.batch_size=100"], "does not divide over"),
-        (["--topology=h100-8", "--config=configs/vit_b32.py", "--config.teacher.weights=a.pt"], "without it"),
-        (["--topology=v5e-8", "--loss_only", "--search"], "--search compiles steps: it needs --config"),
-    ],
-)
-def test_the_command_answers_what_is_wrong_with_one_sentence(arguments, message):
-    code, out, err = run(*arguments)
-    assert code == 2 and message in err and not out and "Traceback" not in err
-
-
-def test_without_the_compiler_it_says_what_to_install():
-    script = "import sys; sys.modules['libtpu'] = None; from clip_jax.planner.topology import topology;"
-    script += " topology('v5e-8').devices()"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert "pip install 'jax[tpu]'" in done.stderr
-
-
-def test_a_mesh_of_a_slice_keeps_a_host_s_rows_together():
-    pytest.importorskip("libtpu")
-    mesh = sharding.make_mesh(topology("v5e-16", slices=2).devices())
-    hosts = [device.process_index for device in mesh.devices.flat]
-    assert hosts == sorted(hosts)

@@ -14,6 +14,7 @@ import importlib.resources
 import json
 import math
 import os
+import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -27,6 +28,9 @@ from clip_jax.evals.panels import Panels
 ATTRIBUTES = ("candidates", "chance", "majority", "gate", "low", "high", "published")
 EVALUATED = ("retrieval/", "zeroshot/", "linear_probe/", "few_shot/")
 NOTES = {"failed": "failed", "left_out": "is left out"}  # of a run's facts: why sets have no number
+# Files that are called so in every directory, which then says more.
+PLAIN_NAMES = ("params", "model", "weights", "pytorch_model", "open_clip_model", "open_clip_pytorch_model")
+SUFFIXES = (".msgpack", ".pt", ".pth", ".bin", ".safetensors", ".npz")
 CURVES = {
     "loss": "Loss",
     "accuracy/image_to_text": "Contrastive accuracy in the batch",
@@ -45,6 +49,30 @@ LANGUAGE_MEASURES = (
     "text_to_image/recall_at_1",
     "text_to_image/recall_at_5",
 )
+
+
+def weights_name(weights: str) -> str:
+    """Return what tells weights apart, for people: the name of their file, directory, run or model."""
+    path = pathlib.Path(weights).expanduser()
+    stem = path.stem if path.suffix in SUFFIXES else path.name
+    return path.absolute().parent.name or stem if stem in PLAIN_NAMES else stem or path.resolve().name
+
+
+def check_same_weights(directory: pathlib.Path, weights: str, fingerprint: str) -> None:
+    """Raise ValueError where a directory's report is of other weights, by their path and by their fingerprint.
+
+    Weights that were measured from this path before are not others: they may have been trained on.
+    """
+    path = directory / "report.json"
+    if not path.exists():
+        return
+    there = json.loads(path.read_text(encoding="utf-8"))
+    mine = {"run/weights": weights, "run/fingerprint": fingerprint}
+    if not any(there.get(key) == value for key, value in mine.items()):
+        raise ValueError(
+            f"{path} is the report of other weights, {there.get('run/weights')}: give a directory of its own, e.g."
+            f" --out={directory}-2, or --out={directory} to overwrite it"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
