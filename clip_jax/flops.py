@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from clip_jax.architectures import Architecture
+from clip_jax.architectures import Architecture, TextTransformer, ViT
 
 
 def count(function: Callable, *args: Any, padding: bool = True) -> float:
@@ -91,12 +91,23 @@ def meetings(side: int, size: int, out: int, stride: int, low: int, lhs_dilation
 
 
 def forward_flops(architecture: Architecture) -> tuple[float, float]:
-    """Return the operations that one picture, and one text of full length, cost the towers."""
+    """Return the operations that one picture, and one text of full length, cost the towers, as published figures count.
+
+    They count a last block at every position; `models.layers` computes it at the one that the tower gives.
+    """
     from clip_jax.models import make_model
 
     model = make_model(architecture)
     params = jax.eval_shape(model.init, jax.random.key(0))
-    side = architecture.image.image_size
+    side, length = architecture.image.image_size, architecture.text.length
     image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8)
-    text = jax.ShapeDtypeStruct((1, architecture.text.length), jnp.int32)
-    return count(model.encode_image, params, image), count(model.encode_text, params, text)
+    text = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    image_flops, text_flops = count(model.encode_image, params, image), count(model.encode_text, params, text)
+    if isinstance(architecture.image, ViT) and architecture.image.pool == "class":
+        image_flops += _not_pooled(architecture.image, (side // architecture.image.patch_size) ** 2)
+    return image_flops, text_flops + _not_pooled(architecture.text, length - 1)
+
+
+def _not_pooled(tower: ViT | TextTransformer, positions: int) -> float:
+    """Return what a block costs after attention: a projection and a perceptron of two."""
+    return 2.0 * positions * (tower.width**2 + 2 * tower.width * int(tower.width * tower.mlp_ratio))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from clip_jax import flops
 from clip_jax.architectures import (
     MODELS,
     Architecture,
@@ -19,6 +20,7 @@ from clip_jax.architectures import (
     with_activation,
 )
 from clip_jax.models import count_parameters, make_model
+from clip_jax.models.layers import REMAT_POLICIES, Compute, Transformer
 from tests import tiny_models
 
 # Radford et al. 2021's released weights, counted.
@@ -102,6 +104,49 @@ def test_rematerialisation_changes_no_gradient(params, remat):
         return jax.jit(jax.grad(lambda params: model.encode_image(params, image)[0, 0]))(params)
 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradient(remat), gradient("none"))
+
+
+def _transformer(layers: int, **compute: object) -> Transformer:
+    tower = TextTransformer(64, 8, 63, width=32, layers=layers, heads=2, layer_scale=0.5)
+    return Transformer(tower, True, Compute(**compute))
+
+
+def _first_two(x_BLD):
+    return x_BLD[:, :2].reshape(-1, x_BLD.shape[-1])
+
+
+@pytest.mark.parametrize(
+    ("layers", "unroll", "remat"),
+    [*((4, False, remat) for remat in REMAT_POLICIES), (4, True, "names"), (1, False, "none")],
+)
+def test_a_last_block_of_the_pooled_alone_changes_nothing(layers, unroll, remat):
+    """Blocks that all go over all positions, in float64, are the reference."""
+    with jax.enable_x64(True):
+        x_BLD = jax.random.normal(jax.random.key(1), (3, 8, 32), jnp.float64)
+        pooled = _transformer(layers, dtype=jnp.dtype("float64"), unroll=unroll, remat=remat)
+        params = pooled.init(jax.random.key(0), x_BLD, pool=_first_two)
+        noise = jax.random.normal(jax.random.key(2), (6, 32), jnp.float64)
+
+        def whole(params, x_BLD):
+            return (_first_two(pooled.apply(params, x_BLD)) * noise).sum()
+
+        def alone(params, x_BLD):
+            return (pooled.apply(params, x_BLD, pool=_first_two) * noise).sum()
+
+        found, expected = (jax.jit(jax.value_and_grad(f, (0, 1)))(params, x_BLD) for f in (alone, whole))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), found, expected)
+        saved = flops.count(whole, params, x_BLD) - flops.count(alone, params, x_BLD)
+        assert saved == 2 * (3 * 8 - 6) * 9 * 32**2  # the projection and the perceptron, at what isn't pooled
+
+
+@pytest.mark.parametrize("remat", ["dots", "names", "full"])
+def test_the_loop_over_blocks_copies_no_stack(remat):
+    """Neither going forward nor back, where gradients are added to a stack in place."""
+    transformer, x_BLD = _transformer(24, remat=remat), jnp.ones((1, 2, 32))
+    params = jax.eval_shape(transformer.init, jax.random.key(0), x_BLD)
+    gradient = jax.grad(lambda params, x_BLD: transformer.apply(params, x_BLD, pool=_first_two).sum())
+    memory = jax.jit(gradient).lower(params, x_BLD).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 0.6 * memory.output_size_in_bytes
 
 
 @pytest.mark.parametrize("name", ["vit_b32", "emoji"])

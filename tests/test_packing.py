@@ -86,7 +86,7 @@ def test_towers_that_see_their_padding_are_left_alone():
 
 def test_half_the_room_is_half_the_work():
     """The compiler's count of a gradient's operations, for captions that fill a quarter of 77 positions."""
-    tower = TextTransformer(512, 77, 511, width=128, layers=1, heads=2)
+    tower = TextTransformer(512, 77, 511, width=128, layers=3, heads=2)
 
     def flops(capacity: float) -> float:
         model = make_model(Architecture(ViT(16, 8, 32, 1, 2), tower, 16), text_capacity=capacity)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 
 class Stream(NamedTuple):
@@ -34,6 +34,11 @@ class Stream(NamedTuple):
         same = caption[..., :, None] == jnp.concatenate([before(caption, -1), caption], axis=-1)[..., None, :]
         at = jnp.arange(2 * length)
         return same & (at[None] <= at[length:, None])[None, None]
+
+    def ends(self, x_BPD: Float[Array, "B P D"]) -> Float[Array, "N D"]:
+        """Return what lies at the end tokens, of all chunks of all groups."""
+        x_STD = x_BPD.reshape(len(self.end_Sb), -1, x_BPD.shape[-1])
+        return jnp.take_along_axis(x_STD, self.end_Sb[..., None], axis=1).reshape(-1, x_BPD.shape[-1])
 
 
 def before(x: Array, fill: int = 0) -> Array:

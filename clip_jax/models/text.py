@@ -36,17 +36,16 @@ class TextTransformer(nn.Module):
         )
         positions_LD = self.param("positional_embedding", nn.initializers.normal(0.01), (tower.length, tower.width))
         transformer = Transformer(tower, tower.causal, self.compute, name="transformer")
+        positions_LD = positions_LD.astype(dtype)
         if isinstance(text, Stream):
-            x_SRPD = tokens(text.token_SRP) + positions_LD.astype(dtype)[text.position_SRP]
-            x_BPD = transformer(x_SRPD.reshape(-1, *x_SRPD.shape[2:]), text.mask())
-            x_STD = x_BPD.reshape(len(text.end_Sb), -1, tower.width)
-            x_BD = jnp.take_along_axis(x_STD, text.end_Sb[..., None], axis=1).reshape(-1, tower.width)
+            x_SRPD = tokens(text.token_SRP) + positions_LD[text.position_SRP]
+            x_BD = transformer(x_SRPD.reshape(-1, *x_SRPD.shape[2:]), text.mask(), text.ends)
         else:
-            x_BLD = transformer(tokens(text) + positions_LD[None].astype(dtype))
-            if tower.pool == "end":
-                x_BD = jnp.take_along_axis(x_BLD, end_positions(tower, text)[:, None, None], axis=1)[:, 0]
-            else:
-                x_BD = x_BLD[:, -1]
+            last_B = end_positions(tower, text) if tower.pool == "end" else jnp.full(len(text), -1)
+            x_BD = transformer(
+                tokens(text) + positions_LD[None],
+                pool=lambda x_BLD: jnp.take_along_axis(x_BLD, last_B[:, None, None], axis=1)[:, 0],
+            )
         # The norm works on each position alone, so it may follow the pooling.
         x_BD = LayerNorm(tower.norm_epsilon, name="norm_final")(x_BD)
         if tower.projection == "none":

@@ -53,14 +53,14 @@ class VisionTransformer(nn.Module):
 
         if tower.norm_pre:
             x_BLD = LayerNorm(tower.norm_epsilon, name="norm_pre")(x_BLD)
-        x_BLD = Transformer(tower, False, self.compute, name="transformer")(x_BLD)
+        transformer = Transformer(tower, False, self.compute, name="transformer")
         norm = LayerNorm(tower.norm_epsilon, name="norm_post")
         if tower.pool == "class":
-            x_BD = norm(x_BLD[:, 0])
+            x_BD = norm(transformer(x_BLD, pool=lambda x_BLD: x_BLD[:, 0]))
         elif tower.pool == "mean":
-            x_BD = norm(x_BLD[:, 1:].mean(axis=1))
+            x_BD = norm(transformer(x_BLD)[:, 1:].mean(axis=1))
         else:
-            x_BD = AttentionHead(tower, dtype, name="pool")(norm(x_BLD))
+            x_BD = AttentionHead(tower, dtype, name="pool")(norm(transformer(x_BLD)))
         if not (tower.projection and project):
             return x_BD
         return x_BD @ self.param("projection", scaled_normal, (width, self.embed_dim)).astype(dtype)
