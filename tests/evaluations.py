@@ -12,6 +12,7 @@ import tarfile
 import numpy as np
 from PIL import Image
 
+from clip_jax.evals.registry import DATASETS
 from tests import runs
 
 
@@ -83,6 +84,13 @@ def write_shards(folder, samples, *, class_names=(), kind="classification", shar
                     member = tarfile.TarInfo(f"s{row:07d}.{suffix}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
+
+
+def damage(data, name):
+    """Make the second picture of a set undecodable, its size as before."""
+    shard = data / DATASETS[name].folder / "test" / "0.tar"
+    parts = shard.read_bytes().split(b"IHDR")
+    shard.write_bytes(b"IHDR".join(parts[:2]) + b"\0\0\0\0" + b"IHDR".join(parts[2:]))
 
 
 def write_classes(folder, pictures, class_ids, class_names):

@@ -14,7 +14,7 @@ from clip_jax.evals.registry import DATASETS
 from clip_jax.evals.report import check_same_weights, weights_name
 from clip_jax.interop import msgpack
 from tests import tiny_models
-from tests.evaluations import picture, report, run, start, write_classes
+from tests.evaluations import damage, picture, report, run, start, write_classes
 
 ALONE = ("--suite=digits", "--tasks=zeroshot,linear_probe", "--cache_dir=")  # nothing is shared between runs
 
@@ -135,18 +135,11 @@ def data(tmp_path):
     return tmp_path / "data"
 
 
-def _damage(data, name):
-    """Make the second picture of a set undecodable, its size as before."""
-    shard = data / DATASETS[name].folder / "test" / "0.tar"
-    parts = shard.read_bytes().split(b"IHDR")
-    shard.write_bytes(b"IHDR".join(parts[:2]) + b"\0\0\0\0" + b"IHDR".join(parts[2:]))
-
-
 def test_a_damaged_set_is_listed_as_failed_and_the_others_are_measured(weights, data, tmp_path):
     folder = data / DATASETS["mnist"].folder
     shutil.rmtree(folder)
     write_classes(folder, [picture(row) for row in range(4)], [0, 1, 2, 10], TEN)
-    _damage(data, "cifar10")
+    damage(data, "cifar10")
     flags = (f"--weights={weights}", f"--data_dir={data}", "--suite=mnist,cifar10,svhn,dtd", "--cache_dir=")
     out = tmp_path / "out"
     ((printed, said),) = run(*flags, f"--out={out}", code=3, tiny=True)
@@ -165,7 +158,7 @@ def test_a_damaged_set_is_listed_as_failed_and_the_others_are_measured(weights, 
 
 def test_what_one_process_cannot_read_has_failed_on_all_and_the_others_are_measured(weights, data, tmp_path):
     other = shutil.copytree(data, tmp_path / "other")
-    _damage(other, "cifar10")  # in a batch of two the second row is the second process's
+    damage(other, "cifar10")  # in a batch of two the second row is the second process's
     shutil.rmtree(other / DATASETS["svhn"].folder)
     flags = (f"--weights={weights}", "--suite=cifar10,svhn,mnist", "--cache_dir=", "--batch_size=2")
     out = tmp_path / "out"

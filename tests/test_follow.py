@@ -12,8 +12,10 @@ import pytest
 from etils import epath
 
 from clip_jax import metrics, sharding
+from clip_jax.evals.registry import DATASETS
 from clip_jax.follow import follow
 from tests import runs
+from tests.evaluations import damage, picture, report, run, write_classes
 
 STEPS = [7, 14, 20]
 
@@ -72,6 +74,20 @@ def test_a_damaged_checkpoint_is_passed_over_and_stays_where_it_is(copy):
     before = _stored(copy)
     assert list(_followed(copy)) == [7, 20]
     assert _stored(copy) == before
+
+
+def test_the_command_measures_every_checkpoint_and_tells_of_sets_that_failed(finished, tmp_path):
+    classes = tuple(f"thing {class_id}" for class_id in range(10))
+    folder = tmp_path / "data" / DATASETS["cifar10"].folder
+    write_classes(folder, [picture(row) for row in range(10)], list(range(10)), classes)
+    damage(tmp_path / "data", "cifar10")
+    flags = (f"--follow={finished}", "--suite=digits,cifar10", f"--data_dir={tmp_path}/data", f"--out={tmp_path}/out")
+    run(*flags, code=3, tiny=True)
+    lines = [json.loads(line) for line in (tmp_path / "out/evaluations.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == STEPS and all("zeroshot/digits/top1" in line for line in lines)
+    assert "picture 1: " in report(tmp_path / "out")["run/failed.zeroshot/cifar10"]
+    run(*flags, tiny=True)  # all have been measured
+    assert len((tmp_path / "out/evaluations.jsonl").read_text().splitlines()) == len(lines)
 
 
 def test_it_waits_for_a_run_that_has_not_finished(copy):

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 
 from clip_jax.architectures import name_of
 from clip_jax.chips import Number
-from clip_jax.config import Config
 from clip_jax.planner.predict import Plan
 
 IMAGES_PER_CORE_SECOND = 254  # decoded, cropped and resized by tf.data from 512 px JPEG: docs/performance.md
@@ -113,20 +112,14 @@ def _advice(plan: Plan) -> Iterator[str]:
         yield from (f"Try {change}" for change in (_faster(plan) if plan.fits else _smaller(plan)))
     if plan.flops and plan.traced_flops and abs(plan.flops / plan.traced_flops - 1) > 0.005:
         yield f"Beware: JAX's trace has {_si(plan.traced_flops, 'FLOP')}, the program {_si(plan.flops, 'FLOP')}."
-    if plan.config is not None and _packs(plan.config):
-        yield "MFU counts every text position, as published figures do; those that text_capacity saves too."
+    if plan.config is not None:
+        yield "MFU counts every position of both towers, as published figures do; those that are never computed too."
     if plan.endless_loops:
         yield f"Beware: counted once, for want of a constant number of rounds: {', '.join(plan.endless_loops)}."
     if plan.topology.chip.kind == "gpu":
         yield "Not compiled: what must be held, moved and sent at least. Temporaries come on top."
     elif plan.fits:
         yield "Bounds by the datasheet, not times: what happens inside a kernel or a fusion is not in them."
-
-
-def _packs(config: Config) -> bool:
-    """Tell whether captions are laid end to end."""
-    text = config.model.text
-    return config.train.text_capacity < 1 and text.causal and text.pool == "end"
 
 
 def _smaller(plan: Plan) -> Iterator[str]:
