@@ -36,17 +36,16 @@ ROOM = 0.6  # of the memory, for saved activations, where the first number of mi
 
 
 def main(wanted: list[str]) -> None:
-    """Make the rows that are missing, one after another."""
-    rows = {tuple(row[:2]): row for row in _rows()}
+    """Make the rows that are missing, one after another; of other configs in another process if you like."""
     for name in CONFIGS:
         for sold in SLICES:
             chosen = not wanted or name in wanted or sold in wanted
             if wanted and set(wanted) & set(CONFIGS) and set(wanted) & set(SLICES):
                 chosen = name in wanted and sold in wanted
-            if chosen and (name, sold) not in rows:
-                rows[name, sold] = _row(name, sold)
-                _write(rows)
-                print(" | ".join(rows[name, sold]), flush=True)
+            if chosen and (name, sold) not in _rows():
+                row = _row(name, sold)
+                _write(_rows() | {(name, sold): row})
+                print(" | ".join(row), flush=True)
 
 
 def _row(name: str, sold: str) -> list[str]:
@@ -91,13 +90,13 @@ def _in_parts(config: Config, parts: int) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batches=parts))
 
 
-def _rows() -> list[list[str]]:
+def _rows() -> dict[tuple[str, ...], list[str]]:
     lines = TABLE.read_text().splitlines() if TABLE.exists() else []
     cells = [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines if line.startswith("| ")]
-    return [row for row in cells if row[0] in CONFIGS]
+    return {tuple(row[:2]): row for row in cells if row[0] in CONFIGS}
 
 
-def _write(rows: dict[tuple, list[str]]) -> None:
+def _write(rows: dict[tuple[str, ...], list[str]]) -> None:
     order = [rows[name, sold] for name in CONFIGS for sold in SLICES if (name, sold) in rows]
     lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS), *(f"| {' | '.join(row)} |" for row in order)]
     TABLE.write_text(HEAD + "\n".join(lines) + "\n")

@@ -89,6 +89,7 @@ def prepare_compiler() -> None:
         "TPU_WORKER_HOSTNAMES": "localhost",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several at once
     }
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v4-8")  # any: without one it warns, and doesn't use it
     if importlib.util.find_spec("libtpu") is None:
         raise ModuleNotFoundError(
             "the TPU's compiler isn't installed, and it compiles for a slice without any TPU: pip install 'jax[tpu]'"
