@@ -23,13 +23,13 @@ CONFIGS = ("vit_b32", "vit_b16", "vit_l14", "vit_l14_336", "rn50", "rn101", "rn5
 SLICES = ("v4-512", "v5e-256", "v6e-256", "v5p-512", "v7x-128")
 ROOT = pathlib.Path(__file__).parents[1]
 TABLE = ROOT / "docs/plans.md"
-COLUMNS = ("config", "slice", "chips", "micro-batches", "peak GB", "of GB", "TFLOP", "HBM GB", "sent GB", "bound by")
-COLUMNS += ("step ms", "MFU", "pairs/s/chip", "days", "compiled in s")
+COLUMNS = ("config", "slice", "chips", "micro-batches", "peak GB", "of GB", "TFLOP", "of trace")
+COLUMNS += ("HBM GB", "sent GB", "bound by", "step ms", "MFU", "pairs/s/chip", "days", "compiled in s")
 HEAD = """# Plans
 
 Made by `make plan-all` (benchmarks/plans.py): the step of every config, batch 32,768, compiled for slices that nobody
-booked. Figures are a chip's. Ranges go from everything at once to one thing after another: bounds by datasheets,
-not times.
+booked. Figures are a chip's. Beside the program's flops stands how they compare with those of JAX's trace. Ranges go
+from everything at once to one thing after another: bounds by datasheets, not times.
 
 """
 ROOM = 0.6  # of the memory, for saved activations, where the first number of micro-batches is guessed
@@ -56,22 +56,23 @@ def _row(name: str, sold: str) -> list[str]:
     while not plan.fits:
         parts *= 2
         plan = predict.plan_step(_in_parts(config, parts), where)
-    numbers = (plan.peak_bytes, where.chip.hbm_bytes, plan.flops, plan.hbm_bytes_padded)
-    scaled = [f"{value / scale:.4g}" for value, scale in zip(numbers, (1e9, 1e9, 1e12, 1e9), strict=True)]
     ranges = (
         "{:.0f} to {:.0f}".format(*(1e3 * t for t in plan.step_seconds)),
         "{:.2f} to {:.2f}".format(*plan.mfu),
         "{:,.0f} to {:,.0f}".format(*plan.images_per_second),
         "{:.2f} to {:.2f}".format(*plan.days),
     )
-    sent = f"{(plan.link_bytes + plan.network_bytes) / 1e9:.3g}"
     return [
         name,
         sold,
         str(where.chips),
         str(parts),
-        *scaled,
-        sent,
+        f"{plan.peak_bytes / 1e9:.4g}",
+        f"{where.chip.hbm_bytes / 1e9:.4g}",
+        f"{plan.flops / 1e12:.4g}",
+        f"{plan.flops / plan.traced_flops:.2%}",
+        f"{plan.hbm_bytes_padded / 1e9:.4g}",
+        f"{(plan.link_bytes + plan.network_bytes) / 1e9:.3g}",
         plan.bound_by,
         *ranges,
         f"{time.monotonic() - began:.0f}",

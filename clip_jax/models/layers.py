@@ -52,7 +52,7 @@ class Compute(NamedTuple):
     """How towers compute, and nothing of what: any choice gives the same numbers, to rounding.
 
     dtype: of activations; parameters are float32, or wider if dtype is.
-    remat: 'none', or a key of REMAT_POLICIES. unroll: whether the loop over layers is written out.
+    remat: a key of REMAT_POLICIES. unroll: whether the loop over layers is written out.
     rows: the sharding of what has an example in each row; None: the compiler's choice. Where `fsdp` cuts parameters, it
       chooses to cut activations by their width and to reduce them: ViT-B/32 on 16 v4 took 20.7 GB a chip, now 2.1.
     """
