@@ -248,7 +248,7 @@ class Transformer(nn.Module):
         layers = (jnp.arange(last), jax.tree.map(lambda leaf: leaf[:last], stack))
         unroll = max(1, last) if compute.unroll else 1
         x_BLD, _ = jax.lax.scan(lambda x_BLD, layer: (step(x_BLD, *layer), None), x_BLD, layers, unroll=unroll)
-        final = compute.forget_inside(functools.partial(apply, pool=pool))
+        final = compute.forget_inside(functools.partial(apply, pool=lambda x_BLD: compute.pin(pool(x_BLD))))
         return final(x_BLD, jax.tree.map(lambda leaf: leaf[last], stack))
 
 
