@@ -4,6 +4,7 @@ import csv
 import html
 import json
 import os
+import pathlib
 import shutil
 import time
 
@@ -142,6 +143,8 @@ def test_a_damaged_set_is_listed_as_failed_and_the_others_are_measured(weights, 
     damage(data, "cifar10")
     flags = (f"--weights={weights}", f"--data_dir={data}", "--suite=mnist,cifar10,svhn,dtd", "--cache_dir=")
     out = tmp_path / "out"
+    out.mkdir()
+    (out / "report.json").write_text('{"run/weights": "others"}')  # named by --out, so overwritten
     ((printed, said),) = run(*flags, f"--out={out}", code=3, tiny=True)
     found = report(out)
     assert {key.split("/")[1] for key in found if not key.startswith("run/")} == {"svhn"}
@@ -211,13 +214,14 @@ def test_reports_are_named_after_what_tells_weights_apart(path, name):
     assert weights_name(path) == name
 
 
-def test_a_report_of_other_weights_is_not_overwritten(tmp_path):
-    directory = tmp_path / "x"
+def test_a_report_of_other_weights_is_not_overwritten(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    directory = pathlib.Path("evaluations/x")
     check_same_weights(directory, "a/x/params.msgpack", "f" * 12)
-    directory.mkdir()
+    directory.mkdir(parents=True)
     there = {"run/weights": "b/x/params.msgpack", "run/fingerprint": "0" * 12}
     (directory / "report.json").write_text(json.dumps(there))
     check_same_weights(directory, "a/x/params.msgpack", "0" * 12)  # the same, elsewhere
-    with pytest.raises(ValueError, match=r"report of other weights, b/x/params\.msgpack: .*--out=.*x-2"):
+    with pytest.raises(ValueError, match=r"report of other weights, b/x/params\.msgpack: .*--out=evaluations/x-2"):
         check_same_weights(directory, "a/x/params.msgpack", "f" * 12)
     check_same_weights(directory, "b/x/params.msgpack", "f" * 12)  # trained on

@@ -141,7 +141,7 @@ def test_a_last_block_of_the_pooled_alone_changes_nothing(layers, unroll, remat)
 
 @pytest.mark.parametrize("remat", ["dots", "names", "full"])
 def test_the_loop_over_blocks_copies_no_stack(remat):
-    """Neither going forward nor back, where gradients are added to a stack in place."""
+    """Neither going forward nor back, where each layer's gradient is written to its place."""
     transformer, x_BLD = _transformer(24, remat=remat), jnp.ones((1, 2, 32))
     params = jax.eval_shape(transformer.init, jax.random.key(0), x_BLD)
     gradient = jax.grad(lambda params, x_BLD: transformer.apply(params, x_BLD, pool=_first_two).sum())

@@ -41,11 +41,13 @@ class TextTransformer(nn.Module):
             x_SRPD = tokens(text.token_SRP) + positions_LD[text.position_SRP]
             x_BD = transformer(x_SRPD.reshape(-1, *x_SRPD.shape[2:]), text.mask(), text.ends)
         else:
-            last_B = end_positions(tower, text) if tower.pool == "end" else jnp.full(len(text), -1)
-            x_BD = transformer(
-                tokens(text) + positions_LD[None],
-                pool=lambda x_BLD: jnp.take_along_axis(x_BLD, last_B[:, None, None], axis=1)[:, 0],
-            )
+
+            def pool(x_BLD: Float[Array, "B L D"]) -> Float[Array, "B D"]:
+                if tower.pool == "last":
+                    return x_BLD[:, -1]
+                return jnp.take_along_axis(x_BLD, end_positions(tower, text)[:, None, None], axis=1)[:, 0]
+
+            x_BD = transformer(tokens(text) + positions_LD[None], pool=pool)
         # The norm works on each position alone, so it may follow the pooling.
         x_BD = LayerNorm(tower.norm_epsilon, name="norm_final")(x_BD)
         if tower.projection == "none":
