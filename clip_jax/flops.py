@@ -108,6 +108,11 @@ def forward_flops(architecture: Architecture) -> tuple[float, float]:
     return image_flops, text_flops + _not_pooled(architecture.text, length - 1)
 
 
+def training_flops(architecture: Architecture) -> float:
+    """Return what a pair costs a training step: forward, and twice as much backward."""
+    return 3 * sum(forward_flops(architecture))
+
+
 def _not_pooled(tower: ViT | TextTransformer, positions: int) -> float:
     """Return what a block costs after attention: a projection and a perceptron of two."""
     return 2.0 * positions * (tower.width**2 + 2 * tower.width * int(tower.width * tower.mlp_ratio))

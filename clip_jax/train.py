@@ -30,7 +30,7 @@ from clip_jax.evals import benchmark
 from clip_jax.evals.embed import CachedEmbedder, ModelEmbedder
 from clip_jax.evals.report import table, write_report
 from clip_jax.evals.suite import REGISTRY, Loader, Suite, load_suite
-from clip_jax.flops import forward_flops
+from clip_jax.flops import training_flops
 from clip_jax.interop import positions, published, reading
 from clip_jax.interop.msgpack import write as write_weights
 from clip_jax.losses import LOSSES
@@ -259,8 +259,7 @@ def _pair_seconds(config: Config, devices: Sequence[Any]) -> float:
     chip = chip_of(devices[0].device_kind)
     if chip is None:
         return 0.0
-    flops = 3 * sum(forward_flops(config.model))  # forward, and twice as much backward
-    return flops / (chip.flops_per_second * len(devices) / chip.devices)
+    return training_flops(config.model) / (chip.flops_per_second * len(devices) / chip.devices)
 
 
 def _steps(run: Run, state: TrainState, checkpoints: Checkpoints, suite: Suite) -> None:

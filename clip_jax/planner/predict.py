@@ -175,13 +175,12 @@ def plan_step(config: Config, where: Topology) -> Plan:
         "batch_bytes": per_chip * sharding.shard_bytes(batch),
         "activation_bytes": per_chip * saved_bytes(config, mesh),
     }
-    forward = sum(flops.forward_flops(config.model))
     plan = Plan(
         what=f"{config.train.dtype} step",
         topology=where,
         global_batch=config.train.batch_size,
         fits=True,
-        model_flops=3 * forward * config.train.batch_size / where.chips,
+        model_flops=flops.training_flops(config.model) * config.train.batch_size / where.chips,
         traced_flops=traced_flops(config, mesh) / where.chips,
         total_steps=resolved.total_steps,
         config=config,
@@ -365,7 +364,6 @@ def plan_by_datasheet(config: Config, where: Topology) -> Plan:
     gradients = cuts * parameters * (0.5 if config.train.dtype == "bfloat16" else 1) / config.mesh.tensor
     rounds = 2 if config.mesh.fsdp == 1 else 3  # reduced and gathered; or gathered twice and reduced
     sent = rounds * gradients * (where.chips - 1) / where.chips
-    forward = sum(flops.forward_flops(config.model))
     traced = traced_flops(part, alone) / config.mesh.tensor
     # A host's chips have links among them; beyond it, their share of the network carries what one host's sum is.
     hosts = -(-where.chips // where.chip.chips_per_host)
@@ -385,7 +383,7 @@ def plan_by_datasheet(config: Config, where: Topology) -> Plan:
         flops=traced,
         traced_flops=traced,
         unit_flops=traced,
-        model_flops=3 * forward * resolved.batch_per_device / config.mesh.tensor,
+        model_flops=flops.training_flops(config.model) * resolved.batch_per_device / config.mesh.tensor,
         hbm_bytes=2 * (held + activations),
         hbm_bytes_padded=2 * (held + activations),
         link_bytes=sent if where.chips > 1 else 0,
