@@ -1,7 +1,8 @@
 """Where arrays live: the mesh, which axis cuts which parameter, and the way from a host's rows to a global array.
 
-The mesh has three axes. `data` and `fsdp` share the batch; `fsdp` cuts parameters and optimizer state too, and a layer
-is gathered when it is used (Zhao et al. 2023, arXiv:2304.11277); `tensor` cuts the heads and the perceptrons inside a
+The mesh has four axes. `slice`, `data` and `fsdp` share the batch. Between the parts of `slice` lies the data centre's
+network: gradients cross it, and the loss's embeddings. `fsdp` cuts parameters and optimizer state too, and a layer is
+gathered when it is used (Zhao et al. 2023, arXiv:2304.11277); `tensor` cuts the heads and the perceptrons inside a
 layer (Shoeybi et al. 2019, arXiv:1909.08053). Shardings are named with their mesh wherever they are used, so no context
 has to be entered: a plain `with mesh:` would be ignored in silence.
 """
@@ -18,10 +19,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from clip_jax.typing import Params
+from clip_jax.typing import SLICE, Params
 
-AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")
+AXES = (SLICE, "data", "fsdp", "tensor")
+BATCH_AXES = AXES[:3]
 BATCH = PartitionSpec(BATCH_AXES)
 REPLICATED = PartitionSpec()
 
@@ -49,16 +50,24 @@ def make_mesh(devices: list[jax.Device] | None = None, *, fsdp: int = 1, tensor:
     """Return the mesh of all devices, ordered by host, so that a host's rows of the batch are consecutive.
 
     Args:
-      fsdp, tensor: sizes of these axes, neighbours first; `data` has what remains.
+      fsdp, tensor: sizes of these axes, neighbours first; `data` has what remains of a slice. GPUs are one slice.
 
     Raises:
-      ValueError: if they don't divide the devices.
+      ValueError: if they don't divide the devices of a slice.
     """
     devices = jax.devices() if devices is None else devices
-    if len(devices) % (fsdp * tensor):
-        raise ValueError(f"mesh.fsdp={fsdp} times mesh.tensor={tensor} does not divide {len(devices)} devices")
-    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
-    return Mesh(np.array(ordered).reshape(-1, fsdp, tensor), AXES)
+    slices = len({_slice(device) for device in devices})
+    of_slice = len(devices) // slices
+    if of_slice % (fsdp * tensor):
+        where = f"{of_slice} devices" + (f" of each of {slices} slices" if slices > 1 else "")
+        raise ValueError(f"mesh.fsdp={fsdp} times mesh.tensor={tensor} does not divide {where}")
+    ordered = sorted(devices, key=lambda device: (_slice(device), device.process_index, device.id))
+    return Mesh(np.array(ordered).reshape(slices, -1, fsdp, tensor), AXES)
+
+
+def _slice(device: jax.Device) -> int:
+    """Return the number of a TPU's slice, which a single one may lack; of GPUs every host has one, and is no slice."""
+    return getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
 
 
 def batch_shards(mesh: Mesh) -> int:
@@ -127,8 +136,8 @@ def state_shardings(state: Any, mesh: Mesh, *, shard_moments: bool = False) -> A
 
     Args:
       state: a dataclass of arrays or shapes.
-      shard_moments: cut the optimizer's copies along the batch's axes too, as far as these divide them: ZeRO's first
-        stage (Rajbhandari et al. 2020, arXiv:1910.02054).
+      shard_moments: cut the optimizer's copies along the batch's axes within a slice too, as far as these divide them:
+        ZeRO's first stage (Rajbhandari et al. 2020, arXiv:1910.02054).
     """
     specs = jax.tree_util.tree_leaves_with_path(param_specs(state.params, mesh))
     shapes = jax.tree.leaves(state.params)
@@ -150,7 +159,7 @@ def state_shardings(state: Any, mesh: Mesh, *, shard_moments: bool = False) -> A
 def _cut_further(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """Give the batch's axes that a spec leaves out to the longest dimension that they divide."""
     cuts = [*spec, *[None] * (len(shape) - len(spec))]
-    free = [axis for axis in BATCH_AXES if axis not in cuts]
+    free = [axis for axis in BATCH_AXES if axis not in (*cuts, SLICE)]
     for dimension in sorted(range(len(shape)), key=lambda d: -shape[d]):
         axes = tuple(axis for axis in (cuts[dimension], *free) if axis)
         if shape[dimension] % math.prod(mesh.shape[axis] for axis in axes) == 0:

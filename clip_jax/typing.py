@@ -27,6 +27,8 @@ Leaf = Any
 Metrics = dict[str, Array]
 ArrayLike = Array | np.ndarray
 
+SLICE = "slice"  # the mesh's axis between whose parts messages are dear: the data centre's network
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ def test_a_slice_reduces_every_gradient_once(micro_batches):
         model=Architecture(ViT(16, 8, 32, 3, 2), text, 16),
         train=TrainConfig(batch_size=512, dtype="float32", remat="full", micro_batches=micro_batches),
     )
-    compiled, parameters = compile_step(config, v4_mesh({"data": 16, "fsdp": 1, "tensor": 1}))
+    compiled, parameters = compile_step(config, v4_mesh({"slice": 1, "data": 16, "fsdp": 1, "tensor": 1}))
     assert sum(size for _, size in collectives(compiled)) <= 1.1 * 4 * parameters + 5 * 512 * 16 * 4
 
 

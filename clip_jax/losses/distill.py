@@ -81,27 +81,26 @@ def _forward(
     ring = Ring.of(axis, (text_bE, teacher_text_bG))
     images, texts = _embeddings(image_bE, teacher_image_bG, ring), _embeddings(text_bE, teacher_text_bG, ring)
     block = ring.gather(texts)
-    sides = _statistics(images, block, scale, teacher_scale, ring)
+    sides = _statistics(images, texts, block, scale, teacher_scale, ring)
     row, column = (_finish(side, scale, teacher_scale) for side in sides)
     value, divergence = ((jnp.mean(one) + jnp.mean(other)) / 2 for one, other in zip(row[:2], column[:2], strict=True))
     if axis is not None:
         value, divergence = jax.lax.pmean((value, divergence), axis)
     metrics = {"distill/cross_entropy": value.astype(jnp.float32), "distill/kl": divergence.astype(jnp.float32)}
     # As in `pairs`: a single group's block is what the gradient walks too.
-    kept = block if ring.hops == 1 else texts
-    return (value, metrics), (images, kept, scale, teacher_scale, row[2], column[2])
+    kept = block if ring.hops == 1 else None
+    return (value, metrics), (images, texts, kept, scale, teacher_scale, row[2], column[2])
 
 
 def _backward(axis: Axis, residuals: tuple, cotangents: tuple) -> tuple:
-    images, kept, scale, teacher_scale, row_facts, column_facts = residuals
-    own = row_facts["top"].shape[0]
-    ring = Ring.of(axis, (kept.rows[:own], kept.beside[:own]))
-    block = kept if ring.hops == 1 else ring.gather(kept)
-    d_image, d_text = _gradient(images, block, row_facts, ring.gather(column_facts), scale, teacher_scale, ring)
+    images, texts, kept, scale, teacher_scale, row_facts, column_facts = residuals
+    ring = Ring.of(axis, (texts.rows, texts.beside))
+    block = ring.gather(texts) if kept is None else kept
+    d_image, d_text = _gradient(images, texts, block, row_facts, column_facts, scale, teacher_scale, ring)
     d_scale, slope = scale_slope(images, d_image, axis), cotangents[0]
     return (
         (slope * scale * d_image).astype(images.rows.dtype),
-        (slope * scale * d_text).astype(kept.rows.dtype),
+        (slope * scale * d_text).astype(texts.rows.dtype),
         None,
         None,
         (slope * d_scale).astype(scale.dtype),
@@ -118,7 +117,7 @@ def _embeddings(rows: Array, teacher_rows: Array, ring: Ring) -> Embeddings:
 
 
 def _statistics(
-    images: Embeddings, block: Embeddings, scale: Array, teacher_scale: Array, ring: Ring
+    images: Embeddings, texts: Embeddings, block: Embeddings, scale: Array, teacher_scale: Array, ring: Ring
 ) -> tuple[dict[str, Statistics], dict[str, Statistics]]:
     """Return the online softmax of student and teacher for every row and column of this device."""
 
@@ -144,7 +143,7 @@ def _statistics(
             "teacher": _merge(teacher_scale, one["teacher"], other["teacher"]),
         }
 
-    return walk_statistics(images, block, ring, of_tile, empty, merge)
+    return walk_statistics(images, texts, block, ring, of_tile, empty, merge)
 
 
 def _reduce(
@@ -181,6 +180,7 @@ def _finish(side: dict[str, Statistics], scale: Array, teacher_scale: Array) -> 
 
 def _gradient(
     images: Embeddings,
+    texts: Embeddings,
     block: Embeddings,
     rows: Statistics,
     columns: Statistics,
@@ -201,4 +201,4 @@ def _gradient(
             for side in facts
         )
 
-    return walk_gradient(images, block, rows, columns, ring, weigh)
+    return walk_gradient(images, texts, block, rows, columns, ring, weigh)

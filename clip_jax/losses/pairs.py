@@ -5,7 +5,7 @@ they are computed tile by tile, twice: once for the statistics of every row and 
 needs nothing but the embeddings and those statistics. Across devices the images stay, and the texts come by:
 
 - Groups of neighbouring devices gather their texts, as many as fit `BLOCK_BYTES`.
-- The groups' blocks go round a ring, each with the statistics of its columns; on the way back, with its gradient.
+- Texts go round a ring of groups, each with the statistics of its column; for the gradient again, with theirs.
 
 So one device is one tile loop, a small batch on a large pod is one gather and one scatter (two messages, not hundreds
 of hops), and a large batch is a ring whose hops overlap with its tiles: one implementation, and `group_size` decides.
@@ -130,9 +130,9 @@ def _forward(
     text_ids: Array,
 ) -> tuple[tuple[Array, Metrics], tuple]:
     loss, ring = objective(scale, bias), Ring.of(axis, text_bE)
-    images = Embeddings(image_bE, image_ids)
-    block = ring.gather(Embeddings(text_bE, text_ids))
-    rows, columns = _statistics(loss, single, images, block, ring)
+    images, texts = Embeddings(image_bE, image_ids), Embeddings(text_bE, text_ids)
+    block = ring.gather(texts)
+    rows, columns = _statistics(loss, single, images, texts, block, ring)
     if single:
         right_b1 = jnp.sum(wide(image_bE) * wide(text_bE), axis=1, keepdims=True)
         positives = _positives(loss, right_b1, jnp.ones_like(right_b1, bool), axis=1)
@@ -145,21 +145,19 @@ def _forward(
     if axis is not None:
         value, metrics, bias_slope = jax.lax.pmean((value, metrics, bias_slope), axis)
     # A single group's block is what the gradient walks too: it is small, and the gradient follows at once.
-    kept = block.rows if ring.hops == 1 else text_bE
-    return (value, metrics), (images, kept, text_ids, scale, bias, row_facts, column_facts, bias_slope)
+    kept = block if ring.hops == 1 else None
+    return (value, metrics), (images, texts, kept, scale, bias, row_facts, column_facts, bias_slope)
 
 
 def _backward(objective: Callable, axis: Axis, single: bool, residuals: tuple, cotangents: tuple) -> tuple:
-    images, kept, text_ids, scale, bias, row_facts, column_facts, bias_slope = residuals
-    own = text_ids.shape[0]
-    loss, ring = objective(scale, bias), Ring.of(axis, kept[:own])
-    text = kept if ring.hops == 1 else ring.gather(kept)
-    text_ids, column_facts = ring.gather((text_ids, column_facts))
-    d_image, d_text = _gradient(loss, images, Embeddings(text, text_ids), row_facts, column_facts, ring)
+    images, texts, kept, scale, bias, row_facts, column_facts, bias_slope = residuals
+    loss, ring = objective(scale, bias), Ring.of(axis, texts.rows)
+    block = ring.gather(texts) if kept is None else kept
+    d_image, d_text = _gradient(loss, images, texts, block, row_facts, column_facts, ring)
     d_scale, slope = scale_slope(images, d_image, axis), cotangents[0]
     return (
         (slope * scale * d_image).astype(images.rows.dtype),
-        (slope * scale * d_text).astype(kept.dtype),
+        (slope * scale * d_text).astype(texts.rows.dtype),
         (slope * d_scale).astype(scale.dtype),
         (slope * bias_slope).astype(bias.dtype),
         None,
@@ -171,7 +169,7 @@ _loss.defvjp(_forward, _backward)
 
 
 def _statistics(
-    loss: Objective, single: bool, images: Embeddings, block: Embeddings, ring: Ring
+    loss: Objective, single: bool, images: Embeddings, texts: Embeddings, block: Embeddings, ring: Ring
 ) -> tuple[dict[str, Statistics], dict[str, Statistics]]:
     """Return what every row and every column of this device has to know of all pairs."""
 
@@ -198,11 +196,17 @@ def _statistics(
         none = jnp.zeros(shape, bool)
         return of_pairs(axis, jnp.zeros(shape, accumulator(images.rows.dtype)), none, none)
 
-    return walk_statistics(images, block, ring, of_tile, empty, merge)
+    return walk_statistics(images, texts, block, ring, of_tile, empty, merge)
 
 
 def _gradient(
-    loss: Objective, images: Embeddings, block: Embeddings, rows: Statistics, columns: Statistics, ring: Ring
+    loss: Objective,
+    images: Embeddings,
+    texts: Embeddings,
+    block: Embeddings,
+    rows: Statistics,
+    columns: Statistics,
+    ring: Ring,
 ) -> tuple[Float[Array, "b E"], Float[Array, "c E"]]:
     """Return the derivatives by images and texts, but for the logit scale."""
 
@@ -210,16 +214,22 @@ def _gradient(
         tile, matches = similarity(image.rows, text.rows), image.ids[:, None] == text.ids[None]
         return loss.weigh(tile, matches, rows, 1), loss.weigh(tile, matches, columns, 0)
 
-    return walk_gradient(images, block, rows, columns, ring, weigh)
+    return walk_gradient(images, texts, block, rows, columns, ring, weigh)
 
 
 def walk_statistics(
-    images: Embeddings, block: Embeddings, ring: Ring, of_tile: Callable, empty: Callable, merge: Callable
+    images: Embeddings,
+    texts: Embeddings,
+    block: Embeddings,
+    ring: Ring,
+    of_tile: Callable,
+    empty: Callable,
+    merge: Callable,
 ) -> tuple[Any, Any]:
     """Return what every row and every column of this device has to know of all pairs, from tiles of them.
 
     Args:
-      block: of texts, this group's.
+      block: the texts of this device's group.
       of_tile: (images, texts) -> (statistics of the rows, of the columns); rows that fill a tile up have ids of -1.
       empty: (axis, count) -> the statistics of no pairs: of rows (axis 1) or columns (axis 0).
       merge: joins the statistics of two sets of pairs.
@@ -239,27 +249,35 @@ def walk_statistics(
         rows, columns = jax.lax.scan(column, rows, _tiled(block, fill=-1))
         return rows, _untiled(columns, block.rows.shape[0])
 
+    def of_lanes(columns: Any) -> Any:
+        return _merge_all(merge, jax.tree.map(ring.exchange, columns), ring.group)
+
     count, side = image_tiles.ids.shape
     start = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), ring.varying(empty(1, side)))
-    rows, columns = ring.walk(block, step, start, merge)
-    lanes = jax.tree.map(ring.exchange, columns)
-    return _untiled(rows, images.rows.shape[0]), _merge_all(merge, lanes, ring.group)
+    rows, columns = ring.walk(texts, block, step, start, of_lanes, empty(0, texts.rows.shape[0]), merge)
+    return _untiled(rows, images.rows.shape[0]), columns
 
 
 def walk_gradient(
-    images: Embeddings, block: Embeddings, rows: Statistics, columns: Statistics, ring: Ring, weigh: Callable
+    images: Embeddings,
+    texts: Embeddings,
+    block: Embeddings,
+    rows: Statistics,
+    columns: Statistics,
+    ring: Ring,
+    weigh: Callable,
 ) -> tuple[Float[Array, "b E"], Float[Array, "c E"]]:
     """Return the derivatives by images and texts, but for the logit scale.
 
     Args:
-      block: of texts, this group's. columns: the facts of each; rows: of each image.
+      block: the texts of this device's group. columns: the facts of each of its own texts; rows: of each image.
       weigh: (images, texts, rows' facts [r 1], columns' facts [1 c]) -> the derivatives by every logit [r c] of its
         row's part, and of its column's; what it says of rows that fill a tile up is not heard.
     """
     image_tiles, row_tiles = _tiled(images, fill=-1), _tiled(rows)
     dtype = accumulator(images.rows.dtype)
     devices = ring.group * ring.hops
-    image_count, text_count = devices * images.rows.shape[0], ring.hops * block.rows.shape[0]
+    image_count, text_count = devices * images.rows.shape[0], devices * texts.rows.shape[0]
 
     def slope(image: Embeddings, text: Embeddings, rows: Statistics, columns: Statistics) -> Array:
         rows, columns = (
@@ -268,8 +286,8 @@ def walk_gradient(
         by_row, by_column = weigh(image, text, rows, columns)
         return by_row / image_count + by_column / text_count
 
-    def step(travelling: tuple[Embeddings, Statistics], d_image: Array) -> tuple[Array, Array]:
-        block, columns = travelling
+    def step(block_and_facts: tuple[Embeddings, Statistics], d_image: Array) -> tuple[Array, Array]:
+        block, columns = block_and_facts
 
         def column(d_image: Array, text_and_facts: tuple[Embeddings, Statistics]) -> tuple[Array, Array]:
             text, facts = text_and_facts
@@ -289,11 +307,15 @@ def walk_gradient(
         d_image, d_text = jax.lax.scan(column, d_image, (_tiled(block, fill=-1), _tiled(columns)))
         return d_image, _untiled(d_text, block.rows.shape[0])
 
-    zeros = ring.varying(jnp.zeros(image_tiles.rows.shape, dtype))
-    d_image, d_text = ring.walk((block, columns), step, zeros, jnp.add)
-    if ring.group > 1:
+    def of_lanes(d_text: Array) -> Array:
+        if ring.group == 1:
+            return d_text
         # Rounded to send, as the result will be; added up in float32.
-        d_text = jnp.sum(ring.exchange(d_text.astype(images.rows.dtype)).astype(dtype), axis=0)
+        return jnp.sum(ring.exchange(d_text.astype(images.rows.dtype)).astype(dtype), axis=0)
+
+    start, nothing = ring.varying(jnp.zeros(image_tiles.rows.shape, dtype)), jnp.zeros(texts.rows.shape, dtype)
+    own, block_and_facts = (texts, columns), (block, ring.gather(columns))
+    d_image, d_text = ring.walk(own, block_and_facts, step, start, of_lanes, nothing, jnp.add)
     return _untiled(d_image, images.rows.shape[0]), d_text
 
 

@@ -1,8 +1,10 @@
-"""Blocks of texts on their way past all devices, and what belongs to them on its way home.
+"""Texts on their way past all devices, and what belongs to them on its way home.
 
-Neighbours gather their blocks into one, as far as memory allows, and those go round: one gather for a small batch on a
-large pod, where a ring would be hundreds of dependent hops, and a ring for a large batch, whose hops overlap with the
-arithmetic on the block at hand. All of it runs inside `jax.shard_map`, or on one device, where nothing is sent.
+Neighbours gather their texts into one block, as far as memory allows, and what goes round is every device's own: one
+gather for a small batch on a large pod, where a ring would be hundreds of dependent hops, and a ring for a large batch,
+whose messages overlap with the arithmetic on the block at hand. A block is gathered, and what belongs to it summed,
+within a slice: over the data centre's network go a device's own texts, and sums. All of it runs inside
+`jax.shard_map`, or on one device, where nothing is sent.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import Array, Float
+
+from clip_jax.typing import SLICE
 
 Axis = str | tuple[str, ...] | None  # mesh axes that the batch is sharded over, in any order
 
@@ -34,14 +38,17 @@ class Ring(NamedTuple):
     """Groups of neighbours, one after another in a ring; a device's lane is its place in its group."""
 
     axis: Axis
-    group: int  # devices that gather their texts
+    group: int  # devices that gather their texts, all of one slice
     hops: int  # groups, so that so many blocks come by
 
     @classmethod
     def of(cls, axis: Axis, texts: Any) -> Ring:
         """Return the ring for a device's texts: one array of them, or a tree of arrays that travel together."""
-        devices = 1 if axis is None else jax.lax.axis_size(axis)
-        group = group_size(devices, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(texts)))
+        if axis is None:
+            return cls(axis, 1, 1)
+        devices = jax.lax.axis_size(axis)
+        slices = jax.lax.axis_size(SLICE) if SLICE in axis else 1
+        group = group_size(devices // slices, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(texts)))
         return cls(axis, group, devices // group)
 
     @property
@@ -57,7 +64,7 @@ class Ring(NamedTuple):
         return jax.lax.all_gather(tree, self.axis, axis_index_groups=self.groups, tiled=True)
 
     def shift(self, tree: Any) -> Any:
-        """Hand a block on to the same lane of the next group."""
+        """Hand rows on to the same lane of the next group."""
         devices = self.group * self.hops
         steps = [(device, (device + self.group) % devices) for device in range(devices)]
         return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axis, steps), tree)
@@ -75,28 +82,47 @@ class Ring(NamedTuple):
             return tree
         return jax.tree.map(lambda x: jax.lax.pcast(x, self.axis, to="varying"), tree)
 
-    def walk(self, block: Any, step: Callable[[Any, Any], tuple[Any, Any]], kept: Any, added: Callable) -> Any:
+    def walk(
+        self,
+        own: Any,
+        block: Any,
+        step: Callable[[Any, Any], tuple[Any, Any]],
+        kept: Any,
+        reduce: Callable[[Any], Any],
+        nothing: Any,
+        add: Callable[[Any, Any], Any],
+    ) -> tuple[Any, Any]:
         """Call `step(block, kept) -> (kept, contribution)` on every block of the ring.
 
-        added: joins two contributions to the same block. What belongs to a block travels one hop behind it, so that
-        both hops overlap with the arithmetic of a step.
+        During a step the next block is gathered, and what belongs to the one before is summed and handed on, so that
+        all that is sent overlaps with arithmetic.
+
+        Args:
+          own: this device's rows. block: those of its group, gathered.
+          reduce: sums a group's contributions to a block, for the own rows of every lane.
+          nothing: of such a sum, the one that adds nothing. add: two of them.
 
         Returns:
-          What is kept here, and all contributions to this group's own block.
+          What is kept here, and the sum of all devices' contributions to this device's own rows.
         """
         if self.hops == 1:
-            return step(block, kept)
+            kept, contribution = step(block, kept)
+            return kept, reduce(contribution)
 
         def hop(_: Any, carry: tuple) -> tuple:
-            block, kept, travelling = carry
-            following, arrived = self.shift((block, travelling))
+            own, block, kept, contribution, travelling = carry
+            own = self.shift(own)
+            travelling = self.shift(add(travelling, reduce(contribution)))
             kept, contribution = step(block, kept)
-            return following, kept, added(arrived, contribution)
+            return own, self.gather(own), kept, contribution, travelling
 
         kept, contribution = step(block, kept)
-        carry = self.shift(block), kept, contribution
-        _, kept, travelling = jax.lax.fori_loop(1, self.hops, hop, carry)
-        return kept, self.shift(travelling)
+        own = self.shift(own)
+        carry = own, self.gather(own), kept, contribution, self.varying(nothing)
+        _, block, kept, contribution, travelling = jax.lax.fori_loop(1, self.hops - 1, hop, carry)
+        travelling = self.shift(add(travelling, reduce(contribution)))
+        kept, contribution = step(block, kept)
+        return kept, self.shift(add(travelling, reduce(contribution)))
 
 
 def group_size(devices: int, bytes_per_device: int) -> int:

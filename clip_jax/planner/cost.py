@@ -27,15 +27,23 @@ from clip_jax.planner.hlo import HBM, Array, Computation, Op, bits, parse
 
 _CALLS = re.compile(r"(?:calls|to_apply|body|condition|called_computations)=\{?%?([\w.\-]+)")
 
+# Of a fusion inside another: its result is its operand, in other tiles (v7x).
+_RELABELS = "output_to_operand_aliasing={{}: (0, {})}"
+
 # Their results are names for what is there already, or cost nothing.
 _FREE = frozenset(
     (
         *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "domain", "opt-barrier"),
         *("partition-id", "replica-id", "add-dependency", "copy-done", "slice-done", "async-done", "async-update"),
-        *("send-done", "recv-done", "all-reduce-done", "all-gather-done", "collective-permute-done"),
+        *("send-done", "recv-done", "all-reduce-done", "all-gather-done", "collective-permute-done", "call-done"),
     )
 )
-_FREE_CUSTOM = frozenset(("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "Sharding"))
+_FREE_CUSTOM = frozenset(
+    (
+        *("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "Sharding"),
+        *("PrepareAsyncCallStart", "PrepareAsyncCallDone"),
+    )
+)
 _ARITHMETIC = frozenset(  # one flop an element, as XLA has it; exponentials and the like are counted apart there
     (
         *("add", "subtract", "multiply", "divide", "maximum", "minimum", "remainder", "abs", "negate", "sign"),
@@ -114,7 +122,7 @@ class Program:
                 self._add(cost, body, times * (1 if trips is None else trips))
             elif op.opcode == "conditional":
                 self._add(cost, _usual_branch(op), times)
-            elif op.opcode in ("call", "async-start") and (called := _CALLS.search(op.attributes)):
+            elif op.opcode in ("call", "async-start", "call-start") and (called := _CALLS.search(op.attributes)):
                 self._add(cost, called[1], times)
             else:
                 self._count(cost, computation, op, times)
@@ -155,6 +163,9 @@ class Program:
         cost.padded_bytes += times * padded
         source = _source(op)
         cost.by_source[source] = cost.by_source.get(source, 0) + times * padded
+        if op.opcode == "fusion" and (found := self._started(_CALLS.search(op.attributes)[1])):
+            inner, kind, sent = found
+            self._send(cost, kind, *self._group(sent), inner, sent, times)
         kind = op.opcode.removesuffix("-start")
         between = re.search(r'_xla_megascale_transfer_type="(\w+)"', op.attributes) if kind == "send" else None
         if kind in COLLECTIVES:
@@ -207,15 +218,19 @@ class Program:
 
     def _fusion_traffic(self, computation: Computation, op: Op) -> tuple[float, float]:
         name = _CALLS.search(op.attributes)[1]
-        total = (0.0, 0.0)
+        inner, total = self.computations[name], (0.0, 0.0)
+        root = next(x for x in inner.values() if x.root)
+        if _is_custom(root, "AsyncCollectiveDone"):
+            return total
+        if _is_custom(root, "AsyncCollectiveStart"):  # its first result is its operand
+            return _bytes([*computation[op.operands[0]].results, *op.results[1:]])
+        results = root.operands if root.opcode == "tuple" else [root.name]
         for position, operand in enumerate(op.operands):
             source = computation[operand].results[0]
-            if source.space == HBM:
+            if source.space == HBM and not (_goes_on(name) and self._parameter(name, position) in results):
                 read = self._reads(name, position)
                 total = _plus(total, _bytes([source]) if read is None else read)
-        inner = self.computations[name]
-        root = next(x for x in inner.values() if x.root)
-        written = [self._written(name, x) for x in (root.operands if root.opcode == "tuple" else [root.name])]
+        written = [self._written(name, x) for x in results]
         for result, part in zip(op.results, written, strict=False):
             if result.space == HBM:
                 total = _plus(total, _bytes([result]) if part is None else part)
@@ -225,6 +240,8 @@ class Program:
         """Return the bytes that a result updates in place; None: it is written whole."""
         inner = self.computations[name]
         op = inner[at]
+        if _goes_on(name) and op.opcode in ("parameter", *COLLECTIVES):
+            return (0.0, 0.0)
         if op.opcode == "bitcast":
             return self._written(name, op.operands[0])
         if op.opcode == "fusion":
@@ -238,14 +255,15 @@ class Program:
         """Return the bytes that a fused computation reads of its parameter; None: all of it."""
         key = (name, position)
         if key not in self._read:
-            inner = self.computations[name]
-            at = next(
-                op.name
-                for op in inner.values()
-                if op.opcode == "parameter" and int(re.match(r"\d+", op.attributes)[0]) == position
-            )
-            self._read[key] = self._reads_of(name, at)
+            self._read[key] = self._reads_of(name, self._parameter(name, position))
         return self._read[key]
+
+    def _parameter(self, name: str, position: int) -> str:
+        return next(
+            op.name
+            for op in self.computations[name].values()
+            if op.opcode == "parameter" and int(re.match(r"\d+", op.attributes)[0]) == position
+        )
 
     def _reads_of(self, name: str, at: str) -> tuple[float, float] | None:
         total = (0.0, 0.0)
@@ -255,7 +273,7 @@ class Program:
                     read = _bytes(user.results, None)
                 elif user.opcode == "dynamic-update-slice" and place == 0:
                     read = (0.0, 0.0)
-                elif user.opcode == "bitcast":
+                elif user.opcode == "bitcast" or _RELABELS in user.attributes:
                     read = self._reads_of(name, user.name)
                 elif user.opcode == "fusion":
                     read = self._reads(_CALLS.search(user.attributes)[1], place)
@@ -267,6 +285,20 @@ class Program:
         return total
 
     # ------------------------------------------------------------------------------------------------------ collectives
+
+    def _started(self, name: str) -> tuple[Computation, str, Op] | None:
+        """Return the collective that a fusion starts, and its kind.
+
+        One that overlaps with arithmetic starts in a fusion, is repeated in those during which it goes on, and ends in
+        another. A sum of which every device keeps a part is a fusion too.
+        """
+        inner = self.computations[name]
+        if _goes_on(name) or any(_is_custom(op, "AsyncCollectiveDone") for op in inner.values()):
+            return None
+        for op in inner.values():
+            if op.opcode in COLLECTIVES:
+                return inner, "reduce-scatter" if name.startswith("all-reduce-scatter") else op.opcode, op
+        return None
 
     def _send(
         self, cost: Cost, kind: str, group: int, slices: int, computation: Computation, op: Op, times: float
@@ -335,6 +367,15 @@ def _bytes(found: list[Array], space: int | None = HBM) -> tuple[float, float]:
 
 def _plus(a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float]:
     return a[0] + b[0], a[1] + b[1]
+
+
+def _goes_on(name: str) -> bool:
+    """Tell fusions during which a collective goes on, and that hand on what it needs."""
+    return name.startswith("async_collective_fusion")
+
+
+def _is_custom(op: Op, target: str) -> bool:
+    return op.opcode == "custom-call" and _target(op) == target
 
 
 def _usual_branch(op: Op) -> str:

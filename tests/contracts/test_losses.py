@@ -1,6 +1,8 @@
 """What every loss in LOSSES must keep, whatever its formula."""
 
+import ast
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -57,8 +59,8 @@ def _dense(name: str, image_ids: np.ndarray | None = None, text_ids: np.ndarray 
     return value
 
 
-def _sharded(name: str, devices: int):
-    mesh = sharding.make_mesh(jax.devices()[:devices])
+def _sharded(name: str, mesh: jax.sharding.Mesh | int):
+    mesh = sharding.make_mesh(jax.devices()[:mesh]) if isinstance(mesh, int) else mesh
     specs = (sharding.BATCH, sharding.BATCH, sharding.REPLICATED, sharding.REPLICATED)
     return jax.shard_map(_loss(name, sharding.BATCH_AXES), mesh=mesh, in_specs=specs, out_specs=sharding.REPLICATED)
 
@@ -140,6 +142,19 @@ def test_any_order_of_batch_axes_gives_the_same(name, axes, monkeypatch):
     sharded = jax.shard_map(_loss(name, axes), mesh=mesh, in_specs=specs, out_specs=whole)
     inputs = (image, text, jnp.float32(SCALE), jnp.float32(BIAS))
     _assert_close(_value_and_gradient(sharded, inputs), _value_and_gradient(_dense(name), inputs))
+
+
+@pytest.mark.parametrize("slices", [2, 4, 8])
+def test_over_several_slices_the_loss_is_the_same(name, slices):
+    """Texts would fit gathered, but groups stay within a slice."""
+    image, text = _embeddings()
+    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(slices, -1, 1, 1), sharding.AXES)
+    inputs = (image, text, jnp.float32(SCALE), jnp.float32(BIAS))
+    sharded = _sharded(name, mesh)
+    _assert_close(_value_and_gradient(sharded, inputs), _value_and_gradient(_dense(name), inputs))
+    gathered = re.search(r"all_gather\[.*?axis_index_groups=\((\(.*?\))", str(jax.make_jaxpr(sharded)(*inputs)), re.S)
+    assert (gathered is None) == (slices == 8)
+    assert slices == 8 or len(ast.literal_eval(gathered[1])) == 8 // slices
 
 
 @pytest.mark.parametrize("devices", [1, 8])
