@@ -28,11 +28,12 @@ def _title(plan: Plan) -> Iterator[str]:
     if config is None:
         yield plan.what
         return
-    data = where.chips * where.chip.devices // config.mesh.fsdp // config.mesh.tensor
+    data = where.devices_per_slice // config.mesh.fsdp // config.mesh.tensor
     train = config.train
     rows = f"batch {plan.global_batch:,}, {plan.global_batch / where.chips:g} a chip"
     yield f"{name_of(config.model)}, {plan.what}: {rows};"
-    yield f"mesh data {data}, fsdp {config.mesh.fsdp}, tensor {config.mesh.tensor}; remat {train.remat},"
+    axis = f"slice {where.slices}, " if where.slices > 1 else ""
+    yield f"mesh {axis}data {data}, fsdp {config.mesh.fsdp}, tensor {config.mesh.tensor}; remat {train.remat},"
     yield f"{train.micro_batches} micro-batch(es), text_capacity {train.text_capacity:g}, optimizer {config.optim.name}"
 
 
