@@ -2,8 +2,9 @@
 
 The step is compiled for the devices that are here. Flops are counted three times: in JAX's trace, in the program's text
 (planner/cost.py), and by XLA itself, which counts a loop once. Memory is what the compiler announces, and what the
-process (CPU) or the device (GPU) then holds. Time is the median of some steps; for a chip that clip_jax/chips.py knows
-it is set against the datasheet's bounds, as `python -m clip_jax.plan` gives them, and MFU follows.
+process (CPU) or the device (GPU) then holds. Time is the median of some steps, set against the bounds of a roofline, as
+`python -m clip_jax.plan` gives them: with the rates of the datasheet, or, of a device that clip_jax/chips.py doesn't
+know, as a CPU, with those of one large product and one large copy, timed here.
 
   python benchmarks/truth.py [model] [pairs on a device]
 """
@@ -12,8 +13,10 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from clip_jax import flops, optim, sharding, step
@@ -65,9 +68,14 @@ def main(name: str = "vit_b32", rows: int = 16) -> None:
     speed = f"{rows / measured:.1f} pairs a second, {cost.flops / measured / 1e12:.3f} TFLOP/s"
     print(f"time     {measured:.4f} s a step, {speed}")
     if chip := chip_of(kind):
-        bounds = (cost.unit_flops / chip.flops_per_second, cost.padded_bytes / chip.hbm_bytes_per_second)
-        said = f"{max(bounds):.4f} s at once, {sum(bounds):.4f} s in turn"
-        print(f"         by the datasheet {said}; MFU {model_flops / measured / chip.flops_per_second:.3f}")
+        work, (peak, bandwidth) = cost.unit_flops, (chip.flops_per_second, chip.hbm_bytes_per_second)
+        source = "the datasheet"
+    else:
+        work, (peak, bandwidth) = cost.flops, _rates()
+        source = f"{peak / 1e9:.0f} GFLOP/s and {bandwidth / 1e9:.1f} GB/s, timed here"
+    bounds = work / peak, cost.padded_bytes / bandwidth
+    print(f"         by {source}: {max(bounds):.4f} s at once, {sum(bounds):.4f} s in turn")
+    print(f"         MFU {model_flops / measured / peak:.3f}; of what is computed {work / measured / peak:.3f}")
 
 
 def _batch(config: Config) -> Batch:
@@ -85,6 +93,24 @@ def _held() -> int:
     """Return the most bytes that the first device has held so far; of a CPU, the process."""
     stats = jax.devices()[0].memory_stats()
     return stats["peak_bytes_in_use"] if stats else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _rates() -> tuple[float, float]:
+    """Return the flops a second of a large float32 product, and the bytes a second of a large copy, on one device."""
+    side = 4096
+    square, long = jnp.ones((side, side)), jnp.ones(2**27)
+    product, copy = jax.jit(jnp.matmul), jax.jit(jnp.negative)
+    return 2 * side**3 / _fastest(product, square, square), 2 * long.nbytes / _fastest(copy, long)
+
+
+def _fastest(function: Callable[..., jax.Array], *args: jax.Array) -> float:
+    jax.block_until_ready(function(*args))
+    seconds = []
+    for _ in range(STEPS):
+        began = time.monotonic()
+        jax.block_until_ready(function(*args))
+        seconds.append(time.monotonic() - began)
+    return min(seconds)
 
 
 def _xla(program: jax.stages.Compiled) -> float:
