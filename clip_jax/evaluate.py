@@ -31,6 +31,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 from absl import app, flags
 
+from clip_jax.command import parse_flags
+
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
@@ -378,13 +380,6 @@ def _by_group(outcome: Outcome) -> dict[str, str]:
     return {f"{key.replace('/', '_')}.csv": bias.to_csv(rows) for key, rows in details if key.startswith("bias/")}
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        _leave(REFUSED, str(error))
-
-
 def _leave(code: int, message: str) -> NoReturn:
     """End at once: an ordinary exit would wait for hosts that wait for us."""
     print(f"clip_jax.evaluate: {message}", file=sys.stderr)
@@ -394,4 +389,4 @@ def _leave(code: int, message: str) -> NoReturn:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse_flags)
+    app.run(main, flags_parser=lambda argv: parse_flags(argv, lambda message: _leave(REFUSED, message)))

@@ -1,7 +1,7 @@
 """Floating-point operations of a function, from its trace: two for every multiply-add of products and convolutions.
 
 So FLOPs are counted where utilisation is published: Radford et al. 2021 figure 2, open_clip `docs/model_profile.csv`,
-Chowdhery et al. 2022 appendix B (a training step is three forward passes).
+Chowdhery et al. 2022 appendix B (a training step is three forward passes; of a tower that is frozen, one).
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from clip_jax import optim
 from clip_jax.architectures import Architecture, TextTransformer, ViT
+from clip_jax.models import make_model
+from clip_jax.typing import Params
 
 
 def count(function: Callable, *args: Any, padding: bool = True) -> float:
@@ -95,10 +98,7 @@ def forward_flops(architecture: Architecture) -> tuple[float, float]:
 
     They count a last block at every position; `models.layers` computes it at the one that the tower gives.
     """
-    from clip_jax.models import make_model
-
-    model = make_model(architecture)
-    params = jax.eval_shape(model.init, jax.random.key(0))
+    model, params = make_model(architecture), _params_like(architecture)
     side, length = architecture.image.image_size, architecture.text.length
     image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8)
     text = jax.ShapeDtypeStruct((1, length), jnp.int32)
@@ -108,9 +108,18 @@ def forward_flops(architecture: Architecture) -> tuple[float, float]:
     return image_flops, text_flops + _not_pooled(architecture.text, length - 1)
 
 
-def training_flops(architecture: Architecture) -> float:
-    """Return what a pair costs a training step: forward, and twice as much backward."""
-    return 3 * sum(forward_flops(architecture))
+def training_flops(architecture: Architecture, freeze: str = "") -> float:
+    """Return what a pair costs a training step: forward, and twice as much backward.
+
+    freeze: a tower of which it leaves nothing to train has no backward pass.
+    """
+    params = _params_like(architecture)
+    times = (1 if optim.locked(params, freeze, tower) else 3 for tower in ("image", "text"))
+    return sum(n * forward for n, forward in zip(times, forward_flops(architecture), strict=True))
+
+
+def _params_like(architecture: Architecture) -> Params:
+    return jax.eval_shape(make_model(architecture).init, jax.random.key(0))
 
 
 def _not_pooled(tower: ViT | TextTransformer, positions: int) -> float:

@@ -14,9 +14,10 @@ from typing import NoReturn
 
 from absl import app, flags
 from etils import epath
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from clip_jax import config as configs
+from clip_jax.command import given_config, parse_flags
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file with get_config(), e.g. configs/emoji.py.", lock_config=True
@@ -78,9 +79,7 @@ def _config_and_workdir() -> tuple[configs.Config, epath.Path]:
         if stored is None:
             raise ValueError(f"{workdir} holds no run to go on with; give --config, e.g. --config=configs/emoji.py")
         return stored, workdir
-    if not isinstance(_CONFIG.value, ConfigDict):
-        raise ValueError(f"there is no config file {flags.FLAGS['config'].config_filename}; give e.g. configs/emoji.py")
-    given = configs.from_config_dict(_CONFIG.value)
+    given = given_config(_CONFIG.value)
     _check_names(given)
     if stored is not None:
         check_same_run(stored, given, workdir)
@@ -104,23 +103,6 @@ def _check_names(config: configs.Config) -> None:
             configs.check_name(f"eval.tasks.{name}.split", task.split, DATASETS)
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
-    """Parse, and answer a wrong flag with one sentence: a config key that is not there raises AttributeError."""
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        _leave(REFUSED, str(error))
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        _leave(REFUSED, f"in the config or a --config flag: {_innermost(error)}")
-
-
-def _innermost(error: BaseException) -> str:
-    """Return the words of an error that ml_collections has wrapped in others, on one line."""
-    while error.args and isinstance(error.args[0], BaseException):
-        error = error.args[0]
-    return ", ".join(str(error.args[0] if error.args else error).splitlines())
-
-
 def _leave(code: int, message: str, *, traceback_too: bool = False) -> NoReturn:
     """Say why and end at once.
 
@@ -136,4 +118,4 @@ def _leave(code: int, message: str, *, traceback_too: bool = False) -> NoReturn:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse_flags)
+    app.run(main, flags_parser=lambda argv: parse_flags(argv, lambda message: _leave(REFUSED, message)))

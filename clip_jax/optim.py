@@ -192,6 +192,11 @@ def frozen(params: Params, pattern: str) -> PyTree[bool]:
     return found
 
 
+def locked(params: Params, pattern: str, tower: str) -> bool:
+    """Tell whether no parameter of a tower, 'image' or 'text', is trained."""
+    return bool(pattern) and all(jax.tree.leaves(frozen(params, pattern)[tower]))
+
+
 def _found(params: Params, pattern: str) -> PyTree[bool]:
     regex = re.compile(pattern)
     return jax.tree_util.tree_map_with_path(lambda path, _: bool(pattern and regex.search(_name(path))), params)

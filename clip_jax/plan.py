@@ -19,9 +19,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NoReturn
 
 from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from clip_jax import config as configs
+from clip_jax.command import given_config, parse_flags
 
 if TYPE_CHECKING:
     from clip_jax.planner.predict import Plan
@@ -64,6 +65,7 @@ def _plan() -> bool:
         raise ValueError("give --topology, e.g. --topology=v5e-256, v4-512 or h100-64")
     where = topology(_TOPOLOGY.value, _SLICES.value)
     config = None if _LOSS_ONLY.value else _config()
+    _check_flags(where)
     os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported: it would look for a TPU, and say at length why not
     if _SEARCH.value:
         return _search(config, where)
@@ -71,10 +73,30 @@ def _plan() -> bool:
     from clip_jax.planner.page import page
 
     plan = _plan_one(config, where)
-    if _DUMP.value and plan.compiled_text:
-        pathlib.Path(_DUMP.value).write_text(plan.compiled_text, encoding="utf-8")
     print(json.dumps(plan.as_json(), indent=2) if _JSON.value else page(plan))
+    if _DUMP.value and plan.fits:
+        pathlib.Path(_DUMP.value).write_text(plan.compiled_text, encoding="utf-8")
+    elif _DUMP.value:
+        print(f"{_DUMP.value} isn't written: the compiler gives no program that doesn't fit", file=sys.stderr)
     return plan.fits
+
+
+def _check_flags(where: Topology) -> None:
+    """Raise ValueError for flags that would do nothing."""
+    if _LOSS_ONLY.value and _CONFIG.value is not None:
+        raise ValueError("--loss_only has no --config; leave one of them out")
+    if not _LOSS_ONLY.value:
+        instead = {"loss": "config.loss.name", "global_batch": "config.train.batch_size", "dtype": "config.train.dtype"}
+        for name in (*instead, "embed_dim"):
+            if flags.FLAGS[name].present:
+                other = f"; of a run say --{instead[name]}=…" if name in instead else ""
+                raise ValueError(f"--{name} is for --loss_only{other}")
+    if _DUMP.value and (_SEARCH.value or where.chip.kind != "tpu"):
+        raise ValueError(
+            f"--dump_hlo={_DUMP.value}: there is one program to write where one is compiled, of a TPU, without --search"
+        )
+    if _DUMP.value and not pathlib.Path(_DUMP.value).absolute().parent.is_dir():
+        raise ValueError(f"--dump_hlo={_DUMP.value}: there is no such folder")
 
 
 def _plan_one(config: configs.Config | None, where: Topology) -> Plan:
@@ -104,17 +126,29 @@ def _search(config: configs.Config | None, where: Topology) -> bool:
         )
         return _plan_one(config, where)
 
-    for best in search(config, where, plan):
-        found.append(best)
-        print(table([best]).splitlines()[-1], file=sys.stderr)
-    print(json.dumps([plan.as_json() for plan in found], indent=2) if _JSON.value else table(found))
+    def tell() -> None:
+        print(json.dumps([plan.as_json() for plan in found], indent=2) if _JSON.value else table(found))
+
+    try:
+        for best in search(config, where, plan):
+            found.append(best)
+            print(table([best]).splitlines()[-1], file=sys.stderr)
+    except BaseException:
+        if found:  # hours may have gone into them
+            tell()
+        raise
+    tell()
     return bool(found)
 
 
 def _config() -> configs.Config:
-    if not isinstance(_CONFIG.value, ConfigDict):
+    from clip_jax.losses import LOSSES
+
+    if _CONFIG.value is None:
         raise ValueError("give --config, e.g. --config=configs/vit_l14.py, or --loss_only")
-    return configs.from_config_dict(_CONFIG.value)
+    config = given_config(_CONFIG.value)
+    configs.check_name("loss.name", config.loss.name, LOSSES)
+    return config
 
 
 @contextlib.contextmanager
@@ -142,4 +176,4 @@ def _leave(code: int, message: str) -> NoReturn:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=lambda argv: parse_flags(argv, lambda message: _leave(REFUSED, message)))

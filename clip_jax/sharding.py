@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from clip_jax.typing import SLICE, Params
@@ -25,6 +25,7 @@ AXES = (SLICE, "data", "fsdp", "tensor")
 BATCH_AXES = AXES[:3]
 BATCH = PartitionSpec(BATCH_AXES)
 REPLICATED = PartitionSpec()
+AnyMesh = Mesh | AbstractMesh  # what is said of shapes needs no devices
 
 # (parameter paths, what cuts their last axes); axes further left, such as that of stacked layers, stay whole.
 Rules = tuple[tuple[str, tuple[str | None, ...]], ...]
@@ -80,7 +81,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, BATCH)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: AnyMesh) -> NamedSharding:
     """Return the sharding of everything that each device holds whole."""
     return NamedSharding(mesh, REPLICATED)
 
@@ -88,7 +89,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 # ------------------------------------------------------------------------------------------------ the train state
 
 
-def param_specs(params: Params, mesh: Mesh, rules: Rules = RULES) -> PyTree:
+def param_specs(params: Params, mesh: AnyMesh, rules: Rules = RULES) -> PyTree:
     """Return a PartitionSpec for every parameter, by the one rule whose pattern is its whole path.
 
     A dimension that `fsdp` does not divide stays whole: such parameters are small.
@@ -129,7 +130,7 @@ def param_shardings(params: Params, mesh: Mesh) -> PyTree:
     return placed | jax.tree.map(lambda _: replicated(mesh), rest)
 
 
-def state_shardings(state: Any, mesh: Mesh, *, shard_moments: bool = False) -> Any:
+def state_shardings(state: Any, mesh: AnyMesh, *, shard_moments: bool = False) -> Any:
     """Return the sharding of every array of a train state, whose `params` name the parameters.
 
     What mirrors a parameter (its moments, its average) lies where the parameter does; all else is whole.
@@ -156,7 +157,7 @@ def state_shardings(state: Any, mesh: Mesh, *, shard_moments: bool = False) -> A
     return jax.tree_util.tree_map_with_path(sharding, state)
 
 
-def _cut_further(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def _cut_further(spec: PartitionSpec, shape: tuple[int, ...], mesh: AnyMesh) -> PartitionSpec:
     """Give the batch's axes that a spec leaves out to the longest dimension that they divide."""
     cuts = [*spec, *[None] * (len(shape) - len(spec))]
     free = [axis for axis in BATCH_AXES if axis not in (*cuts, SLICE)]

@@ -112,7 +112,9 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, config: 
     return TrainState(zero, trained, optimizer.init(trained), stats, average, zero + 0, zero + 0)
 
 
-def state_like(model: Model, optimizer: optax.GradientTransformation, config: Config, mesh: Mesh) -> TrainState:
+def state_like(
+    model: Model, optimizer: optax.GradientTransformation, config: Config, mesh: sharding.AnyMesh
+) -> TrainState:
     """Return the state's shapes and dtypes, and where each array lies on the mesh.
 
     Raises:
@@ -179,7 +181,9 @@ def make_train_step(
     return functools.partial(compiled, teacher.params)
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
+    """What a step embeds: pictures, token ids, keys."""
+
     image: Leaf
     text: Leaf
     key: Leaf  # of every example, so that what is drawn for it is the same in any company
@@ -188,6 +192,24 @@ class _Rows(NamedTuple):
 _Embedded = tuple[Float[Array, "B E"], Float[Array, "B E"]]
 _Target = tuple[Float[Array, "B G"], Float[Array, "B G"]]  # the teacher's embeddings
 _Value = tuple[Float[Array, ""], tuple[Metrics, Params | None]]
+
+
+def make_embed(model: Model, freeze: str) -> Callable[..., tuple[_Embedded, tuple[Params | None, Metrics]]]:
+    """Return (params, batch_stats, rows) -> (embeddings, (batch_stats, metrics)), as a step embeds pictures and texts.
+
+    freeze: parameters that have no gradient; an image tower without any computes as it does in inference.
+    """
+
+    def embed(params: Params, stats: Params | None, rows: Rows) -> tuple[_Embedded, tuple[Params | None, Metrics]]:
+        params = optim.stop_frozen(params, freeze)
+        if optim.locked(params, freeze, "image"):
+            images_BE = model.encode_image(_with_stats(params, stats), rows.image)
+        else:
+            images_BE, stats = model.encode_image_train(_with_stats(params, stats), rows.image, rows.key)
+        texts_BE, metrics = model.encode_text_train(params, rows.text)
+        return (images_BE, texts_BE), (stats, metrics)
+
+    return embed
 
 
 def make_gradient(model: Model, loss: Loss, config: Config, mesh: Mesh, teacher: Model | None = None) -> Gradient:
@@ -201,24 +223,15 @@ def make_gradient(model: Model, loss: Loss, config: Config, mesh: Mesh, teacher:
     arXiv:2111.10050). Batch norm sees a part at a time: its statistics are those of every part, over all devices, and
     the running averages move once for each.
     """
-    freeze, parts = config.optim.freeze, config.train.micro_batches
-    whole_loss = _loss_over(mesh, loss, config)
+    parts = config.train.micro_batches
+    whole_loss, embed = _loss_over(mesh, loss, config), make_embed(model, config.optim.freeze)
 
-    def embed(params: Params, stats: Params | None, rows: _Rows) -> tuple[_Embedded, tuple[Params | None, Metrics]]:
-        params = optim.stop_frozen(params, freeze)
-        if image_locked(params, freeze):  # as it is in inference
-            images_BE = model.encode_image(_with_stats(params, stats), rows.image)
-        else:
-            images_BE, stats = model.encode_image_train(_with_stats(params, stats), rows.image, rows.key)
-        texts_BE, metrics = model.encode_text_train(params, rows.text)
-        return (images_BE, texts_BE), (stats, metrics)
-
-    def teach(taught: Params | None, rows: _Rows) -> _Target | None:
+    def teach(taught: Params | None, rows: Rows) -> _Target | None:
         if teacher is None:
             return None
         return teacher.encode_image(taught, rows.image), teacher.encode_text_train(taught, rows.text)[0]
 
-    def at_once(params: Params, stats: Params | None, taught: Params | None, rows: _Rows) -> tuple[_Value, Params]:
+    def at_once(params: Params, stats: Params | None, taught: Params | None, rows: Rows) -> tuple[_Value, Params]:
         target = teach(taught, rows)
 
         def objective(params: Params) -> _Value:
@@ -228,11 +241,11 @@ def make_gradient(model: Model, loss: Loss, config: Config, mesh: Mesh, teacher:
 
         return jax.value_and_grad(objective, has_aux=True)(params)
 
-    def in_parts(params: Params, stats: Params | None, taught: Params | None, rows: _Rows) -> tuple[_Value, Params]:
+    def in_parts(params: Params, stats: Params | None, taught: Params | None, rows: Rows) -> tuple[_Value, Params]:
         split, join = sharding.micro_batches(mesh, parts)
         parts_of_rows = split(rows)
 
-        def first(stats: Params | None, part: _Rows) -> tuple[Params | None, tuple]:
+        def first(stats: Params | None, part: Rows) -> tuple[Params | None, tuple]:
             embedded, (stats, metrics) = embed(params, stats, part)
             return stats, (embedded, metrics, teach(taught, part))
 
@@ -245,7 +258,7 @@ def make_gradient(model: Model, loss: Loss, config: Config, mesh: Mesh, teacher:
         )
         d_embedded, d_head = pull(jnp.ones_like(value))
 
-        def again(grads: Params, part: tuple[_Rows, _Embedded]) -> tuple[Params, None]:
+        def again(grads: Params, part: tuple[Rows, _Embedded]) -> tuple[Params, None]:
             rows, d_part = part
             _, pull = jax.vjp(lambda params: embed(params, stats, rows)[0], params)
             return jax.tree.map(jnp.add, grads, optim.widen(pull(d_part)[0])), None
@@ -259,7 +272,7 @@ def make_gradient(model: Model, loss: Loss, config: Config, mesh: Mesh, teacher:
         params: Params, stats: Params | None, batch: Batch, key: jax.Array, taught: Params | None = None
     ) -> tuple[_Value, Params]:
         keys = jax.random.split(key, batch.text.shape[0])
-        rows = _Rows(batch.image, batch.text, jax.lax.with_sharding_constraint(keys, batch_sharding(mesh)))
+        rows = Rows(batch.image, batch.text, jax.lax.with_sharding_constraint(keys, batch_sharding(mesh)))
         return (at_once if parts == 1 else in_parts)(params, stats, taught, rows)
 
     return gradient
@@ -310,11 +323,6 @@ def caption_ids(text_BL: Int32[Array, "B L"]) -> Int32[Array, "B"]:
     sums_B = jnp.sum((text_BL.astype(jnp.uint32) + 1) * factors_L[None], axis=1, dtype=jnp.uint32)
     mixed_B = (sums_B ^ (sums_B >> 15)) * np.uint32(0x85EBCA6B)
     return (mixed_B >> 1).astype(jnp.int32)
-
-
-def image_locked(params: Params, freeze: str) -> bool:
-    """Tell whether no parameter of the image tower is trained."""
-    return bool(freeze) and all(jax.tree.leaves(optim.frozen(params, freeze)["image"]))
 
 
 # Two ways to change nothing, for XLA fuses differently: for ViT-B/32's AdamW on a CPU a select holds 1.2 GB more and

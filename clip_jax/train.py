@@ -259,7 +259,7 @@ def _pair_seconds(config: Config, devices: Sequence[Any]) -> float:
     chip = chip_of(devices[0].device_kind)
     if chip is None:
         return 0.0
-    return training_flops(config.model) / (chip.flops_per_second * len(devices) / chip.devices)
+    return training_flops(config.model, config.optim.freeze) / (chip.flops_per_second * len(devices) / chip.devices)
 
 
 def _steps(run: Run, state: TrainState, checkpoints: Checkpoints, suite: Suite) -> None:

@@ -19,7 +19,7 @@ FLOORS = {
     **dict.fromkeys(["models", "tokenizers", "preprocess", "losses", "data"], 1),
     **dict.fromkeys(["optim", "sharding", "checkpoint", "metrics", "distributed", "workdir", "allocator"], 1),
     **dict.fromkeys(["step", "evals", "interop", "flops"], 2),
-    **dict.fromkeys(["inference", "train", "follow", "planner", "dry_run"], 3),
+    **dict.fromkeys(["inference", "train", "follow", "planner", "dry_run", "command"], 3),
     **dict.fromkeys(["main", "evaluate", "convert", "search", "plan"], 4),
     "__init__": 5,  # hands on what is below, lazily: the subprocess test sees to that
 }
@@ -31,7 +31,7 @@ OWNERS = {
     "tensorflow_datasets": {"data"},
     "orbax": {"checkpoint"},
     "flax": {"models", "interop/msgpack"},
-    "absl": COMMANDS,
+    "absl": COMMANDS | {"command"},
     "torch": set(),
 }
 CONFIG_IMPORTS = {"clip_jax.config", "ml_collections", "__future__"}
@@ -178,7 +178,7 @@ DOC = '"""What it is."""\n'
         (
             "clip_jax/train.py",
             "from absl import logging",
-            "absl, which belongs to convert, evaluate, main, plan, search",
+            "absl, which belongs to command, convert, evaluate, main, plan, search",
         ),
         ("clip_jax/interop/openai.py", "import torch", "torch, which belongs to nobody"),
         ("configs/x.py", "import jax", "a config imports jax"),

@@ -52,6 +52,14 @@ def test_the_command_says_when_nothing_fits():
         (["--topology=v5e-8", "--config=configs/vit_b32.py", "--config.train.batch_size=100"], "does not divide over"),
         (["--topology=h100-8", "--config=configs/vit_b32.py", "--config.teacher.weights=a.pt"], "without it"),
         (["--topology=v5e-8", "--loss_only", "--search"], "--search compiles steps: it needs --config"),
+        (["--topology=v5e-8", "--nosuch"], "Unknown command line flag 'nosuch'"),
+        (["--topology=v5e-8", "--config=configs/nope.py"], "there is no config file configs/nope.py"),
+        (["--topology=v5e-8", "--config=configs/vit_b32.py", "--config.train.nosuch=1"], "'nosuch'"),
+        (["--topology=v5e-8", "--config=configs/vit_b32.py", "--config.loss.name=hinge"], "none of softmax, sigmoid"),
+        (["--topology=v5e-8", "--config=configs/vit_b32.py", "--global_batch=8"], "say --config.train.batch_size=…"),
+        (["--topology=v5e-8", "--config=configs/vit_b32.py", "--loss_only"], "--loss_only has no --config"),
+        (["--topology=h100-8", "--config=configs/vit_b32.py", "--dump_hlo=x"], "one program to write where one is"),
+        (["--topology=v5e-8", "--loss_only", "--dump_hlo=/no/such/x"], "there is no such folder"),
     ],
 )
 def test_the_command_answers_what_is_wrong_with_one_sentence(arguments, message):

@@ -42,14 +42,15 @@ def _memory(plan: Plan) -> Iterator[str]:
     if not plan.fits:
         times = plan.needed_bytes / room
         yield f"DOES NOT FIT: {_bytes(plan.needed_bytes)} needed of {_bytes(room)} a chip, {times:.2f} times as much"
-        return
-    free = room - plan.peak_bytes
-    yield f"FITS: {_bytes(plan.peak_bytes)} of {_bytes(room)} a chip at the peak, {free / room:.0%} free"
+    else:
+        free = room - plan.peak_bytes
+        yield f"FITS: {_bytes(plan.peak_bytes)} of {_bytes(room)} a chip at the peak, {free / room:.0%} free"
+    at_once = plan.argument_bytes + plan.temporary_bytes <= plan.peak_bytes
     rows = [
         ("parameters", plan.parameter_bytes),
         ("optimizer, averages", plan.optimizer_bytes),
         ("batch", plan.batch_bytes),
-        ("temporaries, all told", plan.temporary_bytes),
+        ("temporaries, all told" if at_once else "temporaries, not all at once", plan.temporary_bytes),
         ("  saved activations", plan.activation_bytes),
     ]
     yield from _table([(name, _bytes(size)) for name, size in rows if size])
@@ -59,11 +60,13 @@ def _work(plan: Plan) -> Iterator[str]:
     chip, milliseconds = plan.topology.chip, {name: f"{1e3 * t:.3g} ms" for name, t in plan.seconds.items()}
     yield "A step on a chip:"
     again = f", {plan.flops / plan.model_flops:.2f} times the model's" if plan.model_flops else ""
+    slower = plan.unit_flops / plan.flops
+    passes = f", {slower:.2f} times as long as in bfloat16" if slower > 1.005 else ""
     padding = plan.hbm_bytes_padded / plan.hbm_bytes - 1
     rows = [
         (
             *("matrix units", milliseconds["flops"]),
-            f"{_si(plan.flops, 'FLOP')}{again}, at {_si(chip.flops_per_second, 'FLOP/s')}",
+            f"{_si(plan.flops, 'FLOP')}{again}{passes}, at {_si(chip.flops_per_second, 'FLOP/s')}",
         ),
         (
             *("HBM", milliseconds["hbm"]),
@@ -110,9 +113,14 @@ def _speed(plan: Plan) -> Iterator[str]:
 def _advice(plan: Plan) -> Iterator[str]:
     """Yield what to change first, and what not to believe."""
     if plan.config is not None:
-        yield from (f"Try {change}" for change in (_faster(plan) if plan.fits else _smaller(plan)))
+        changes = list(_faster(plan) if plan.fits else _smaller(plan))
+        yield from (f"Try {change}" for change in changes)
+        if not changes:
+            yield _reason(plan)
     if plan.flops and plan.traced_flops and abs(plan.flops / plan.traced_flops - 1) > 0.005:
-        yield f"Beware: JAX's trace has {_si(plan.traced_flops, 'FLOP')}, the program {_si(plan.flops, 'FLOP')}."
+        both = f"JAX's trace has {_si(plan.traced_flops, 'FLOP')}, the program {_si(plan.flops, 'FLOP')}"
+        less = plan.flops < plan.traced_flops
+        yield f"The compiler saves products: {both}." if less else f"Beware: {both}: some are computed again to fit."
     if plan.config is not None:
         yield "MFU counts every position of both towers, as published figures do; those that are never computed too."
     if plan.endless_loops:
@@ -132,7 +140,8 @@ def _smaller(plan: Plan) -> Iterator[str]:
     if train.remat == "names" and config.model.image.kind == "vit":
         yield "--config.train.remat=full: attention is computed again too."
     if config.mesh.fsdp == 1 and devices > 1:
-        yield f"--config.mesh.fsdp={devices // plan.topology.slices}: parameters and moments are cut over all chips."
+        whole = devices // plan.topology.slices // config.mesh.tensor
+        yield f"--config.mesh.fsdp={whole}: parameters and moments are cut over all chips of a slice."
     rows, parts = train.batch_size // (devices // config.mesh.tensor), train.micro_batches
     if rows % (2 * parts) == 0:
         yield f"--config.train.micro_batches={2 * parts}: half the activations, one more forward pass."
@@ -159,8 +168,21 @@ def _faster(plan: Plan) -> Iterator[str]:
         yield f"--config.mesh.fsdp={config.mesh.fsdp // 2}: fewer chips gather every layer."
     if bound == "network":
         yield "a larger batch: gradients cross between slices once a step, whatever its size."
+    parts = train.micro_batches
+    if parts > 1 and free > 1.2 * plan.activation_bytes:
+        less = "one forward pass less" if parts == 2 else "gradients are added up and sent half as often"
+        yield f"--config.train.micro_batches={parts // 2}: {less}, and there is room."
     if free > capacity / 2:
         yield f"a smaller slice or a larger batch: {free / capacity:.0%} of the memory is free."
+
+
+def _reason(plan: Plan) -> str:
+    """Return where the time goes, for a plan that none of the known changes makes faster."""
+    if plan.bound_by == "hbm" and plan.hbm_bytes_by_source:
+        name, size = max(plan.hbm_bytes_by_source.items(), key=lambda item: item[1])
+        return f"Nothing to change first: most goes through HBM for {name}, {size / plan.hbm_bytes_padded:.0%}."
+    again = plan.flops / plan.model_flops
+    return f"Nothing to change first: bound by {RESOURCES[plan.bound_by]}, {again:.2f} times the model's flops."
 
 
 def _bytes(size: Number) -> str:

@@ -16,11 +16,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from clip_jax import flops, optim, sharding, step
+from clip_jax.architectures import name_of
 from clip_jax.chips import Number
-from clip_jax.config import Config, resolve
+from clip_jax.config import Config, MeshConfig, resolve
 from clip_jax.losses import LOSSES
 from clip_jax.planner.cost import Cost, Program
 from clip_jax.planner.topology import Topology
@@ -124,6 +125,7 @@ class Plan:
             "chips": self.topology.chips,
             "slices": self.topology.slices,
             "global_batch": self.global_batch,
+            **(_choices(self.config) if self.config else {}),
             "fits": self.fits,
             "needed_bytes": self.needed_bytes,
             "hbm_capacity_bytes": self.topology.chip.hbm_bytes,
@@ -156,6 +158,14 @@ class Plan:
         }
 
 
+def _choices(config: Config) -> dict[str, Any]:
+    """Return what of a run's config a plan depends on most."""
+    train, mesh = config.train, config.mesh
+    chosen = {"model": name_of(config.model), "remat": train.remat, "micro_batches": train.micro_batches}
+    chosen |= {"text_capacity": train.text_capacity, "dtype": train.dtype, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
+    return chosen | {"shard_moments": config.optim.shard_moments, "freeze": config.optim.freeze}
+
+
 def plan_step(config: Config, where: Topology) -> Plan:
     """Compile the step of a run for a slice, and say what it costs.
 
@@ -180,7 +190,7 @@ def plan_step(config: Config, where: Topology) -> Plan:
         topology=where,
         global_batch=config.train.batch_size,
         fits=True,
-        model_flops=flops.training_flops(config.model) * config.train.batch_size / where.chips,
+        model_flops=flops.training_flops(config.model, config.optim.freeze) * config.train.batch_size / where.chips,
         traced_flops=traced_flops(config, mesh) / where.chips,
         total_steps=resolved.total_steps,
         config=config,
@@ -312,17 +322,17 @@ def traced_flops(config: Config, mesh: Mesh) -> float:
 def saved_bytes(config: Config, mesh: Mesh) -> float:
     """Return the bytes that a device's towers save for the backward pass: those that grow with the batch."""
     model = step.make_model_of(config, mesh)
-    params = jax.eval_shape(model.init, jax.random.key(0))
+    params, embed = jax.eval_shape(model.init, jax.random.key(0)), step.make_embed(model, config.optim.freeze)
+    stats = params.pop("batch_stats", None)
 
-    def residuals(rows: int) -> list[Any]:
-        batch = batch_like(config, mesh, rows)
+    def residuals(count: int) -> list[Any]:
+        like = batch_like(config, mesh, count)
+        key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count))
 
-        def embed(params: Any) -> Any:
-            keys = jax.random.split(jax.random.key(0), rows)
-            images = model.encode_image_train(params, jnp.zeros(batch.image.shape, jnp.uint8), keys)[0]
-            return images, model.encode_text_train(params, jnp.zeros(batch.text.shape, jnp.int32))[0]
+        def pullback(params: Any, stats: Any, rows: step.Rows) -> Any:
+            return jax.vjp(lambda params: embed(params, stats, rows)[0], params)[1]
 
-        return jax.tree.leaves(jax.eval_shape(lambda params: jax.vjp(embed, params)[1], params))
+        return jax.tree.leaves(jax.eval_shape(pullback, params, stats, step.Rows(like.image, like.text, key)))
 
     rows = config.train.batch_size // config.train.micro_batches
     shards = sharding.batch_shards(mesh)
@@ -343,28 +353,39 @@ def plan_by_datasheet(config: Config, where: Topology) -> Plan:
     """Say what can be said without the device's compiler: what must be held, computed, moved and sent at least.
 
     Held: the state, the batch and saved activations; `fits` leaves other temporaries out. Moved: the state in and out,
-    activations out and in. Sent: gradients once around, and with `mesh.fsdp` parameters twice.
+    activations out and in. Sent: gradients of what is trained once around, and with `mesh.fsdp` parameters twice.
+    Products of float32 run as TF32, JAX's default there, at half of bfloat16's rate.
 
     Raises:
-      ValueError: if the config doesn't fit the number of devices, or has a teacher.
+      ValueError: if the config doesn't fit the number of devices, has a teacher, or cuts layers.
     """
     _refuse_teacher(config)
+    if config.mesh.tensor > 1:
+        raise ValueError(
+            f"mesh.tensor={config.mesh.tensor}: what the parts of a layer send one another isn't planned by datasheets;"
+            " use --config.mesh.tensor=1, with mesh.fsdp for a smaller state"
+        )
     resolved = resolve(config, devices=where.chips, processes=max(1, where.chips // where.chip.chips_per_host))
     part = dataclasses.replace(
         config,
         train=dataclasses.replace(config.train, batch_size=resolved.batch_per_device),
-        mesh=dataclasses.replace(config.mesh, fsdp=1, tensor=1),
+        mesh=MeshConfig(),
     )
     alone = sharding.make_mesh(jax.devices("cpu")[:1])
-    cuts = config.mesh.fsdp * config.mesh.tensor
+    fsdp, bytes_each = config.mesh.fsdp, 2 if config.train.dtype == "bfloat16" else 4
+    together = AbstractMesh((1, where.chips // fsdp, fsdp, 1), sharding.AXES)
     optimizer = optim.make_optimizer(config.optim, resolved.total_steps)
-    state = step.state_like(step.make_model_of(part, alone), optimizer, part, alone)
-    parameters, held = sharding.shard_bytes(state.params) / cuts, sharding.shard_bytes(state) / cuts
-    batch, activations = sharding.shard_bytes(batch_like(part, alone)), saved_bytes(part, alone) / config.mesh.tensor
-    gradients = cuts * parameters * (0.5 if config.train.dtype == "bfloat16" else 1) / config.mesh.tensor
-    rounds = 2 if config.mesh.fsdp == 1 else 3  # reduced and gathered; or gathered twice and reduced
-    sent = rounds * gradients * (where.chips - 1) / where.chips
-    traced = traced_flops(part, alone) / config.mesh.tensor
+    state = step.state_like(step.make_model_of(part, alone), optimizer, config, together)
+    parameters, held = sharding.shard_bytes(state.params), sharding.shard_bytes(state)
+    batch, activations = sharding.shard_bytes(batch_like(part, alone)), saved_bytes(part, alone)
+    frozen = jax.tree.leaves(optim.frozen(state.params, config.optim.freeze))
+    sizes = [(bytes_each * x.size, still) for x, still in zip(jax.tree.leaves(state.params), frozen, strict=True)]
+    gathers = 1 if fsdp == 1 else 2  # of updated parameters; or, cut, before each pass
+    around = sum(size for size, still in sizes if not still) + gathers * sum(
+        size for size, still in sizes if fsdp > 1 or not still
+    )
+    sent = around * (where.chips - 1) / where.chips
+    traced = traced_flops(part, alone)
     # A host's chips have links among them; beyond it, their share of the network carries what one host's sum is.
     hosts = -(-where.chips // where.chip.chips_per_host)
     return Plan(
@@ -382,8 +403,8 @@ def plan_by_datasheet(config: Config, where: Topology) -> Plan:
         peak_bytes=held + batch + activations,
         flops=traced,
         traced_flops=traced,
-        unit_flops=traced,
-        model_flops=flops.training_flops(config.model) * resolved.batch_per_device / config.mesh.tensor,
+        unit_flops=traced if config.train.dtype == "bfloat16" else 2 * traced,
+        model_flops=flops.training_flops(config.model, config.optim.freeze) * resolved.batch_per_device,
         hbm_bytes=2 * (held + activations),
         hbm_bytes_padded=2 * (held + activations),
         link_bytes=sent if where.chips > 1 else 0,

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 from clip_jax.chips import Number
-from clip_jax.config import Config
+from clip_jax.config import Config, resolve
 from clip_jax.planner.predict import Plan
 from clip_jax.planner.topology import Topology
 
@@ -19,15 +19,19 @@ def search(config: Config, where: Topology, plan: Callable[[Config, Topology], P
     """Yield the plan with the largest batch that fits, for every policy and mesh that has one.
 
     Peaks grow almost linearly with the batch, so two compilations tell where to look, and the next ones see whether it
-    fits there.
+    fits there. All have the config's number of steps, whatever their batch, one micro-batch, and no `mesh.tensor`.
+
+    Raises:
+      ValueError: if the config's length in steps isn't known.
     """
     devices = where.chips * where.chip.devices
+    length = {"total_steps": resolve(config, devices=devices).total_steps, "total_epochs": 0.0, "total_examples": 0}
     whole = devices // where.slices
     for fsdp in dict.fromkeys((1, min(16, whole), whole)):
         for policy in POLICIES:
             changed = dataclasses.replace(
                 config,
-                train=dataclasses.replace(config.train, remat=policy, micro_batches=1),
+                train=dataclasses.replace(config.train, remat=policy, micro_batches=1, **length),
                 mesh=dataclasses.replace(config.mesh, fsdp=fsdp, tensor=1),
             )
             best = _largest(changed, where, devices, plan)

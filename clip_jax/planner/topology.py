@@ -21,11 +21,7 @@ FLAT = {"v2", "v3", "v5e", "v6e"}  # a torus of two dimensions
 ALIASES = {"v5litepod": "v5e", "tpu7x": "v7x", "v7": "v7x", "a100-80gb": "a100"}
 COMPILER_NAMES = {"v7x": "tpu7x"}  # where libtpu's differs
 LARGEST = {"v2": 256, "v3": 1024, "v4": 4096, "v5e": 256, "v5p": 6144, "v6e": 256, "v7x": 9216}  # chips
-SHAPES = {  # chips by shape, where the nearest to a cube isn't the one that is sold
-    4: (2, 2, 1),
-    3072: (12, 16, 16),
-    6144: (16, 16, 24),
-}
+SMALL = {4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4)}  # larger ones in space are of cubes of 4 x 4 x 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +57,7 @@ class Topology:
         if self.chip.kind != "tpu":
             raise ValueError(f"{self.name}: only TPUs can be compiled for without the device")
         prepare_compiler()
+        import jax
         from jax.experimental import topologies  # it looks for libtpu when imported
 
         options: dict[str, Any] = {}
@@ -72,10 +69,11 @@ class Topology:
         bounds = {4: (2, 2, 1), 8: (2, 4, 1)}[self.chip.chips_per_host]
         shape = (*self.shape, 1, 1)[:3]
         options["chips_per_host_bounds"] = tuple(min(a, b) for a, b in zip(bounds, shape, strict=True))
-        described = topologies.get_topology_desc(
-            platform="tpu", topology_name=f"{name}:{'x'.join(map(str, self.shape))}", **options
-        )
-        return list(described.devices)
+        described = f"{name}:{'x'.join(map(str, self.shape))}"
+        try:
+            return list(topologies.get_topology_desc(platform="tpu", topology_name=described, **options).devices)
+        except jax.errors.JaxRuntimeError as error:
+            raise ValueError(f"topology {self.name!r}: the compiler knows no {described}: {error}") from error
 
 
 def prepare_compiler() -> None:
@@ -113,20 +111,37 @@ def topology(name: str, slices: int = 1) -> Topology:
     if slices < 1:
         raise ValueError(f"slices={slices}: expected 1 or more")
     chip = CHIPS[kind]
+    if chip.kind != "tpu" and slices > 1:
+        raise ValueError(f"slices={slices}: slices are of TPUs; give all GPUs in one number, as in {kind}-16")
     if found[3]:
         shape = tuple(map(int, found[3].split("x")))
         if chip.kind != "tpu":
-            raise ValueError(f"topology {name!r}: GPUs have no shape; say {kind}-{math.prod(shape)}")
+            raise ValueError(f"topology {name!r}: GPUs have no shape; say {kind}-{max(1, math.prod(shape))}")
+        _check_shape(name, kind, shape)
         return Topology(name, chip, math.prod(shape), slices, shape)
     count, per_chip = int(found[2]), CORES.get(kind, 1)
     chips = count // per_chip
-    if count < 1 or count % per_chip:
+    if count < 1:
+        raise ValueError(f"topology {name!r}: expected 1 chip or more, as in {kind}-8")
+    if count % per_chip:
         raise ValueError(
             f"topology {name!r}: {kind} counts cores, {per_chip} a chip; say {kind}-{max(1, chips) * per_chip}"
         )
     if chip.kind != "tpu":
         return Topology(name, chip, chips, slices, ())
     return Topology(name, chip, chips, slices, _shape(name, kind, chips))
+
+
+def _check_shape(name: str, kind: str, shape: tuple[int, ...]) -> None:
+    """Raise ValueError for a shape at which the compiler would end the process."""
+    sides = 2 if kind in FLAT else 3
+    good = all(side in (1, 2) or side % 4 == 0 for side in shape) and 0 < math.prod(shape) <= LARGEST[kind]
+    if len(shape) != sides or not good:
+        example = "4x8" if kind in FLAT else "4x4x8"
+        raise ValueError(
+            f"topology {name!r}: a slice of {kind} has {sides} sides of 1, 2 or a multiple of 4,"
+            f" and at most {LARGEST[kind]} chips; e.g. {kind}:{example}"
+        )
 
 
 def _shape(name: str, kind: str, chips: int) -> tuple[int, ...]:
@@ -136,17 +151,17 @@ def _shape(name: str, kind: str, chips: int) -> tuple[int, ...]:
         raise ValueError(
             f"topology {name!r}: the largest slice of {kind} is {kind}-{LARGEST[kind] * per_chip}; several: --slices=2"
         )
+    power = 2 ** int(math.log2(chips))
     if kind in FLAT:
         side = 2 ** int(math.log2(chips) // 2)
-        shape: tuple[int, ...] = (side, chips // side)
-    elif chips in SHAPES:
-        shape = SHAPES[chips]
-    else:
-        exponent = int(math.log2(chips))
-        shape = tuple(2 ** ((exponent + i) // 3) for i in range(3))
-    if math.prod(shape) != chips or (kind not in FLAT and chips < 4):
-        below = max(4 if kind not in FLAT else 1, 2 ** int(math.log2(chips)))
-        raise ValueError(
-            f"topology {name!r}: no slice of {chips} chips is sold; use {kind}-{below * per_chip}, or a shape"
-        )
-    return shape
+        if chips == power:
+            return side, chips // side
+    elif chips in SMALL:
+        return SMALL[chips]
+    elif chips % 64 == 0:
+        cubes = chips // 64
+        factors = ((a, b, cubes // a // b) for a in range(1, cubes + 1) for b in range(a, cubes + 1) if a * b <= cubes)
+        sides = min((f for f in factors if math.prod(f) == cubes), key=lambda f: max(f) - min(f))
+        return tuple(4 * side for side in sorted(sides))
+    below = power if kind in FLAT else max(4, chips // 64 * 64 or power)
+    raise ValueError(f"topology {name!r}: no slice of {chips} chips is sold; use {kind}-{below * per_chip}, or a shape")
