@@ -1,8 +1,9 @@
 """The paper's nine configs on a slice of every kind, by the TPU's compiler: `make plan-all` writes docs/plans.md.
 
 Each row is one compilation of minutes; rows that stand in the file are kept, so that a killed run goes on. The batch
-stays the paper's 32,768: where a chip can't hold its part, it is embedded in micro-batches, and the fewest that fit are
-found. Delete a row, or the file, to have it made again. Arguments choose configs and slices: `plans.py rn50 v5e-256`.
+stays the paper's 32,768: where a chip can't hold its part, it is embedded in micro-batches, a power of two of them: as
+many as saved activations ask for, and more where the compiler finds no room. Delete a row, or the file, to have it made
+again. Arguments choose configs and slices: `plans.py rn50 v5e-256`.
 """
 
 import dataclasses
@@ -28,8 +29,9 @@ COLUMNS += ("HBM GB", "sent GB", "bound by", "step ms", "MFU", "pairs/s/chip", "
 HEAD = """# Plans
 
 Made by `make plan-all` (benchmarks/plans.py): the step of every config, batch 32,768, compiled for slices that nobody
-booked. Figures are a chip's. Beside the program's flops stands how they compare with those of JAX's trace. Ranges go
-from everything at once to one thing after another: bounds by datasheets, not times.
+booked. Figures are a chip's. Beside the program's flops stands how they compare with those of JAX's trace: 100 %, and
+more where the compiler computes some again to fit. Ranges go from everything at once to one thing after another: bounds
+by datasheets, not times.
 
 """
 ROOM = 0.6  # of the memory, for saved activations, where the first number of micro-batches is guessed

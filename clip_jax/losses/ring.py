@@ -19,7 +19,7 @@ from clip_jax.typing import SLICE
 
 Axis = str | tuple[str, ...] | None  # mesh axes that the batch is sharded over, in any order
 
-# Of gathered texts. 32,768 texts of 768 bfloat16 numbers, the paper's batch, are 48 MiB: one gather, no ring.
+# Of gathered texts. 32,768 texts of 512 float32 numbers, ViT-B at the paper's batch: one gather, no ring.
 BLOCK_BYTES = 64 * 2**20
 
 
