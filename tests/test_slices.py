@@ -12,8 +12,8 @@ TOWERS = {"vit": ViT(32, 8, 64, 3, 4), "resnet": ResNet(32, 16, (2, 1), heads=2)
 
 
 @pytest.mark.parametrize("micro_batches", [1, 4])
-def test_a_slice_reduces_every_gradient_once(micro_batches):
-    """16 chips send the gradient, in its dtype, and the loss's embeddings: nothing for packing or parts."""
+def test_a_slice_sends_gradients_and_embeddings_alone(micro_batches):
+    """16 chips send the gradient, in its dtype, once for every part, and the loss's embeddings: nothing for packing."""
     text = TextTransformer(64, 77, 63, width=32, layers=3, heads=2)
     config = Config(
         model=Architecture(ViT(16, 8, 32, 3, 2), text, 16),

@@ -77,15 +77,17 @@ def _work(plan: Plan) -> Iterator[str]:
     if plan.network_bytes:
         rate = _bytes(chip.network_bytes_per_second)
         rows.append(("network", milliseconds["network"], f"{_bytes(plan.network_bytes)} at {rate}/s"))
-    yield from _table(rows)
+    units, memory, *between = _table(rows)
+    yield from (units, memory)
+    if plan.hbm_bytes_by_source:
+        largest = sorted(plan.hbm_bytes_by_source.items(), key=lambda item: -item[1])[:5]
+        yield "    " + ", ".join(f"{name} {_bytes(size)}" for name, size in largest)
+    yield from between
     for sent in plan.collectives:
         network = f", {_bytes(sent['network_bytes'])} between {sent['slices']} slices" if sent["slices"] > 1 else ""
         count = f"{sent['count']:,.0f} x {sent['kind']} of {sent['group']} devices"
         links = _bytes(sent["link_bytes"]) if sent["link_bytes"] or not network else ""
         yield f"    {count}: {links}{network if links else network.removeprefix(', ')}"
-    if plan.hbm_bytes_by_source:
-        largest = sorted(plan.hbm_bytes_by_source.items(), key=lambda item: -item[1])[:5]
-        yield "    HBM: " + ", ".join(f"{name} {_bytes(size)}" for name, size in largest)
 
 
 def _speed(plan: Plan) -> Iterator[str]:
@@ -167,7 +169,7 @@ def _faster(plan: Plan) -> Iterator[str]:
     if bound == "links" and config.mesh.fsdp > 1:
         yield f"--config.mesh.fsdp={config.mesh.fsdp // 2}: fewer chips gather every layer."
     if bound == "network":
-        yield "a larger batch: gradients cross between slices once a step, whatever its size."
+        yield "a larger batch: gradients cross between slices once for each part of it, whatever its size."
     parts = train.micro_batches
     if parts > 1 and free > 1.2 * plan.activation_bytes:
         less = "one forward pass less" if parts == 2 else "gradients are added up and sent half as often"
