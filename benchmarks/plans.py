@@ -2,8 +2,9 @@
 
 Each row is one compilation of minutes; rows that stand in the file are kept, so that a killed run goes on. The batch
 stays the paper's 32,768: where a chip can't hold its part, it is embedded in micro-batches, a power of two of them: as
-many as saved activations ask for, and more where the compiler finds no room. Delete a row, or the file, to have it made
-again. Arguments choose configs and slices: `plans.py rn50 v5e-256`.
+many as saved activations ask for, and more where the compiler finds no room; parameters are cut over the slice before a
+device has too few pictures at once. Delete a row, or the file, to have it made again. Arguments choose configs and
+slices: `plans.py rn50 v5e-256`.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ import runpy
 import sys
 import time
 
-from clip_jax.planner.topology import prepare_compiler, topology
+from clip_jax.planner.topology import Topology, prepare_compiler, topology
 
 prepare_compiler()
 
@@ -24,17 +25,17 @@ CONFIGS = ("vit_b32", "vit_b16", "vit_l14", "vit_l14_336", "rn50", "rn101", "rn5
 SLICES = ("v4-512", "v5e-256", "v6e-256", "v5p-512", "v7x-128")
 ROOT = pathlib.Path(__file__).parents[1]
 TABLE = ROOT / "docs/plans.md"
-COLUMNS = ("config", "slice", "chips", "micro-batches", "peak GB", "of GB", "TFLOP", "of trace")
+COLUMNS = ("config", "slice", "chips", "fsdp", "micro-batches", "peak GB", "of GB", "TFLOP", "of trace")
 COLUMNS += ("HBM GB", "sent GB", "bound by", "step ms", "MFU", "pairs/s/chip", "days", "compiled in s")
 HEAD = """# Plans
 
 Made by `make plan-all` (benchmarks/plans.py): the step of every config, batch 32,768, compiled for slices that nobody
-booked. Figures are a chip's. Beside the program's flops stands how they compare with those of JAX's trace: 100 %, and
-more where the compiler computes some again to fit. Ranges go from everything at once to one thing after another: bounds
-by datasheets, not times.
+booked. Figures are a chip's. Beside the program's flops stands how they compare with those of JAX's trace. Ranges go
+from everything at once to one thing after another: bounds by datasheets, not times.
 
 """
-ROOM = 0.6  # of the memory, for saved activations, where the first number of micro-batches is guessed
+ROOM, ROOM_CUT = 0.6, 0.75  # of the memory, for saved activations, where the first number of micro-batches is guessed
+FEW = 8  # pictures on a device: of fewer, the compiler lays padded pieces side by side, and multiplies the padding too
 
 
 def main(wanted: list[str]) -> None:
@@ -53,11 +54,11 @@ def main(wanted: list[str]) -> None:
 def _row(name: str, sold: str) -> list[str]:
     config = from_config_dict(runpy.run_path(str(ROOT / f"configs/{name}.py"))["get_config"]())
     where, began = topology(sold), time.monotonic()
-    parts = _first_guess(config, where)
-    plan = predict.plan_step(_in_parts(config, parts), where)
-    while not plan.fits:
+    fsdp, parts = 1, _first_guess(config, where, ROOM)
+    while not (plan := predict.plan_step(_cut(config, fsdp, parts), where)).fits:
         parts *= 2
-        plan = predict.plan_step(_in_parts(config, parts), where)
+        if fsdp == 1 and config.train.batch_size // len(where.devices()) < FEW * parts:
+            fsdp, parts = where.devices_per_slice, _first_guess(config, where, ROOM_CUT)
     ranges = (
         "{:.0f} to {:.0f}".format(*(1e3 * t for t in plan.step_seconds)),
         "{:.2f} to {:.2f}".format(*plan.mfu),
@@ -68,6 +69,7 @@ def _row(name: str, sold: str) -> list[str]:
         name,
         sold,
         str(where.chips),
+        str(fsdp),
         str(parts),
         f"{plan.peak_bytes / 1e9:.4g}",
         f"{where.chip.hbm_bytes / 1e9:.4g}",
@@ -81,16 +83,17 @@ def _row(name: str, sold: str) -> list[str]:
     ]
 
 
-def _first_guess(config: Config, where) -> int:
+def _first_guess(config: Config, where: Topology, room: float) -> int:
     mesh, parts = sharding.make_mesh(where.devices()), 1
     saved = predict.saved_bytes(config, mesh)
-    while saved / parts > ROOM * where.chip.hbm_bytes / where.chip.devices:
+    while saved / parts > room * where.chip.hbm_bytes / where.chip.devices:
         parts *= 2
     return parts
 
 
-def _in_parts(config: Config, parts: int) -> Config:
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batches=parts))
+def _cut(config: Config, fsdp: int, parts: int) -> Config:
+    mesh = dataclasses.replace(config.mesh, fsdp=fsdp)
+    return dataclasses.replace(config, mesh=mesh, train=dataclasses.replace(config.train, micro_batches=parts))
 
 
 def _rows() -> dict[tuple[str, ...], list[str]]:

@@ -122,7 +122,8 @@ def _advice(plan: Plan) -> Iterator[str]:
     if plan.flops and plan.traced_flops and abs(plan.flops / plan.traced_flops - 1) > 0.005:
         both = f"JAX's trace has {_si(plan.traced_flops, 'FLOP')}, the program {_si(plan.flops, 'FLOP')}"
         less = plan.flops < plan.traced_flops
-        yield f"The compiler saves products: {both}." if less else f"Beware: {both}: some are computed again to fit."
+        more = "some are computed again to fit, or are padding of small batches"
+        yield f"The compiler saves products: {both}." if less else f"Beware: {both}: {more}."
     if plan.config is not None:
         yield "MFU counts every position of both towers, as published figures do; those that are never computed too."
     if plan.endless_loops:
@@ -142,8 +143,7 @@ def _smaller(plan: Plan) -> Iterator[str]:
     if train.remat == "names" and config.model.image.kind == "vit":
         yield "--config.train.remat=full: attention is computed again too."
     if config.mesh.fsdp == 1 and devices > 1:
-        whole = devices // plan.topology.slices // config.mesh.tensor
-        yield f"--config.mesh.fsdp={whole}: parameters and moments are cut over all chips of a slice."
+        yield f"{_fsdp(plan)}: parameters and moments are cut over all chips of a slice."
     rows, parts = train.batch_size // (devices // config.mesh.tensor), train.micro_batches
     if rows % (2 * parts) == 0:
         yield f"--config.train.micro_batches={2 * parts}: half the activations, one more forward pass."
@@ -171,11 +171,19 @@ def _faster(plan: Plan) -> Iterator[str]:
     if bound == "network":
         yield "a larger batch: gradients cross between slices once for each part of it, whatever its size."
     parts = train.micro_batches
+    fewer = f"--config.train.micro_batches={parts // 2}"
     if parts > 1 and free > 1.2 * plan.activation_bytes:
         less = "one forward pass less" if parts == 2 else "gradients are added up and sent half as often"
-        yield f"--config.train.micro_batches={parts // 2}: {less}, and there is room."
+        yield f"{fewer}: {less}, and there is room."
+    elif parts > 1 and whole and free + plan.parameter_bytes + plan.optimizer_bytes > 1.2 * plan.activation_bytes:
+        yield f"{_fsdp(plan)} {fewer}: parameters, cut over a slice, leave room for larger parts."
     if free > capacity / 2:
         yield f"a smaller slice or a larger batch: {free / capacity:.0%} of the memory is free."
+
+
+def _fsdp(plan: Plan) -> str:
+    """Return the flag that cuts parameters and moments as finely as a slice can."""
+    return f"--config.mesh.fsdp={plan.topology.devices_per_slice // plan.config.mesh.tensor}"
 
 
 def _reason(plan: Plan) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 from clip_jax.chips import Number
@@ -11,15 +12,18 @@ from clip_jax.planner.predict import Plan
 from clip_jax.planner.topology import Topology
 
 POLICIES = ("none", "dots", "names", "full")
-TRIES = 5  # compilations for one row of the table
+TRIES = 6  # compilations for one row of the table
 HEADROOM = 0.98  # of the memory: what the line through two compilations is trusted with
+GROWTH = 16  # times the largest batch that has fitted: small batches lie in VMEM, and tell little of larger ones
+CLOSE = 1.02  # times as large a batch isn't worth a compilation
 
 
 def search(config: Config, where: Topology, plan: Callable[[Config, Topology], Plan]) -> Iterator[Plan]:
     """Yield the plan with the largest batch that fits, for every policy and mesh that has one.
 
-    Peaks grow almost linearly with the batch, so two compilations tell where to look, and the next ones see whether it
-    fits there. All have the config's number of steps, whatever their batch, one micro-batch, and no `mesh.tensor`.
+    Peaks grow almost linearly with the batch: a line through two compilations, of the largest batch that fits and the
+    smallest that doesn't as soon as there are both, tells where to look next. All have the config's number of steps,
+    whatever their batch, one micro-batch, and no `mesh.tensor`.
 
     Raises:
       ValueError: if the config's length in steps isn't known.
@@ -40,33 +44,33 @@ def search(config: Config, where: Topology, plan: Callable[[Config, Topology], P
 
 
 def _largest(config: Config, where: Topology, devices: int, plan: Callable[[Config, Topology], Plan]) -> Plan | None:
-    rows = max(1, config.train.batch_size // devices)
-    needed: dict[int, Number] = {}  # bytes by rows on a device
-    best, smallest_failure = None, 0
+    rows: Number = max(1, config.train.batch_size // devices)
+    best, fits, fails = None, {}, {}  # bytes by rows on a device
     for _ in range(TRIES):
         made = plan(_with_rows(config, rows * devices), where)
-        needed[rows] = made.peak_bytes if made.fits else made.needed_bytes
-        if made.fits and (best is None or made.global_batch > best.global_batch):
-            best = made
-        if not made.fits and (not smallest_failure or rows < smallest_failure):
-            smallest_failure = rows
-        rows = _next(needed, rows, made.fits, where.chip.hbm_bytes)
-        if smallest_failure and rows >= smallest_failure:
-            rows = _round(smallest_failure * 0.9)
-        if rows < 1 or rows in needed:
+        if made.fits:
+            fits[rows] = made.peak_bytes
+            best = made if rows == max(fits) else best
+        else:
+            fails[rows] = made.needed_bytes
+        rows = _round(_next(fits, fails, where.chip.hbm_bytes))
+        if rows < 1 or rows in fails or rows <= CLOSE * max(fits, default=0):
             break
     return best
 
 
-def _next(needed: dict[int, Number], rows: int, fits: bool, room: Number) -> int:
-    """Return how many rows to try after these."""
-    if len(needed) == 1:
-        return _round(rows * 2 if fits else rows / 2)
-    (a, a_bytes), (b, b_bytes) = sorted(needed.items(), key=lambda item: abs(item[1] - room))[:2]
-    a_row = (b_bytes - a_bytes) / (b - a)
-    if a_row <= 0:
-        return _round(rows * 2 if fits else rows / 2)
-    return _round(a + (HEADROOM * room - a_bytes) / a_row)
+def _next(fits: dict[int, Number], fails: dict[int, Number], room: Number) -> Number:
+    """Return how many rows to try after those that fit and those that fail."""
+    low, high, known = max(fits, default=0), min(fails, default=0), fits | fails
+    between = [low, high] if fits and fails else sorted(fits)[-2:] or sorted(fails)[:2]
+    if len(between) == 1:
+        return 2 * low if fits else min(high / 2, high * room / max(known[high], 1))
+    a, b = between
+    a_row = (known[b] - known[a]) / (b - a)
+    rows = a + (HEADROOM * room - known[a]) / a_row if a_row > 0 else GROWTH * b
+    if not fails:
+        return min(rows, GROWTH * low)
+    return rows if 0 < rows < high else math.sqrt(max(low, 1) * high)
 
 
 def _round(rows: Number) -> int:
