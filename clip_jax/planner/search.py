@@ -64,7 +64,8 @@ def _next(fits: dict[int, Number], fails: dict[int, Number], room: Number) -> Nu
     low, high, known = max(fits, default=0), min(fails, default=0), fits | fails
     between = [low, high] if fits and fails else sorted(fits)[-2:] or sorted(fails)[:2]
     if len(between) == 1:
-        return 2 * low if fits else min(high / 2, high * room / max(known[high], 1))
+        share = room / max(known[low or high], 1)
+        return low * min(GROWTH, max(2, share)) if fits else high * min(0.5, share)
     a, b = between
     a_row = (known[b] - known[a]) / (b - a)
     rows = a + (HEADROOM * room - known[a]) / a_row if a_row > 0 else GROWTH * b
