@@ -61,16 +61,20 @@ def _largest(config: Config, where: Topology, devices: int, plan: Callable[[Conf
 
 def _next(fits: dict[int, Number], fails: dict[int, Number], room: Number) -> Number:
     """Return how many rows to try after those that fit and those that fail."""
-    low, high, known = max(fits, default=0), min(fails, default=0), fits | fails
-    between = [low, high] if fits and fails else sorted(fits)[-2:] or sorted(fails)[:2]
-    if len(between) == 1:
-        share = room / max(known[low or high], 1)
+    low, high, known, aim = max(fits, default=0), min(fails, default=0), fits | fails, HEADROOM * room
+
+    def a_row(a: int, b: int) -> Number:
+        return (known[b] - known[a]) / (b - a)
+
+    if len(known) == 1:
+        share = aim / max(known[low or high], 1)
         return low * min(GROWTH, max(2, share)) if fits else high * min(0.5, share)
-    a, b = between
-    a_row = (known[b] - known[a]) / (b - a)
-    rows = a + (HEADROOM * room - known[a]) / a_row if a_row > 0 else GROWTH * b
     if not fails:
-        return min(rows, GROWTH * low)
+        # Where room gets scarce the compiler takes pains, and more rows may take less: the steeper line is the truer.
+        steeper = max(a_row(min(fits), low), a_row(sorted(fits)[-2], low))
+        return min(low + (aim - known[low]) / steeper, GROWTH * low) if steeper > 0 else GROWTH * low
+    slope = a_row(low or sorted(fails)[1], high)
+    rows = high + (aim - known[high]) / slope if slope > 0 else 0
     return rows if 0 < rows < high else math.sqrt(max(low, 1) * high)
 
 
