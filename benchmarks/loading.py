@@ -87,7 +87,7 @@ def _own_memory() -> int:
 
 
 def _write(file: pathlib.Path, model: str) -> None:
-    from clip_jax.architectures import MODELS
+    from clip_jax.config import MODELS
     from clip_jax.interop import conversion, names, safetensors, torch_file
 
     rng = np.random.default_rng(0)

@@ -17,8 +17,8 @@ from clip_jax.planner.topology import Topology, prepare_compiler, topology
 
 prepare_compiler()
 
-from clip_jax import sharding  # noqa: E402
 from clip_jax.config import Config, from_config_dict  # noqa: E402
+from clip_jax.devices import sharding  # noqa: E402
 from clip_jax.planner import predict  # noqa: E402
 
 CONFIGS = ("vit_b32", "vit_b16", "vit_l14", "vit_l14_336", "rn50", "rn101", "rn50x4", "rn50x16", "rn50x64")

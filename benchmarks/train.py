@@ -3,7 +3,7 @@
 Forward, backward, AdamW, in float32, 16 pairs at a time, seconds of the processor. Both see the same pictures and the
 same captions, whose lengths are those of web captions: 20 tokens on average, of 77. open_clip encodes 77 positions of
 each, and so do we where it says "in rows"; by default we lay captions end to end (`train.text_capacity`). Memory is
-kept from step to step as the trainer keeps it (`clip_jax.allocator`); torch's is as torch has it.
+kept from step to step as the trainer keeps it (`clip_jax.devices.allocator`); torch's is as torch has it.
 
 The last line is how many times as fast the default is, the median of the pairs.
 """
@@ -24,10 +24,15 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
-from clip_jax import allocator, optim, sharding, step  # noqa: E402
-from clip_jax.architectures import MODELS  # noqa: E402
-from clip_jax.config import Config, OptimConfig, TrainConfig  # noqa: E402
+from clip_jax.config import (  # noqa: E402
+    MODELS,  # noqa: E402
+    Config,
+    OptimConfig,
+    TrainConfig,
+)
+from clip_jax.devices import allocator, sharding  # noqa: E402
 from clip_jax.losses import LOSSES  # noqa: E402
+from clip_jax.training import optim, step  # noqa: E402
 from clip_jax.typing import Batch  # noqa: E402
 
 BATCH, ROUNDS = 16, 7

@@ -3,8 +3,8 @@
 The step is compiled for the devices that are here. Flops are counted three times: in JAX's trace, in the program's text
 (planner/cost.py), and by XLA itself, which counts a loop once. Memory is what the compiler announces, and what the
 process (CPU) or the device (GPU) then holds. Time is the median of some steps, set against the bounds of a roofline, as
-`python -m clip_jax.plan` gives them: with the rates of the datasheet, or, of a device that clip_jax/chips.py doesn't
-know, as a CPU, with those of one large product and one large copy, timed here.
+`python -m clip_jax.plan` gives them: with the rates of the datasheet, or, of a device that
+clip_jax/devices/chips.py doesn't know, as a CPU, with those of one large product and one large copy, timed here.
 
   python benchmarks/truth.py [model] [pairs on a device]
 """
@@ -19,12 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clip_jax import flops, optim, sharding, step
-from clip_jax.architectures import MODELS
-from clip_jax.chips import chip_of
-from clip_jax.config import Config, OptimConfig, TrainConfig
+from clip_jax.config import MODELS, Config, OptimConfig, TrainConfig
+from clip_jax.devices import sharding
+from clip_jax.devices.chips import chip_of
 from clip_jax.planner import predict
 from clip_jax.planner.cost import Program
+from clip_jax.training import flops, optim, step
 from clip_jax.typing import Batch
 
 STEPS = 5

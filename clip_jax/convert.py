@@ -57,7 +57,7 @@ def _convert(source: str, target: str, to: str) -> str:
 
 
 def _described(config, params) -> list[str]:
-    from clip_jax.architectures import name_of
+    from clip_jax.config import name_of
     from clip_jax.models import count_parameters
 
     image, text = config.model.image, config.model.text

@@ -1,9 +1,9 @@
 """Measure weights: `python -m clip_jax.evaluate --weights=params.msgpack --suite=smoke --data_dir=/data`.
 
-A suite or a set is any name of `clip_jax.evals.registry`. Sets that aren't on this machine are listed with what brings
-them; sets that are damaged are listed as failed, and the others go on. Reports are written after every set, each file
-in one step, so that a command that is killed keeps what it has measured. Several processes share the work, as
-`clip_jax.main` does; what one of them can't read has failed on all.
+A suite or a set is any name of `clip_jax.evals.datasets.registry`. Sets that aren't on this machine are listed with
+what brings them; sets that are damaged are listed as failed, and the others go on. Reports are written after every
+set, each file in one step, so that a command that is killed keeps what it has measured. Several processes share the
+work, as `clip_jax.main` does; what one of them can't read has failed on all.
 
 Reports go to `evaluations/<name>`: the name of the file, or of its directory where the file is called as many others
 are (params.msgpack). There a report of other weights is not overwritten; in the directory that --out names it is.
@@ -36,7 +36,7 @@ from clip_jax.command import parse_flags
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from clip_jax.architectures import WeightsConfig
+    from clip_jax.config import WeightsConfig
     from clip_jax.evals.benchmark import Options, Outcome, Subject
     from clip_jax.typing import Params
 
@@ -113,9 +113,10 @@ def _evaluate() -> int:
     """Return how many answers failed, over all checkpoints that were measured."""
     from etils import epath
 
-    from clip_jax import distributed, sharding
-    from clip_jax.evals import benchmark, robustness
-    from clip_jax.follow import follow
+    from clip_jax.devices import distributed, sharding
+    from clip_jax.evals import benchmark
+    from clip_jax.evals.analysis import robustness
+    from clip_jax.training.follow import follow
 
     wrong = [task for task in _TASKS.value if task not in TASKS]
     if wrong:
@@ -165,7 +166,7 @@ def _evaluate() -> int:
 
 def _name() -> str:
     """Return what is measured, for people."""
-    from clip_jax.evals.report import weights_name
+    from clip_jax.evals.report.files import weights_name
 
     return weights_name(_WEIGHTS.value or _FOLLOW.value)
 
@@ -177,7 +178,7 @@ def _directory() -> pathlib.Path:
 
 def _check_directory(fingerprint: str) -> None:
     """Raise ValueError where the reports' directory is the default and holds those of other weights."""
-    from clip_jax.evals.report import check_same_weights
+    from clip_jax.evals.report.files import check_same_weights
 
     if not _OUT.value:
         check_same_weights(_directory(), _WEIGHTS.value or _FOLLOW.value, fingerprint[:FINGERPRINT])
@@ -210,7 +211,7 @@ def _options() -> Options:
 def _hashes() -> tuple[np.ndarray, ...]:
     if not _OVERLAP.value:
         return ()
-    from clip_jax.evals import overlap_beam
+    from clip_jax.evals.analysis import overlap_beam
 
     if _TRAIN_FILES.value:
         from clip_jax.data.sources.tfrecord import expand
@@ -222,7 +223,7 @@ def _hashes() -> tuple[np.ndarray, ...]:
 def _groups() -> tuple[np.ndarray, tuple[str, ...]] | None:
     if not _GROUPS.value:
         return None
-    from clip_jax.evals.bias import cross
+    from clip_jax.evals.analysis.bias import cross
 
     with open(_GROUPS.value, newline="", encoding="utf-8") as file:
         table = list(csv.DictReader(file))
@@ -247,8 +248,8 @@ def make_subject(config: WeightsConfig, params: Params, mesh: Mesh) -> Subject:
     """Return the model as `benchmark` sees it, on all devices of a mesh."""
     import jax
 
-    from clip_jax import sharding
-    from clip_jax.architectures import name_of
+    from clip_jax.config import name_of
+    from clip_jax.devices import sharding
     from clip_jax.evals.benchmark import Subject
     from clip_jax.evals.embed import ModelEmbedder
     from clip_jax.evals.feature_cache import FeatureCache
@@ -296,10 +297,10 @@ def _fingerprint(config: WeightsConfig, params: Params) -> str:
 
 
 def _facts(config: WeightsConfig, params: Params, fingerprint: str) -> dict[str, Any]:
-    from clip_jax.architectures import name_of
-    from clip_jax.flops import forward_flops
+    from clip_jax.config import name_of
     from clip_jax.models import count_parameters
-    from clip_jax.workdir import versions
+    from clip_jax.training.flops import forward_flops
+    from clip_jax.training.workdir import versions
 
     return {
         "name": _name(),
@@ -320,8 +321,8 @@ def _write(
     curves: Sequence[Mapping],
 ) -> list[str]:
     """Write the reports of what was measured so far, each in one step, and return their names."""
-    from clip_jax.evals.report import replace, write_report
-    from clip_jax.evals.tables import model_card, open_clip_csv
+    from clip_jax.evals.report.files import replace, write_report
+    from clip_jax.evals.report.tables import model_card, open_clip_csv
 
     directory = _directory()
     plots, tables = _plots(facts["name"], outcome, baselines), _by_group(outcome)
@@ -341,7 +342,7 @@ def _write(
 
 
 def _print(outcome: Outcome, files: Sequence[str]) -> None:
-    from clip_jax.evals.report import table
+    from clip_jax.evals.report.files import table
 
     if outcome.metrics:
         print(table(outcome.metrics))
@@ -359,7 +360,7 @@ def _print(outcome: Outcome, files: Sequence[str]) -> None:
 
 def _plots(name: str, outcome: Outcome, baselines: Mapping[str, tuple[float, float]]) -> dict[str, str]:
     """Return by name what can be drawn: effective robustness, overlap."""
-    from clip_jax.evals import overlap, robustness
+    from clip_jax.evals.analysis import overlap, robustness
 
     plots = {}
     if "robustness/shifts/effective" in outcome.metrics:
@@ -374,7 +375,7 @@ def _plots(name: str, outcome: Outcome, baselines: Mapping[str, tuple[float, flo
 
 def _by_group(outcome: Outcome) -> dict[str, str]:
     """Return by file name the tables of groups."""
-    from clip_jax.evals import bias
+    from clip_jax.evals.analysis import bias
 
     details = outcome.details.items()
     return {f"{key.replace('/', '_')}.csv": bias.to_csv(rows) for key, rows in details if key.startswith("bias/")}

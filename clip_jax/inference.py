@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int32, UInt8
 
-from clip_jax.architectures import Architecture, TokenizerConfig, WeightsConfig, tokenizer_of
+from clip_jax.config import Architecture, TokenizerConfig, WeightsConfig, tokenizer_of
 from clip_jax.evals.embed import mean_of_wordings
 from clip_jax.interop import conversion, positions, published, reading
 from clip_jax.models import make_model
@@ -127,7 +127,7 @@ def load(
     Args:
       path: a file or directory; or a name such as 'vit_b32', for OpenAI's weights as its own code leaves them in
         ~/.cache/clip; or 'hf-hub:<owner>/<name>'.
-      model: a name in `architectures.MODELS`, for files that can't tell.
+      model: a name in `config.MODELS`, for files that can't tell.
       activation: 'quick_gelu', 'gelu' or 'gelu_tanh', for files that can't tell. It wins over what they say.
       image_size: px, other than the model's: its position embeddings are resized as open_clip does.
       context_length: tokens, other than the model's, likewise.

@@ -52,15 +52,15 @@ def main(argv: list[str]) -> None:
 def _run() -> bool:
     config, workdir = _config_and_workdir()
     if _DRY_RUN.value:
-        from clip_jax.dry_run import describe
+        from clip_jax.training.dry_run import describe
 
         print(describe(config, workdir))
         return True
-    from clip_jax import allocator, distributed
+    from clip_jax.devices import allocator, distributed
 
     allocator.keep_freed_memory()
     distributed.start()
-    from clip_jax.train import train
+    from clip_jax.training.loop import train
 
     return train(config, str(workdir), _EXPORT.value)
 
@@ -72,7 +72,7 @@ def _config_and_workdir() -> tuple[configs.Config, epath.Path]:
     name = os.path.basename(flags.FLAGS["config"].config_filename or "").split(":")[0].removesuffix(".py")
     workdir = epath.Path(_WORKDIR.value or f"runs/{name}").expanduser()
 
-    from clip_jax.workdir import check_same_run, stored_config
+    from clip_jax.training.workdir import check_same_run, stored_config
 
     stored = stored_config(workdir)
     if _CONFIG.value is None:
@@ -90,7 +90,7 @@ def _check_names(config: configs.Config) -> None:
     """Raise ValueError for a name that no registry knows."""
     from clip_jax.data import EVAL_SETS, SOURCES
     from clip_jax.evals import EVALUATORS
-    from clip_jax.evals.registry import DATASETS
+    from clip_jax.evals.datasets.registry import DATASETS
     from clip_jax.evals.suite import REGISTRY
     from clip_jax.losses import LOSSES
 

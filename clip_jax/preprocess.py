@@ -30,7 +30,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from clip_jax.architectures import Preprocess
+from clip_jax.config import Preprocess
 
 # An encoded picture, a path to one, or pixels: PIL's or uint8[H W], [H W 3] or [H W 4].
 ImageLike = Image.Image | bytes | str | os.PathLike[str] | np.ndarray

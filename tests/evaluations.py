@@ -12,7 +12,7 @@ import tarfile
 import numpy as np
 from PIL import Image
 
-from clip_jax.evals.registry import DATASETS
+from clip_jax.evals.datasets.registry import DATASETS
 from tests import runs
 
 

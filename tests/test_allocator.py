@@ -10,7 +10,7 @@ import pytest
 # A block of 256 MiB, written to and freed, five times over: how many pages the last time had to be given anew.
 FAULTS = """
 import ctypes, resource
-from clip_jax import allocator
+from clip_jax.devices import allocator
 kept = allocator.keep_freed_memory()
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]

@@ -1,7 +1,8 @@
-"""The house's rules, read off the syntax trees. A rule that no test checks is gone in a month.
+"""Architecture rules, checked on the syntax trees. A rule that no test checks is gone in a month.
 
-Floors: a module imports only lower floors, and floor-1 siblings never import each other: what one needs of another is
-handed in. A new module gets its line in FLOORS. Every rule has a bad snippet below that it must catch.
+Import layers: a package imports only packages of lower layers, so packages of one layer never import each other: what
+one needs of another is passed in. A new package gets its line in LAYERS. Every rule has a bad snippet below that it
+must catch.
 """
 
 import ast
@@ -14,22 +15,24 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-FLOORS = {
-    **dict.fromkeys(["typing", "architectures", "chips", "config", "ranges", "rounding"], 0),
-    **dict.fromkeys(["models", "tokenizers", "preprocess", "losses", "data"], 1),
-    **dict.fromkeys(["optim", "sharding", "checkpoint", "metrics", "distributed", "workdir", "allocator"], 1),
-    **dict.fromkeys(["step", "evals", "interop", "flops"], 2),
-    **dict.fromkeys(["inference", "train", "follow", "planner", "dry_run", "command"], 3),
-    **dict.fromkeys(["main", "evaluate", "convert", "search", "plan"], 4),
-    "__init__": 5,  # hands on what is below, lazily: the subprocess test sees to that
+LAYERS = {
+    "typing": 0,
+    **dict.fromkeys(["models", "losses"], 1),
+    "config": 2,
+    **dict.fromkeys(["data", "devices", "preprocess", "tokenizers"], 3),
+    **dict.fromkeys(["evals", "interop"], 4),
+    **dict.fromkeys(["inference", "training"], 5),
+    **dict.fromkeys(["command", "planner"], 6),
+    **dict.fromkeys(["convert", "evaluate", "main", "plan", "search"], 7),
+    "__init__": 8,  # re-exports lazily: the subprocess test below
 }
-COMMANDS = {name for name, floor in FLOORS.items() if floor == 4}
+COMMANDS = {name for name, layer in LAYERS.items() if layer == 7}
 
 # Heavy dependencies, each with the only paths (units or modules of clip_jax) that may import it.
 OWNERS = {
     "tensorflow": {"data"},
-    "tensorflow_datasets": {"data"},
-    "orbax": {"checkpoint"},
+    "tensorflow_datasets": {"evals/datasets"},
+    "orbax": {"training/checkpoint"},
     "flax": {"models", "interop/msgpack"},
     "absl": COMMANDS | {"command"},
     "torch": set(),
@@ -61,25 +64,25 @@ def imports_of(path, tree):
 
 
 def unit_of(path):
-    """Return the name in FLOORS of a path such as clip_jax/data/images.py: data."""
+    """Return the name in LAYERS of a path such as clip_jax/data/images.py: data."""
     return path.with_suffix("").parts[1]
 
 
-def floors(path, source, tree):
+def layers(path, source, tree):
     if path.parts[0] != "clip_jax":
         return
     unit = unit_of(path)
-    if unit not in FLOORS:
-        yield f"{path}: {unit!r} has no floor; add it to FLOORS in {pathlib.Path(__file__).name}"
+    if unit not in LAYERS:
+        yield f"{path}: {unit!r} has no layer; add it to LAYERS in {pathlib.Path(__file__).name}"
         return
     for line, module in imports_of(path, tree):
         parts = module.split(".")
         other = parts[1] if parts[0] == "clip_jax" and len(parts) > 1 else None
-        if other is None or other == unit or other == "__version__":
+        if other in (None, unit, "__version__"):
             continue
-        floor, below = FLOORS[unit], FLOORS.get(other)
-        if below is None or not (below < floor or below == floor == 0):
-            yield f"{path}:{line}: {unit} (floor {floor}) imports {other} (floor {below})"
+        layer, below = LAYERS[unit], LAYERS.get(other)
+        if below is None or below >= layer:
+            yield f"{path}:{line}: {unit} (layer {layer}) imports {other} (layer {below})"
 
 
 def owners(path, source, tree):
@@ -130,7 +133,7 @@ def lengths(path, source, tree):
         yield f"{path}: {lines} lines, at most {MAX_LINES}"
 
 
-RULES = (floors, owners, configs, names, docstrings, lengths)
+RULES = (layers, owners, configs, names, docstrings, lengths)
 
 
 def violations(path, source):
@@ -164,19 +167,23 @@ DOC = '"""What it is."""\n'
 @pytest.mark.parametrize(
     ("path", "code", "message"),
     [
-        ("clip_jax/config.py", "import clip_jax.models", r"config \(floor 0\) imports models \(floor 1\)"),
-        ("clip_jax/losses/softmax.py", "from clip_jax import sharding", r"losses \(floor 1\) imports sharding"),
-        ("clip_jax/losses/softmax.py", "from ..data import order", r"losses \(floor 1\) imports data"),
-        ("clip_jax/optim.py", "def f():\n    import clip_jax.metrics", "optim .* imports metrics"),
-        ("clip_jax/step.py", "from clip_jax.evals.embed import embed", r"step \(floor 2\) imports evals \(floor 2\)"),
-        ("clip_jax/train.py", "from clip_jax.main import main", r"train \(floor 3\) imports main \(floor 4\)"),
-        ("clip_jax/search.py", "from clip_jax import load", r"imports load \(floor None\)"),
-        ("clip_jax/surprise.py", "", "'surprise' has no floor"),
+        ("clip_jax/config/schema.py", "import clip_jax.data", r"config \(layer 2\) imports data \(layer 3\)"),
+        ("clip_jax/losses/softmax.py", "from clip_jax.devices import sharding", r"losses \(layer 1\) imports devices"),
+        ("clip_jax/losses/softmax.py", "from ..data import order", r"losses \(layer 1\) imports data"),
+        ("clip_jax/models/clip.py", "def f():\n    import clip_jax.losses", "models .* imports losses"),
+        ("clip_jax/evals/embed.py", "from clip_jax.interop import names", r"evals \(layer 4\) imports interop"),
+        (
+            "clip_jax/training/loop.py",
+            "from clip_jax.main import main",
+            r"\(layer 5\) imports main \(layer 7\)",
+        ),
+        ("clip_jax/search.py", "from clip_jax import load", r"imports load \(layer None\)"),
+        ("clip_jax/surprise.py", "", "'surprise' has no layer"),
         ("clip_jax/models/vit.py", "import tensorflow as tf", "tensorflow, which belongs to data"),
-        ("clip_jax/train.py", "from orbax import checkpoint", "orbax, which belongs to checkpoint"),
+        ("clip_jax/training/loop.py", "from orbax import checkpoint", "orbax, which belongs to training/checkpoint"),
         ("clip_jax/interop/openai.py", "from flax import serialization", "belongs to interop/msgpack, models"),
         (
-            "clip_jax/train.py",
+            "clip_jax/training/loop.py",
             "from absl import logging",
             "absl, which belongs to command, convert, evaluate, main, plan, search",
         ),
@@ -190,7 +197,7 @@ DOC = '"""What it is."""\n'
         ("clip_jax/evals/embed.py", "for label in targets: pass", "say 'class_id', not 'label'"),
         ("tests/test_x.py", "imgs = []", "say 'images', not 'imgs'"),
         ("clip_jax/evals/embed.py", "x = record.txt", None),
-        ("clip_jax/config.py", "from clip_jax.architectures import MODELS", None),
+        ("clip_jax/config/schema.py", "from clip_jax.config import MODELS", None),
         ("clip_jax/data/pipeline.py", "from clip_jax.data import order", None),
         ("clip_jax/interop/msgpack.py", "from flax import serialization", None),
         ("clip_jax/main.py", "from absl import app", None),
@@ -204,8 +211,8 @@ def test_rules_catch_what_they_name_and_nothing_else(path, code, message):
 
 
 def test_a_missing_docstring_and_a_long_file_are_caught():
-    assert "has no docstring" in violations("clip_jax/step.py", "x = 1\n")[0]
-    assert f"at most {MAX_LINES}" in violations("clip_jax/step.py", DOC + "x = 1\n" * MAX_LINES)[0]
+    assert "has no docstring" in violations("clip_jax/training/step.py", "x = 1\n")[0]
+    assert f"at most {MAX_LINES}" in violations("clip_jax/training/step.py", DOC + "x = 1\n" * MAX_LINES)[0]
 
 
 @pytest.mark.parametrize("heavy", ["tensorflow", "orbax", "flax", "torch"])

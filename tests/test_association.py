@@ -6,8 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from clip_jax.evals import benchmark, registry
+from clip_jax.evals import benchmark
 from clip_jax.evals.association import association, chance, wording
+from clip_jax.evals.datasets import registry
 from clip_jax.evals.measures import Undefined
 from clip_jax.typing import Cue, Labelled, Unavailable
 from tests.evaluations import picture

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from clip_jax import sharding
+from clip_jax.devices import sharding
 from clip_jax.models import attention
 from clip_jax.models.attention import attend, short_attention
 from tests.tpu import topology

@@ -8,7 +8,8 @@ import re
 import numpy as np
 import pytest
 
-from clip_jax.evals import benchmark, prompts, registry
+from clip_jax.evals import benchmark, prompts
+from clip_jax.evals.datasets import registry
 from clip_jax.typing import Unavailable
 from tests.tiny_benchmark import (
     CLASSES,

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from clip_jax.evals.bias import by_group, confusion, cross, disparity, error_pairs, rows, to_csv
+from clip_jax.evals.analysis.bias import by_group, confusion, cross, disparity, error_pairs, rows, to_csv
 from clip_jax.evals.measures import Interval, Scored, Undefined, exact_interval
 
 Q = 4  # two classes of people, 0 and 1, and two that none should be named by

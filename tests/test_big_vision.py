@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from clip_jax.architectures import SIGLIP_PREPROCESS, WeightsConfig
+from clip_jax.config import SIGLIP_PREPROCESS, WeightsConfig
 from clip_jax.interop import conversion, msgpack, names, reading, torch_file
 from tests import tiny_models
 

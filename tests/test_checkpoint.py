@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clip_jax import sharding
-from clip_jax.checkpoint import Checkpoints, SaveFailed, fingerprint
+from clip_jax.devices import sharding
+from clip_jax.training.checkpoint import Checkpoints, SaveFailed, fingerprint
 
 
 def _state(value: float = 1.0, devices: int = 8, dtype=jnp.float32):

@@ -16,8 +16,8 @@ import ml_collections
 import pytest
 
 from clip_jax import config as c
-from clip_jax.architectures import MODELS, Architecture
-from clip_jax.ranges import RANGES
+from clip_jax.config import MODELS, Architecture
+from clip_jax.config.ranges import RANGES
 
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = ROOT / "tests/golden/configs"

@@ -11,13 +11,28 @@ import pytest
 from etils import epath
 from jax.sharding import Mesh, NamedSharding
 
-from clip_jax import dry_run, metrics, optim, sharding, step, train
-from clip_jax.architectures import Architecture, Preprocess, TextTransformer, TokenizerConfig, ViT, WeightsConfig
-from clip_jax.config import Config, EvalConfig, OptimConfig, TeacherConfig, TrainConfig, from_config_dict, resolve
+from clip_jax.config import (
+    Architecture,
+    Config,
+    EvalConfig,
+    OptimConfig,
+    Preprocess,
+    TeacherConfig,
+    TextTransformer,
+    TokenizerConfig,
+    TrainConfig,
+    ViT,
+    WeightsConfig,
+    from_config_dict,
+    resolve,
+)
+from clip_jax.devices import sharding
 from clip_jax.interop import msgpack, reading
 from clip_jax.losses import LOSSES, distillation, pairs, ring
 from clip_jax.models import make_model
 from clip_jax.tokenizers import make_tokenizer
+from clip_jax.training import dry_run, metrics, optim, step
+from clip_jax.training import loop as train
 from clip_jax.typing import Batch
 from tests import runs, tiny_models
 from tests.tpu import collectives, shapes, v4_mesh

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from clip_jax.evals.floors import fit_ridge, floors, hashed_text, hog, pixels_and_hog
+from clip_jax.evals.analysis.baselines import fit_ridge, floors, hashed_text, hog, pixels_and_hog
 from clip_jax.typing import EvalSet
 
 COLOURS = ("red", "green", "blue", "orange", "purple", "black")

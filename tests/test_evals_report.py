@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_jax.evals import overlap, ranking, robustness
-from clip_jax.evals import panels as panels_module
-from clip_jax.evals.charts import line_chart, number, ticks
-from clip_jax.evals.panels import panels
-from clip_jax.evals.report import page, results, table, write_report
+from clip_jax.evals import ranking
+from clip_jax.evals.analysis import overlap, robustness
+from clip_jax.evals.report import panels as panels_module
+from clip_jax.evals.report.charts import line_chart, number, ticks
+from clip_jax.evals.report.files import page, results, table, write_report
+from clip_jax.evals.report.panels import panels
 from clip_jax.typing import EvalSet
 
 KEY = "retrieval/emoji_unseen/image_to_text/recall_at_5"

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import clip_jax
-from clip_jax.architectures import WeightsConfig
-from clip_jax.evals.registry import DATASETS, SUITES
-from clip_jax.evals.robustness import SHIFTS
+from clip_jax.config import WeightsConfig
+from clip_jax.evals.analysis.robustness import SHIFTS
+from clip_jax.evals.datasets.registry import DATASETS, SUITES
 from clip_jax.interop import msgpack
 from tests import tiny_models
 from tests.evaluations import picture, report, run, write_classes, write_shards

@@ -8,12 +8,22 @@ import numpy as np
 import optax
 import pytest
 
-from clip_jax import optim, sharding, step, train
-from clip_jax.architectures import Preprocess, WeightsConfig, with_activation
-from clip_jax.config import Config, InitConfig, OptimConfig, from_config_dict, resolve
+from clip_jax.config import (
+    Config,
+    InitConfig,
+    OptimConfig,
+    Preprocess,
+    WeightsConfig,
+    from_config_dict,
+    resolve,
+    with_activation,
+)
+from clip_jax.devices import sharding
 from clip_jax.interop import conversion, directory, msgpack, names, reading, torch_file
 from clip_jax.losses import LOSSES
 from clip_jax.models import make_model
+from clip_jax.training import loop as train
+from clip_jax.training import optim, step
 from clip_jax.typing import Batch
 from tests import runs, tiny_models
 

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from etils import epath
 
-from clip_jax import metrics, sharding
-from clip_jax.evals.registry import DATASETS
-from clip_jax.follow import follow
+from clip_jax.devices import sharding
+from clip_jax.evals.datasets.registry import DATASETS
+from clip_jax.training import metrics
+from clip_jax.training.follow import follow
 from tests import runs
 from tests.evaluations import damage, picture, report, run, write_classes
 

@@ -9,12 +9,12 @@ import numpy as np
 import optax
 import pytest
 
-from clip_jax import optim, sharding, step
-from clip_jax.architectures import MODELS, Architecture, TextTransformer, ViT
-from clip_jax.checkpoint import Checkpoints
-from clip_jax.config import Config, OptimConfig
+from clip_jax.config import MODELS, Architecture, Config, OptimConfig, TextTransformer, ViT
+from clip_jax.devices import sharding
 from clip_jax.losses import LOSSES
 from clip_jax.models import make_model
+from clip_jax.training import optim, step
+from clip_jax.training.checkpoint import Checkpoints
 from clip_jax.typing import Batch
 
 TOTAL = 100

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import clip_jax
-from clip_jax.architectures import (
+from clip_jax.config import (
     Architecture,
     Preprocess,
     TextTransformer,

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from clip_jax.config import DataConfig
-from clip_jax.data import labelled
-from clip_jax.data.labelled import builtin, find, folders, tfds
+from clip_jax.evals.datasets import labelled
+from clip_jax.evals.datasets.labelled import builtin, find, folders, tfds
 from clip_jax.typing import Unavailable
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -316,7 +316,7 @@ def test_tfds_never_downloads_but_says_how(tmp_path, name):
 
 
 def test_tfds_is_imported_when_it_is_asked_for():
-    code = "import sys, clip_jax.data.labelled; sys.exit('tensorflow_datasets' in sys.modules)"
+    code = "import sys, clip_jax.evals.datasets.labelled; sys.exit('tensorflow_datasets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 

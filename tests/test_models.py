@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clip_jax import flops
-from clip_jax.architectures import (
+from clip_jax.config import (
     MODELS,
     Architecture,
     Preprocess,
@@ -21,6 +20,7 @@ from clip_jax.architectures import (
 )
 from clip_jax.models import count_parameters, make_model
 from clip_jax.models.layers import REMAT_POLICIES, Compute, Transformer
+from clip_jax.training import flops
 from tests import tiny_models
 
 # Radford et al. 2021's released weights, counted.

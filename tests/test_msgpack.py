@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import serialization
 
-from clip_jax.architectures import MODELS, Preprocess, TokenizerConfig, WeightsConfig
+from clip_jax.config import MODELS, Preprocess, TokenizerConfig, WeightsConfig
 from clip_jax.interop import msgpack
 
 CONFIG = WeightsConfig(MODELS["emoji"], source="a test")

@@ -8,10 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from clip_jax import optim
-from clip_jax.architectures import MODELS
-from clip_jax.config import OptimConfig, from_config_dict, resolve
+from clip_jax.config import MODELS, OptimConfig, from_config_dict, resolve
 from clip_jax.models import make_model
+from clip_jax.training import optim
 from tests import tiny_models
 
 NAMES = ["adamw", "adafactor", "lion"]

@@ -13,10 +13,16 @@ import scipy.stats  # JAX depends on it
 from PIL import Image
 
 from clip_jax.data.sources.tfrecord import write_tfrecord
-from clip_jax.evals import duplicates, overlap_beam
-from clip_jax.evals.duplicates import MAX_DISTANCE, hash_pictures, nearest_hash, nearest_similarity, perceptual_hash
+from clip_jax.evals.analysis import duplicates, overlap_beam
+from clip_jax.evals.analysis.duplicates import (
+    MAX_DISTANCE,
+    hash_pictures,
+    nearest_hash,
+    nearest_similarity,
+    perceptual_hash,
+)
+from clip_jax.evals.analysis.overlap import analyse, binomial_p_value, plot
 from clip_jax.evals.measures import Undefined
-from clip_jax.evals.overlap import analyse, binomial_p_value, plot
 
 COSINE_TOLERANCE = 1e-6  # float32 products of unit vectors, summed in another order
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clip_jax.architectures import Architecture, TextTransformer, ViT
+from clip_jax.config import Architecture, TextTransformer, ViT
 from clip_jax.models import make_model, packing
 
 LENGTH, END = 11, 63

@@ -4,15 +4,24 @@ import dataclasses
 
 import pytest
 
-from clip_jax import flops, sharding
-from clip_jax.architectures import MODELS, Architecture, ResNet, TextTransformer, ViT
-from clip_jax.chips import CHIPS, KINDS, chip_of
-from clip_jax.config import MeshConfig, default_config, from_config_dict
+from clip_jax.config import (
+    MODELS,
+    Architecture,
+    MeshConfig,
+    ResNet,
+    TextTransformer,
+    ViT,
+    default_config,
+    from_config_dict,
+)
+from clip_jax.devices import sharding
+from clip_jax.devices.chips import CHIPS, KINDS, chip_of
 from clip_jax.planner import predict
 from clip_jax.planner.cost import Program
 from clip_jax.planner.page import page
 from clip_jax.planner.search import search, table
 from clip_jax.planner.topology import CORES, LARGEST, topology
+from clip_jax.training import flops
 from tests.tpu import v4_mesh
 
 # What the compiler turns into something else than a product: less than half a percent of a model's flops.

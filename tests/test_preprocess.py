@@ -9,7 +9,7 @@ import PIL
 import pytest
 from PIL import Image
 
-from clip_jax.architectures import Preprocess
+from clip_jax.config import Preprocess
 from clip_jax.preprocess import preprocess, preprocess_many
 
 OPENAI = Preprocess()

@@ -11,9 +11,9 @@ import os
 
 import pytest
 
-from clip_jax.architectures import MODELS, WeightsConfig
-from clip_jax.evals.registry import DATASETS, Published, published
-from clip_jax.evals.tables import headline
+from clip_jax.config import MODELS, WeightsConfig
+from clip_jax.evals.datasets.registry import DATASETS, Published, published
+from clip_jax.evals.report.tables import headline
 from clip_jax.interop import msgpack
 from tests import tiny_models
 from tests.evaluations import picture, report, run, write_classes

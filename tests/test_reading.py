@@ -11,7 +11,7 @@ import pytest
 from flax import serialization
 from safetensors.numpy import save_file
 
-from clip_jax.architectures import MODELS, SIGLIP_PREPROCESS, Preprocess, TokenizerConfig, WeightsConfig, tokenizer_of
+from clip_jax.config import MODELS, SIGLIP_PREPROCESS, Preprocess, TokenizerConfig, WeightsConfig, tokenizer_of
 from clip_jax.interop import conversion, directory, msgpack, names, npz, positions, published, reading, torch_file
 from tests import tiny_models, tiny_tokenizers
 
@@ -210,7 +210,7 @@ def test_a_model_of_another_shape_is_refused(tmp_path):
 )
 def test_shapes_tell_every_size(name, tmp_path):
     """Shapes alone: the arrays take no memory."""
-    from clip_jax.architectures import with_activation
+    from clip_jax.config import with_activation
     from clip_jax.interop import shapes
 
     model = MODELS[name]

@@ -1,4 +1,4 @@
-"""The READMEs say what is so: commands run; flags, files, modules, targets and floors are the ones there are."""
+"""The READMEs say what is so: commands run; flags, files, modules, targets and layers are the ones there are."""
 
 import ast
 import inspect
@@ -13,8 +13,7 @@ import jax
 import pytest
 
 import clip_jax
-from clip_jax.architectures import MODELS, TokenizerConfig, WeightsConfig
-from clip_jax.config import Config, default_config
+from clip_jax.config import MODELS, Config, TokenizerConfig, WeightsConfig, default_config
 from clip_jax.interop import msgpack
 from clip_jax.models import make_model
 
@@ -143,14 +142,14 @@ def test_targets_and_extras_exist():
         assert f"`{extra}`" in README
 
 
-def test_the_map_names_every_module_with_its_floor():
-    floors = runpy.run_path(str(ROOT / "tests/test_architecture.py"))["FLOORS"]
+def test_the_map_names_every_package_with_its_layer():
+    layers = runpy.run_path(str(ROOT / "tests/test_architecture.py"))["LAYERS"]
     (tree,) = [block for block in blocks(README, "text") if block.startswith("clip_jax/")]
-    shown = {name: int(floor) for name, floor in re.findall(r"^  (\w+)(?:\.py|/) +(\d)  ", tree, re.MULTILINE)}
+    shown = {name: int(layer) for name, layer in re.findall(r"^  (\w+)(?:\.py|/) +(\d)  ", tree, re.MULTILINE)}
     there = {
         path.stem for path in (ROOT / "clip_jax").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
     }
-    assert shown == {name: floors[name] for name in there - {"__init__"}}
+    assert shown == {name: layers[name] for name in there - {"__init__"}}
 
 
 def test_links_and_files_exist():

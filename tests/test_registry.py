@@ -4,10 +4,11 @@ import collections
 
 import pytest
 
-from clip_jax.architectures import MODELS
-from clip_jax.evals import prompts, registry
+from clip_jax.config import MODELS
+from clip_jax.evals import prompts
+from clip_jax.evals.datasets import registry
+from clip_jax.evals.datasets.registry import DATASETS, SUITES, published
 from clip_jax.evals.measures import MEASURES
-from clip_jax.evals.registry import DATASETS, SUITES, published
 from clip_jax.typing import Unavailable
 
 ROWS = DATASETS.values()

@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from clip_jax.evals.robustness import (
+from clip_jax.evals.analysis.robustness import (
     PAPER_SHIFTS,
     SHIFTS,
     Baseline,

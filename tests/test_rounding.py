@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from clip_jax.rounding import round_nearest, stochastic_round
+from clip_jax.training.rounding import round_nearest, stochastic_round
 
 DTYPES = ["bfloat16", "float16"]
 ROUND = jax.jit(stochastic_round, static_argnums=1)

@@ -11,7 +11,7 @@ from absl.testing import flagsaver
 from PIL import Image
 
 from clip_jax import search
-from clip_jax.architectures import Architecture, EdgeNet, TextTransformer, WeightsConfig
+from clip_jax.config import Architecture, EdgeNet, TextTransformer, WeightsConfig
 from clip_jax.interop import msgpack
 from clip_jax.models import make_model
 

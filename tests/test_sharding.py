@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from clip_jax import optim, sharding, step
-from clip_jax.architectures import MODELS
-from clip_jax.config import Config, MeshConfig, OptimConfig
+from clip_jax.config import MODELS, Config, MeshConfig, OptimConfig
+from clip_jax.devices import sharding
 from clip_jax.models import make_model
+from clip_jax.training import optim, step
 
 
 def _params(name: str):

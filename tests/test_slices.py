@@ -2,9 +2,8 @@
 
 import pytest
 
-from clip_jax import sharding
-from clip_jax.architectures import Architecture, ResNet, TextTransformer, ViT
-from clip_jax.config import Config, MeshConfig, TrainConfig
+from clip_jax.config import Architecture, Config, MeshConfig, ResNet, TextTransformer, TrainConfig, ViT
+from clip_jax.devices import sharding
 from tests.tpu import collectives, compile_step, v4_mesh
 
 TEXT = TextTransformer(512, 16, 511, width=64, layers=3, heads=4)  # a loop of one would be none

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clip_jax import optim, sharding, step
-from clip_jax.architectures import Architecture, TextTransformer, ViT
-from clip_jax.config import Config, LossConfig, OptimConfig
+from clip_jax.config import Architecture, Config, LossConfig, OptimConfig, TextTransformer, ViT
+from clip_jax.devices import sharding
 from clip_jax.losses import LOSSES
 from clip_jax.models import make_model
+from clip_jax.training import optim, step
 from clip_jax.typing import Batch
 
 ARCHITECTURE = Architecture(ViT(16, 8, 32, 2, 2), TextTransformer(64, 8, 63, width=32, layers=2, heads=2), 16)

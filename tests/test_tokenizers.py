@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from clip_jax.architectures import TextTransformer, TokenizerConfig
+from clip_jax.config import TextTransformer, TokenizerConfig
 from clip_jax.tokenizers import ClipBPE, HuggingFace, SentencePiece, make_tokenizer
 from clip_jax.tokenizers import bpe as bpe_module
 from clip_jax.tokenizers.bpe import MAX_VOCAB_SIZE, clean

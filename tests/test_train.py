@@ -13,8 +13,10 @@ from etils import epath
 
 import clip_jax
 from clip_jax import config as configs
-from clip_jax import distributed, metrics, train, workdir
-from clip_jax.architectures import MODELS
+from clip_jax.config import MODELS
+from clip_jax.devices import distributed
+from clip_jax.training import loop as train
+from clip_jax.training import metrics, workdir
 from tests import runs
 
 

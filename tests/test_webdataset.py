@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_jax.data.webdataset import FileRanges, webdataset
+from clip_jax.evals.datasets.webdataset import FileRanges, webdataset
 
 
 def _picture(value, form="PNG"):

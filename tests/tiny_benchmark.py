@@ -5,8 +5,9 @@ import re
 
 import numpy as np
 
-from clip_jax.evals import benchmark, registry
+from clip_jax.evals import benchmark
 from clip_jax.evals.benchmark import Subject
+from clip_jax.evals.datasets import registry
 from clip_jax.evals.feature_cache import FeatureCache
 from clip_jax.typing import Labelled, Unavailable
 

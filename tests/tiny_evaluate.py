@@ -6,7 +6,7 @@ Names and templates are those that the data brings: no package's.
 import dataclasses
 import runpy
 
-from clip_jax.evals.registry import DATASETS
+from clip_jax.evals.datasets.registry import DATASETS
 
 if __name__ == "__main__":
     for name, row in DATASETS.items():

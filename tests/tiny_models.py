@@ -5,7 +5,7 @@ import math
 import jax
 import numpy as np
 
-from clip_jax.architectures import Architecture, ResNet, TextTransformer, ViT, siglip_image, with_activation
+from clip_jax.config import Architecture, ResNet, TextTransformer, ViT, siglip_image, with_activation
 from clip_jax.models import make_model
 
 _TEXT = TextTransformer(width=64, heads=1, layers=2)

@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from clip_jax import distributed
 from clip_jax.config import check_name
-from clip_jax.distributed import FAILURES
-from clip_jax.evals import bias, overlap, prompts
+from clip_jax.devices import distributed
+from clip_jax.devices.distributed import FAILURES
+from clip_jax.evals import prompts
+from clip_jax.evals.analysis import bias, overlap
+from clip_jax.evals.analysis.duplicates import hash_pictures, nearest_hash
 from clip_jax.evals.association import MANY, association
-from clip_jax.evals.duplicates import hash_pictures, nearest_hash
+from clip_jax.evals.datasets.registry import DATASETS, SUITES, Dataset, published
 from clip_jax.evals.few_shot import SHOTS, few_shot
 from clip_jax.evals.linear_probe import Examples, search
 from clip_jax.evals.measures import MEASURES, Measure, Scored, Undefined, hits
@@ -34,7 +36,6 @@ from clip_jax.evals.question import (
     groups_of,
     whole_split,
 )
-from clip_jax.evals.registry import DATASETS, SUITES, Dataset, published
 from clip_jax.evals.retrieval import retrieval
 from clip_jax.evals.zeroshot import classified, measured
 from clip_jax.typing import EvalSet, Labelled, Unavailable
@@ -125,7 +126,7 @@ def _ask(task: str, question: Question, outcome: Outcome) -> None:
 
 def load(row: Dataset, part: str, data_dir: str) -> Labelled:
     """Read a part of a set. Raises Unavailable where it is not on this machine."""
-    from clip_jax.data import labelled
+    from clip_jax.evals.datasets import labelled
 
     if row.builtin:
         return labelled.builtin(row.builtin, part)

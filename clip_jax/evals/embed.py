@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Integer
 
-from clip_jax import distributed
-from clip_jax.distributed import FAILURES
+from clip_jax.devices import distributed
+from clip_jax.devices.distributed import FAILURES
 from clip_jax.evals.ranking import unit
 from clip_jax.typing import Embedder, EvalSet, Params, Tokenizer
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from clip_jax import distributed
+from clip_jax.devices import distributed
 
 log = logging.getLogger(__name__)
 

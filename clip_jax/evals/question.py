@@ -12,14 +12,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Float, Int64, UInt64
 
-from clip_jax import distributed
-from clip_jax.distributed import FAILURES
+from clip_jax.devices import distributed
+from clip_jax.devices.distributed import FAILURES
 from clip_jax.evals import prompts
+from clip_jax.evals.analysis.duplicates import MAX_DISTANCE
 from clip_jax.evals.association import wording
-from clip_jax.evals.duplicates import MAX_DISTANCE
+from clip_jax.evals.datasets.registry import Dataset
 from clip_jax.evals.feature_cache import FeatureCache
 from clip_jax.evals.linear_probe import Examples
-from clip_jax.evals.registry import Dataset
 from clip_jax.typing import Embedder, EvalSet, Labelled, Unavailable
 
 Load = Callable[[Dataset, str], Labelled]  # (set, 'test', 'train' or 'validation') -> the split
@@ -31,7 +31,7 @@ class Subject:
 
     embedder: unit vectors of pictures and texts.
     features: pictures to float32[n D], before the projection: what probes see.
-    architecture: a key of `architectures.MODELS`, by which published numbers are found; others have none.
+    architecture: a key of `config.MODELS`, by which published numbers are found; others have none.
     preprocessing: what happens to pictures, in words.
     cache: keeps features on disk, or doesn't.
     """

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 
 from clip_jax.config import DataConfig, EvalConfig
 from clip_jax.evals import EVALUATORS
-from clip_jax.evals.floors import floors
-from clip_jax.evals.panels import Panels, panels
+from clip_jax.evals.analysis.baselines import floors
+from clip_jax.evals.report.panels import Panels, panels
 from clip_jax.evals.retrieval import retrieval
 from clip_jax.typing import Embedder, EvalSet, Evaluator, Unavailable
 

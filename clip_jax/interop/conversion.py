@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 import jax
 import numpy as np
 
-from clip_jax.architectures import Architecture
+from clip_jax.config import Architecture
 from clip_jax.interop.names import Place, Table
 from clip_jax.models import make_model
 from clip_jax.typing import Params

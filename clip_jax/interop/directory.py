@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from clip_jax.architectures import Architecture, ResNet, TextTransformer, ViT, WeightsConfig
+from clip_jax.config import Architecture, ResNet, TextTransformer, ViT, WeightsConfig
 from clip_jax.interop import conversion, huggingface, names, open_clip, safetensors, torch_file
 from clip_jax.interop.msgpack import tokenizer_content
 from clip_jax.tokenizers import ClipBPE, HuggingFace

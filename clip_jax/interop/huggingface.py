@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from clip_jax.architectures import Activation, Architecture, Preprocess, TextTransformer, ViT, preprocess_of
+from clip_jax.config import Activation, Architecture, Preprocess, TextTransformer, ViT, preprocess_of
 
 _ACTIVATIONS: dict[str, Activation] = {
     "quick_gelu": "quick_gelu",

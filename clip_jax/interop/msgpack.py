@@ -29,8 +29,7 @@ import msgpack as packer
 import numpy as np
 from flax import serialization
 
-from clip_jax.architectures import WeightsConfig
-from clip_jax.config import build
+from clip_jax.config import WeightsConfig, build
 
 FORMAT, VERSION = "clip_jax", 1
 _KEYS = {"config", "format", "params", "sha256", "tokenizer", "version"}

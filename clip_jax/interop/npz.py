@@ -21,8 +21,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from clip_jax.architectures import WeightsConfig
-from clip_jax.config import build
+from clip_jax.config import WeightsConfig, build
 from clip_jax.interop.conversion import flat, nested
 from clip_jax.interop.msgpack import tokenizer_content, write_atomically
 from clip_jax.typing import Params

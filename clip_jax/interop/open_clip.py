@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from clip_jax.architectures import (
+from clip_jax.config import (
     Activation,
     Architecture,
     Preprocess,

@@ -12,7 +12,7 @@ import math
 import jax
 import numpy as np
 
-from clip_jax.architectures import Architecture
+from clip_jax.config import Architecture
 from clip_jax.typing import Params
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from clip_jax.architectures import (
+from clip_jax.config import (
     MODELS,
     SIGLIP_PREPROCESS,
     Activation,
@@ -28,11 +28,11 @@ from clip_jax.architectures import (
     Preprocess,
     TokenizerConfig,
     WeightsConfig,
+    check_name,
     name_of,
     tokenizer_of,
     with_activation,
 )
-from clip_jax.config import check_name
 from clip_jax.interop import (
     conversion,
     huggingface,
@@ -71,7 +71,7 @@ def read(path: str | os.PathLike[str], *, model: str = "", activation: str = "")
     """Return the weights of a file or a directory, in any format that clip_jax knows.
 
     Args:
-      model: a name in `architectures.MODELS`, where the file can't tell.
+      model: a name in `config.MODELS`, where the file can't tell.
       activation: 'quick_gelu', 'gelu' or 'gelu_tanh', where it can't tell; it wins over what the file says.
 
     Raises:

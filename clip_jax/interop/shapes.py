@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from clip_jax.architectures import MODELS, Architecture, ResNet, TextTransformer, ViT
+from clip_jax.config import MODELS, Architecture, ResNet, TextTransformer, ViT
 from clip_jax.interop.huggingface import mlp_ratio
 from clip_jax.interop.names import BIG_VISION, Table
 

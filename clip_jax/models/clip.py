@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32, Key, UInt8
 
-from clip_jax.architectures import Architecture, Preprocess
 from clip_jax.models import packing
+from clip_jax.models.architecture import Architecture, Preprocess
 from clip_jax.models.edgenet import EdgeNet
 from clip_jax.models.layers import Compute, widen
 from clip_jax.models.resnet import ModifiedResNet

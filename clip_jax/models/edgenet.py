@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from clip_jax.architectures import EdgeNet as Tower
+from clip_jax.models.architecture import EdgeNet as Tower
 from clip_jax.models.layers import LayerNorm
 
 # Contrast below this is taken for noise; pixels are normalised, so it is in standard deviations.

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
-from clip_jax.architectures import TextTransformer, ViT
 from clip_jax.models import packing
+from clip_jax.models.architecture import TextTransformer, ViT
 from clip_jax.models.attention import attend
 
 

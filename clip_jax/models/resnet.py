@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from clip_jax.architectures import ResNet as Tower
+from clip_jax.models.architecture import ResNet as Tower
 from clip_jax.models.layers import Compute, project_heads, widen
 
 EXPANSION = 4  # of a bottleneck's width at its end

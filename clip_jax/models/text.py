@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from clip_jax.architectures import TextTransformer as Tower
+from clip_jax.models.architecture import TextTransformer as Tower
 from clip_jax.models.layers import Compute, LayerNorm, Transformer
 from clip_jax.models.packing import Stream
 from clip_jax.typing import ArrayLike

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from clip_jax.architectures import ViT
+from clip_jax.models.architecture import ViT
 from clip_jax.models.layers import Compute, LayerNorm, Perceptron, Transformer, project_heads
 
 

@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from clip_jax.flops import meetings
 from clip_jax.planner.hlo import HBM, Array, Computation, Op, bits, parse
+from clip_jax.training.flops import meetings
 
 _CALLS = re.compile(r"(?:calls|to_apply|body|condition|called_computations)=\{?%?([\w.\-]+)")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from clip_jax.architectures import name_of
-from clip_jax.chips import Number
+from clip_jax.config import name_of
+from clip_jax.devices.chips import Number
 from clip_jax.planner.predict import Plan
 
 IMAGES_PER_CORE_SECOND = 254  # decoded, cropped and resized by tf.data from 512 px JPEG: docs/performance.md

@@ -18,13 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from clip_jax import flops, optim, sharding, step
-from clip_jax.architectures import name_of
-from clip_jax.chips import Number
-from clip_jax.config import Config, MeshConfig, resolve
+from clip_jax.config import Config, MeshConfig, name_of, resolve
+from clip_jax.devices import sharding
+from clip_jax.devices.chips import Number
 from clip_jax.losses import LOSSES
 from clip_jax.planner.cost import Cost, Program
 from clip_jax.planner.topology import Topology
+from clip_jax.training import flops, optim, step
 from clip_jax.typing import Batch
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

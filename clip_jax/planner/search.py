@@ -6,8 +6,8 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 
-from clip_jax.chips import Number
 from clip_jax.config import Config, resolve
+from clip_jax.devices.chips import Number
 from clip_jax.planner.predict import Plan
 from clip_jax.planner.topology import Topology
 

@@ -14,7 +14,7 @@ import os
 import re
 from typing import Any
 
-from clip_jax.chips import CHIPS, Chip
+from clip_jax.devices.chips import CHIPS, Chip
 
 CORES = {"v2": 2, "v3": 2, "v4": 2, "v5p": 2}  # a chip's, in names that count them
 FLAT = {"v2", "v3", "v5e", "v6e"}  # a torus of two dimensions

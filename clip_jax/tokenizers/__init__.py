@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from clip_jax.architectures import TextTransformer, TokenizerConfig
+from clip_jax.config import TextTransformer, TokenizerConfig
 from clip_jax.tokenizers.bpe import ClipBPE
 from clip_jax.tokenizers.huggingface import HuggingFace
 from clip_jax.tokenizers.sentencepiece import SentencePiece

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clip_jax import sharding
+from clip_jax.devices import sharding
 from clip_jax.losses import LOSSES, pairs, ring
 
 BATCH, WIDTH, SCALE, BIAS = 16, 12, 14.3, -4.0

@@ -5,7 +5,7 @@ import concurrent.futures
 import numpy as np
 import pytest
 
-from clip_jax.architectures import TextTransformer, TokenizerConfig
+from clip_jax.config import TextTransformer, TokenizerConfig
 from clip_jax.tokenizers import TOKENIZERS
 from clip_jax.typing import Tokenizer
 from tests.tiny_tokenizers import sentencepiece_model, tokenizer_json

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clip_jax.architectures import MODELS, Architecture, name_of
+from clip_jax.config import MODELS, Architecture, name_of
 from clip_jax.models import count_parameters, make_model
 
 # bfloat16 keeps 8 bits; unit embeddings of two-layer towers were seen to drift by up to 0.01.

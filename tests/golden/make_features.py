@@ -24,7 +24,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import tests.peers.conftest  # noqa: E402, F401
-from clip_jax.architectures import SIGLIP_PREPROCESS, Preprocess  # noqa: E402
+from clip_jax.config import SIGLIP_PREPROCESS, Preprocess  # noqa: E402
 from tests import tiny_models  # noqa: E402
 from tests.peers import theirs  # noqa: E402
 

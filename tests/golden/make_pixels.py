@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 
 import tests.peers.conftest  # noqa: E402, F401
-from clip_jax.architectures import Preprocess  # noqa: E402
+from clip_jax.config import Preprocess  # noqa: E402
 from tests.test_preprocess import GOLDEN_MODES, GOLDEN_SIZE, GOLDEN_SIZES, picture  # noqa: E402
 
 

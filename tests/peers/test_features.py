@@ -7,7 +7,7 @@ import open_clip
 import pytest
 import torch
 
-from clip_jax.architectures import MODELS, SIGLIP_PREPROCESS, Preprocess
+from clip_jax.config import MODELS, SIGLIP_PREPROCESS, Preprocess
 from clip_jax.interop import conversion, names, reading
 from clip_jax.losses import LOSSES
 from clip_jax.models import make_model

@@ -130,7 +130,7 @@ def test_what_we_write_torch_reads(tmp_path):
 def test_open_clip_s_configs_are_built_or_refused_by_name():
     import open_clip
 
-    from clip_jax.architectures import tokenizer_of
+    from clip_jax.config import tokenizer_of
     from clip_jax.interop import open_clip as ours
 
     built, refused = [], {}

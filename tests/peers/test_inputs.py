@@ -11,7 +11,7 @@ import pytest
 import transformers
 from PIL import Image
 
-from clip_jax.architectures import SIGLIP_PREPROCESS, Preprocess, WeightsConfig, tokenizer_of
+from clip_jax.config import SIGLIP_PREPROCESS, Preprocess, WeightsConfig, tokenizer_of
 from clip_jax.interop import directory
 from clip_jax.preprocess import preprocess
 from clip_jax.tokenizers import TOKENIZERS as TOKENIZER_KINDS

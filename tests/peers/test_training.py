@@ -8,12 +8,12 @@ import open_clip
 import pytest
 import torch
 
-from clip_jax import optim, sharding, step
-from clip_jax.architectures import Preprocess
-from clip_jax.config import Config, OptimConfig
+from clip_jax.config import Config, OptimConfig, Preprocess
+from clip_jax.devices import sharding
 from clip_jax.interop import conversion, names
 from clip_jax.losses import LOSSES
 from clip_jax.models import make_model
+from clip_jax.training import optim, step
 from clip_jax.typing import Batch
 from tests import tiny_models
 from tests.peers import theirs

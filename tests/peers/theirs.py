@@ -10,7 +10,7 @@ import open_clip
 import torch
 import transformers
 
-from clip_jax.architectures import SIGLIP_PREPROCESS, Preprocess, TokenizerConfig, WeightsConfig
+from clip_jax.config import SIGLIP_PREPROCESS, Preprocess, TokenizerConfig, WeightsConfig
 from clip_jax.interop import directory
 
 

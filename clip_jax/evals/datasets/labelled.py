@@ -1,7 +1,7 @@
 """Evaluation datasets as they are stored: `find` one by name, or open folders, a TFDS dataset, a small built-in set.
 
 Nothing here downloads. What isn't on this machine raises Unavailable, which says where it was looked for and how to
-get it; what is here and can't be used raises ValueError. The layout of tar shards: clip_jax/data/webdataset.py.
+get it; what is here and can't be used raises ValueError. The layout of tar shards: `evals/datasets/webdataset.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from PIL import Image
 
 from clip_jax.config import DataConfig
 from clip_jax.data.sources import emoji
-from clip_jax.data.webdataset import IMAGE_SUFFIXES, FileRanges, class_names, fingerprint, webdataset
+from clip_jax.evals.datasets.webdataset import IMAGE_SUFFIXES, FileRanges, class_names, fingerprint, webdataset
 from clip_jax.typing import Cue, Labelled, Unavailable
 
 __all__ = ["BUILTIN", "builtin", "find", "folders", "tfds", "webdataset"]

@@ -8,11 +8,11 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from clip_jax.evals.registry import DATASETS, SUITES, Dataset
-from clip_jax.evals.report import results
+from clip_jax.evals.datasets.registry import DATASETS, SUITES, Dataset
+from clip_jax.evals.report.files import results
 
 if TYPE_CHECKING:
-    from clip_jax.architectures import WeightsConfig
+    from clip_jax.config import WeightsConfig
     from clip_jax.evals.benchmark import Outcome
 
 # The columns of open_clip's docs/openclip_results.csv as of 89fb801, in its order: datacomp's, with ImageNet first.
@@ -75,7 +75,7 @@ def model_card(facts: Mapping[str, Any], outcome: Outcome, config: WeightsConfig
         "## Intended use, data, limits",
         "",
         "Fill in: what it was trained on and under which licences, what it is for and what it is not for, which groups"
-        " of people and languages the data leaves out (`clip_jax.evals.bias` measures by group).",
+        " of people and languages the data leaves out (`clip_jax.evals.analysis.bias` measures by group).",
         "",
         "## Evaluation",
         "",

@@ -105,7 +105,7 @@ def param_specs(params: Params, mesh: AnyMesh, rules: Rules = RULES) -> PyTree:
         if len(fitting) != 1:
             found = " and ".join(repr(pattern) for pattern, _ in fitting) or "none"
             raise ValueError(
-                f"parameter {name} {leaf.shape} needs one rule of clip_jax.sharding.RULES, and {found} fits"
+                f"parameter {name} {leaf.shape} needs one rule of clip_jax.devices.sharding.RULES, and {found} fits"
             )
         cuts = fitting[0][1]
         cuts = [None] * (len(leaf.shape) - len(cuts)) + list(cuts)

@@ -12,11 +12,12 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from clip_jax import optim, sharding, step
-from clip_jax.architectures import WeightsConfig
-from clip_jax.checkpoint import Checkpoints
+from clip_jax.config import WeightsConfig
+from clip_jax.devices import sharding
+from clip_jax.training import optim, step
+from clip_jax.training.checkpoint import Checkpoints
+from clip_jax.training.workdir import stored_config
 from clip_jax.typing import Params
-from clip_jax.workdir import stored_config
 
 log = logging.getLogger(__name__)
 

@@ -20,24 +20,25 @@ from clu import parameter_overview
 from etils import epath
 from jax.sharding import Mesh
 
-from clip_jax import data, distributed, metrics, optim, sharding, step, workdir
-from clip_jax.architectures import Architecture, WeightsConfig, name_of
-from clip_jax.checkpoint import Checkpoints
-from clip_jax.chips import chip_of
-from clip_jax.config import Config, Resolved, differences, resolve
-from clip_jax.distributed import Preempted, PreemptionNotice
+from clip_jax import data
+from clip_jax.config import Architecture, Config, Resolved, WeightsConfig, differences, name_of, resolve
+from clip_jax.devices import distributed, sharding
+from clip_jax.devices.chips import chip_of
+from clip_jax.devices.distributed import Preempted, PreemptionNotice
 from clip_jax.evals import benchmark
 from clip_jax.evals.embed import CachedEmbedder, ModelEmbedder
-from clip_jax.evals.report import table, write_report
+from clip_jax.evals.report.files import table, write_report
 from clip_jax.evals.suite import REGISTRY, Loader, Suite, load_suite
-from clip_jax.flops import training_flops
 from clip_jax.interop import positions, published, reading
 from clip_jax.interop.msgpack import write as write_weights
 from clip_jax.losses import LOSSES
 from clip_jax.models import Model
 from clip_jax.preprocess import preprocess_many
-from clip_jax.step import TrainState
 from clip_jax.tokenizers import make_tokenizer
+from clip_jax.training import metrics, optim, step, workdir
+from clip_jax.training.checkpoint import Checkpoints
+from clip_jax.training.flops import training_flops
+from clip_jax.training.step import TrainState
 from clip_jax.typing import DataSource, HostBatch, Params, Tokenizer
 
 log = logging.getLogger(__name__)

@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from clip_jax import optim
-from clip_jax.architectures import Architecture, TextTransformer, ViT
+from clip_jax.config import Architecture, TextTransformer, ViT
 from clip_jax.models import make_model
+from clip_jax.training import optim
 from clip_jax.typing import Params
 
 

@@ -19,12 +19,12 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int32, PyTree
 
-from clip_jax import optim, sharding
-from clip_jax.architectures import Architecture
-from clip_jax.config import Config, OptimConfig, TrainConfig
+from clip_jax.config import Architecture, Config, OptimConfig, TrainConfig
+from clip_jax.devices import sharding
+from clip_jax.devices.sharding import BATCH, BATCH_AXES, REPLICATED, batch_sharding, replicated
 from clip_jax.losses import distillation
 from clip_jax.models import Model, make_model
-from clip_jax.sharding import BATCH, BATCH_AXES, REPLICATED, batch_sharding, replicated
+from clip_jax.training import optim
 from clip_jax.typing import Batch, Leaf, Loss, Metrics, Params
 
 TrainStep = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]

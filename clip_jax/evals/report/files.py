@@ -22,8 +22,8 @@ from typing import Any
 from etils import epath
 
 from clip_jax.config import flatten
-from clip_jax.evals.charts import SERIES, Number, Points, line_chart
-from clip_jax.evals.panels import Panels
+from clip_jax.evals.report.charts import SERIES, Number, Points, line_chart
+from clip_jax.evals.report.panels import Panels
 
 ATTRIBUTES = ("candidates", "chance", "majority", "gate", "low", "high", "published")
 EVALUATED = ("retrieval/", "zeroshot/", "linear_probe/", "few_shot/")
@@ -218,7 +218,7 @@ def page(
         "percent": _percent,
         "interval": _interval,
     }
-    template = importlib.resources.files("clip_jax.evals").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    template = importlib.resources.files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
     rows = results(metrics)
     languages = _languages(metrics)
     return environment.from_string(template).render(

@@ -18,7 +18,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from clip_jax.config import OptimConfig
-from clip_jax.rounding import round_nearest, stochastic_round
+from clip_jax.training.rounding import round_nearest, stochastic_round
 from clip_jax.typing import ArrayLike, Params
 
 _NEVER_DECAYED = re.compile(r"(^|[/_])(bias|scale\d?)$")

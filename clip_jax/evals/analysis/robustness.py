@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from clip_jax.evals.charts import LEFT, RIGHT, TOP, WIDTH, Number, Points, number, ticks
+from clip_jax.evals.report.charts import LEFT, RIGHT, TOP, WIDTH, Number, Points, number, ticks
 
 SHIFTS = ("imagenet_v2", "imagenet_a", "imagenet_r", "imagenet_sketch", "objectnet")
 PAPER_SHIFTS = (*SHIFTS, "imagenet_vid", "youtube_bb")  # the two of videos are seldom measured

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 import numpy as np
 from jaxtyping import Float, Float32, Float64, Int64, UInt64
 
-from clip_jax.architectures import Preprocess
+from clip_jax.config import Preprocess
 from clip_jax.evals.ranking import BLOCK_SCORES, unit
 from clip_jax.preprocess import ImageLike, preprocess
 

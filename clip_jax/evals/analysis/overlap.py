@@ -1,6 +1,6 @@
 """How much of an evaluation set's accuracy comes from pictures that the model was trained on.
 
-    distances, rows = nearest_hash(hash_pictures(eval_pictures), blocks)        # clip_jax.evals.duplicates
+    distances, rows = nearest_hash(hash_pictures(eval_pictures), blocks)        # clip_jax.evals.analysis.duplicates
     overlap = analyse(hits(scored), distances <= MAX_DISTANCE, tests=len(names))
 
 Source: Radford et al. 2021, section 5 and figure 17. It splits the examples in those with a near-duplicate in the
@@ -22,8 +22,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool
 
-from clip_jax.evals.charts import Number, number, ticks
 from clip_jax.evals.measures import Interval, Undefined, exact_interval
+from clip_jax.evals.report.charts import Number, number, ticks
 
 LEVEL = 0.995  # of the interval, as the paper's
 ALPHA = 0.05  # significant: a corrected p-value below this

@@ -5,10 +5,10 @@ from __future__ import annotations
 import jax
 from etils import epath
 
-from clip_jax import optim, sharding, step
-from clip_jax.architectures import name_of
-from clip_jax.config import Config, resolve
+from clip_jax.config import Config, name_of, resolve
+from clip_jax.devices import sharding
 from clip_jax.models import count_parameters
+from clip_jax.training import optim, step
 
 
 def describe(config: Config, workdir: epath.Path) -> str:

@@ -21,7 +21,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import UInt64
 
-from clip_jax.evals.duplicates import NOTHING, UNUSABLE, perceptual_hash
+from clip_jax.evals.analysis.duplicates import NOTHING, UNUSABLE, perceptual_hash
 
 logger = logging.getLogger(__name__)
 

@@ -260,7 +260,7 @@ SUITES: dict[str, tuple[str, ...]] = {
 class Published:
     """A zero-shot number of OpenAI's weights, as printed: in per cent.
 
-    model: a key of `architectures.MODELS`.
+    model: a key of `config.MODELS`.
     source: 'paper' (table 11) or 'open_clip' (docs/openclip_results.csv, measured with datacomp's code).
     """
 

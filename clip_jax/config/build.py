@@ -1,0 +1,152 @@
+"""Strict conversion between ConfigDicts and the dataclasses of the schema.
+
+`configs/*.py` start from `default_config()`, a locked ConfigDict, and change what differs. Flags change it further
+(`--config.train.batch_size=512`); `from_config_dict` then returns the dataclasses or an error that names the key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import ml_collections
+
+from clip_jax.config import ranges
+from clip_jax.config.models import MODELS, preprocess_of, tokenizer_of
+from clip_jax.config.schema import Config
+
+
+def default_config(model: str = "vit_b32") -> ml_collections.ConfigDict:
+    """Return the paper's recipe for a model of `config.MODELS`, every key there and locked."""
+    if model not in MODELS:
+        raise ValueError(f"no model is called {model!r}{_nearest(model, MODELS)}; there are {', '.join(MODELS)}")
+    architecture = MODELS[model]
+    return to_config_dict(
+        Config(model=architecture, preprocess=preprocess_of(architecture), tokenizer=tokenizer_of(architecture))
+    )
+
+
+def to_config_dict(value: Any) -> ml_collections.ConfigDict:
+    """Return a dataclass as a locked ConfigDict that flags can override."""
+    result = ml_collections.ConfigDict()
+    for field in dataclasses.fields(value):
+        item = getattr(value, field.name)
+        if dataclasses.is_dataclass(item):
+            item = to_config_dict(item)
+        elif isinstance(item, Mapping):
+            item = {k: to_config_dict(v) if dataclasses.is_dataclass(v) else v for k, v in item.items()}
+        result[field.name] = item
+    return result.lock()
+
+
+def from_config_dict(config: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:
+    """Return the checked Config. Raises ValueError for unknown keys, wrong types and values out of range."""
+    if isinstance(config, ml_collections.ConfigDict):
+        config = config.to_dict()
+    result = _build(Config, config, "")
+    ranges.check(flatten(dataclasses.asdict(result)))
+    return result
+
+
+def build(cls: type, mapping: Mapping[str, Any], path: str = "") -> Any:
+    """Return dataclass `cls` from nested mappings, as strictly as `from_config_dict`, without the checks of ranges.
+
+    path: the dotted key of the mapping, for errors.
+    """
+    return _build(cls, mapping, path)
+
+
+def from_json(text: str) -> Config:
+    """Read back what `to_json` wrote, as strictly as `from_config_dict`."""
+    return from_config_dict(json.loads(text))
+
+
+def to_json(config: Any) -> str:
+    """Write a config dataclass as JSON, keys in order of definition, for people and for `from_json`."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Return the dotted keys in which two configs differ, each with both values."""
+    old_flat, new_flat = (flatten(dataclasses.asdict(c)) for c in (old, new))
+    keys = [*old_flat, *(k for k in new_flat if k not in old_flat)]
+    return {k: (old_flat.get(k), new_flat.get(k)) for k in keys if old_flat.get(k) != new_flat.get(k)}
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return `{'a': {'b': 1}}` as `{'a.b': 1}`."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def check_name(key: str, name: str, names: Iterable[str]) -> None:
+    """Raise ValueError if a registry does not list `name`."""
+    if name not in (names := list(names)):
+        raise ValueError(f"{key}={name!r} is none of {', '.join(names)}{_nearest(name, names)}")
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _build(hint: Any, value: Any, path: str) -> Any:
+    """Return `value` as type `hint`; `path` is its dotted key, for errors."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _build_union(options, value, path)
+    if dataclasses.is_dataclass(hint):
+        return _build_dataclass(hint, value, path)
+    if origin is Literal:
+        if value not in options:
+            raise ValueError(
+                f"{path}={value!r} is none of {', '.join(map(repr, options))}{_nearest(str(value), options)}"
+            )
+        return value
+    if origin is tuple:
+        if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+            raise ValueError(f"{path}={value!r} should be a sequence, e.g. (1, 2)")
+        return tuple(_build(options[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{path}={value!r} should be a mapping from names to values")
+        return {str(k): _build(options[1], item, f"{path}.{k}") for k, item in value.items()}
+    return _build_scalar(hint, value, path)
+
+
+def _build_union(options: tuple[Any, ...], value: Any, path: str) -> Any:
+    kinds = {option.kind: option for option in options}
+    kind = value.get("kind") if isinstance(value, Mapping) else None
+    if kind not in kinds:
+        raise ValueError(f"{path}.kind={kind!r} is none of {', '.join(map(repr, kinds))}")
+    return _build_dataclass(kinds[kind], value, path)
+
+
+def _build_dataclass(cls: type, value: Any, path: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{path or 'the config'}={value!r} should be a mapping with the keys of {cls.__name__}")
+    hints = typing.get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls)]
+    prefix = f"{path}." if path else ""
+    for key in value:
+        if key not in names:
+            raise ValueError(f"config has no key '{prefix}{key}'{_nearest(key, names)} (keys here: {', '.join(names)})")
+    return cls(**{key: _build(hints[key], item, prefix + key) for key, item in value.items()})
+
+
+def _build_scalar(hint: type, value: Any, path: str) -> Any:
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ValueError(f"{path}={value!r} is a {type(value).__name__}, expected {hint.__name__}")
+    if hint is float and not math.isfinite(value):
+        raise ValueError(f"{path}={value} is not a finite number")
+    return value

@@ -1,0 +1,1 @@
+"""Devices: mesh and sharding rules, processes (`jax.distributed`), chip datasheets, CPU allocator."""

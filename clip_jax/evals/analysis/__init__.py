@@ -1,0 +1,1 @@
+"""Analyses of evaluation results: baselines, bias, robustness, overlap with the training data."""

@@ -1,0 +1,1 @@
+"""Evaluation datasets: the registry and its readers."""
