@@ -22,9 +22,10 @@ import numpy as np
 from clip_jax.config import MODELS, Config, OptimConfig, TrainConfig
 from clip_jax.devices import sharding
 from clip_jax.devices.chips import chip_of
+from clip_jax.models import flops
 from clip_jax.planner import predict
 from clip_jax.planner.cost import Program
-from clip_jax.training import flops, optim, step
+from clip_jax.training import optim, step
 from clip_jax.typing import Batch
 
 STEPS = 5

@@ -171,7 +171,7 @@ def test_updates_are_float32_s_of_the_widened_parameters(name):
     config = dataclasses.replace(CONFIG, name=name)
     grads = _params(1)
     found, _ = _updates(config, [grads] * 2, params)
-    expected, _ = _updates(config, [grads] * 2, optim.widen(params))
+    expected, _ = _updates(config, [grads] * 2, optim.upcast(params))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(found))
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 

@@ -22,9 +22,10 @@ from clip_jax.config import Config, MeshConfig, name_of, resolve
 from clip_jax.devices import sharding
 from clip_jax.devices.chips import Number
 from clip_jax.losses import LOSSES
+from clip_jax.models import flops
 from clip_jax.planner.cost import Cost, Program
 from clip_jax.planner.topology import Topology
-from clip_jax.training import flops, optim, step
+from clip_jax.training import optim, step
 from clip_jax.typing import Batch
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -190,7 +191,7 @@ def plan_step(config: Config, where: Topology) -> Plan:
         topology=where,
         global_batch=config.train.batch_size,
         fits=True,
-        model_flops=flops.training_flops(config.model, config.optim.freeze) * config.train.batch_size / where.chips,
+        model_flops=_pair_flops(config) * config.train.batch_size / where.chips,
         traced_flops=traced_flops(config, mesh) / where.chips,
         total_steps=resolved.total_steps,
         config=config,
@@ -378,7 +379,7 @@ def plan_by_datasheet(config: Config, where: Topology) -> Plan:
     state = step.state_like(step.make_model_of(part, alone), optimizer, config, together)
     parameters, held = sharding.shard_bytes(state.params), sharding.shard_bytes(state)
     batch, activations = sharding.shard_bytes(batch_like(part, alone)), saved_bytes(part, alone)
-    frozen = jax.tree.leaves(optim.frozen(state.params, config.optim.freeze))
+    frozen = jax.tree.leaves(optim.frozen_mask(state.params, config.optim.freeze))
     sizes = [(bytes_each * x.size, still) for x, still in zip(jax.tree.leaves(state.params), frozen, strict=True)]
     gathers = 1 if fsdp == 1 else 2  # of updated parameters; or, cut, before each pass
     around = sum(size for size, still in sizes if not still) + gathers * sum(
@@ -404,7 +405,7 @@ def plan_by_datasheet(config: Config, where: Topology) -> Plan:
         flops=traced,
         traced_flops=traced,
         unit_flops=traced if config.train.dtype == "bfloat16" else 2 * traced,
-        model_flops=flops.training_flops(config.model, config.optim.freeze) * resolved.batch_per_device,
+        model_flops=_pair_flops(config) * resolved.batch_per_device,
         hbm_bytes=2 * (held + activations),
         hbm_bytes_padded=2 * (held + activations),
         link_bytes=sent if where.chips > 1 else 0,
@@ -412,3 +413,8 @@ def plan_by_datasheet(config: Config, where: Topology) -> Plan:
         total_steps=resolved.total_steps,
         config=config,
     )
+
+
+def _pair_flops(config: Config) -> float:
+    """Return the model FLOPs of a training step per image-text pair."""
+    return flops.training_flops(config.model, optim.frozen_towers(config.model, config.optim.freeze))

@@ -57,7 +57,7 @@ class TrainState:
     @property
     def eval_params(self) -> Params:
         """The parameters that are evaluated and exported, float32."""
-        return _with_stats(optim.widen(self.params) if self.ema is None else self.ema, self.batch_stats)
+        return _with_stats(optim.upcast(self.params) if self.ema is None else self.ema, self.batch_stats)
 
 
 class Teacher(NamedTuple):
@@ -146,7 +146,7 @@ def make_train_step(
     def taught_step(taught: Params | None, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
         (value, (metrics, stats)), grads = gradient(state.params, state.batch_stats, batch, key, taught)
-        grads = optim.widen(grads)
+        grads = optim.upcast(grads)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
 
@@ -201,8 +201,8 @@ def make_embed(model: Model, freeze: str) -> Callable[..., tuple[_Embedded, tupl
     """
 
     def embed(params: Params, stats: Params | None, rows: Rows) -> tuple[_Embedded, tuple[Params | None, Metrics]]:
-        params = optim.stop_frozen(params, freeze)
-        if optim.locked(params, freeze, "image"):
+        params = optim.stop_frozen_gradients(params, freeze)
+        if optim.tower_is_frozen(params, freeze, "image"):
             images_BE = model.encode_image(_with_stats(params, stats), rows.image)
         else:
             images_BE, stats = model.encode_image_train(_with_stats(params, stats), rows.image, rows.key)
@@ -261,9 +261,9 @@ def make_gradient(model: Model, loss: Loss, config: Config, mesh: Mesh, teacher:
         def again(grads: Params, part: tuple[Rows, _Embedded]) -> tuple[Params, None]:
             rows, d_part = part
             _, pull = jax.vjp(lambda params: embed(params, stats, rows)[0], params)
-            return jax.tree.map(jnp.add, grads, optim.widen(pull(d_part)[0])), None
+            return jax.tree.map(jnp.add, grads, optim.upcast(pull(d_part)[0])), None
 
-        zeros = jax.tree.map(jnp.zeros_like, optim.widen(params))
+        zeros = jax.tree.map(jnp.zeros_like, optim.upcast(params))
         grads, _ = jax.lax.scan(again, zeros, (parts_of_rows, split(d_embedded)))
         text_metrics = jax.tree.map(jnp.mean, text_metrics)
         return (value, (metrics | text_metrics, new_stats)), grads | d_head
