@@ -181,7 +181,7 @@ def starting_weights(config: Config) -> Params:
         raise ValueError(f"init.weights={init.weights!r}: {error}") from error
     size, length = model.image.image_size, model.text.length
     found, params = positions.resize(weights.config.model, weights.params, image_size=size, length=length)
-    spec = dataclasses.replace(weights.config.preprocess, like=config.preprocess.like)
+    spec = dataclasses.replace(weights.config.preprocess, implementation=config.preprocess.implementation)
     theirs = dataclasses.replace(config, model=found, preprocess=spec)
     _check_same(theirs, config, f"init.weights={init.weights!r} has another model or other pixels")
     log.info("starting from %s (%s)", init.weights, weights.format)
@@ -211,7 +211,7 @@ def teaching_weights(config: Config, tokenizer: Tokenizer) -> tuple[Architecture
     theirs = dataclasses.replace(
         config,
         model=dataclasses.replace(model, text=text),
-        preprocess=dataclasses.replace(weights.config.preprocess, like=config.preprocess.like),
+        preprocess=dataclasses.replace(weights.config.preprocess, implementation=config.preprocess.implementation),
         tokenizer=dataclasses.replace(weights.config.tokenizer, path=config.tokenizer.path),
     )
     _check_same(theirs, config, f"{said} has other pixels or token ids")
@@ -358,8 +358,8 @@ def _finish(run: Run, checkpoints: Checkpoints, suite: Suite, export: str | None
     panels = suite.panels(embedder)
     whole = sharding.gather(params, run.mesh) if export else None
     if distributed.is_main():
-        if run.config.eval.floors_split:
-            fitted_on = data.EVAL_SETS[run.config.data.source](run.config.data, run.config.eval.floors_split)
+        if run.config.eval.baselines_split:
+            fitted_on = data.EVAL_SETS[run.config.data.source](run.config.data, run.config.eval.baselines_split)
             measured |= suite.floors(fitted_on)
         measured |= suite.gates(run.config.eval)
         described = {
