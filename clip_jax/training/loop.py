@@ -31,7 +31,6 @@ from clip_jax.evals.report.files import table, write_report
 from clip_jax.evals.suite import REGISTRY, Loader, Suite, load_suite
 from clip_jax.interop import positions, published, reading
 from clip_jax.interop.msgpack import write as write_weights
-from clip_jax.losses import LOSSES
 from clip_jax.models import Model
 from clip_jax.preprocess import preprocess_many
 from clip_jax.tokenizers import make_tokenizer
@@ -128,7 +127,7 @@ def prepare(config: Config, directory: epath.Path) -> Run:
         workdir.describe(directory, config)
     mesh = sharding.make_mesh(fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
     optimizer = optim.make_optimizer(config.optim, resolved.total_steps, seed=config.train.seed)
-    model = step.make_model_of(config, mesh)
+    model = step.model_from_config(config, mesh)
     return Run(resolved, mesh, source, tokenizer, model, optimizer, directory, PreemptionNotice())
 
 
@@ -252,7 +251,7 @@ def _placed(run: Run) -> TrainState:
 
 def _like(run: Run) -> TrainState:
     """Return the state's shapes, dtypes and shardings."""
-    return step.state_like(run.model, run.optimizer, run.config, run.mesh)
+    return step.abstract_state(run.model, run.optimizer, run.config, run.mesh)
 
 
 def _pair_seconds(config: Config, devices: Sequence[Any]) -> float:
@@ -274,8 +273,8 @@ def _steps(run: Run, state: TrainState, checkpoints: Checkpoints, suite: Suite) 
     progress = metrics.Progress(first, total, active=main)
     meter = metrics.Meter(config.train.batch_size, _pair_seconds(config, jax.devices()))
     schedule = optim.make_schedule(config.optim, total)
-    loss, teacher = LOSSES[config.loss.name], _teacher(run)
-    train_step = step.make_train_step(run.model, loss, run.optimizer, config, run.mesh, teacher)
+    teacher = _teacher(run)
+    train_step = step.make_train_step(run.model, run.optimizer, config, run.mesh, teacher)
     late: collections.deque[dict] = collections.deque()
     replaced = 0
 
@@ -338,9 +337,9 @@ def _batches(run: Run, first: int, meter: metrics.Meter) -> Iterator[HostBatch]:
 
 def _count(meter: metrics.Meter, outputs: dict[str, jax.Array], config: Config) -> None:
     values = {name: float(value) for name, value in jax.device_get(outputs).items()}
-    if values["skipped_in_a_row"]:
+    if values["consecutive_skipped_steps"]:
         log.warning("a step was skipped: loss %s, gradient norm %s", values["loss"], values["grad_norm"])
-    if values["skipped_in_a_row"] >= config.train.max_nonfinite_steps:
+    if values["consecutive_skipped_steps"] >= config.train.max_nonfinite_steps:
         raise NotFinite(
             f"{config.train.max_nonfinite_steps} steps in a row were not finite (loss {values['loss']}, gradient norm"
             f" {values['grad_norm']}); none of them changed the parameters. Lower optim.learning_rate or"
