@@ -48,7 +48,7 @@ def main(name: str = "vit_b32", rows: int = 16) -> None:
     print(f"{name}, {rows} pairs on each of {mesh.size} x {kind}, {train.dtype}, remat {train.remat}")
     print(f"flops    trace {traced / 1e12:.4f} T, program {cost.flops / 1e12:.4f} T, XLA {_xla(program) / 1e12:.4f} T")
 
-    model = step.make_model_of(config, mesh)
+    model = step.model_from_config(config, mesh)
     optimizer = optim.make_optimizer(config.optim, 100)
     before = _held()
     state = jax.jit(

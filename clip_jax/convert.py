@@ -72,7 +72,8 @@ def _described(config, params) -> list[str]:
         "text": f"{text.length} tokens of {text.vocab_size:,}, {text.layers} layers of {text.width}",
         "embedding": f"{config.model.embed_dim}",
         "activation": " and ".join(sorted(activations)),
-        "preprocessing": f"{spec.resize}, {spec.interpolation}, mean {spec.mean}, std {spec.std}, like {spec.like}",
+        "preprocessing": f"{spec.resize}, {spec.interpolation}, mean {spec.mean}, std {spec.std}"
+        f", like {spec.implementation}",
         "tokenizer": config.tokenizer.name + ("" if _has_tokenizer(config) else " (none came with the weights)"),
     }
     return [f"  {name + ':':<15}{value}" for name, value in rows.items()]

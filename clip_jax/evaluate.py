@@ -275,7 +275,7 @@ def make_subject(config: WeightsConfig, params: Params, mesh: Mesh) -> Subject:
         out_sharding=whole,
         image_features=model.image_features,
     )
-    preprocessing = f"{pixels} px, {spec.resize}, {spec.interpolation} like {spec.like}, {_DTYPE.value}"
+    preprocessing = f"{pixels} px, {spec.resize}, {spec.interpolation} like {spec.implementation}, {_DTYPE.value}"
     return Subject(
         embedder,
         embedder.features,

@@ -5,7 +5,7 @@ standard deviation follow on the device, in the model. Pillow rounds to uint8 be
 bicubic of TensorFlow, JAX or torch gives the same bytes. Pillow 13 resizes the height first where that shrinks more, so
 pictures more than twice as high as wide differ by some levels from Pillow 12's.
 
-`preprocess.like` says whose pipeline:
+`preprocess.implementation` says whose pipeline:
   * openai: resized in the picture's own mode (a palette to the nearest pixel), cropped at `round((side - size) / 2)`,
     half to even, and only then RGB. Alpha is dropped, whatever colour lies below it shows; 16-bit grey is clipped at
     255, which makes nearly every such picture white. Those are what OpenAI's and open_clip's weights were trained with.
@@ -48,12 +48,12 @@ def preprocess(image: ImageLike, size: int, spec: Preprocess) -> UInt8[np.ndarra
       ValueError: if the picture can't be decoded, or is so long and thin that its resized form would fill the memory.
       FileNotFoundError: if the path leads nowhere.
     """
-    opened = _BEFORE_RESIZING[spec.like](_open(image))
+    opened = _BEFORE_RESIZING[spec.implementation](_open(image))
     resampling = _RESAMPLING[spec.interpolation]
     if spec.resize == "squash":
         return np.array(opened.resize((size, size), resampling).convert("RGB"))
     width, height = _resized(opened.size, size)
-    if spec.like == "huggingface":
+    if spec.implementation == "huggingface":
         left, top = (width - size) // 2, (height - size) // 2
     else:
         left, top = int(round((width - size) / 2.0)), int(round((height - size) / 2.0))

@@ -44,8 +44,8 @@ def get_config() -> ConfigDict:
     config.checkpoint.every_steps = 150
 
     config.eval.every_steps = 300
-    config.eval.floors_split = "seen_concepts"
-    config.eval.gates = {
+    config.eval.baselines_split = "seen_concepts"
+    config.eval.thresholds = {
         "retrieval/emoji_unseen_concepts/image_to_text/recall_at_5": 0.28,
         "retrieval/emoji_unseen_vendor/image_to_text/recall_at_1": 0.20,
     }

@@ -28,7 +28,7 @@ def test_big_vision_s_npz_is_read(tmp_path, stacked, half):
     np.savez(tmp_path / "siglip.npz", **{f"params/{name}": x for name, x in tensors.items()})
     found = reading.read(tmp_path / "siglip.npz")
     assert found.config.model == SIGLIP
-    assert found.config.preprocess == dataclasses.replace(SIGLIP_PREPROCESS, like="openai")
+    assert found.config.preprocess == dataclasses.replace(SIGLIP_PREPROCESS, implementation="openai")
     tolerance = 2**-8 if half else 0.0
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance / 100),
@@ -60,7 +60,7 @@ def test_lit_is_read_from_big_vision_s_npz(tmp_path, form):
     np.savez(tmp_path / "lit.npz", **tensors)
     found = reading.read(tmp_path / "lit.npz")
     assert found.config.model == architecture
-    assert found.config.preprocess == dataclasses.replace(SIGLIP_PREPROCESS, like="openai")
+    assert found.config.preprocess == dataclasses.replace(SIGLIP_PREPROCESS, implementation="openai")
     jax.tree.map(np.testing.assert_array_equal, found.params, params)
 
 

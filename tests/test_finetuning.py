@@ -20,7 +20,6 @@ from clip_jax.config import (
 )
 from clip_jax.devices import sharding
 from clip_jax.interop import conversion, directory, msgpack, names, reading, torch_file
-from clip_jax.losses import LOSSES
 from clip_jax.models import make_model
 from clip_jax.training import loop as train
 from clip_jax.training import optim, step
@@ -104,9 +103,7 @@ def test_a_run_that_learns_nothing_exports_what_it_started_from(tmp_path):
 def _step(architecture, config, steps=2):
     model, mesh = make_model(architecture), sharding.make_mesh(jax.devices()[:1])
     optimizer = optim.make_optimizer(config, 10)
-    train_step = step.make_train_step(
-        model, LOSSES["softmax"], optimizer, Config(model=architecture, optim=config), mesh
-    )
+    train_step = step.make_train_step(model, optimizer, Config(model=architecture, optim=config), mesh)
     params = tiny_models.params(architecture)
     state = jax.device_put(step.init_state(params, optimizer, config), sharding.replicated(mesh))
     pixels, tokens = tiny_models.inputs(architecture, rows=4)
@@ -133,7 +130,7 @@ def test_nothing_is_computed_for_frozen_parameters_on_the_way_back():
         model, mesh = make_model(VIT), sharding.make_mesh(jax.devices()[:1])
         config = OptimConfig(warmup_steps=0, freeze=freeze)
         optimizer = optim.make_optimizer(config, 10)
-        train_step = step.make_train_step(model, LOSSES["softmax"], optimizer, Config(model=VIT, optim=config), mesh)
+        train_step = step.make_train_step(model, optimizer, Config(model=VIT, optim=config), mesh)
         state = jax.eval_shape(lambda: step.init_state(tiny_models.params(VIT), optimizer, config))
         pixels, tokens = tiny_models.inputs(VIT, rows=4)
         return train_step.lower(state, Batch(pixels, tokens, np.ones(4, bool))).cost_analysis()["flops"]

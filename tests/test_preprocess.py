@@ -104,7 +104,7 @@ def test_pixels_are_open_clip_s_and_transformers(like):
     """Recorded from their own code; the pictures follow from seeds."""
     golden = np.load(pathlib.Path(__file__).parent / "golden/pixels.npz")
     for mode, (width, height) in itertools.product(GOLDEN_MODES, GOLDEN_SIZES):
-        found = preprocess(picture(width, height, mode), GOLDEN_SIZE, Preprocess(like=like))
+        found = preprocess(picture(width, height, mode), GOLDEN_SIZE, Preprocess(implementation=like))
         np.testing.assert_array_equal(found, golden[f"{like}/{mode}/{width}x{height}"], err_msg=f"{mode} {width}")
 
 

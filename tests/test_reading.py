@@ -327,7 +327,7 @@ def test_hugging_face_s_numbers_for_preprocessing_are_taken(tmp_path):
     directory.write(tmp_path / "dir", tiny_models.params(VIT), config)
     for file, like in (("model.safetensors", "huggingface"), ("open_clip_model.safetensors", "openai")):
         assert reading.read(tmp_path / "dir" / file).config.preprocess == dataclasses.replace(
-            config.preprocess, like=like
+            config.preprocess, implementation=like
         )
     processor = tmp_path / "dir/preprocessor_config.json"
     processor.write_text(json.dumps(json.loads(processor.read_text()) | {"resample": 1}))  # Lanczos

@@ -82,7 +82,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "checkpoint.keep_every_steps": _COUNT_OR_NONE,
     "eval.every_steps": _COUNT_OR_NONE,
     "eval.batch_size": _COUNT,
-    "eval.gates.*": (-1e9, 1e9),
+    "eval.thresholds.*": (-1e9, 1e9),
 }
 
 

@@ -205,8 +205,10 @@ class EvalConfig:
     batch_size: int = 512
     data_dir: str = ""  # where sets of the source 'registry' lie: webdataset folders, class folders, TFDS
     # A split of the training source: what is not learned, measured beside the model, is fitted on it. Empty: nothing.
-    floors_split: str = ""
-    gates: Mapping[str, float] = dataclasses.field(default_factory=dict)  # what the report asks of a metric, by its key
+    baselines_split: str = ""
+    thresholds: Mapping[str, float] = dataclasses.field(
+        default_factory=dict
+    )  # what the report asks of a metric, by its key
     tasks: Mapping[str, EvalTask] = dataclasses.field(default_factory=dict)
 
 

@@ -39,7 +39,9 @@ class Suite:
 
     def gates(self, config: EvalConfig) -> dict[str, float]:
         """Return what is asked of metrics as `<metric>/gate`, but for sets that are left out."""
-        return {f"{key}/gate": gate for key, gate in config.gates.items() if key.split("/")[1] not in self.left_out}
+        return {
+            f"{key}/gate": gate for key, gate in config.thresholds.items() if key.split("/")[1] not in self.left_out
+        }
 
     def panels(self, embedder: Embedder) -> list[Panels]:
         """Return the pictures for a report, of the first two retrieval sets."""

@@ -93,7 +93,7 @@ def preprocess(config: Mapping[str, Any], model: Architecture) -> Preprocess:
         std=tuple(map(float, config.get("image_std", default.std))),
         interpolation=_RESAMPLE[resample],
         resize="squash" if isinstance(size, Mapping) and "height" in size else "shortest",
-        like="huggingface",
+        implementation="huggingface",
     )
 
 

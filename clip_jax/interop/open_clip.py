@@ -150,7 +150,7 @@ def _refuse_rest(where: str, prefix: str, rest: Mapping[str, Any], allowed: Mapp
 
 def preprocess(config: Mapping[str, Any]) -> Preprocess:
     """Return what a `preprocess_cfg` asks for."""
-    default = Preprocess(like="openai")
+    default = Preprocess(implementation="openai")
     mode = config.get("resize_mode", "shortest")
     if mode not in ("shortest", "squash") or config.get("interpolation", "bicubic") not in ("bicubic", "bilinear"):
         raise ValueError(
@@ -161,7 +161,7 @@ def preprocess(config: Mapping[str, Any]) -> Preprocess:
         std=tuple(map(float, config.get("std", default.std))),
         interpolation=config.get("interpolation", "bicubic"),
         resize=mode,
-        like="openai",
+        implementation="openai",
     )
 
 

@@ -335,7 +335,7 @@ def _undescribed(
             )
         architecture = with_activation(architecture, activation)
     big_vision = architecture.logit_bias or table is names.BIG_VISION
-    preprocess = dataclasses.replace(SIGLIP_PREPROCESS if big_vision else Preprocess(), like="openai")
+    preprocess = dataclasses.replace(SIGLIP_PREPROCESS if big_vision else Preprocess(), implementation="openai")
     return architecture, preprocess, *_tokenizer(architecture, file.parent)
 
 

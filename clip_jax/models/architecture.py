@@ -95,18 +95,19 @@ class Architecture:
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
-    """What happens to a picture before the image tower; it travels with the weights. Defaults: CLIP's numbers.
+    """Image preprocessing before the image tower; stored with the weights. The defaults are CLIP's.
 
-    like: whose pipeline, to the bit. 'openai', and open_clip: resized in the picture's own mode, transparency dropped,
-      crop offset rounded half to even. 'huggingface': RGB first, crop offset rounded down. 'clip_jax': as 'openai',
-      but transparent pictures are laid on white and 16-bit ones keep their high byte, as training sees them.
+    implementation: pipeline that is reproduced bit for bit. 'openai' (and open_clip): resize in the image's own mode,
+      drop transparency, round the crop offset half to even. 'huggingface': convert to RGB first, round the crop
+      offset down. 'clip_jax': as 'openai', but composite transparent images on white and keep the high byte of 16-bit
+      images, as the training pipeline does.
     """
 
     mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # of RGB in 0 to 1
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # PIL's, antialiased
     resize: Literal["shortest", "squash"] = "shortest"  # the shorter side and a centre crop, or both sides
-    like: Literal["clip_jax", "openai", "huggingface"] = "clip_jax"
+    implementation: Literal["clip_jax", "openai", "huggingface"] = "clip_jax"
 
 
 def with_activation(model: Architecture, activation: Activation) -> Architecture:

@@ -283,10 +283,10 @@ def _refuse_teacher(config: Config) -> None:
 
 def lower_step(config: Config, mesh: Mesh, total_steps: int) -> tuple[jax.stages.Lowered, Any, Batch]:
     """Return the step of a run, lowered for the devices of a mesh, and the shapes of its state and batch."""
-    model = step.make_model_of(config, mesh)
+    model = step.model_from_config(config, mesh)
     optimizer = optim.make_optimizer(config.optim, total_steps)
-    state, batch = step.state_like(model, optimizer, config, mesh), batch_like(config, mesh)
-    train_step = step.make_train_step(model, LOSSES[config.loss.name], optimizer, config, mesh)
+    state, batch = step.abstract_state(model, optimizer, config, mesh), batch_like(config, mesh)
+    train_step = step.make_train_step(model, optimizer, config, mesh)
     return train_step.lower(state, batch), state, batch
 
 
@@ -303,9 +303,9 @@ def batch_like(config: Config, mesh: Mesh, rows: int = 0) -> Batch:
 
 def _gradient(config: Config, mesh: Mesh) -> tuple[Callable, Any]:
     """Return the loss's gradient over a batch, as the step takes it, and the shapes of the parameters."""
-    model = step.make_model_of(config, mesh)
+    model = step.model_from_config(config, mesh)
     params = jax.eval_shape(model.init, jax.random.key(0))
-    gradient = step.make_gradient(model, LOSSES[config.loss.name], config, mesh)
+    gradient = step.make_gradient(model, config, mesh)
 
     def of(params: Any, batch: Batch) -> Any:
         trained = {name: value for name, value in params.items() if name != "batch_stats"}
@@ -322,7 +322,7 @@ def traced_flops(config: Config, mesh: Mesh) -> float:
 
 def saved_bytes(config: Config, mesh: Mesh) -> float:
     """Return the bytes that a device's towers save for the backward pass: those that grow with the batch."""
-    model = step.make_model_of(config, mesh)
+    model = step.model_from_config(config, mesh)
     params, embed = jax.eval_shape(model.init, jax.random.key(0)), step.make_embed(model, config.optim.freeze)
     stats = params.pop("batch_stats", None)
 
@@ -330,10 +330,10 @@ def saved_bytes(config: Config, mesh: Mesh) -> float:
         like = batch_like(config, mesh, count)
         key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count))
 
-        def pullback(params: Any, stats: Any, rows: step.Rows) -> Any:
+        def pullback(params: Any, stats: Any, rows: step.Examples) -> Any:
             return jax.vjp(lambda params: embed(params, stats, rows)[0], params)[1]
 
-        return jax.tree.leaves(jax.eval_shape(pullback, params, stats, step.Rows(like.image, like.text, key)))
+        return jax.tree.leaves(jax.eval_shape(pullback, params, stats, step.Examples(like.image, like.text, key)))
 
     rows = config.train.batch_size // config.train.micro_batches
     shards = sharding.batch_shards(mesh)
@@ -376,7 +376,7 @@ def plan_by_datasheet(config: Config, where: Topology) -> Plan:
     fsdp, bytes_each = config.mesh.fsdp, 2 if config.train.dtype == "bfloat16" else 4
     together = AbstractMesh((1, where.chips // fsdp, fsdp, 1), sharding.AXES)
     optimizer = optim.make_optimizer(config.optim, resolved.total_steps)
-    state = step.state_like(step.make_model_of(part, alone), optimizer, config, together)
+    state = step.abstract_state(step.model_from_config(part, alone), optimizer, config, together)
     parameters, held = sharding.shard_bytes(state.params), sharding.shard_bytes(state)
     batch, activations = sharding.shard_bytes(batch_like(part, alone)), saved_bytes(part, alone)
     frozen = jax.tree.leaves(optim.frozen_mask(state.params, config.optim.freeze))

@@ -31,7 +31,6 @@ from clip_jax.evals.report.files import table, write_report
 from clip_jax.evals.suite import REGISTRY, Loader, Suite, load_suite
 from clip_jax.interop import positions, published, reading
 from clip_jax.interop.msgpack import write as write_weights
-from clip_jax.losses import LOSSES
 from clip_jax.models import Model
 from clip_jax.models.flops import training_flops
 from clip_jax.preprocess import preprocess_many
@@ -128,7 +127,7 @@ def prepare(config: Config, directory: epath.Path) -> Run:
         workdir.describe(directory, config)
     mesh = sharding.make_mesh(fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
     optimizer = optim.make_optimizer(config.optim, resolved.total_steps, seed=config.train.seed)
-    model = step.make_model_of(config, mesh)
+    model = step.model_from_config(config, mesh)
     return Run(resolved, mesh, source, tokenizer, model, optimizer, directory, PreemptionMonitor())
 
 
@@ -181,7 +180,7 @@ def starting_weights(config: Config) -> Params:
         raise ValueError(f"init.weights={init.weights!r}: {error}") from error
     size, length = model.image.image_size, model.text.length
     found, params = positions.resize(weights.config.model, weights.params, image_size=size, length=length)
-    spec = dataclasses.replace(weights.config.preprocess, like=config.preprocess.like)
+    spec = dataclasses.replace(weights.config.preprocess, implementation=config.preprocess.implementation)
     theirs = dataclasses.replace(config, model=found, preprocess=spec)
     _check_same(theirs, config, f"init.weights={init.weights!r} has another model or other pixels")
     log.info("starting from %s (%s)", init.weights, weights.format)
@@ -211,7 +210,7 @@ def teaching_weights(config: Config, tokenizer: Tokenizer) -> tuple[Architecture
     theirs = dataclasses.replace(
         config,
         model=dataclasses.replace(model, text=text),
-        preprocess=dataclasses.replace(weights.config.preprocess, like=config.preprocess.like),
+        preprocess=dataclasses.replace(weights.config.preprocess, implementation=config.preprocess.implementation),
         tokenizer=dataclasses.replace(weights.config.tokenizer, path=config.tokenizer.path),
     )
     _check_same(theirs, config, f"{said} has other pixels or token ids")
@@ -252,7 +251,7 @@ def _placed(run: Run) -> TrainState:
 
 def _like(run: Run) -> TrainState:
     """Return the state's shapes, dtypes and shardings."""
-    return step.state_like(run.model, run.optimizer, run.config, run.mesh)
+    return step.abstract_state(run.model, run.optimizer, run.config, run.mesh)
 
 
 def _pair_seconds(config: Config, devices: Sequence[Any]) -> float:
@@ -276,8 +275,8 @@ def _steps(run: Run, state: TrainState, checkpoints: Checkpoints, suite: Suite) 
     progress = metrics.Progress(first, total, active=main)
     meter = metrics.Meter(config.train.batch_size, _pair_seconds(config, jax.devices()))
     schedule = optim.make_schedule(config.optim, total)
-    loss, teacher = LOSSES[config.loss.name], _teacher(run)
-    train_step = step.make_train_step(run.model, loss, run.optimizer, config, run.mesh, teacher)
+    teacher = _teacher(run)
+    train_step = step.make_train_step(run.model, run.optimizer, config, run.mesh, teacher)
     late: collections.deque[dict] = collections.deque()
     replaced = 0
 
@@ -340,9 +339,9 @@ def _batches(run: Run, first: int, meter: metrics.Meter) -> Iterator[HostBatch]:
 
 def _count(meter: metrics.Meter, outputs: dict[str, jax.Array], config: Config) -> None:
     values = {name: float(value) for name, value in jax.device_get(outputs).items()}
-    if values["skipped_in_a_row"]:
+    if values["consecutive_skipped_steps"]:
         log.warning("a step was skipped: loss %s, gradient norm %s", values["loss"], values["grad_norm"])
-    if values["skipped_in_a_row"] >= config.train.max_nonfinite_steps:
+    if values["consecutive_skipped_steps"] >= config.train.max_nonfinite_steps:
         raise NonFiniteError(
             f"{config.train.max_nonfinite_steps} steps in a row were not finite (loss {values['loss']}, gradient norm"
             f" {values['grad_norm']}); none of them changed the parameters. Lower optim.learning_rate or"
@@ -360,8 +359,8 @@ def _finish(run: Run, checkpoints: Checkpoints, suite: Suite, export: str | None
     panels = suite.panels(embedder)
     whole = sharding.gather(params, run.mesh) if export else None
     if distributed.is_main_process():
-        if run.config.eval.floors_split:
-            fitted_on = data.EVAL_SETS[run.config.data.source](run.config.data, run.config.eval.floors_split)
+        if run.config.eval.baselines_split:
+            fitted_on = data.EVAL_SETS[run.config.data.source](run.config.data, run.config.eval.baselines_split)
             measured |= suite.floors(fitted_on)
         measured |= suite.gates(run.config.eval)
         described = {

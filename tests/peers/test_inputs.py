@@ -95,7 +95,7 @@ def _picture(width, height, mode):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("squash", [False, True])
 def test_pixels_are_open_clip_s(mode, squash):
-    spec = dataclasses.replace(SIGLIP_PREPROCESS if squash else Preprocess(), like="openai")
+    spec = dataclasses.replace(SIGLIP_PREPROCESS if squash else Preprocess(), implementation="openai")
     theirs = open_clip.transform.image_transform(
         224, False, mean=spec.mean, std=spec.std, resize_mode=spec.resize, interpolation="bicubic"
     )
@@ -113,7 +113,7 @@ def test_pixels_are_transformers(mode):
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
         processor = CLIPImageProcessorPil()
-    spec = Preprocess(like="huggingface")
+    spec = Preprocess(implementation="huggingface")
     for size in SIZES:
         image = _picture(*size, mode)
         theirs = processor(images=image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)

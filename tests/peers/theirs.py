@@ -17,7 +17,7 @@ from clip_jax.interop import directory
 def write(folder: pathlib.Path, architecture, params) -> dict[str, str]:
     """Write the directory that all of them load, and return what became of each part."""
     spec = SIGLIP_PREPROCESS if architecture.logit_bias else Preprocess()
-    spec = dataclasses.replace(spec, like="openai")
+    spec = dataclasses.replace(spec, implementation="openai")
     bpe = architecture.text.eos_id == architecture.text.vocab_size - 1
     tokenizer = TokenizerConfig("clip_bpe" if bpe else "sentencepiece")
     return directory.write(folder, params, WeightsConfig(architecture, tokenizer, spec))
