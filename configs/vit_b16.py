@@ -5,12 +5,13 @@ python -m clip_jax.main --config=configs/vit_b16.py --config.data.files='/data/c
 
 from ml_collections import ConfigDict
 
-from clip_jax.config import default_config
+from clip_jax.config import paper
 
 
-def get_config() -> ConfigDict:
-    """Return 32 epochs of 400 M pairs, 32,768 at a time; the optimizer's values are the defaults."""
-    config = default_config("vit_b16")
-    config.train.batch_size = 32_768
-    config.train.total_examples = 12_800_000_000  # 390,625 steps; with less data, give train.total_epochs=32
-    return config
+def get_config(arg: str = "") -> ConfigDict:
+    """Return 32 epochs of 400 M pairs, 32,768 at a time.
+
+    Args:
+      arg: `runlocal` for a tiny version on synthetic data: --config=configs/vit_b16.py:runlocal
+    """
+    return paper("vit_b16", arg)
