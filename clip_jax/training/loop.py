@@ -29,7 +29,7 @@ from clip_jax.evals import benchmark
 from clip_jax.evals.embed import CachedEmbedder, ModelEmbedder
 from clip_jax.evals.report.files import table, write_report
 from clip_jax.evals.suite import REGISTRY, Loader, Suite, load_suite
-from clip_jax.interop import positions, published, reading
+from clip_jax.interop import positions, reading
 from clip_jax.interop.msgpack import write as write_weights
 from clip_jax.models import Model
 from clip_jax.models.flops import training_flops
@@ -174,8 +174,8 @@ def starting_weights(config: Config) -> Params:
     try:
         if tower:
             log.info("starting from the %s tower of %s", tower, path)
-            return reading.read_tower(published.locate(path), tower, model)
-        weights = reading.read(published.locate(init.weights), model=init.model, activation=init.activation)
+            return reading.read_tower(path, tower, model)
+        weights = reading.read(init.weights, model=init.model, activation=init.activation)
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"init.weights={init.weights!r}: {error}") from error
     size, length = model.image.image_size, model.text.length
@@ -201,7 +201,7 @@ def teaching_weights(config: Config, tokenizer: Tokenizer) -> tuple[Architecture
     if reading.split_tower(teacher.weights)[1]:
         raise ValueError(f"{said} is one tower, and a teacher needs both: leave out what follows the colon")
     try:
-        weights = reading.read(published.locate(teacher.weights), model=teacher.model, activation=teacher.activation)
+        weights = reading.read(teacher.weights, model=teacher.model, activation=teacher.activation)
         size, length = model.image.image_size, model.text.length
         found, params = positions.resize(weights.config.model, weights.params, image_size=size, length=length)
     except (FileNotFoundError, ValueError) as error:
@@ -304,7 +304,7 @@ def _steps(run: Run, state: TrainState, checkpoints: Checkpoints, suite: Suite) 
             run.preemption.check()
             if config.eval.every_steps and at % config.eval.every_steps == 0 and at < total:
                 began = time.monotonic()
-                writer.write(at, suite.measure(_embedder(run, state.eval_params)))
+                writer.write(at, suite.evaluate(_embedder(run, state.eval_params)))
                 meter.pause(time.monotonic() - began)
         except Preempted:
             progress.end()
@@ -355,7 +355,7 @@ def _finish(run: Run, checkpoints: Checkpoints, suite: Suite, export: str | None
     state, _ = checkpoints.restore(_like(run))
     params = state.eval_params  # on all hosts, for it may compute
     embedder = CachedEmbedder(_embedder(run, params))
-    measured = suite.measure(embedder)
+    measured = suite.evaluate(embedder)
     panels = suite.panels(embedder)
     whole = sharding.gather(params, run.mesh) if export else None
     if distributed.is_main_process():
@@ -367,11 +367,11 @@ def _finish(run: Run, checkpoints: Checkpoints, suite: Suite, export: str | None
             "attribution": suite.attribution,
             "config": dataclasses.asdict(run.config),
             "versions": provenance.versions(),
-            "left_out": suite.left_out,
+            "skipped": suite.skipped,
         }
         write_report(run.workdir, measured, metrics.read_lines(run.workdir), panels, described)
         print(table(measured))
-        for name, reason in suite.left_out.items():
+        for name, reason in suite.skipped.items():
             print(f"{name} is left out: {reason}")
         if export:
             write_weights(export, whole, _weights_config(run))
