@@ -1,25 +1,31 @@
-"""A small CLIP on emoji: real pictures, human-written names, eight minutes on two CPU cores.
+"""A small CLIP on emoji: real images, human-written names, eight minutes on two CPU cores.
 
-What was tried for it, and what it was worth, is in README.
+The experiments behind these values: docs/emoji.md.
+
+python -m clip_jax.main --config=configs/emoji.py
 """
 
 from ml_collections import ConfigDict
 
-from clip_jax.config import default_config
+from clip_jax.config import default_config, with_argument
 
 LANGUAGES = ("es", "ja", "ko", "pt", "it", "fr", "de", "fa", "id", "zh", "ru", "tr", "ar")
 
 
-def get_config() -> ConfigDict:
-    """Return a config whose run fits into eight minutes on two cores."""
+def get_config(arg: str = "") -> ConfigDict:
+    """Return 900 steps of 256 pairs.
+
+    Args:
+      arg: `runlocal` for a tiny version on synthetic data: --config=configs/emoji.py:runlocal
+    """
     config = default_config("emoji")
 
     config.data.source = "emoji"
-    # One to four of a picture's texts, drawn anew in every epoch: words that come in many company generalise better.
+    # One to four texts of an image, drawn anew in every epoch: words in varying combinations generalize better.
     config.data.captions = {"name": 0.5, "alias": 0.1, "keyword": 0.4} | {f"name_{code}": 0.01 for code in LANGUAGES}
     config.data.texts_per_caption = 4
     augment = config.data.augment
-    augment.min_crop_area = 1.0  # emoji are square already; what zoom pushes over the edge is lost
+    augment.min_crop_area = 1.0  # emoji are square already; zoom crops
     augment.rotate_degrees = 10.0
     augment.zoom = 0.15
     augment.shift = 0.1
@@ -56,4 +62,4 @@ def get_config() -> ConfigDict:
         f"emoji_{split}": {"evaluator": evaluator, "source": "emoji", "split": split}
         for split, evaluator in splits.items()
     }
-    return config
+    return with_argument(config, arg)

@@ -1,7 +1,7 @@
 """CLIP ViT-L/14 at 336 px by the paper's recipe: Radford et al. 2021, section 2.5, tables 18 and 20.
 
-One more epoch from ViT-L/14, whose position embeddings are resized. `init.weights` defaults to the path at which OpenAI's
-code stores its weights; for another run, e.g. --config.init.weights=runs/vit_l14/params.msgpack.
+One more epoch from ViT-L/14, whose position embeddings are resized. `init.weights` names OpenAI's file, at the path
+where its code stores it; for another run, e.g. --config.init.weights=runs/vit_l14/params.msgpack.
 
 python -m clip_jax.main --config=configs/vit_l14_336.py --config.data.files='/data/cc3m/{00000..00331}.tfrecord'
 """

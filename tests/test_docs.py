@@ -44,7 +44,8 @@ def commands():
         for line in lines
         if (m := re.search(r"python (-m clip_jax\.(?!…).*)", line))
     ]
-    return [shlex.split(command) for command in dict.fromkeys(found)]
+    split = [shlex.split(command) for command in dict.fromkeys(found)]
+    return [words for words in split if len(words) > 2 and not any("…" in word for word in words)]
 
 
 def config_keys(config, prefix=""):
@@ -149,7 +150,7 @@ def test_links_and_files_exist(path):
 
 @pytest.fixture
 def emoji_weights(tmp_path, monkeypatch):
-    """Random weights of the demo's shapes at the demo's path: the printed values themselves need the demo's training."""
+    """Random weights of the demo's shapes at its path; the printed values themselves need its training."""
     config = Config(model=MODELS["emoji"])
     model = make_model(config.model, config.preprocess)
     (tmp_path / "runs/emoji").mkdir(parents=True)

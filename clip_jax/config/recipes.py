@@ -11,7 +11,6 @@ from clip_jax.config.models import MODELS
 from clip_jax.config.schema import (
     AugmentConfig,
     CheckpointConfig,
-    Config,
     DataConfig,
     EvalConfig,
     EvalTask,
@@ -58,7 +57,9 @@ def with_argument(config: ml_collections.ConfigDict, arg: str) -> ml_collections
       ValueError: for any other text.
     """
     if arg not in ARGUMENTS:
-        raise ValueError(f"--config=FILE:{arg}: expected no argument or 'runlocal', as in --config=configs/vit_b32.py:runlocal")
+        raise ValueError(
+            f"--config=FILE:{arg}: expected no argument or 'runlocal', as in --config=configs/vit_b32.py:runlocal"
+        )
     return runlocal(config) if arg else config
 
 
