@@ -13,6 +13,8 @@ import sys
 
 import pytest
 
+from tests import vocabulary
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 LAYERS = {
@@ -39,9 +41,8 @@ OWNERS = {
 }
 CONFIG_IMPORTS = {"clip_jax.config", "ml_collections", "__future__"}
 CATCH_ALLS = {"utils", "util", "common", "helpers", "misc"}
-# Words that the house doesn't use in names of its own, and what it says instead.
-WORDS = {"img": "image", "imgs": "images", "txt": "text", "txts": "texts", "label": "class_id", "labels": "class_ids"}
-MAX_LINES = 450
+MAX_LINES = 450  # of a file
+MAX_FUNCTION_LINES = 80
 
 
 # --------------------------------------------------------------------------------------------------- the rules
@@ -101,39 +102,27 @@ def configs(path, source, tree):
                 yield f"{path}:{line}: a config imports {module}"
 
 
-def names(path, source, tree):
+def file_names(path, source, tree):
     if path.stem in CATCH_ALLS:
-        yield f"{path}: say what is in it; {path.stem!r} says nothing"
-    for node in ast.walk(tree):
-        for name in defined_names(node):
-            for word in WORDS.keys() & set(re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower().split("_")):
-                yield f"{path}:{node.lineno}: {name!r}: say {WORDS[word]!r}, not {word!r}"
-
-
-def defined_names(node):
-    """Yield the names that a node gives, not the ones that it uses: others may call theirs as they like."""
-    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-        yield node.name
-    elif isinstance(node, ast.arg):
-        yield node.arg
-    elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-        yield node.id
-    elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-        yield node.attr
+        yield f"{path}: name the file for its content; {path.stem!r} has none"
 
 
 def docstrings(path, source, tree):
-    marker = path.parts[0] == "tests" and not source.strip()  # an empty __init__.py, which only makes a package
-    if not marker and not ast.get_docstring(tree):
-        yield f"{path}: has no docstring; say what it is, its source, and deviations from it"
+    empty_package = path.parts[0] == "tests" and not source.strip()  # an __init__.py
+    if not empty_package and not ast.get_docstring(tree):
+        yield f"{path}: has no docstring"
 
 
 def lengths(path, source, tree):
     if (lines := source.count("\n")) > MAX_LINES:
         yield f"{path}: {lines} lines, at most {MAX_LINES}"
+    for node in ast.walk(tree):
+        is_function = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        if is_function and (lines := node.end_lineno - node.lineno + 1) > MAX_FUNCTION_LINES:
+            yield f"{path}:{node.lineno}: {node.name} has {lines} lines, at most {MAX_FUNCTION_LINES}"
 
 
-RULES = (layers, owners, configs, names, docstrings, lengths)
+RULES = (layers, owners, configs, file_names, docstrings, lengths)
 
 
 def violations(path, source):
@@ -190,13 +179,7 @@ DOC = '"""What it is."""\n'
         ("clip_jax/interop/openai.py", "import torch", "torch, which belongs to nobody"),
         ("configs/x.py", "import jax", "a config imports jax"),
         ("configs/x.py", "from clip_jax import models", "a config imports clip_jax.models"),
-        ("clip_jax/evals/utils.py", "", "'utils' says nothing"),
-        ("clip_jax/evals/embed.py", "def f(img_size): pass", "'img_size': say 'image', not 'img'"),
-        ("clip_jax/evals/embed.py", "def encode_txt(): pass", "say 'text', not 'txt'"),
-        ("clip_jax/evals/embed.py", "class EmbedTxt: pass", "say 'text', not 'txt'"),
-        ("clip_jax/evals/embed.py", "for label in targets: pass", "say 'class_id', not 'label'"),
-        ("tests/test_x.py", "imgs = []", "say 'images', not 'imgs'"),
-        ("clip_jax/evals/embed.py", "x = record.txt", None),
+        ("clip_jax/evals/utils.py", "", "'utils' has none"),
         ("clip_jax/config/schema.py", "from clip_jax.config import MODELS", None),
         ("clip_jax/data/pipeline.py", "from clip_jax.data import order", None),
         ("clip_jax/interop/msgpack.py", "from flax import serialization", None),
@@ -210,9 +193,54 @@ def test_rules_catch_what_they_name_and_nothing_else(path, code, message):
         assert re.search(message, found[0])
 
 
-def test_a_missing_docstring_and_a_long_file_are_caught():
-    assert "has no docstring" in violations("clip_jax/training/step.py", "x = 1\n")[0]
-    assert f"at most {MAX_LINES}" in violations("clip_jax/training/step.py", DOC + "x = 1\n" * MAX_LINES)[0]
+def test_rules_catch_missing_docstrings_long_files_and_long_functions():
+    assert "has no docstring" in violations("clip_jax/config/schema.py", "x = 1\n")[0]
+    assert f"at most {MAX_LINES}" in violations("clip_jax/config/schema.py", DOC + "x = 1\n" * MAX_LINES)[0]
+    function = "def f():\n" + "    x = 1\n" * MAX_FUNCTION_LINES
+    assert f"at most {MAX_FUNCTION_LINES}" in violations("clip_jax/config/schema.py", DOC + function)[0]
+
+
+@pytest.mark.parametrize("path", vocabulary.checked_files())
+def test_file_keeps_the_vocabulary(path):
+    assert not vocabulary.violations(path, (ROOT / path).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "replacement"),
+    [
+        ("clip_jax/models/vit.py", "def encode(picture): pass", "use image"),
+        ("clip_jax/models/vit.py", "class TextPerceptron: pass", "use mlp"),
+        ("clip_jax/models/vit.py", "img_size = 3", "use image"),
+        ("clip_jax/models/vit.py", "x.label = 3", "use class_id"),
+        ("clip_jax/models/vit.py", 'def f():\n    """Return what a block costs."""', "use name the thing"),
+        ("clip_jax/models/vit.py", "x = 1  # so many neighbors", "use a gloss"),
+        ("clip_jax/models/vit.py", "raise ValueError(f'{x} was told to stop')", "use return, report"),
+        ("tests/test_x.py", "theirs = 1", "use source"),
+        ("docs/x.md", "A gate for images", "use threshold"),
+        ("docs/x.md", "```sh\nmake a_gate  # for pictures\n```\n", None),
+        ("docs/x.md", "`picture` is a key of TFDS", None),
+        ("Makefile", "# ask the compiler", "use request"),
+        ("Makefile", "ask:\n\techo", None),
+        ("clip_jax/models/vit.py", "x = record.picture", None),
+        ("clip_jax/models/vit.py", "x = itertools.product(a, b)", None),
+        ("clip_jax/models/vit.py", "x = 1  # the dot product; errors say what to do", "use report"),
+        ("clip_jax/models/vit.py", "x = 1  # the dot product; what to do", None),
+    ],
+)
+def test_vocabulary_catches_planted_words_and_no_others(path, source, replacement):
+    found = vocabulary.violations(path, source)
+    assert bool(found) == (replacement is not None), found
+    if replacement:
+        assert replacement in found[0]
+
+
+def test_vocabulary_exceptions_are_used_and_have_reasons():
+    for (prefix, word), reason in vocabulary.ALLOWED.items():
+        assert reason
+        files = [path for path in vocabulary.checked_files() if path.startswith(prefix)]
+        assert files, prefix
+        if word:
+            assert any(word in (ROOT / path).read_text(encoding="utf-8").lower() for path in files), (prefix, word)
 
 
 @pytest.mark.parametrize("heavy", ["tensorflow", "orbax", "flax", "torch"])

@@ -13,7 +13,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-import test_docs
+from tests import test_docs
 from PIL import Image
 
 from clip_jax.config import MODELS, Architecture, TextTransformer, TokenizerConfig, ViT, WeightsConfig
