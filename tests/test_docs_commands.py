@@ -13,13 +13,13 @@ import sys
 import jax
 import numpy as np
 import pytest
-from tests import test_docs
 from PIL import Image
 
 from clip_jax.config import MODELS, Architecture, TextTransformer, TokenizerConfig, ViT, WeightsConfig
 from clip_jax.data.sources.tfrecord import write_tfrecord
 from clip_jax.interop import directory, msgpack
 from clip_jax.models import make_model
+from tests import test_docs
 
 pytestmark = pytest.mark.slow
 
