@@ -113,10 +113,10 @@ def test_it_is_asked_as_the_registry_s_set_and_says_what_it_is_of(monkeypatch):
     assert outcome.metrics["zeroshot/tiny/jaccard"] == 1 and outcome.failed == {}
     said = outcome.described["zeroshot/tiny"]
     assert "20 pictures" in said and "2 cues, such as 'A thing 3'" in said and "measure jaccard" in said
-    assert set(outcome.left_out) == {"overlap/tiny", "bias/tiny"}
+    assert set(outcome.skipped) == {"overlap/tiny", "bias/tiny"}
     assert "'a photo of a thing 3.'" in asked(monkeypatch, split, templates="photo").described["zeroshot/tiny"]
     fewer = dataclasses.replace(split, cues=split.cues[:1])
-    assert "has 2 cues, and 1 were found" in asked(monkeypatch, fewer).left_out["zeroshot/tiny"]
+    assert "has 2 cues, and 1 were found" in asked(monkeypatch, fewer).skipped["zeroshot/tiny"]
 
 
 def test_it_is_found_in_its_folder_and_missed_with_what_brings_it(tmp_path):

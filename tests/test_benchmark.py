@@ -35,7 +35,7 @@ from tests.tiny_benchmark import (
 
 def test_every_number_says_what_it_is_of(monkeypatch):
     outcome = evaluate(monkeypatch, Perfect(), tasks=("zeroshot", "retrieval", *PROBES))
-    assert outcome.left_out == {}
+    assert outcome.skipped == {}
     assert set(outcome.described) == {"zeroshot/tiny", "linear_probe/tiny", "few_shot/tiny"}
     assert {tuple(key.split("/")[:2]) for key in outcome.metrics} == {
         tuple(key.split("/")) for key in outcome.described
@@ -67,7 +67,7 @@ def test_few_shot_goes_as_far_as_the_smallest_class(monkeypatch):
     assert [key for key in metrics if key.endswith("_shot")] == [f"few_shot/tiny/{n}_shot" for n in (1, 2, 4)]
     parts |= {"train": split([0, 1, 2] * 4, first=100)}
     outcome = evaluate(monkeypatch, Perfect(), row, ("few_shot",), parts)
-    assert outcome.metrics == {} and "no picture to train on" in outcome.left_out["few_shot/tiny"]
+    assert outcome.metrics == {} and "no picture to train on" in outcome.skipped["few_shot/tiny"]
 
 
 @pytest.mark.parametrize("counts", [(1,) * 6, (1, 2, 3, 1, 2, 3), (5, 1, 1, 1, 1, 1)])
@@ -98,16 +98,16 @@ def test_another_size_than_the_registrys_gives_no_number(monkeypatch, task):
     parts = PARTS | {"test": split([0, 1, 2, 3])}
     outcome = evaluate(monkeypatch, Perfect(), tasks=(task,), parts=parts)
     assert outcome.metrics == {} and outcome.described == {}
-    assert "has 20 pictures, and 4 were found" in outcome.left_out[f"{task}/tiny"]
+    assert "has 20 pictures, and 4 were found" in outcome.skipped[f"{task}/tiny"]
     unknown = dataclasses.replace(ROW, size=0)
-    assert evaluate(monkeypatch, Perfect(), unknown, (task,), parts).left_out == {}
+    assert evaluate(monkeypatch, Perfect(), unknown, (task,), parts).skipped == {}
 
 
 def test_what_is_not_there_is_left_out_with_its_reason_and_the_rest_goes_on(monkeypatch):
     outcome = evaluate(monkeypatch, Perfect(), tasks=("few_shot", "linear_probe", "zeroshot"), parts={"test": split()})
-    assert outcome.left_out == {f"{task}/tiny": "no train split here" for task in ("few_shot", "linear_probe")}
+    assert outcome.skipped == {f"{task}/tiny": "no train split here" for task in ("few_shot", "linear_probe")}
     assert outcome.metrics["zeroshot/tiny/top1"] == 1
-    assert evaluate(monkeypatch, Perfect(), parts={}).left_out == {"zeroshot/tiny": "no test split here"}
+    assert evaluate(monkeypatch, Perfect(), parts={}).skipped == {"zeroshot/tiny": "no test split here"}
 
 
 def _ask_three(monkeypatch, error, after_each=lambda outcome: None):
@@ -136,7 +136,7 @@ def _ask_three(monkeypatch, error, after_each=lambda outcome: None):
 def test_what_cannot_be_read_of_one_set_is_recorded_and_the_rest_goes_on(monkeypatch, error, reason):
     known = []
     outcome = _ask_three(monkeypatch, error, lambda outcome: known.append((set(outcome.described), [*outcome.failed])))
-    assert outcome.failed == {"zeroshot/two": reason} and outcome.left_out == {}
+    assert outcome.failed == {"zeroshot/two": reason} and outcome.skipped == {}
     assert outcome.metrics["zeroshot/one/top1"] == outcome.metrics["zeroshot/three/top1"] == 1
     one, three = "zeroshot/one", "zeroshot/three"
     assert known == [({one}, []), ({one}, ["zeroshot/two"]), ({one, three}, ["zeroshot/two"])]
@@ -178,7 +178,7 @@ def test_tasks_are_asked_of_the_sets_that_they_are_meant_for():
 def test_classes_without_the_right_number_of_names_are_left_out(monkeypatch, names, reason):
     parts = PARTS | {"test": split(class_names=names)}
     outcome = evaluate(monkeypatch, Perfect(), parts=parts, tasks=("zeroshot", "linear_probe"))
-    assert list(outcome.left_out) == ["zeroshot/tiny"] and reason in outcome.left_out["zeroshot/tiny"]
+    assert list(outcome.skipped) == ["zeroshot/tiny"] and reason in outcome.skipped["zeroshot/tiny"]
     assert outcome.metrics["linear_probe/tiny/top1"] == 1  # which asks no names
 
 
@@ -218,7 +218,7 @@ def test_prompts_are_the_users_else_the_registrys_else_the_datas(monkeypatch, tm
     digests = [re.search(r"wordings, ([0-9a-f]{12});", one).group(1) for one in (said_of_users, said)]
     assert digests[0] != digests[1]
     outcome = evaluate(monkeypatch, Perfect(), registered, parts=PARTS | {"test": split(class_names=())})
-    assert "which is not installed" in outcome.left_out["zeroshot/tiny"]
+    assert "which is not installed" in outcome.skipped["zeroshot/tiny"]
 
 
 def test_a_users_prompts_that_are_wrong_end_it(monkeypatch, tmp_path):
@@ -282,11 +282,11 @@ def test_of_several_classes_per_picture_there_is_the_11_point_map_alone(monkeypa
     measures = {key.split("/")[2] for key in outcome.metrics}
     assert measures == {"map_11_points"}
     assert outcome.metrics["zeroshot/tiny/map_11_points"] == outcome.metrics["linear_probe/tiny/map_11_points"] == 1
-    assert list(outcome.left_out) == ["few_shot/tiny"] and "several classes" in outcome.left_out["few_shot/tiny"]
+    assert list(outcome.skipped) == ["few_shot/tiny"] and "several classes" in outcome.skipped["few_shot/tiny"]
     assert "measure map_11_points" in outcome.described["zeroshot/tiny"]
 
 
-GROUPED = dataclasses.replace(ROW, measure="worst_group_top1", group=1, other_groups=(5, 6))
+GROUPED = dataclasses.replace(ROW, measure="worst_group_top1", group_column=1, excluded_groups=(5, 6))
 
 
 def test_the_worst_group_is_looked_for_in_its_column_without_other_groups(monkeypatch):
@@ -298,18 +298,18 @@ def test_the_worst_group_is_looked_for_in_its_column_without_other_groups(monkey
     metrics = evaluate(monkeypatch, WrongInThirds(), GROUPED, parts=parts).metrics
     assert metrics["zeroshot/tiny/worst_group_top1"] == 4 / 5
     assert metrics["zeroshot/tiny/top1"] == 3 / 5
-    everywhere = dataclasses.replace(GROUPED, other_groups=())
+    everywhere = dataclasses.replace(GROUPED, excluded_groups=())
     assert (
         evaluate(monkeypatch, WrongInThirds(), everywhere, parts=parts).metrics["zeroshot/tiny/worst_group_top1"] == 0
     )
     outcome = evaluate(monkeypatch, Perfect(), GROUPED)
-    assert "none were found" in outcome.left_out["zeroshot/tiny"]
+    assert "none were found" in outcome.skipped["zeroshot/tiny"]
 
 
 @pytest.mark.parametrize("task", PROBES)
 def test_probes_of_a_set_with_groups_end_well(monkeypatch, task):
     """FMoW: measured by its worst group, with a split to train on."""
-    assert benchmark.asks(task, registry.DATASETS["fmow"]) and registry.DATASETS["fmow"].group >= 0
+    assert benchmark.asks(task, registry.DATASETS["fmow"]) and registry.DATASETS["fmow"].group_column >= 0
     groups = np.zeros((40, 2), np.int64)
     parts = {part: dataclasses.replace(found, metadata=groups[: len(found.images)]) for part, found in PARTS.items()}
     outcome = evaluate(monkeypatch, Perfect(), GROUPED, (task,), parts)
@@ -348,7 +348,7 @@ def test_a_single_class_has_no_area_under_the_curve(monkeypatch, caplog, binary,
     outcome = evaluate(monkeypatch, Perfect(), BINARY, (task,), binary([0] * 20))
     values = [v for k, v in outcome.metrics.items() if k.endswith(("roc_auc", "_shot"))]
     assert all(math.isnan(value) for value in values)
-    assert "ROC AUC" in caplog.text and (values or f"{task}/tiny" in outcome.left_out)
+    assert "ROC AUC" in caplog.text and (values or f"{task}/tiny" in outcome.skipped)
 
 
 # --------------------------------------------------------------------------------------------- models that are broken
@@ -394,7 +394,7 @@ def test_classes_with_the_same_embedding_are_not_told_apart(monkeypatch):
 def test_features_that_are_not_finite_leave_a_probe_out_and_the_rest_goes_on(monkeypatch, task):
     outcome = evaluate(monkeypatch, NotANumber(), tasks=("zeroshot", task))
     assert outcome.metrics["zeroshot/tiny/top1"] == 0
-    assert "finite" in outcome.left_out[f"{task}/tiny"]
+    assert "finite" in outcome.skipped[f"{task}/tiny"]
     assert not [key for key in outcome.metrics if key.startswith(task)]
 
 
@@ -403,12 +403,12 @@ def test_captions_where_classes_are_asked_for_are_left_out(monkeypatch, task):
     said = [("a caption",)] * 20
     parts = {part: dataclasses.replace(found, targets=None, captions=said) for part, found in PARTS.items()}
     outcome = evaluate(monkeypatch, Perfect(), tasks=(task,), parts=parts)
-    assert "captions, not classes" in outcome.left_out[f"{task}/tiny"]
+    assert "captions, not classes" in outcome.skipped[f"{task}/tiny"]
 
 
 def test_classes_where_captions_are_asked_for_are_left_out(monkeypatch):
     row = dataclasses.replace(RETRIEVAL, size=20)
-    assert "not captions" in evaluate(monkeypatch, Perfect(), row, ("retrieval",)).left_out["retrieval/tiny"]
+    assert "not captions" in evaluate(monkeypatch, Perfect(), row, ("retrieval",)).skipped["retrieval/tiny"]
 
 
 # ----------------------------------------------------------------------------------------------- what others measured

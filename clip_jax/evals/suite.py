@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 from clip_jax.config import DataConfig, EvalConfig
 from clip_jax.evals import EVALUATORS
-from clip_jax.evals.analysis.baselines import floors
+from clip_jax.evals.analysis.baselines import baselines
 from clip_jax.evals.report.panels import Panels, panels
 from clip_jax.evals.retrieval import retrieval
 from clip_jax.typing import Embedder, EvalSet, Evaluator, Unavailable
@@ -23,24 +23,26 @@ REGISTRY = "registry"  # the source whose splits are sets of `evals.registry`
 class Suite:
     """Evaluation sets by name, with their evaluators.
 
-    left_out: by name, why a set is not measured on this machine.
+    skipped: by name, why a set is not measured on this machine.
     """
 
     sets: Mapping[str, tuple[Evaluator, EvalSet]]
-    left_out: Mapping[str, str]
+    skipped: Mapping[str, str]
 
     def measure(self, embedder: Embedder) -> dict[str, float]:
         """Return the metrics of all sets."""
         return {k: v for evaluator, eval_set in self.sets.values() for k, v in evaluator(embedder, eval_set).items()}
 
-    def floors(self, fitted_on: EvalSet) -> dict[str, float]:
+    def baselines(self, fitted_on: EvalSet) -> dict[str, float]:
         """Return what is reached without learning a representation, on the retrieval sets."""
-        return floors(fitted_on, self._retrieval_sets())
+        return baselines(fitted_on, self._retrieval_sets())
 
-    def gates(self, config: EvalConfig) -> dict[str, float]:
-        """Return what is asked of metrics as `<metric>/gate`, but for sets that are left out."""
+    def thresholds(self, config: EvalConfig) -> dict[str, float]:
+        """Return what is asked of metrics as `<metric>/threshold`, but for sets that are left out."""
         return {
-            f"{key}/gate": gate for key, gate in config.thresholds.items() if key.split("/")[1] not in self.left_out
+            f"{key}/threshold": value
+            for key, value in config.thresholds.items()
+            if key.split("/")[1] not in self.skipped
         }
 
     def panels(self, embedder: Embedder) -> list[Panels]:
@@ -62,13 +64,13 @@ def load_suite(config: EvalConfig, data: DataConfig, loaders: Mapping[str, Loade
     Args:
       loaders: by source, what returns a split of it as an EvalSet.
     """
-    sets, left_out = {}, {}
+    sets, skipped = {}, {}
     for name, task in config.tasks.items():
         try:
             eval_set = loaders[task.source](data, task.split)
         except Unavailable as error:
             log.warning("%s is left out: %s", name, error)
-            left_out[name] = str(error)
+            skipped[name] = str(error)
         else:
             sets[name] = EVALUATORS[task.evaluator], dataclasses.replace(eval_set, name=name)
-    return Suite(sets, left_out)
+    return Suite(sets, skipped)

@@ -27,7 +27,8 @@ from clip_jax.devices.chips import chip_of
 from clip_jax.devices.distributed import Preempted, PreemptionNotice
 from clip_jax.evals import benchmark
 from clip_jax.evals.embed import CachedEmbedder, ModelEmbedder
-from clip_jax.evals.report.files import table, write_report
+from clip_jax.evals.report.tables import text_table
+from clip_jax.evals.report.writing import write_report
 from clip_jax.evals.suite import REGISTRY, Loader, Suite, load_suite
 from clip_jax.interop import positions, published, reading
 from clip_jax.interop.msgpack import write as write_weights
@@ -360,17 +361,17 @@ def _finish(run: Run, checkpoints: Checkpoints, suite: Suite, export: str | None
     if distributed.is_main():
         if run.config.eval.baselines_split:
             fitted_on = data.EVAL_SETS[run.config.data.source](run.config.data, run.config.eval.baselines_split)
-            measured |= suite.floors(fitted_on)
-        measured |= suite.gates(run.config.eval)
+            measured |= suite.baselines(fitted_on)
+        measured |= suite.thresholds(run.config.eval)
         described = {
             "attribution": suite.attribution,
             "config": dataclasses.asdict(run.config),
             "versions": workdir.versions(),
-            "left_out": suite.left_out,
+            "skipped": suite.skipped,
         }
         write_report(run.workdir, measured, metrics.read_lines(run.workdir), panels, described)
-        print(table(measured))
-        for name, reason in suite.left_out.items():
+        print(text_table(measured))
+        for name, reason in suite.skipped.items():
             print(f"{name} is left out: {reason}")
         if export:
             write_weights(export, whole, _weights_config(run))
