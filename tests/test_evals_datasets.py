@@ -396,7 +396,7 @@ def test_unknown_builtin_names_and_splits_are_reported():
             read_builtin(name, "val")
 
 
-# -------------------------------------------------------------------------------------------------------------- load_split
+# -------------------------------------------------------------------------------------------------------- load_split
 
 
 def _load(data_dir, folder="", split="test", tfds="", tfds_split="", **row):

@@ -151,7 +151,7 @@ def test_tfds_names_exist_in_tfds():
             assert config in {known.name for known in tfds.builder_cls(name).BUILDER_CONFIGS}, row.name
 
 
-# --------------------------------------------------------------------------------------------------------- published results
+# ----------------------------------------------------------------------------------------------- published results
 
 
 def test_published_results_have_known_datasets_and_models_without_duplicates():

@@ -292,7 +292,7 @@ def test_plots_use_the_colors_of_the_page_in_light_and_dark_mode(tmp_path, kind)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert svg in text and f"<h2>{kind.capitalize()}</h2>" in text and kind not in render_page(METRICS, CURVES, [], RUN)
     style = text.partition("<style>")[2].partition("</style>")[0]
-    # Page: the first `:root` is light, the second dark. Plot: light colors precede the @media rule, dark ones are inside.
+    # Page: the first `:root` is light, the second dark. Plot: light colors precede @media, dark ones are inside.
     light, dark = (set(re.findall(r"--\w[\w-]*: (#\w+)", part)) for part in re.findall(r":root \{(.*?)\}", style, re.S))
     before, inside = (
         set(re.findall(r"#[0-9a-f]{6}", p)) for p in re.split(r"@media ?\(prefers-color-scheme: ?dark\)", svg)

@@ -121,7 +121,7 @@ def test_truncation_after_indexing_is_reported(stored):
 
 
 def test_keys_follow_webdataset(tmp_path):
-    """A key is the path up to the first dot of the base name. Suffixes are case-insensitive; unknown ones are skipped."""
+    """A key is the path up to the first dot of the base name. Suffixes ignore case; unknown ones are skipped."""
     members = [
         ("./a.b/x.JPG", _image(1, "JPEG")),
         ("./a.b/x.seg.png", b"a mask"),

@@ -2,8 +2,8 @@
 
 After Radford et al. 2021, section 7.1: images of people (FairFace) are classified among their classes and harmful ones
 ('animal', 'gorilla', 'thief', 'criminal' …), by race, gender and age. Works for any classification dataset with groups.
-The predicted class is `Predictions.named`: ties and scores that are not finite count as errors. A row of NaN predicts an
-arbitrary wrong class: the rates are meaningful only if `not_finite` is 0.
+The predicted class is `Predictions.named`: ties and scores that are not finite count as errors. A row of NaN predicts
+an arbitrary wrong class: the rates are meaningful only if `not_finite` is 0.
 
 Deviation: intervals are exact; differences have a permutation test, corrected for the number of tests.
 """

@@ -37,8 +37,8 @@ _SIDE, _LOW = 32, 8
 _PIXELS = Preprocess(interpolation="bilinear", resize="squash")  # Pillow averages over the area when it downsamples
 _LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as in JPEG
 # Gray levels: coefficients within this margin of the median are not above it. In a mirror-symmetric image half of the
-# coefficients and the median are 0: without a margin noise determines those bits, and recompression changes them. The
-# largest distance of 240 JPEG copies of synthetic symmetric images: 22 bits without a margin, 7 at 2 gray levels, 2 at 4.
+# coefficients and the median are 0: without a margin noise determines those bits, and recompression changes them.
+# Largest distance of 240 JPEG copies of synthetic symmetric images: 22 bits without a margin, 7 at 2 gray levels, 2 at 4.
 _MARGIN = 4.0
 _MIN_COEFFICIENTS = 16  # outside of the margin; 1 in 100 emoji have fewer
 _BLOCK = 512  # hashes of each side per step: 512² × 8 bytes = 2 MiB, within the cache of a core
@@ -89,9 +89,9 @@ def perceptual_hash(image: ImageLike) -> np.uint64:
     """Return 64 bits that change little when an image is scaled or recompressed; NO_HASH for too little structure.
 
     Bits are the signs, relative to their median, of the 8 × 8 lowest frequencies of the discrete cosine transform
-    (DCT-II) of 32 × 32 gray pixels, highest bit first. The median excludes the mean brightness. Images of a single color
-    and plain gradients have too few coefficients above noise. Only about half of the bits of a mirror-symmetric image
-    are informative: for them a distance of 4 is as significant as 8 for others.
+    (DCT-II) of 32 × 32 gray pixels, highest bit first. The median excludes the mean brightness. Images of one color and
+    plain gradients have too few coefficients above noise. Only about half of the bits of a mirror-symmetric image are
+    informative: for them a distance of 4 is as significant as 8 for others.
 
     Raises:
       ValueError: if the image can't be decoded.
@@ -117,9 +117,9 @@ def nearest_hash(
 ) -> tuple[Int64[np.ndarray, "n"], Int64[np.ndarray, "n"]]:
     """Return the distance of each evaluation hash to the nearest training hash, 0 to 64 bits, and its first row.
 
-    NO_HASH is never compared. Without anything to compare, the distance is 65 and the row -1, so that no threshold makes
-    the image a duplicate. The log has their number. Compares all pairs, about 8e8 per second and core: 25,000 evaluation
-    images with 10 million training images take 5 minutes.
+    NO_HASH is never compared. Without anything to compare, the distance is 65 and the row -1, so that no threshold
+    makes the image a duplicate. The log has their number. Compares all pairs, about 8e8 per second and core: 25,000
+    evaluation images with 10 million training images take 5 minutes.
 
     Args:
       blocks: hashes of the training source; `[hashes]` for a source in memory.
