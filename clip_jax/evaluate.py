@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from clip_jax.config import WeightsConfig
-    from clip_jax.evals.benchmark import Options, Outcome, Subject
+    from clip_jax.evals.benchmark import EvalReport, Options, Subject
     from clip_jax.typing import Params
 
 FAILED, REFUSED, INCOMPLETE = 1, 2, 3
@@ -140,7 +140,7 @@ def _evaluate() -> int:
             _check_directory(subject.cache.model)
         facts = _facts(config, params, subject.cache.model)
 
-        def write(outcome: Outcome) -> list[str]:
+        def write(outcome: EvalReport) -> list[str]:
             outcome.metrics.update(robustness.summary(outcome.metrics, standard_models))
             return _write(facts, config, outcome, standard_models, curves) if distributed.is_main() else []
 
@@ -318,13 +318,13 @@ def _facts(config: WeightsConfig, params: Params, fingerprint: str) -> dict[str,
 def _write(
     facts: Mapping[str, Any],
     config: WeightsConfig,
-    outcome: Outcome,
+    outcome: EvalReport,
     standard_models: Mapping[str, tuple[float, float]],
     curves: Sequence[Mapping],
 ) -> list[str]:
     """Write the reports of what was measured so far, each in one step, and return their names."""
-    from clip_jax.evals.report.tables import model_card, open_clip_csv
     from clip_jax.evals.report.writing import write_atomically, write_report
+    from clip_jax.evals.report.tables import model_card, open_clip_csv
 
     directory = _directory()
     plots, tables = _plots(facts["name"], outcome, standard_models), _by_group(outcome)
@@ -343,7 +343,7 @@ def _write(
     return ["report.html", "report.json", *files]
 
 
-def _print(outcome: Outcome, files: Sequence[str]) -> None:
+def _print(outcome: EvalReport, files: Sequence[str]) -> None:
     from clip_jax.evals.report.tables import text_table
 
     if outcome.metrics:
@@ -360,7 +360,7 @@ def _print(outcome: Outcome, files: Sequence[str]) -> None:
         print(f"clip_jax.evaluate: failed, and not measured: {', '.join(outcome.failed)}", file=sys.stderr)
 
 
-def _plots(name: str, outcome: Outcome, standard_models: Mapping[str, tuple[float, float]]) -> dict[str, str]:
+def _plots(name: str, outcome: EvalReport, standard_models: Mapping[str, tuple[float, float]]) -> dict[str, str]:
     """Return by name what can be drawn: effective robustness, overlap."""
     from clip_jax.evals.analysis import robustness
     from clip_jax.evals.report.charts import overlap_chart, robustness_chart
@@ -376,7 +376,7 @@ def _plots(name: str, outcome: Outcome, standard_models: Mapping[str, tuple[floa
     return plots
 
 
-def _by_group(outcome: Outcome) -> dict[str, str]:
+def _by_group(outcome: EvalReport) -> dict[str, str]:
     """Return by file name the tables of groups."""
     from clip_jax.evals.analysis import bias
 

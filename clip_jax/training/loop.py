@@ -27,8 +27,8 @@ from clip_jax.devices.chips import chip_of
 from clip_jax.devices.distributed import Preempted, PreemptionNotice
 from clip_jax.evals import benchmark
 from clip_jax.evals.embed import CachedEmbedder, ModelEmbedder
-from clip_jax.evals.report.tables import text_table
 from clip_jax.evals.report.writing import write_report
+from clip_jax.evals.report.tables import text_table
 from clip_jax.evals.suite import REGISTRY, Loader, Suite, load_suite
 from clip_jax.interop import positions, published, reading
 from clip_jax.interop.msgpack import write as write_weights
@@ -304,7 +304,7 @@ def _steps(run: Run, state: TrainState, checkpoints: Checkpoints, suite: Suite) 
             run.notice.poll()
             if config.eval.every_steps and at % config.eval.every_steps == 0 and at < total:
                 began = time.monotonic()
-                writer.write(at, suite.measure(_embedder(run, state.eval_params)))
+                writer.write(at, suite.evaluate(_embedder(run, state.eval_params)))
                 meter.pause(time.monotonic() - began)
         except Preempted:
             progress.end()
@@ -355,7 +355,7 @@ def _finish(run: Run, checkpoints: Checkpoints, suite: Suite, export: str | None
     state, _ = checkpoints.restore(_like(run))
     params = state.eval_params  # on all hosts, for it may compute
     embedder = CachedEmbedder(_embedder(run, params))
-    measured = suite.measure(embedder)
+    measured = suite.evaluate(embedder)
     panels = suite.panels(embedder)
     whole = sharding.gather(params, run.mesh) if export else None
     if distributed.is_main():

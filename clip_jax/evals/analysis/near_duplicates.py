@@ -38,7 +38,7 @@ _PIXELS = Preprocess(interpolation="bilinear", resize="squash")  # Pillow averag
 _LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as in JPEG
 # Gray levels: coefficients within this margin of the median are not above it. In a mirror-symmetric image half of the
 # coefficients and the median are 0: without a margin noise determines those bits, and recompression changes them.
-# Largest distance of 240 JPEG copies of synthetic symmetric images: 22 bits without a margin, 7 at 2 gray levels, 2 at 4.
+# Largest distance of 240 JPEG copies of synthetic symmetric images: 22 bits without a margin, 7 at 2 levels, 2 at 4.
 _MARGIN = 4.0
 _MIN_COEFFICIENTS = 16  # outside of the margin; 1 in 100 emoji have fewer
 _BLOCK = 512  # hashes of each side per step: 512² × 8 bytes = 2 MiB, within the cache of a core

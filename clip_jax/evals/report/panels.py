@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from clip_jax.evals.embed import embed_set
 from clip_jax.evals.ranking import score_blocks
-from clip_jax.typing import Embedder, EvalSet
+from clip_jax.typing import Embedder, EvalDataset
 
 THUMBNAIL = 96  # pixels, the longer side
 
@@ -47,7 +47,7 @@ class Panels:
 
 
 def panels(
-    embedder: Embedder, dataset: EvalSet, *, texts: int = 6, images: int = 6, matches: int = 5, mistakes: int = 6
+    embedder: Embedder, dataset: EvalDataset, *, texts: int = 6, images: int = 6, matches: int = 5, mistakes: int = 6
 ) -> Panels:
     """Return the examples of a dataset.
 
@@ -112,7 +112,7 @@ def _best(
 
 
 def _mistakes(
-    image_nE: Float[np.ndarray, "n E"], text_ME: Float[np.ndarray, "M E"], dataset: EvalSet, count: int
+    image_nE: Float[np.ndarray, "n E"], text_ME: Float[np.ndarray, "M E"], dataset: EvalDataset, count: int
 ) -> Sequence[tuple[int, int, int, float, float]]:
     """Return (image, best incorrect text, best correct text, their scores), the largest lead first."""
     found: list[tuple[float, int, int, int, float, float]] = []

@@ -14,7 +14,7 @@ from clip_jax.evals.report.results import format_count, language, results
 
 if TYPE_CHECKING:
     from clip_jax.config import WeightsConfig
-    from clip_jax.evals.benchmark import Outcome
+    from clip_jax.evals.benchmark import EvalReport
 
 # The columns of open_clip's docs/openclip_results.csv as of 89fb801, in its order: datacomp's, with ImageNet first.
 # fmt: off
@@ -62,7 +62,7 @@ def headline(row: Dataset, metrics: Mapping[str, float]) -> float | None:
     if row.task == "retrieval":
         keys = [f"retrieval/{row.name}/{way}/recall_at_1" for way in ("image_to_text", "text_to_image")]
     else:
-        keys = [f"zeroshot/{row.name}/{row.measure}"]
+        keys = [f"zeroshot/{row.name}/{row.metric}"]
     value = sum(metrics.get(key, math.nan) for key in keys) / len(keys)
     return value if math.isfinite(value) else None
 
@@ -88,7 +88,7 @@ def open_clip_csv(name: str, pretrained: str, parameters: int, flops: float, met
     return text.getvalue()
 
 
-def model_card(facts: Mapping[str, Any], outcome: Outcome, config: WeightsConfig) -> str:
+def model_card(facts: Mapping[str, Any], outcome: EvalReport, config: WeightsConfig) -> str:
     """Return a draft of a Hugging Face model card in Markdown: measured values, and placeholders for the rest."""
     spec, image, text = config.preprocess, config.model.image, config.model.text
     lines = [
