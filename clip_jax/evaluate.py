@@ -118,6 +118,7 @@ def _evaluate() -> int:
     from clip_jax.devices import distributed, sharding
     from clip_jax.evals import benchmark
     from clip_jax.evals.analysis import robustness
+    from clip_jax.evals.datasets.load import load_split
     from clip_jax.training.follow import follow
 
     wrong = [task for task in _TASKS.value if task not in TASKS]
@@ -144,7 +145,7 @@ def _evaluate() -> int:
             outcome.metrics.update(robustness.summary(outcome.metrics, standard_models))
             return _write(facts, config, outcome, standard_models, curves) if distributed.is_main() else []
 
-        load = functools.partial(benchmark.load, data_dir=_DATA_DIR.value)
+        load = functools.partial(load_split, data_dir=_DATA_DIR.value)
         outcome = benchmark.evaluate(subject, names, _TASKS.value, load, options, write)
         failed += len(outcome.failed)
         if not distributed.is_main():
@@ -216,9 +217,9 @@ def _hashes() -> tuple[np.ndarray, ...]:
     from clip_jax.evals.analysis import hash_shards
 
     if _TRAIN_FILES.value:
-        from clip_jax.data.sources.tfrecord import expand
+        from clip_jax.data.sources.tfrecord import expand_files
 
-        hash_shards.hash_shards(expand(_TRAIN_FILES.value), _OVERLAP.value, _BEAM.value or None)
+        hash_shards.hash_shards(expand_files(_TRAIN_FILES.value), _OVERLAP.value, _BEAM.value or None)
     return tuple(hash_shards.read_hashes(_OVERLAP.value).values())
 
 
@@ -323,8 +324,8 @@ def _write(
     curves: Sequence[Mapping],
 ) -> list[str]:
     """Write the reports of what was measured so far, each in one step, and return their names."""
-    from clip_jax.evals.report.writing import write_atomically, write_report
     from clip_jax.evals.report.tables import model_card, open_clip_csv
+    from clip_jax.evals.report.writing import write_atomically, write_report
 
     directory = _directory()
     plots, tables = _plots(facts["name"], outcome, standard_models), _by_group(outcome)

@@ -8,7 +8,6 @@ import math
 import numpy as np
 import pytest
 import scipy.stats  # JAX depends on it
-from clip_jax.evals.metrics import Undefined
 from PIL import Image
 
 from clip_jax.data.sources.tfrecord import write_tfrecord
@@ -21,6 +20,7 @@ from clip_jax.evals.analysis.near_duplicates import (
     perceptual_hash,
 )
 from clip_jax.evals.analysis.overlap import analyze_overlap, binomial_p_value
+from clip_jax.evals.metrics import Undefined
 
 COSINE_TOLERANCE = 1e-6  # float32 dot products of unit vectors, another order of summation
 

@@ -3,12 +3,12 @@
 import collections
 
 import pytest
-from clip_jax.evals.metrics import METRICS
 
 from clip_jax.config import MODELS
 from clip_jax.evals import prompts
 from clip_jax.evals.datasets import registry
 from clip_jax.evals.datasets.registry import DATASETS, SUITES, published_results
+from clip_jax.evals.metrics import METRICS
 from clip_jax.typing import Unavailable
 
 ROWS = DATASETS.values()

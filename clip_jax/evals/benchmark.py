@@ -19,6 +19,7 @@ from clip_jax.evals import prompts
 from clip_jax.evals.analysis import bias, overlap
 from clip_jax.evals.analysis.near_duplicates import hash_images, nearest_hash
 from clip_jax.evals.association import MANY, association
+from clip_jax.evals.datasets.load import load_split
 from clip_jax.evals.datasets.registry import DATASETS, SUITES, Dataset, published_results
 from clip_jax.evals.few_shot import SHOTS, few_shot
 from clip_jax.evals.linear_probe import Examples, search
@@ -40,7 +41,7 @@ from clip_jax.evals.retrieval import retrieval
 from clip_jax.evals.zeroshot import classified, measured
 from clip_jax.typing import DatasetSplit, EvalDataset, Unavailable
 
-__all__ = ["TASKS", "Options", "EvalReport", "Question", "Subject", "asks", "eval_set", "evaluate", "expand", "load"]
+__all__ = ["TASKS", "Options", "EvalReport", "Question", "Subject", "asks", "eval_set", "evaluate", "expand"]
 
 log = logging.getLogger(__name__)
 
@@ -124,20 +125,6 @@ def _ask(task: str, question: Question, outcome: EvalReport) -> None:
         outcome.details[key] = answer.detail
 
 
-def load(row: Dataset, part: str, data_dir: str) -> DatasetSplit:
-    """Read a part of a set. Raises Unavailable where it is not on this machine."""
-    from clip_jax.evals.datasets import labelled
-
-    if row.builtin:
-        return labelled.builtin(row.builtin, part)
-    if not data_dir:
-        raise Unavailable("the directory that evaluation data lies in isn't given: --data_dir, or eval.data_dir")
-    try:
-        return labelled.find(row.folder, row.split(part), row.tfds, row.split(part, tfds=True), data_dir)
-    except Unavailable as error:
-        raise Unavailable(f"{error}\n{row.note}".rstrip()) from error
-
-
 def eval_set(name: str, data_dir: str, options: Options = Options()) -> EvalDataset:  # noqa: B008 (frozen)
     """Return a set's test split as evaluators see it, for the training loop: `zeroshot` or `retrieval` by its row.
 
@@ -147,7 +134,7 @@ def eval_set(name: str, data_dir: str, options: Options = Options()) -> EvalData
     """
     check_name("a set", name, DATASETS)
     row = DATASETS[name]
-    split = whole_split(row, load(row, "test", data_dir))
+    split = whole_split(row, load_split(row, "test", data_dir))
     return as_captions(row, split, options) if row.task == "retrieval" else as_classes(row, split, options)[0]
 
 

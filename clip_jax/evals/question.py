@@ -209,4 +209,6 @@ def groups_of(row: Dataset, split: DatasetSplit) -> Int64[np.ndarray, "n"] | Non
         return None
     if split.metadata is None:
         raise Unavailable(f"{row.metric} needs the groups of its metadata (.npy), and none were found")
-    return np.where(np.isin(split.metadata[:, row.group_column], row.excluded_groups), -1, split.metadata[:, row.group_column])
+    return np.where(
+        np.isin(split.metadata[:, row.group_column], row.excluded_groups), -1, split.metadata[:, row.group_column]
+    )

@@ -39,7 +39,11 @@ class Suite:
 
     def thresholds(self, config: EvalConfig) -> dict[str, float]:
         """Return what is asked of metrics as `<metric>/threshold`, but for sets that are left out."""
-        return {f"{key}/threshold": value for key, value in config.thresholds.items() if key.split("/")[1] not in self.skipped}
+        return {
+            f"{key}/threshold": value
+            for key, value in config.thresholds.items()
+            if key.split("/")[1] not in self.skipped
+        }
 
     def panels(self, embedder: Embedder) -> list[Panels]:
         """Return the pictures for a report, of the first two retrieval sets."""

@@ -1,6 +1,6 @@
 """Perceptual hashes of a training source's TFRecord shards, on many machines by Apache Beam.
 
-    hash_shards(expand("/data/cc3m/{00000..00331}.tfrecord"), "/data/cc3m-hashes", ["--runner=DirectRunner"])
+    hash_shards(expand_files("/data/cc3m/{00000..00331}.tfrecord"), "/data/cc3m-hashes", ["--runner=DirectRunner"])
     hashes = read_hashes("/data/cc3m-hashes")
     distances, rows = nearest_hash(hash_images(images), hashes.values())
     names = [record_name(hashes, row) for row in rows]                                # '00017.tfrecord#412'
