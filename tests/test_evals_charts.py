@@ -2,7 +2,7 @@
 
 import math
 import re
-import xml.etree.ET as ET
+import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
