@@ -3,7 +3,7 @@
 After Radford et al. 2021, section 7.1: FairFace's people classified among its classes and others that no picture of a
 person should be named by ('animal', 'gorilla', 'thief', 'criminal' …), by race, gender and age. Works for any test set
 with groups. The predicted class is `Predictions.named`: ties and scores that aren't finite count against it.
-A row of NaN predicts the first wrong class, whatever that is, so that `not_finite` has to be 0 for the rates to say something.
+A row of NaN predicts the first wrong class, so that `not_finite` has to be 0 for the rates to be meaningful.
 
 Deviation: intervals are exact and differences are tested, by permutation, corrected for the number of tests.
 """
