@@ -166,7 +166,7 @@ def test_the_same_example_is_changed_otherwise_in_the_next_epoch():
 
 BAD = {
     "checksum mismatch": BadRecord("checksum mismatch"),
-    "not a picture": _record(1, image=b"<html>404</html>"),
+    "not an image": _record(1, image=b"<html>404</html>"),
     "undecodable image": _record(2, image=_png(2)[:-30]),
     "100,000,000": _record(3, image=_png(3)[:16] + (13_000).to_bytes(4, "big") * 2 + _png(3)[24:]),
     "empty caption": _record(4, text=""),
@@ -262,7 +262,7 @@ def test_a_bad_fraction_is_not_judged_before_a_hundred_reads():
 
 
 def test_nothing_but_bad_records_is_an_error():
-    with pytest.raises(ValueError, match=r"none of 100 records could take the place of listed#\d"):
+    with pytest.raises(ValueError, match=r"none of 100 records could replace listed#\d"):
         take(Listed([BadRecord("gone")] * 8), 1, config=TOLERANT)
 
 
