@@ -13,7 +13,7 @@ import runpy
 import sys
 import time
 
-from clip_jax.planner.topology import Topology, prepare_compiler, topology
+from clip_jax.planner.topology import Topology, parse_topology, prepare_compiler
 
 prepare_compiler()
 
@@ -53,7 +53,7 @@ def main(wanted: list[str]) -> None:
 
 def _row(name: str, sold: str) -> list[str]:
     config = from_config_dict(runpy.run_path(str(ROOT / f"configs/{name}.py"))["get_config"]())
-    where, began = topology(sold), time.monotonic()
+    where, began = parse_topology(sold), time.monotonic()
     fsdp, parts = 1, _first_guess(config, where, ROOM)
     while not (plan := predict.plan_step(_cut(config, fsdp, parts), where)).fits:
         parts *= 2

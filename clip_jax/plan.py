@@ -59,11 +59,11 @@ def main(argv: list[str]) -> None:
 
 
 def _plan() -> bool:
-    from clip_jax.planner.topology import topology
+    from clip_jax.planner.topology import parse_topology
 
     if not _TOPOLOGY.value:
         raise ValueError("give --topology, e.g. --topology=v5e-256, v4-512 or h100-64")
-    where = topology(_TOPOLOGY.value, _SLICES.value)
+    where = parse_topology(_TOPOLOGY.value, _SLICES.value)
     config = None if _LOSS_ONLY.value else _config()
     _check_flags(where)
     os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported: it would look for a TPU, and say at length why not

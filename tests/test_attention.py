@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from clip_jax.devices import sharding
 from clip_jax.models import attention
 from clip_jax.models.attention import attend, short_attention
-from tests.tpu import topology
+from tests.tpu import parse_topology
 
 # Float32 sums of up to 577 terms in another order: some 1e-6 of the largest.
 SAME = 1e-5
@@ -113,7 +113,7 @@ def test_large_scores_don_t_overflow():
 def test_mosaic_compiles_the_kernel_both_ways(chip, length, causal):
     """The program holds one kernel forward and one backward, and no scores outside of them."""
     pytest.importorskip("libtpu")
-    mesh = sharding.make_mesh(topology(chip).devices())
+    mesh = sharding.make_mesh(parse_topology(chip).devices())
     rows = sharding.batch_sharding(mesh)
     x = jax.ShapeDtypeStruct((8 * mesh.size, length, 256), jnp.bfloat16, sharding=rows)
 
@@ -127,7 +127,7 @@ def test_mosaic_compiles_the_kernel_both_ways(chip, length, causal):
 
 def test_mosaic_compiles_the_kernel_with_a_mask_on_cut_heads():
     pytest.importorskip("libtpu")
-    mesh = sharding.make_mesh(topology("v4-8").devices(), tensor=2)
+    mesh = sharding.make_mesh(parse_topology("v4-8").devices(), tensor=2)
     rows = sharding.batch_sharding(mesh)
     wide = NamedSharding(mesh, jax.P(*rows.spec, None, "tensor"))
     query = jax.ShapeDtypeStruct((16, 80, 256), jnp.bfloat16, sharding=wide)
@@ -144,7 +144,7 @@ def test_mosaic_compiles_the_kernel_with_a_mask_on_cut_heads():
 def test_what_the_kernel_can_t_take_is_xla_s():
     """Heads of 80 (ViT-H/14), a head on each of two chips, more tokens than VMEM has room for, no mesh at all."""
     pytest.importorskip("libtpu")
-    devices = topology("v4-8").devices()
+    devices = parse_topology("v4-8").devices()
     for tensor, heads, head_dim, length in ((1, 16, 80, 50), (4, 4, 64, 50), (1, 2, 64, attention.MAX_TOKENS + 1)):
         mesh = sharding.make_mesh(devices, tensor=tensor)
         rows = sharding.batch_sharding(mesh)

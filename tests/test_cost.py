@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import pytest
 
 from clip_jax.losses import LOSSES
+from clip_jax.models import flops
 from clip_jax.planner import predict
 from clip_jax.planner.cost import Program
 from clip_jax.planner.hlo import arrays, parse
 from clip_jax.planner.page import page
-from clip_jax.planner.topology import topology
-from clip_jax.training import flops
+from clip_jax.planner.topology import parse_topology
 
 
 def test_arrays_take_whole_tiles():
@@ -110,7 +110,7 @@ def test_a_loop_without_a_constant_count_is_named():
 def test_a_loss_sends_its_own_texts_and_their_gradients_between_slices(name):
     """Over the network go a device's texts, and of their gradient a sum there and one back."""
     pytest.importorskip("libtpu")
-    plan = predict.plan_loss(name, 4096, 256, "float32", topology("v5e-8", slices=2))
+    plan = predict.plan_loss(name, 4096, 256, "float32", parse_topology("v5e-8", slices=2))
     assert {sent["slices"] for sent in plan.collectives if sent["network_bytes"]} == {2}
     texts = 4096 // 16 * 256 * 4
     assert 3 * texts <= plan.network_bytes <= 1.05 * 3 * texts

@@ -68,7 +68,7 @@ def test_the_command_answers_what_is_wrong_with_one_sentence(arguments, message)
 
 
 def test_without_the_compiler_it_says_what_to_install():
-    script = "import sys; sys.modules['libtpu'] = None; from clip_jax.planner.topology import topology;"
-    script += " topology('v5e-8').devices()"
+    script = "import sys; sys.modules['libtpu'] = None; from clip_jax.planner.topology import parse_topology;"
+    script += " parse_topology('v5e-8').devices()"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert "pip install 'jax[tpu]'" in done.stderr

@@ -16,12 +16,13 @@ from clip_jax.config import (
 )
 from clip_jax.devices import sharding
 from clip_jax.devices.chips import CHIPS, KINDS, chip_of
+from clip_jax.models import flops
 from clip_jax.planner import predict
 from clip_jax.planner.cost import Program
 from clip_jax.planner.page import page
 from clip_jax.planner.search import search, table
-from clip_jax.planner.topology import CORES, LARGEST, topology
-from clip_jax.training import flops
+from clip_jax.planner.topology import CORES, LARGEST, parse_topology
+from clip_jax.training.optim import frozen_towers
 from tests.tpu import v4_mesh
 
 # What the compiler turns into something else than a product: less than half a percent of a model's flops.
@@ -46,7 +47,7 @@ SAME_FLOPS = 0.005
 )
 def test_a_slice_has_the_chips_that_clouds_sell_under_its_name(name, chips, devices, kind):
     pytest.importorskip("libtpu")
-    where = topology(name)
+    where = parse_topology(name)
     found = where.devices()
     assert (where.chips, len(found), found[0].device_kind) == (chips, devices, kind)
     assert chip_of(kind) is where.chip
@@ -55,7 +56,7 @@ def test_a_slice_has_the_chips_that_clouds_sell_under_its_name(name, chips, devi
 
 def test_several_slices_are_joined():
     pytest.importorskip("libtpu")
-    where = topology("v5e-16", slices=2)
+    where = parse_topology("v5e-16", slices=2)
     assert (where.chips, {device.slice_index for device in where.devices()}) == (32, {0, 1})
 
 
@@ -79,17 +80,17 @@ def test_several_slices_are_joined():
 )
 def test_a_wrong_name_is_answered_with_one_that_works(name, message):
     with pytest.raises(ValueError, match=message):
-        topology(name)
+        parse_topology(name)
 
 
 @pytest.mark.parametrize(("kind", "sides"), [("v4", (16, 16, 16)), ("v5p", (16, 16, 24)), ("v7x", (16, 24, 24))])
 def test_the_largest_slice_has_its_shape(kind, sides):
-    assert topology(f"{kind}-{LARGEST[kind] * CORES.get(kind, 1)}").shape == sides
+    assert parse_topology(f"{kind}-{LARGEST[kind] * CORES.get(kind, 1)}").shape == sides
 
 
 def test_gpus_have_no_slices():
     with pytest.raises(ValueError, match="give all GPUs in one number, as in h100-16"):
-        topology("h100-8", slices=2)
+        parse_topology("h100-8", slices=2)
 
 
 def test_every_kind_that_jax_names_has_its_figures():
@@ -99,7 +100,7 @@ def test_every_kind_that_jax_names_has_its_figures():
 
 def test_a_mesh_keeps_slices_apart_and_a_host_s_rows_together():
     pytest.importorskip("libtpu")
-    devices = topology("v5e-16", slices=2).devices()
+    devices = parse_topology("v5e-16", slices=2).devices()
     mesh = sharding.make_mesh(devices[::-1], fsdp=8)
     assert mesh.devices.shape == (2, 2, 8, 1)
     assert [{device.slice_index for device in part.flat} for part in mesh.devices] == [{0}, {1}]
@@ -148,7 +149,7 @@ VIT = ViT(image_size=64, patch_size=16, width=256, layers=3, heads=4)  # a loop 
 def vit_plan():
     """A whole step for 16 chips, as `clip_jax.main` would run it."""
     pytest.importorskip("libtpu")
-    return predict.plan_step(small(VIT), topology("v4-32"))
+    return predict.plan_step(small(VIT), parse_topology("v4-32"))
 
 
 def test_the_compiled_step_has_the_flops_of_its_trace(vit_plan):
@@ -171,7 +172,7 @@ def test_without_loops_the_flops_are_xla_s_own():
 
 def test_a_resnet_s_step_has_the_flops_of_its_trace():
     config = small(ResNet(64, 32, (1, 1, 1, 1), 8))
-    plan = predict.plan_step(config, topology("v4-32"))
+    plan = predict.plan_step(config, parse_topology("v4-32"))
     assert plan.flops == pytest.approx(plan.traced_flops, rel=SAME_FLOPS)
 
 
@@ -202,9 +203,10 @@ def test_a_locked_tower_saves_nothing_and_counts_once():
     mesh, config = v4_mesh({"slice": 1, "data": 16, "fsdp": 1, "tensor": 1}), small(VIT, text_capacity=1.0)
     locked = dataclasses.replace(config, optim=dataclasses.replace(config.optim, freeze="^image/"))
     image, text = flops.forward_flops(config.model)
-    assert flops.training_flops(config.model, "^image/") == image + 3 * text
-    assert flops.training_flops(config.model, "^text/") == 3 * image + text
-    assert flops.training_flops(config.model, "^image/class_embedding") == 3 * (image + text)
+    assert flops.training_flops(config.model, ("image",)) == image + 3 * text
+    assert flops.training_flops(config.model, ("text",)) == 3 * image + text
+    assert flops.training_flops(config.model) == 3 * (image + text)
+    assert [frozen_towers(config.model, f) for f in ("^image/", "^image/class_embedding")] == [("image",), ()]
     # Of pictures what names keeps in every layer (the stream and attention's result; of the last at one position), and
     # patches and pooled rows besides.
     less = predict.saved_bytes(config, mesh) - predict.saved_bytes(locked, mesh)
@@ -215,7 +217,7 @@ def test_a_locked_tower_saves_nothing_and_counts_once():
 
 def test_too_large_a_batch_is_said_not_to_fit():
     pytest.importorskip("libtpu")
-    plan = predict.plan_loss("softmax", 2**25, 4096, "float32", topology("v5e-4"))
+    plan = predict.plan_loss("softmax", 2**25, 4096, "float32", parse_topology("v5e-4"))
     assert not plan.fits and plan.needed_bytes > plan.topology.chip.hbm_bytes and plan.as_json()["fits"] is False
     assert "DOES NOT FIT" in page(plan)
 
@@ -231,10 +233,10 @@ def test_times_are_work_over_rates(vit_plan):
 
 
 def test_a_gpu_is_planned_by_its_datasheet():
-    plan = predict.plan_by_datasheet(small(VIT), topology("h100-16"))
+    plan = predict.plan_by_datasheet(small(VIT), parse_topology("h100-16"))
     assert plan.fits and plan.flops == pytest.approx(plan.model_flops, rel=0.5)
     two = predict.plan_by_datasheet(
-        dataclasses.replace(small(VIT), mesh=dataclasses.replace(small(VIT).mesh, fsdp=2)), topology("h100-16")
+        dataclasses.replace(small(VIT), mesh=dataclasses.replace(small(VIT).mesh, fsdp=2)), parse_topology("h100-16")
     )
     assert two.parameter_bytes == pytest.approx(plan.parameter_bytes / 2, rel=0.02)  # biases and the like are whole
     assert two.link_bytes == pytest.approx(1.5 * plan.link_bytes)
@@ -243,7 +245,7 @@ def test_a_gpu_is_planned_by_its_datasheet():
 
 @pytest.mark.parametrize("change", ["float32", "shard_moments", "freeze"])
 def test_a_gpu_s_plan_follows_the_config(change):
-    where, config = topology("h100-16"), small(VIT)
+    where, config = parse_topology("h100-16"), small(VIT)
     train = dataclasses.replace(config.train, dtype="float32")
     optim = {"shard_moments": {"shard_moments": True}, "freeze": {"freeze": "^image/"}}.get(change, {})
     changed = dataclasses.replace(
@@ -263,7 +265,7 @@ def test_a_gpu_s_plan_follows_the_config(change):
 def test_a_gpu_s_plan_refuses_what_it_does_not_know():
     config = dataclasses.replace(small(VIT), mesh=MeshConfig(tensor=2))
     with pytest.raises(ValueError, match="mesh.tensor=2: .* use --config.mesh.tensor=1"):
-        predict.plan_by_datasheet(config, topology("h100-16"))
+        predict.plan_by_datasheet(config, parse_topology("h100-16"))
 
 
 def made(config, where, *, peak, fits):
@@ -291,7 +293,7 @@ def test_search_finds_the_largest_batch_that_fits():
         peak = 3e9 + a_row[config.train.remat] * config.train.batch_size / where.chips
         return made(config, where, peak=peak, fits=peak <= where.chip.hbm_bytes)
 
-    where = topology("v5e-16")
+    where = parse_topology("v5e-16")
     length = {"total_steps": 0, "total_examples": 10_000 * 1024}  # in examples, larger batches would end in warm-up
     found = list(search(small(VIT, **length), where, plan))
     assert len(found) == 8 and len(asked) == len(set(asked)) <= 8 * 6
@@ -316,7 +318,7 @@ def test_search_finds_the_largest_batch_that_fits():
     ],
 )
 def test_search_finds_it_wherever_the_peak_bends(fixed, a_row, a_pair, held, scarce):
-    where = topology("v5e-4")
+    where = parse_topology("v5e-4")
     room = where.chip.hbm_bytes
 
     def peak(rows):

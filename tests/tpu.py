@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from clip_jax.config import Config
 from clip_jax.planner.predict import lower_step
-from clip_jax.planner.topology import topology
+from clip_jax.planner.topology import parse_topology
 
 COLLECTIVES = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
 ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
@@ -22,7 +22,7 @@ ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32":
 def v4_mesh(sizes: dict[str, int]) -> Mesh:
     """Return a mesh with these axes over as many v4 chips."""
     pytest.importorskip("libtpu")
-    devices = topology(f"v4-{2 * math.prod(sizes.values())}").devices()
+    devices = parse_topology(f"v4-{2 * math.prod(sizes.values())}").devices()
     return Mesh(np.array(devices).reshape(*sizes.values()), tuple(sizes))
 
 

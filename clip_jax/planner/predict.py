@@ -22,9 +22,10 @@ from clip_jax.config import Config, MeshConfig, name_of, resolve
 from clip_jax.devices import sharding
 from clip_jax.devices.chips import Number
 from clip_jax.losses import LOSSES
+from clip_jax.models import flops
 from clip_jax.planner.cost import Cost, Program
 from clip_jax.planner.topology import Topology
-from clip_jax.training import flops, optim, step
+from clip_jax.training import optim, step
 from clip_jax.typing import Batch
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -190,7 +191,7 @@ def plan_step(config: Config, where: Topology) -> Plan:
         topology=where,
         global_batch=config.train.batch_size,
         fits=True,
-        model_flops=flops.training_flops(config.model, config.optim.freeze) * config.train.batch_size / where.chips,
+        model_flops=_pair_flops(config) * config.train.batch_size / where.chips,
         traced_flops=traced_flops(config, mesh) / where.chips,
         total_steps=resolved.total_steps,
         config=config,
@@ -282,10 +283,10 @@ def _refuse_teacher(config: Config) -> None:
 
 def lower_step(config: Config, mesh: Mesh, total_steps: int) -> tuple[jax.stages.Lowered, Any, Batch]:
     """Return the step of a run, lowered for the devices of a mesh, and the shapes of its state and batch."""
-    model = step.make_model_of(config, mesh)
+    model = step.model_from_config(config, mesh)
     optimizer = optim.make_optimizer(config.optim, total_steps)
-    state, batch = step.state_like(model, optimizer, config, mesh), batch_like(config, mesh)
-    train_step = step.make_train_step(model, LOSSES[config.loss.name], optimizer, config, mesh)
+    state, batch = step.abstract_state(model, optimizer, config, mesh), batch_like(config, mesh)
+    train_step = step.make_train_step(model, optimizer, config, mesh)
     return train_step.lower(state, batch), state, batch
 
 
@@ -302,9 +303,9 @@ def batch_like(config: Config, mesh: Mesh, rows: int = 0) -> Batch:
 
 def _gradient(config: Config, mesh: Mesh) -> tuple[Callable, Any]:
     """Return the loss's gradient over a batch, as the step takes it, and the shapes of the parameters."""
-    model = step.make_model_of(config, mesh)
+    model = step.model_from_config(config, mesh)
     params = jax.eval_shape(model.init, jax.random.key(0))
-    gradient = step.make_gradient(model, LOSSES[config.loss.name], config, mesh)
+    gradient = step.make_gradient(model, config, mesh)
 
     def of(params: Any, batch: Batch) -> Any:
         trained = {name: value for name, value in params.items() if name != "batch_stats"}
@@ -321,7 +322,7 @@ def traced_flops(config: Config, mesh: Mesh) -> float:
 
 def saved_bytes(config: Config, mesh: Mesh) -> float:
     """Return the bytes that a device's towers save for the backward pass: those that grow with the batch."""
-    model = step.make_model_of(config, mesh)
+    model = step.model_from_config(config, mesh)
     params, embed = jax.eval_shape(model.init, jax.random.key(0)), step.make_embed(model, config.optim.freeze)
     stats = params.pop("batch_stats", None)
 
@@ -329,10 +330,10 @@ def saved_bytes(config: Config, mesh: Mesh) -> float:
         like = batch_like(config, mesh, count)
         key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count))
 
-        def pullback(params: Any, stats: Any, rows: step.Rows) -> Any:
+        def pullback(params: Any, stats: Any, rows: step.Examples) -> Any:
             return jax.vjp(lambda params: embed(params, stats, rows)[0], params)[1]
 
-        return jax.tree.leaves(jax.eval_shape(pullback, params, stats, step.Rows(like.image, like.text, key)))
+        return jax.tree.leaves(jax.eval_shape(pullback, params, stats, step.Examples(like.image, like.text, key)))
 
     rows = config.train.batch_size // config.train.micro_batches
     shards = sharding.batch_shards(mesh)
@@ -375,10 +376,10 @@ def plan_by_datasheet(config: Config, where: Topology) -> Plan:
     fsdp, bytes_each = config.mesh.fsdp, 2 if config.train.dtype == "bfloat16" else 4
     together = AbstractMesh((1, where.chips // fsdp, fsdp, 1), sharding.AXES)
     optimizer = optim.make_optimizer(config.optim, resolved.total_steps)
-    state = step.state_like(step.make_model_of(part, alone), optimizer, config, together)
+    state = step.abstract_state(step.model_from_config(part, alone), optimizer, config, together)
     parameters, held = sharding.shard_bytes(state.params), sharding.shard_bytes(state)
     batch, activations = sharding.shard_bytes(batch_like(part, alone)), saved_bytes(part, alone)
-    frozen = jax.tree.leaves(optim.frozen(state.params, config.optim.freeze))
+    frozen = jax.tree.leaves(optim.frozen_mask(state.params, config.optim.freeze))
     sizes = [(bytes_each * x.size, still) for x, still in zip(jax.tree.leaves(state.params), frozen, strict=True)]
     gathers = 1 if fsdp == 1 else 2  # of updated parameters; or, cut, before each pass
     around = sum(size for size, still in sizes if not still) + gathers * sum(
@@ -404,7 +405,7 @@ def plan_by_datasheet(config: Config, where: Topology) -> Plan:
         flops=traced,
         traced_flops=traced,
         unit_flops=traced if config.train.dtype == "bfloat16" else 2 * traced,
-        model_flops=flops.training_flops(config.model, config.optim.freeze) * resolved.batch_per_device,
+        model_flops=_pair_flops(config) * resolved.batch_per_device,
         hbm_bytes=2 * (held + activations),
         hbm_bytes_padded=2 * (held + activations),
         link_bytes=sent if where.chips > 1 else 0,
@@ -412,3 +413,8 @@ def plan_by_datasheet(config: Config, where: Topology) -> Plan:
         total_steps=resolved.total_steps,
         config=config,
     )
+
+
+def _pair_flops(config: Config) -> float:
+    """Return the model FLOPs of a training step per image-text pair."""
+    return flops.training_flops(config.model, optim.frozen_towers(config.model, config.optim.freeze))

@@ -94,7 +94,7 @@ def prepare_compiler() -> None:
         )
 
 
-def topology(name: str, slices: int = 1) -> Topology:
+def parse_topology(name: str, slices: int = 1) -> Topology:
     """Return the slices of a name such as v4-512, v5e-256, v4:4x4x8 or h100-64.
 
     Raises:

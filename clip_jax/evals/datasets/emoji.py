@@ -12,7 +12,7 @@ import numpy as np
 
 from clip_jax.config import DataConfig
 from clip_jax.data.sources.emoji import LANGUAGES, SPLITS, TRAINED_VENDORS, UNSEEN_VENDOR, EmojiSource, concepts
-from clip_jax.typing import EvalSet, Record
+from clip_jax.typing import EvalDataset, Record
 
 CATEGORY_PROMPTS = {
     "Smileys & Emotion": ("smiley face", "facial expression", "emotion", "heart"),
@@ -32,7 +32,7 @@ ATTRIBUTION = (
 )
 
 
-def load(config: DataConfig, split: str) -> EvalSet:
+def load(config: DataConfig, split: str) -> EvalDataset:
     """Return a split of EVAL_SPLITS.
 
     Raises:
@@ -47,31 +47,31 @@ def load(config: DataConfig, split: str) -> EvalSet:
     return make(f"emoji_{split}", [records.read(index) for index in range(len(records))])
 
 
-def _retrieval(feature: str, name: str, records: Sequence[Record]) -> EvalSet:
+def _retrieval(feature: str, name: str, records: Sequence[Record]) -> EvalDataset:
     """Return a dataset whose candidate texts are the images' names; equal names are one candidate."""
     texts = list(dict.fromkeys(record.captions[feature][0] for record in records))
     return _dataset(name, records, [(text,) for text in texts], texts, feature)
 
 
-def _categories(name: str, records: Sequence[Record]) -> EvalSet:
+def _categories(name: str, records: Sequence[Record]) -> EvalDataset:
     return _dataset(name, records, list(CATEGORY_PROMPTS.values()), list(CATEGORY_PROMPTS), "category")
 
 
-def _subcategories(name: str, records: Sequence[Record]) -> EvalSet:
+def _subcategories(name: str, records: Sequence[Record]) -> EvalDataset:
     slugs = sorted({concept.subcategory for concept in concepts()})
     return _dataset(name, records, [_subcategory_prompts(slug) for slug in slugs], slugs, "subcategory")
 
 
 def _dataset(
     name: str, records: Sequence[Record], texts: list[tuple[str, ...]], classes: list[str], feature: str
-) -> EvalSet:
+) -> EvalDataset:
     class_ids = {text: class_id for class_id, text in enumerate(classes)}
     targets = np.array([class_ids[record.captions[feature][0]] for record in records], np.int64)
     names = [
         f"{record.captions['character'][0]} {record.captions['name'][0]} ({record.key.partition('/')[0]})"
         for record in records
     ]
-    return EvalSet(name, [record.image for record in records], texts, targets, names, ATTRIBUTION)
+    return EvalDataset(name, [record.image for record in records], texts, targets, names, ATTRIBUTION)
 
 
 def _subcategory_prompts(slug: str) -> tuple[str, ...]:
@@ -81,7 +81,7 @@ def _subcategory_prompts(slug: str) -> tuple[str, ...]:
 
 
 # split -> (vendors, stored splits, function from name and records to the dataset)
-EVAL_SPLITS: dict[str, tuple[Sequence[str], Sequence[str], Callable[[str, Sequence[Record]], EvalSet]]] = {
+EVAL_SPLITS: dict[str, tuple[Sequence[str], Sequence[str], Callable[[str, Sequence[Record]], EvalDataset]]] = {
     "unseen_concepts": (TRAINED_VENDORS, ("test",), functools.partial(_retrieval, "name")),
     "unseen_vendor": ((UNSEEN_VENDOR,), ("train",), functools.partial(_retrieval, "name")),
     "unseen_both": ((UNSEEN_VENDOR,), ("test",), functools.partial(_retrieval, "name")),

@@ -6,12 +6,12 @@ import numpy as np
 
 from clip_jax.config import DataConfig
 from clip_jax.data.sources.synthetic import BACKGROUNDS, CLASSES, TEST_START, background_of, caption, draw_png
-from clip_jax.typing import EvalSet
+from clip_jax.typing import EvalDataset
 
 IMAGES_PER_CLASS = 2
 
 
-def load(config: DataConfig, split: str) -> EvalSet:
+def load(config: DataConfig, split: str) -> EvalDataset:
     """Return drawings of every colour and shape, for retrieval and zero-shot classification; `split` is 'test'.
 
     A class is a colour and a shape; its prompts name one background each.
@@ -28,4 +28,4 @@ def load(config: DataConfig, split: str) -> EvalSet:
         targets.append(class_id)
         names.append(f"{color} {shape} {number}")
     texts = [tuple(caption(color, shape, background) for background in BACKGROUNDS) for color, shape in CLASSES]
-    return EvalSet("synthetic_test", images, texts, np.array(targets, np.int64), names)
+    return EvalDataset("synthetic_test", images, texts, np.array(targets, np.int64), names)
