@@ -67,7 +67,7 @@ def test_class_folders_are_read_in_sorted_order(by_class):
     assert found.metadata is None and found.captions == ()
 
 
-def test_classnames_txt_overrides_folder_names(by_class):
+def test_a_file_of_class_names_overrides_folder_names(by_class):
     before = read_folder(by_class, "test").fingerprint
     _write_text(by_class / "classnames.txt", "tabby\nhound\nlesser panda\n")
     found = read_folder(by_class, "test")
