@@ -18,7 +18,7 @@ from clip_jax.interop import msgpack
 from tests import tiny_models
 from tests.evaluations import picture, report, run, write_classes
 
-# Points. Published results were computed in float16, clip_jax uses float32: predictions of images near a tie may differ.
+# Points. Published results are of float16, these of float32: predictions of images near a tie may differ.
 HALF_PRECISION = 0.1
 # Number of images whose prediction may differ, for small datasets: one image is 0.14 points of KITTI's 711.
 IMAGES = 2
@@ -52,7 +52,7 @@ def disagreements(metrics, rows):
 
 @pytest.mark.skipif(
     not ("CLIP_JAX_GOLDEN_WEIGHTS" in os.environ and "CLIP_JAX_GOLDEN_DATA" in os.environ),
-    reason="set CLIP_JAX_GOLDEN_WEIGHTS, e.g. to vit_b32, and CLIP_JAX_GOLDEN_DATA, to a directory of evaluation datasets",
+    reason="set CLIP_JAX_GOLDEN_WEIGHTS, e.g. to vit_b32, and CLIP_JAX_GOLDEN_DATA, to a data directory",
 )
 @pytest.mark.parametrize("weights", os.environ.get("CLIP_JAX_GOLDEN_WEIGHTS", "none").split(","))
 def test_published_results_are_reproduced(weights, tmp_path):
