@@ -51,7 +51,7 @@ def fit(points: Sequence[tuple[Number, Number]]) -> LinearFit:
 
     >>> line = fit([(0.5, 0.3), (0.8, 0.6)])
     >>> round(line.effective_robustness(0.7, 0.6), 3)
-    0.117
+    0.12
     """
     logits_n2 = np.array([(logit(x), logit(y)) for x, y in points]).reshape(-1, 2)
     if len(np.unique(logits_n2[:, 0])) < 2:
