@@ -122,7 +122,7 @@ def test_it_is_asked_as_the_registry_s_set_and_says_what_it_is_of(monkeypatch):
 
 def test_it_is_found_in_its_folder_and_missed_with_what_brings_it(tmp_path):
     row = registry.DATASETS["winogavil"]
-    with pytest.raises(Unavailable, match=r"winogavil/test is no folder(.|\n)*lines of associations\.jsonl"):
+    with pytest.raises(Unavailable, match=r"winogavil/test is not a folder(.|\n)*lines of associations\.jsonl"):
         load_split(row, "test", str(tmp_path))
     folder = tmp_path / "winogavil" / "test"
     folder.mkdir(parents=True)
