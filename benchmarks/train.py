@@ -31,7 +31,6 @@ from clip_jax.config import (  # noqa: E402
     TrainConfig,
 )
 from clip_jax.devices import allocator, sharding  # noqa: E402
-from clip_jax.losses import LOSSES  # noqa: E402
 from clip_jax.training import optim, step  # noqa: E402
 from clip_jax.typing import Batch  # noqa: E402
 
@@ -89,9 +88,9 @@ def _ours(batch: Batch, text_capacity: float) -> Callable[[], float]:
     train = TrainConfig(batch_size=BATCH, dtype="float32", remat="dots", text_capacity=text_capacity)
     config = Config(model=MODELS["vit_b32"], optim=OPTIM, train=train)
     mesh, optimizer = sharding.make_mesh(), optim.make_optimizer(OPTIM, 1000)
-    model = step.make_model_of(config, mesh)
-    train_step = step.make_train_step(model, LOSSES["softmax"], optimizer, config, mesh)
-    placed = jax.tree.map(lambda x: x.sharding, step.state_like(model, optimizer, config, mesh))
+    model = step.model_from_config(config, mesh)
+    train_step = step.make_train_step(model, optimizer, config, mesh)
+    placed = jax.tree.map(lambda x: x.sharding, step.abstract_state(model, optimizer, config, mesh))
     first = jax.jit(lambda key: step.init_state(model.init(key), optimizer, OPTIM), out_shardings=placed)
     state = first(jax.random.key(0, impl="rbg"))
     on_device = sharding.to_global(batch, mesh)

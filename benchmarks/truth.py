@@ -22,9 +22,10 @@ import numpy as np
 from clip_jax.config import MODELS, Config, OptimConfig, TrainConfig
 from clip_jax.devices import sharding
 from clip_jax.devices.chips import chip_of
+from clip_jax.models import flops
 from clip_jax.planner import predict
 from clip_jax.planner.cost import Program
-from clip_jax.training import flops, optim, step
+from clip_jax.training import optim, step
 from clip_jax.typing import Batch
 
 STEPS = 5
@@ -47,7 +48,7 @@ def main(name: str = "vit_b32", rows: int = 16) -> None:
     print(f"{name}, {rows} pairs on each of {mesh.size} x {kind}, {train.dtype}, remat {train.remat}")
     print(f"flops    trace {traced / 1e12:.4f} T, program {cost.flops / 1e12:.4f} T, XLA {_xla(program) / 1e12:.4f} T")
 
-    model = step.make_model_of(config, mesh)
+    model = step.model_from_config(config, mesh)
     optimizer = optim.make_optimizer(config.optim, 100)
     before = _held()
     state = jax.jit(

@@ -127,25 +127,25 @@ def _evaluate() -> int:
     baselines = robustness.read_points(_BASELINES.value) if _BASELINES.value else {}
     if baselines:
         robustness.fit(list(baselines.values()))  # no line goes through some
-    distributed.start()
+    distributed.initialize()
     mesh = sharding.make_mesh()
     curves, failed = _lines() if _FOLLOW.value else [], 0
 
     def measure(config: WeightsConfig, params: Params, step: int | None = None) -> None:
         nonlocal failed
         subject = make_subject(config, params, mesh)
-        with distributed.together(ValueError):
+        with distributed.synchronized_errors(ValueError):
             _check_directory(subject.cache.model)
         facts = _facts(config, params, subject.cache.model)
 
         def write(outcome: Outcome) -> list[str]:
             outcome.metrics.update(robustness.summary(outcome.metrics, baselines))
-            return _write(facts, config, outcome, baselines, curves) if distributed.is_main() else []
+            return _write(facts, config, outcome, baselines, curves) if distributed.is_main_process() else []
 
         load = functools.partial(benchmark.load, data_dir=_DATA_DIR.value)
         outcome = benchmark.evaluate(subject, names, _TASKS.value, load, options, write)
         failed += len(outcome.failed)
-        if not distributed.is_main():
+        if not distributed.is_main_process():
             return
         if step is not None:
             curves.append({"step": step} | {k: v for k, v in outcome.metrics.items() if math.isfinite(v)})
@@ -160,7 +160,7 @@ def _evaluate() -> int:
         workdir = epath.Path(_FOLLOW.value).expanduser()
         seen = {line["step"] for line in curves}
         follow(workdir, mesh, lambda at, *model: measure(*model, at), seen, _EVERY_SECONDS.value)
-    distributed.wait_for_all("evaluated")
+    distributed.barrier("evaluated")
     return failed
 
 
@@ -299,8 +299,8 @@ def _fingerprint(config: WeightsConfig, params: Params) -> str:
 def _facts(config: WeightsConfig, params: Params, fingerprint: str) -> dict[str, Any]:
     from clip_jax.config import name_of
     from clip_jax.models import count_parameters
-    from clip_jax.training.flops import forward_flops
-    from clip_jax.training.workdir import versions
+    from clip_jax.models.flops import forward_flops
+    from clip_jax.provenance import versions
 
     return {
         "name": _name(),

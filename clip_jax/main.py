@@ -59,7 +59,7 @@ def _run() -> bool:
     from clip_jax.devices import allocator, distributed
 
     allocator.keep_freed_memory()
-    distributed.start()
+    distributed.initialize()
     from clip_jax.training.loop import train
 
     return train(config, str(workdir), _EXPORT.value)

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import pytest
 
 from clip_jax.losses import LOSSES
+from clip_jax.models import flops
 from clip_jax.planner import predict
 from clip_jax.planner.cost import Program
 from clip_jax.planner.hlo import arrays, parse
 from clip_jax.planner.page import page
 from clip_jax.planner.topology import parse_topology
-from clip_jax.training import flops
 
 
 def test_arrays_take_whole_tiles():

@@ -18,9 +18,8 @@ from clip_jax.config import (
     preprocess_of,
     with_activation,
 )
-from clip_jax.models import count_parameters, make_model
+from clip_jax.models import count_parameters, flops, make_model
 from clip_jax.models.layers import REMAT_POLICIES, Compute, Transformer
-from clip_jax.training import flops
 from tests import tiny_models
 
 # Radford et al. 2021's released weights, counted.

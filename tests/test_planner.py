@@ -16,12 +16,13 @@ from clip_jax.config import (
 )
 from clip_jax.devices import sharding
 from clip_jax.devices.chips import CHIPS, KINDS, chip_of
+from clip_jax.models import flops
 from clip_jax.planner import predict
 from clip_jax.planner.cost import Program
 from clip_jax.planner.page import page
 from clip_jax.planner.search import search, table
 from clip_jax.planner.topology import CORES, LARGEST, parse_topology
-from clip_jax.training import flops
+from clip_jax.training.optim import frozen_towers
 from tests.tpu import v4_mesh
 
 # What the compiler turns into something else than a product: less than half a percent of a model's flops.
@@ -202,9 +203,10 @@ def test_a_locked_tower_saves_nothing_and_counts_once():
     mesh, config = v4_mesh({"slice": 1, "data": 16, "fsdp": 1, "tensor": 1}), small(VIT, text_capacity=1.0)
     locked = dataclasses.replace(config, optim=dataclasses.replace(config.optim, freeze="^image/"))
     image, text = flops.forward_flops(config.model)
-    assert flops.training_flops(config.model, "^image/") == image + 3 * text
-    assert flops.training_flops(config.model, "^text/") == 3 * image + text
-    assert flops.training_flops(config.model, "^image/class_embedding") == 3 * (image + text)
+    assert flops.training_flops(config.model, ("image",)) == image + 3 * text
+    assert flops.training_flops(config.model, ("text",)) == 3 * image + text
+    assert flops.training_flops(config.model) == 3 * (image + text)
+    assert [frozen_towers(config.model, f) for f in ("^image/", "^image/class_embedding")] == [("image",), ()]
     # Of pictures what names keeps in every layer (the stream and attention's result; of the last at one position), and
     # patches and pooled rows besides.
     less = predict.saved_bytes(config, mesh) - predict.saved_bytes(locked, mesh)

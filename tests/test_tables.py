@@ -13,7 +13,7 @@ from clip_jax.config import MODELS, WeightsConfig
 from clip_jax.evals.benchmark import Outcome
 from clip_jax.evals.datasets import registry
 from clip_jax.evals.report.tables import model_card, open_clip_csv
-from clip_jax.training.flops import forward_flops
+from clip_jax.models.flops import forward_flops
 from tests.tiny_benchmark import PROBES, ROW, WrongInThirds, evaluate
 
 # The head of https://github.com/mlfoundations/open_clip/blob/89fb801/docs/openclip_results.csv.

@@ -14,7 +14,7 @@ import numpy as np
 
 from clip_jax.config import check_name
 from clip_jax.devices import distributed
-from clip_jax.devices.distributed import FAILURES
+from clip_jax.devices.distributed import DATA_ERRORS
 from clip_jax.evals import prompts
 from clip_jax.evals.analysis import bias, overlap
 from clip_jax.evals.analysis.duplicates import hash_pictures, nearest_hash
@@ -109,14 +109,14 @@ def _ask(task: str, question: Question, outcome: Outcome) -> None:
     row, key = question.dataset, f"{task}/{question.dataset.name}"
     log.info("%s", key)
     try:
-        with distributed.together(Unavailable, Undefined, *FAILURES):
+        with distributed.synchronized_errors(Unavailable, Undefined, *DATA_ERRORS):
             answer = TASKS[task](question)
             metrics = answer.metrics | _published(key, question.subject.architecture, row, answer.metrics)
     except (Unavailable, Undefined) as error:
         log.warning("%s is left out: %s", key, str(error).splitlines()[0])
         outcome.left_out[key] = str(error)
-    except FAILURES as error:
-        outcome.failed[key] = distributed.sentence(error)
+    except DATA_ERRORS as error:
+        outcome.failed[key] = distributed.format_error(error)
         log.exception("%s failed", key)  # with the traceback: an IndexError may as well be ours
     else:
         outcome.metrics.update(metrics)

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float, Integer
 
 from clip_jax.devices import distributed
-from clip_jax.devices.distributed import FAILURES
+from clip_jax.devices.distributed import DATA_ERRORS
 from clip_jax.evals.ranking import unit
 from clip_jax.typing import Embedder, EvalSet, Params, Tokenizer
 
@@ -71,7 +71,7 @@ class ModelEmbedder:
         first, stop, _ = (self.rows or slice(None)).indices(self.batch_size)
         for start in range(0, len(items), self.batch_size):
             # Decoding is shared and so is the encoder: who can't decode would leave the others waiting in it.
-            with distributed.together(*FAILURES) if self.rows is not None else contextlib.nullcontext():
+            with distributed.synchronized_errors(*DATA_ERRORS) if self.rows is not None else contextlib.nullcontext():
                 rows = prepare(items[start + first : start + stop] or items[-1:])
             padding = [(0, stop - first - len(rows))] + [(0, 0)] * (rows.ndim - 1)
             yield np.pad(rows, padding, mode="edge"), min(self.batch_size, len(items) - start)

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int64, UInt64
 
 from clip_jax.devices import distributed
-from clip_jax.devices.distributed import FAILURES
+from clip_jax.devices.distributed import DATA_ERRORS
 from clip_jax.evals import prompts
 from clip_jax.evals.analysis.duplicates import MAX_DISTANCE
 from clip_jax.evals.association import wording
@@ -110,7 +110,7 @@ class Question:
 
     def part(self, part: str) -> Labelled:
         """Return the split for 'test', 'train' or 'validation', on all hosts or on none."""
-        with distributed.together(Unavailable, *FAILURES):
+        with distributed.synchronized_errors(Unavailable, *DATA_ERRORS):
             return self.load(self.dataset, part)
 
     def test(self) -> Labelled:

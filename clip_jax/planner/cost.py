@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from clip_jax.models.flops import valid_positions
 from clip_jax.planner.hlo import HBM, Array, Computation, Op, element_bits, parse
-from clip_jax.training.flops import meetings
 
 _CALLS = re.compile(r"(?:calls|to_apply|body|condition|called_computations)=\{?%?([\w.\-]+)")
 
@@ -434,5 +434,5 @@ def _convolution_flops(sources: list[Array], op: Op) -> float:
     for d, (size, stride, pad, lhs_dilate, rhs_dilate) in zip(spatial, options, strict=True):
         side, out = lhs.shape[lhs_dims.index(d)], op.results[0].shape[out_dims.index(d)]
         low = int(pad.split("_")[0])
-        total *= meetings(side, int(size), out, int(stride), low, int(lhs_dilate), int(rhs_dilate))
+        total *= valid_positions(side, int(size), out, int(stride), low, int(lhs_dilate), int(rhs_dilate))
     return total

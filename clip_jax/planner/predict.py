@@ -22,9 +22,10 @@ from clip_jax.config import Config, MeshConfig, name_of, resolve
 from clip_jax.devices import sharding
 from clip_jax.devices.chips import Number
 from clip_jax.losses import LOSSES
+from clip_jax.models import flops
 from clip_jax.planner.cost import Cost, Program
 from clip_jax.planner.topology import Topology
-from clip_jax.training import flops, optim, step
+from clip_jax.training import optim, step
 from clip_jax.typing import Batch
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -180,7 +181,7 @@ def plan_step(config: Config, topology: Topology) -> Plan:
         optimizer_bytes=per_chip * (sharding.shard_bytes(state) - parameters),
         batch_bytes=per_chip * sharding.shard_bytes(batch),
         activation_bytes=per_chip * saved_bytes(config, mesh),
-        model_flops=flops.training_flops(config.model, config.optim.freeze) * batch_size / topology.chips,
+        model_flops=_flops_per_pair(config) * batch_size / topology.chips,
         traced_flops=traced_flops(config, mesh) / topology.chips,
         total_steps=resolved.total_steps,
         config=config,
@@ -272,10 +273,10 @@ def _check_no_teacher(config: Config) -> None:
 
 def lower_step(config: Config, mesh: Mesh, total_steps: int) -> tuple[jax.stages.Lowered, Any, Batch]:
     """Return the lowered training step for the devices of a mesh, and its abstract state and batch."""
-    model = step.make_model_of(config, mesh)
+    model = step.model_from_config(config, mesh)
     optimizer = optim.make_optimizer(config.optim, total_steps)
-    state, batch = step.state_like(model, optimizer, config, mesh), abstract_batch(config, mesh)
-    train_step = step.make_train_step(model, LOSSES[config.loss.name], optimizer, config, mesh)
+    state, batch = step.abstract_state(model, optimizer, config, mesh), abstract_batch(config, mesh)
+    train_step = step.make_train_step(model, optimizer, config, mesh)
     return train_step.lower(state, batch), state, batch
 
 
@@ -292,8 +293,8 @@ def abstract_batch(config: Config, mesh: Mesh, rows: int = 0) -> Batch:
 
 def traced_flops(config: Config, mesh: Mesh) -> float:
     """Return the matmul FLOPs of a step on all devices, counted in the trace, including recomputation."""
-    model = step.make_model_of(config, mesh)
-    gradient = step.make_gradient(model, LOSSES[config.loss.name], config, mesh)
+    model = step.model_from_config(config, mesh)
+    gradient = step.make_gradient(model, config, mesh)
 
     def batch_gradient(params: Any, batch: Batch) -> Any:
         trained = {name: value for name, value in params.items() if name != "batch_stats"}
@@ -305,7 +306,7 @@ def traced_flops(config: Config, mesh: Mesh) -> float:
 
 def saved_bytes(config: Config, mesh: Mesh) -> float:
     """Return the bytes per device that the towers save for the backward pass: residuals that grow with the batch."""
-    model = step.make_model_of(config, mesh)
+    model = step.model_from_config(config, mesh)
     params, embed = jax.eval_shape(model.init, jax.random.key(0)), step.make_embed(model, config.optim.freeze)
     stats = params.pop("batch_stats", None)
 
@@ -313,10 +314,10 @@ def saved_bytes(config: Config, mesh: Mesh) -> float:
         batch = abstract_batch(config, mesh, count)
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count))
 
-        def pullback(params: Any, stats: Any, rows: step.Rows) -> Callable:
+        def pullback(params: Any, stats: Any, rows: step.Examples) -> Callable:
             return jax.vjp(lambda params: embed(params, stats, rows)[0], params)[1]
 
-        return jax.tree.leaves(jax.eval_shape(pullback, params, stats, step.Rows(batch.image, batch.text, keys)))
+        return jax.tree.leaves(jax.eval_shape(pullback, params, stats, step.Examples(batch.image, batch.text, keys)))
 
     rows = config.train.batch_size // config.train.micro_batches
     pairs = zip(residuals(rows), residuals(2 * rows), strict=True)
@@ -356,7 +357,7 @@ def plan_by_datasheet(config: Config, topology: Topology) -> Plan:
     local_mesh, fsdp = sharding.make_mesh(jax.devices("cpu")[:1]), config.mesh.fsdp
     global_mesh = AbstractMesh((1, chips // fsdp, fsdp, 1), sharding.AXES)
     optimizer = optim.make_optimizer(config.optim, resolved.total_steps)
-    state = step.state_like(step.make_model_of(local, local_mesh), optimizer, config, global_mesh)
+    state = step.abstract_state(step.model_from_config(local, local_mesh), optimizer, config, global_mesh)
     parameters, state_bytes = sharding.shard_bytes(state.params), sharding.shard_bytes(state)
     batch, activations = sharding.shard_bytes(abstract_batch(local, local_mesh)), saved_bytes(local, local_mesh)
     peak = state_bytes + batch + activations
@@ -379,7 +380,7 @@ def plan_by_datasheet(config: Config, topology: Topology) -> Plan:
         flops=traced,
         traced_flops=traced,
         bf16_equivalent_flops=traced if config.train.dtype == "bfloat16" else 2 * traced,
-        model_flops=flops.training_flops(config.model, config.optim.freeze) * rows,
+        model_flops=_flops_per_pair(config) * rows,
         hbm_bytes=2 * (state_bytes + activations),
         hbm_bytes_padded=2 * (state_bytes + activations),
         interconnect_bytes=sent if chips > 1 else 0,
@@ -393,9 +394,14 @@ def plan_by_datasheet(config: Config, topology: Topology) -> Plan:
 def _gradient_and_gather_bytes(config: Config, params: Any) -> float:
     """Return the bytes of all gradients, and of all parameters as often as they are gathered."""
     itemsize = 2 if config.train.dtype == "bfloat16" else 4
-    frozen = jax.tree.leaves(optim.frozen(params, config.optim.freeze))
+    frozen = jax.tree.leaves(optim.frozen_mask(params, config.optim.freeze))
     sizes = [(itemsize * x.size, still) for x, still in zip(jax.tree.leaves(params), frozen, strict=True)]
     gradients = sum(size for size, still in sizes if not still)
     if config.mesh.fsdp == 1:
         return 2 * gradients  # the second half of an all-reduce gathers
     return gradients + 2 * sum(size for size, _ in sizes)  # gathered before the forward and the backward pass
+
+
+def _flops_per_pair(config: Config) -> float:
+    """Return the model FLOPs of a training step per image-text pair."""
+    return flops.training_flops(config.model, optim.frozen_towers(config.model, config.optim.freeze))

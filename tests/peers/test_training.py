@@ -11,7 +11,6 @@ import torch
 from clip_jax.config import Config, OptimConfig, Preprocess
 from clip_jax.devices import sharding
 from clip_jax.interop import conversion, names
-from clip_jax.losses import LOSSES
 from clip_jax.models import make_model
 from clip_jax.training import optim, step
 from clip_jax.typing import Batch
@@ -58,7 +57,7 @@ def test_three_steps_give_open_clip_s_parameters(name, tmp_path):
 def _our_steps(architecture, params, config, batches):
     mesh = sharding.make_mesh(jax.devices()[:ROWS])  # so statistics are over the global batch
     optimizer = optim.make_optimizer(config.optim, 10)
-    train_step = step.make_train_step(make_model(architecture), LOSSES["softmax"], optimizer, config, mesh)
+    train_step = step.make_train_step(make_model(architecture), optimizer, config, mesh)
     state = jax.device_put(step.init_state(params, optimizer, config.optim), sharding.replicated(mesh))
     for pixels, tokens in batches:
         batch = Batch(pixels, tokens, np.ones(len(pixels), bool))
