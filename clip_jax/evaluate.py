@@ -236,12 +236,10 @@ def _groups() -> tuple[np.ndarray, tuple[str, ...]] | None:
 
 
 def _read(weights: str) -> tuple[WeightsConfig, Params]:
-    from clip_jax.inference import with_tokenizer
-    from clip_jax.interop import published, reading
+    from clip_jax.interop import reading
 
-    found = reading.read(published.locate(weights), model=_MODEL.value, activation=_ACTIVATION.value)
-    config = with_tokenizer(found.config, _TOKENIZER.value) if _TOKENIZER.value else found.config
-    return config, found.params
+    found = reading.read(weights, model=_MODEL.value, activation=_ACTIVATION.value, tokenizer=_TOKENIZER.value)
+    return found.config, found.params
 
 
 def make_subject(config: WeightsConfig, params: Params, mesh: Mesh) -> Subject:

@@ -19,7 +19,7 @@ from clip_jax.config import (
     with_activation,
 )
 from clip_jax.devices import sharding
-from clip_jax.interop import conversion, directory, msgpack, names, reading, torch_file
+from clip_jax.interop import conversion, directory, msgpack, name_tables, reading, torch_file
 from clip_jax.models import make_model
 from clip_jax.training import loop as train
 from clip_jax.training import optim, step
@@ -38,7 +38,7 @@ def _config(path, model=VIT, **init):
 
 def test_a_run_starts_from_any_format(tmp_path):
     params = tiny_models.params(VIT)
-    torch_file.write(tmp_path / "w.pt", conversion.Tensors(VIT, params, names.OPENAI))
+    torch_file.write(tmp_path / "w.pt", conversion.LazyTensors(VIT, params, name_tables.OPENAI))
     msgpack.write(tmp_path / "w.msgpack", params, WeightsConfig(VIT))
     directory.write(tmp_path / "dir", params, WeightsConfig(VIT))
     for config in (
@@ -59,7 +59,7 @@ def test_another_size_takes_the_same_weights_with_resized_positions(tmp_path):
 
 def test_a_run_starts_from_one_tower_and_draws_the_other(tmp_path):
     params = tiny_models.params(RESNET)
-    torch_file.write(tmp_path / "w.pt", conversion.Tensors(RESNET, params, names.OPENAI))
+    torch_file.write(tmp_path / "w.pt", conversion.LazyTensors(RESNET, params, name_tables.OPENAI))
     found = train.starting_weights(_config(f"{tmp_path}/w.pt:image", RESNET))
     assert found.keys() == {"image", "batch_stats"}
     jax.tree.map(np.testing.assert_array_equal, found["image"], params["image"])

@@ -29,7 +29,7 @@ from clip_jax.evals import benchmark
 from clip_jax.evals.embed import CachedEmbedder, ModelEmbedder
 from clip_jax.evals.report.files import table, write_report
 from clip_jax.evals.suite import REGISTRY, Loader, Suite, load_suite
-from clip_jax.interop import positions, published, reading
+from clip_jax.interop import positions, reading
 from clip_jax.interop.msgpack import write as write_weights
 from clip_jax.models import Model
 from clip_jax.models.flops import training_flops
@@ -174,8 +174,8 @@ def starting_weights(config: Config) -> Params:
     try:
         if tower:
             log.info("starting from the %s tower of %s", tower, path)
-            return reading.read_tower(published.locate(path), tower, model)
-        weights = reading.read(published.locate(init.weights), model=init.model, activation=init.activation)
+            return reading.read_tower(path, tower, model)
+        weights = reading.read(init.weights, model=init.model, activation=init.activation)
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"init.weights={init.weights!r}: {error}") from error
     size, length = model.image.image_size, model.text.length
@@ -201,7 +201,7 @@ def teaching_weights(config: Config, tokenizer: Tokenizer) -> tuple[Architecture
     if reading.split_tower(teacher.weights)[1]:
         raise ValueError(f"{said} is one tower, and a teacher needs both: leave out what follows the colon")
     try:
-        weights = reading.read(published.locate(teacher.weights), model=teacher.model, activation=teacher.activation)
+        weights = reading.read(teacher.weights, model=teacher.model, activation=teacher.activation)
         size, length = model.image.image_size, model.text.length
         found, params = positions.resize(weights.config.model, weights.params, image_size=size, length=length)
     except (FileNotFoundError, ValueError) as error:

@@ -10,12 +10,12 @@ import torch
 
 from clip_jax.config import Config, OptimConfig, Preprocess
 from clip_jax.devices import sharding
-from clip_jax.interop import conversion, names
+from clip_jax.interop import conversion, name_tables
 from clip_jax.models import make_model
 from clip_jax.training import optim, step
 from clip_jax.typing import Batch
 from tests import tiny_models
-from tests.peers import theirs
+from tests.peers import peer_models
 
 # Mean difference of a tensor's values, as a fraction of the summed learning rate: Adam amplifies rounding.
 TOLERANCE = 2e-5
@@ -37,11 +37,11 @@ def test_three_steps_match_open_clip_parameters(name, tmp_path):
     batches = [tiny_models.inputs(architecture, ROWS, seed) for seed in range(STEPS + 1)]
 
     state = _jax_steps(architecture, params, config, batches)
-    theirs.write(tmp_path / name, architecture, params)
-    model = _torch_steps(theirs.load_open_clip(tmp_path / name), config.optim, schedule, batches)
+    peer_models.write(tmp_path / name, architecture, params)
+    model = _torch_steps(peer_models.load_open_clip(tmp_path / name), config.optim, schedule, batches)
 
     summed = sum(float(schedule(at)) for at in range(len(batches)))
-    found = conversion.Tensors(architecture, state.eval_params, names.OPENAI)
+    found = conversion.LazyTensors(architecture, state.eval_params, name_tables.OPENAI)
     for parameter, tensor in model.state_dict().items():
         if parameter not in found or parameter.endswith("k_proj.bias"):
             continue
@@ -75,7 +75,7 @@ def _torch_steps(model, config, schedule, batches):
         for group in optimizer.param_groups:
             group["lr"] = float(schedule(at))
         optimizer.zero_grad()
-        image, text = theirs.features(model, pixels, tokens, Preprocess())
+        image, text = peer_models.features(model, pixels, tokens, Preprocess())
         open_clip.loss.ClipLoss()(image, text, model.logit_scale.exp()).backward()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
