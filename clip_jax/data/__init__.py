@@ -44,7 +44,7 @@ tf.config.set_visible_devices([], "TPU")
 from clip_jax.config import DataConfig  # noqa: E402
 from clip_jax.data.pipeline import batches  # noqa: E402
 from clip_jax.data.sources import emoji, synthetic, tfrecord  # noqa: E402
-from clip_jax.typing import DataSource, EvalSet  # noqa: E402
+from clip_jax.typing import DataSource, EvalDataset  # noqa: E402
 
 SOURCES: dict[str, Callable[[DataConfig], DataSource]] = {
     "tfrecord": tfrecord.source,
@@ -52,7 +52,7 @@ SOURCES: dict[str, Callable[[DataConfig], DataSource]] = {
     "synthetic": synthetic.source,
 }
 
-EVAL_SETS: dict[str, Callable[[DataConfig, str], EvalSet]] = {
+EVAL_SETS: dict[str, Callable[[DataConfig, str], EvalDataset]] = {
     "emoji": emoji.eval_set,
     "synthetic": synthetic.eval_set,
 }

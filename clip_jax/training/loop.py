@@ -304,7 +304,7 @@ def _steps(run: Run, state: TrainState, checkpoints: Checkpoints, suite: Suite) 
             run.preemption.check()
             if config.eval.every_steps and at % config.eval.every_steps == 0 and at < total:
                 began = time.monotonic()
-                writer.write(at, suite.measure(_embedder(run, state.eval_params)))
+                writer.write(at, suite.evaluate(_embedder(run, state.eval_params)))
                 meter.pause(time.monotonic() - began)
         except Preempted:
             progress.end()
@@ -355,7 +355,7 @@ def _finish(run: Run, checkpoints: Checkpoints, suite: Suite, export: str | None
     state, _ = checkpoints.restore(_like(run))
     params = state.eval_params  # on all hosts, for it may compute
     embedder = CachedEmbedder(_embedder(run, params))
-    measured = suite.measure(embedder)
+    measured = suite.evaluate(embedder)
     panels = suite.panels(embedder)
     whole = sharding.gather(params, run.mesh) if export else None
     if distributed.is_main_process():
@@ -367,11 +367,11 @@ def _finish(run: Run, checkpoints: Checkpoints, suite: Suite, export: str | None
             "attribution": suite.attribution,
             "config": dataclasses.asdict(run.config),
             "versions": provenance.versions(),
-            "left_out": suite.left_out,
+            "skipped": suite.skipped,
         }
         write_report(run.workdir, measured, metrics.read_lines(run.workdir), panels, described)
         print(table(measured))
-        for name, reason in suite.left_out.items():
+        for name, reason in suite.skipped.items():
             print(f"{name} is left out: {reason}")
         if export:
             write_weights(export, whole, _weights_config(run))

@@ -32,7 +32,7 @@ from PIL import Image
 
 from clip_jax.config import DataConfig
 from clip_jax.data.sources.tfrecord import TFRecordSource, write_tfrecord
-from clip_jax.typing import EvalSet, Record, Unavailable
+from clip_jax.typing import EvalDataset, Record, Unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ def source(config: DataConfig) -> TFRecordSource:
     return _open(config, TRAINED_VENDORS, ("train",), config.captions)
 
 
-def eval_set(config: DataConfig, split: str) -> EvalSet:
+def eval_set(config: DataConfig, split: str) -> EvalDataset:
     """Return a test set by name; see SPLITS.
 
     Raises:
@@ -126,31 +126,31 @@ def eval_set(config: DataConfig, split: str) -> EvalSet:
     return make(f"emoji_{split}", [pictures.read(index) for index in range(len(pictures))])
 
 
-def _retrieval(feature: str, name: str, records: Sequence[Record]) -> EvalSet:
+def _retrieval(feature: str, name: str, records: Sequence[Record]) -> EvalDataset:
     """Candidates are the pictures' own names; two concepts of one name are one candidate."""
     texts = list(dict.fromkeys(record.captions[feature][0] for record in records))
     return _as_eval_set(name, records, [(text,) for text in texts], texts, feature)
 
 
-def _categories(name: str, records: Sequence[Record]) -> EvalSet:
+def _categories(name: str, records: Sequence[Record]) -> EvalDataset:
     return _as_eval_set(name, records, list(CATEGORY_WORDINGS.values()), list(CATEGORY_WORDINGS), "category")
 
 
-def _subcategories(name: str, records: Sequence[Record]) -> EvalSet:
+def _subcategories(name: str, records: Sequence[Record]) -> EvalDataset:
     slugs = sorted({concept.subcategory for concept in concepts()})
     return _as_eval_set(name, records, [_subcategory_wordings(slug) for slug in slugs], slugs, "subcategory")
 
 
 def _as_eval_set(
     name: str, records: Sequence[Record], texts: list[tuple[str, ...]], classes: list[str], feature: str
-) -> EvalSet:
+) -> EvalDataset:
     place = {text: number for number, text in enumerate(classes)}
     targets = np.array([place[record.captions[feature][0]] for record in records], np.int64)
     names = [
         f"{record.captions['character'][0]} {record.captions['name'][0]} ({record.key.partition('/')[0]})"
         for record in records
     ]
-    return EvalSet(name, [record.image for record in records], texts, targets, names, CREDIT)
+    return EvalDataset(name, [record.image for record in records], texts, targets, names, CREDIT)
 
 
 def _subcategory_wordings(slug: str) -> tuple[str, ...]:
@@ -160,7 +160,7 @@ def _subcategory_wordings(slug: str) -> tuple[str, ...]:
 
 
 # split -> (vendors, parts, from records to the set)
-SPLITS: dict[str, tuple[Sequence[str], Sequence[str], Callable[[str, Sequence[Record]], EvalSet]]] = {
+SPLITS: dict[str, tuple[Sequence[str], Sequence[str], Callable[[str, Sequence[Record]], EvalDataset]]] = {
     "unseen_concepts": (TRAINED_VENDORS, ("test",), functools.partial(_retrieval, "name")),
     "unseen_vendor": ((UNSEEN_VENDOR,), ("train",), functools.partial(_retrieval, "name")),
     "unseen_both": ((UNSEEN_VENDOR,), ("test",), functools.partial(_retrieval, "name")),

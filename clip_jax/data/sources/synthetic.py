@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from clip_jax.config import DataConfig
 from clip_jax.data import order
-from clip_jax.typing import EvalSet, Record
+from clip_jax.typing import EvalDataset, Record
 
 VERSION = 1  # of the drawings: raise it when they change
 SIDE = 64
@@ -68,7 +68,7 @@ def source(config: DataConfig) -> SyntheticSource:
     return SyntheticSource(config.synthetic_examples)
 
 
-def eval_set(config: DataConfig, split: str) -> EvalSet:
+def eval_set(config: DataConfig, split: str) -> EvalDataset:
     """Return drawings of every colour and shape, for retrieval and zero-shot alike; `split` is 'test'.
 
     A class is a colour and a shape; its wordings name the backgrounds in turn.
@@ -84,7 +84,7 @@ def eval_set(config: DataConfig, split: str) -> EvalSet:
         targets.append(class_id)
     texts = [tuple(caption(color, shape, background) for background in BACKGROUNDS) for color, shape in CLASSES]
     names = [f"{CLASSES[class_id][0]} {CLASSES[class_id][1]} {number}" for number, class_id in enumerate(targets)]
-    return EvalSet("synthetic_test", images, texts, np.array(targets, np.int64), names)
+    return EvalDataset("synthetic_test", images, texts, np.array(targets, np.int64), names)
 
 
 def caption(color: str, shape: str, background: str) -> str:
