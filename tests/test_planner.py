@@ -64,7 +64,7 @@ def test_several_slices_have_devices_with_slice_index():
     ("name", "message"),
     [
         ("v4", "expected a chip and a size, such as v5e-256"),
-        ("v4-7", "v4 counts cores, 2 a chip"),
+        ("v4-7", "v4 counts cores, 2 per chip; use v4-6"),
         ("v4-24", "no slice of 12 chips is sold; use v4-16"),
         ("v5e-512", "the largest slice of v5e is v5e-256; for several use --slices=2"),
         ("v5f-8", "no chip 'v5f'; did you mean v5"),

@@ -391,7 +391,7 @@ def plan_by_datasheet(config: Config, topology: Topology) -> Plan:
     )
 
 
-def _gradient_and_gather_bytes(config: Config, params: Any) -> float:
+def _gradient_and_gather_bytes(config: Config, params: Any) -> int:
     """Return the bytes of all gradients, and of all parameters as often as they are gathered."""
     itemsize = 2 if config.train.dtype == "bfloat16" else 4
     frozen = jax.tree.leaves(optim.frozen_mask(params, config.optim.freeze))
