@@ -214,9 +214,9 @@ def _hashes() -> tuple[np.ndarray, ...]:
     from clip_jax.evals.analysis import overlap_beam
 
     if _TRAIN_FILES.value:
-        from clip_jax.data.sources.tfrecord import expand
+        from clip_jax.data.sources.tfrecord import expand_files
 
-        overlap_beam.hash_shards(expand(_TRAIN_FILES.value), _OVERLAP.value, _BEAM.value or None)
+        overlap_beam.hash_shards(expand_files(_TRAIN_FILES.value), _OVERLAP.value, _BEAM.value or None)
     return tuple(overlap_beam.read_hashes(_OVERLAP.value).values())
 
 
