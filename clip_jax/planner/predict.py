@@ -283,7 +283,7 @@ def _refuse_teacher(config: Config) -> None:
 def lower_step(config: Config, mesh: Mesh, total_steps: int) -> tuple[jax.stages.Lowered, Any, Batch]:
     """Return the step of a run, lowered for the devices of a mesh, and the shapes of its state and batch."""
     model = step.make_model_of(config, mesh)
-    optimizer = optim.make_optimizer(config.optim, total_steps)
+    optimizer = optim.make_optimizer(config.optim, total_steps, architecture=config.model)
     state, batch = step.state_like(model, optimizer, config, mesh), batch_like(config, mesh)
     train_step = step.make_train_step(model, LOSSES[config.loss.name], optimizer, config, mesh)
     return train_step.lower(state, batch), state, batch
@@ -374,7 +374,7 @@ def plan_by_datasheet(config: Config, where: Topology) -> Plan:
     alone = sharding.make_mesh(jax.devices("cpu")[:1])
     fsdp, bytes_each = config.mesh.fsdp, 2 if config.train.dtype == "bfloat16" else 4
     together = AbstractMesh((1, where.chips // fsdp, fsdp, 1), sharding.AXES)
-    optimizer = optim.make_optimizer(config.optim, resolved.total_steps)
+    optimizer = optim.make_optimizer(config.optim, resolved.total_steps, architecture=config.model)
     state = step.state_like(step.make_model_of(part, alone), optimizer, config, together)
     parameters, held = sharding.shard_bytes(state.params), sharding.shard_bytes(state)
     batch, activations = sharding.shard_bytes(batch_like(part, alone)), saved_bytes(part, alone)

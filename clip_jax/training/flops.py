@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from clip_jax.config import Architecture, TextTransformer, ViT
+from clip_jax.config import Architecture
 from clip_jax.models import make_model
 from clip_jax.training import optim
 from clip_jax.typing import Params
@@ -103,9 +103,7 @@ def forward_flops(architecture: Architecture) -> tuple[float, float]:
     image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8)
     text = jax.ShapeDtypeStruct((1, length), jnp.int32)
     image_flops, text_flops = count(model.encode_image, params, image), count(model.encode_text, params, text)
-    if isinstance(architecture.image, ViT) and architecture.image.pool == "class":
-        image_flops += _not_pooled(architecture.image, (side // architecture.image.patch_size) ** 2)
-    return image_flops, text_flops + _not_pooled(architecture.text, length - 1)
+    return image_flops + architecture.image.uncounted_flops, text_flops + architecture.text.uncounted_flops
 
 
 def training_flops(architecture: Architecture, freeze: str = "") -> float:
@@ -120,8 +118,3 @@ def training_flops(architecture: Architecture, freeze: str = "") -> float:
 
 def _params_like(architecture: Architecture) -> Params:
     return jax.eval_shape(make_model(architecture).init, jax.random.key(0))
-
-
-def _not_pooled(tower: ViT | TextTransformer, positions: int) -> float:
-    """Return what a block costs after attention: a projection and a perceptron of two."""
-    return 2.0 * positions * (tower.width**2 + 2 * tower.width * int(tower.width * tower.mlp_ratio))

@@ -127,7 +127,9 @@ def prepare(config: Config, directory: epath.Path) -> Run:
     if distributed.is_main():
         workdir.describe(directory, config)
     mesh = sharding.make_mesh(fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
-    optimizer = optim.make_optimizer(config.optim, resolved.total_steps, seed=config.train.seed)
+    optimizer = optim.make_optimizer(
+        config.optim, resolved.total_steps, architecture=config.model, seed=config.train.seed
+    )
     model = step.make_model_of(config, mesh)
     return Run(resolved, mesh, source, tokenizer, model, optimizer, directory, PreemptionNotice())
 
