@@ -16,7 +16,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 
 LAYERS = {
-    "typing": 0,
+    **dict.fromkeys(["provenance", "typing"], 0),
     **dict.fromkeys(["models", "losses"], 1),
     "config": 2,
     **dict.fromkeys(["data", "devices", "preprocess", "tokenizers"], 3),

@@ -28,7 +28,7 @@ from clip_jax.config import (
 )
 from clip_jax.devices import sharding
 from clip_jax.interop import msgpack, reading
-from clip_jax.losses import LOSSES, distillation, pairs, ring
+from clip_jax.losses import LOSSES, distillation, ring, tiles
 from clip_jax.models import make_model
 from clip_jax.tokenizers import make_tokenizer
 from clip_jax.training import dry_run, metrics, optim, step
@@ -100,7 +100,7 @@ def test_in_float32_too():
 
 @pytest.mark.parametrize("rows", [1, 7, 12, 13])
 def test_tiles_that_do_not_divide_the_batch_change_nothing(rows, float64, monkeypatch):
-    monkeypatch.setattr(pairs, "TILE", 4)
+    monkeypatch.setattr(tiles, "TILE", 4)
     _assert_dense(_inputs(rows, scale=100.0))
 
 
@@ -136,7 +136,7 @@ def test_the_teacher_gets_no_gradient():
 @pytest.mark.parametrize("sign", [1, -1])
 def test_it_is_finite_at_the_largest_scales(sign, monkeypatch):
     """All alike or all opposite, at SigLIP's scale, in tiles that have to be filled up."""
-    monkeypatch.setattr(pairs, "TILE", 4)
+    monkeypatch.setattr(tiles, "TILE", 4)
     image = np.tile(np.eye(1, WIDTH, dtype=np.float32), (7, 1))
     inputs = (image, sign * image, image, sign * image, jnp.float32(117), jnp.float32(117))
     (value, _), gradient = _value_and_gradient(distillation, inputs)
@@ -203,10 +203,10 @@ def _train_step(devices: int, weight: float = 10.0, **changes):
         train=TrainConfig(dtype="float32", remat="none", text_capacity=1.0, **changes),
     )
     mesh = sharding.make_mesh(jax.devices()[:devices], fsdp=devices)
-    model, optimizer = step.make_model_of(config, mesh), optim.make_optimizer(config.optim, 100)
+    model, optimizer = step.model_from_config(config, mesh), optim.make_optimizer(config.optim, 100)
     teacher = step.make_teacher(TEACHER, tiny_models.params(TEACHER, seed=5), config, mesh)
-    train_step = step.make_train_step(model, LOSSES["softmax"], optimizer, config, mesh, teacher)
-    placed = jax.tree.map(lambda x: x.sharding, step.state_like(model, optimizer, config, mesh))
+    train_step = step.make_train_step(model, optimizer, config, mesh, teacher)
+    placed = jax.tree.map(lambda x: x.sharding, step.abstract_state(model, optimizer, config, mesh))
     state = jax.device_put(step.init_state(tiny_models.params(STUDENT), optimizer, config.optim), placed)
     pixels, tokens = tiny_models.inputs(STUDENT, rows=8)
     return train_step, state, sharding.to_global(Batch(pixels, tokens, np.ones(8, bool)), mesh), teacher

@@ -19,8 +19,7 @@ from clip_jax.config import (
     with_activation,
 )
 from clip_jax.devices import sharding
-from clip_jax.interop import conversion, directory, msgpack, names, reading, torch_file
-from clip_jax.losses import LOSSES
+from clip_jax.interop import conversion, directory, msgpack, name_tables, reading, torch_file
 from clip_jax.models import make_model
 from clip_jax.training import loop as train
 from clip_jax.training import optim, step
@@ -39,7 +38,7 @@ def _config(path, model=VIT, **init):
 
 def test_a_run_starts_from_any_format(tmp_path):
     params = tiny_models.params(VIT)
-    torch_file.write(tmp_path / "w.pt", conversion.Tensors(VIT, params, names.OPENAI))
+    torch_file.write(tmp_path / "w.pt", conversion.LazyTensors(VIT, params, name_tables.OPENAI))
     msgpack.write(tmp_path / "w.msgpack", params, WeightsConfig(VIT))
     directory.write(tmp_path / "dir", params, WeightsConfig(VIT))
     for config in (
@@ -60,7 +59,7 @@ def test_another_size_takes_the_same_weights_with_resized_positions(tmp_path):
 
 def test_a_run_starts_from_one_tower_and_draws_the_other(tmp_path):
     params = tiny_models.params(RESNET)
-    torch_file.write(tmp_path / "w.pt", conversion.Tensors(RESNET, params, names.OPENAI))
+    torch_file.write(tmp_path / "w.pt", conversion.LazyTensors(RESNET, params, name_tables.OPENAI))
     found = train.starting_weights(_config(f"{tmp_path}/w.pt:image", RESNET))
     assert found.keys() == {"image", "batch_stats"}
     jax.tree.map(np.testing.assert_array_equal, found["image"], params["image"])
@@ -104,9 +103,7 @@ def test_a_run_that_learns_nothing_exports_what_it_started_from(tmp_path):
 def _step(architecture, config, steps=2):
     model, mesh = make_model(architecture), sharding.make_mesh(jax.devices()[:1])
     optimizer = optim.make_optimizer(config, 10, architecture=architecture)
-    train_step = step.make_train_step(
-        model, LOSSES["softmax"], optimizer, Config(model=architecture, optim=config), mesh
-    )
+    train_step = step.make_train_step(model, optimizer, Config(model=architecture, optim=config), mesh)
     params = tiny_models.params(architecture)
     state = jax.device_put(step.init_state(params, optimizer, config), sharding.replicated(mesh))
     pixels, tokens = tiny_models.inputs(architecture, rows=4)
@@ -133,7 +130,7 @@ def test_nothing_is_computed_for_frozen_parameters_on_the_way_back():
         model, mesh = make_model(VIT), sharding.make_mesh(jax.devices()[:1])
         config = OptimConfig(warmup_steps=0, freeze=freeze)
         optimizer = optim.make_optimizer(config, 10)
-        train_step = step.make_train_step(model, LOSSES["softmax"], optimizer, Config(model=VIT, optim=config), mesh)
+        train_step = step.make_train_step(model, optimizer, Config(model=VIT, optim=config), mesh)
         state = jax.eval_shape(lambda: step.init_state(tiny_models.params(VIT), optimizer, config))
         pixels, tokens = tiny_models.inputs(VIT, rows=4)
         return train_step.lower(state, Batch(pixels, tokens, np.ones(4, bool))).cost_analysis()["flops"]
@@ -147,10 +144,10 @@ def test_nothing_is_computed_for_frozen_parameters_on_the_way_back():
 )
 def test_a_pattern_that_finds_nothing_or_all_is_refused(pattern, message):
     if message is None:
-        assert not any(jax.tree.leaves(optim.frozen(tiny_models.params(VIT), pattern)))
+        assert not any(jax.tree.leaves(optim.frozen_mask(tiny_models.params(VIT), pattern)))
         return
     with pytest.raises(ValueError, match=re.escape(f"optim.freeze={pattern!r} {message}")):
-        optim.frozen(tiny_models.params(VIT), pattern)
+        optim.frozen_mask(tiny_models.params(VIT), pattern)
 
 
 def test_what_is_no_regular_expression_is_refused_before_the_run():
@@ -163,13 +160,13 @@ def test_what_is_no_regular_expression_is_refused_before_the_run():
 
 
 def test_rates_fall_with_the_distance_from_the_end():
-    factors = optim.layer_factors(tiny_models.params(VIT), 0.5, VIT)
+    factors = optim.layer_decay_factors(tiny_models.params(VIT), 0.5, VIT)
     image = factors["image"]
     assert (image["patch_embedding"], image["class_embedding"], image["positional_embedding"]) == (0.125,) * 3
     assert (image["norm_pre"]["scale"], factors["text"]["token_embedding"]["embedding"]) == (0.125, 0.125)
     np.testing.assert_array_equal(image["transformer"]["blocks"]["norm1"]["scale"], [[0.25], [0.5]])
     assert (image["norm_post"]["scale"], image["projection"], factors["logit_scale"]) == (1, 1, 1)
-    resnet = optim.layer_factors(tiny_models.params(RESNET), 0.5, RESNET)["image"]
+    resnet = optim.layer_decay_factors(tiny_models.params(RESNET), 0.5, RESNET)["image"]
     found = [resnet[f"stage{stage}_first"]["conv1"]["kernel"] for stage in range(4)]
     assert found == [0.5**4, 0.5**3, 0.5**2, 0.5]
     assert (resnet["stem_conv1"]["kernel"], resnet["pool"]["query"]["kernel"]) == (0.5**5, 1)
@@ -183,7 +180,7 @@ def test_the_factors_multiply_the_updates_of_adam():
         config = OptimConfig(warmup_steps=0, layer_decay=decay, weight_decay=0.2)
         optimizer = optim.make_optimizer(config, 10, architecture=VIT)
         updates.append(optimizer.update(gradients, optimizer.init(params), params)[0])
-    factors = optim.layer_factors(params, 0.5, VIT)
+    factors = optim.layer_decay_factors(params, 0.5, VIT)
     jax.tree.map(lambda a, b, f: np.testing.assert_allclose(b, a * f, rtol=1e-6), *updates, factors)
     assert optax.tree.norm(updates[1]) < optax.tree.norm(updates[0])
 

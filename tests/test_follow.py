@@ -49,10 +49,10 @@ def _followed(directory, measured=(), mesh=None):
 def test_the_loop_measures_sets_of_the_registry_and_lists_those_that_are_not_there(finished):
     report = json.loads((finished / "report.json").read_text())
     key = "zeroshot/digits/top1"
-    assert 0 <= report[f"{key}/low"] <= report[key] <= report[f"{key}/high"] <= 1
+    assert 0 <= report[f"{key}/ci_low"] <= report[key] <= report[f"{key}/ci_high"] <= 1
     assert (
-        "wds_cifar10_test" in report["run/left_out.little_pictures"]
-        or "data_dir" in report["run/left_out.little_pictures"]
+        "wds_cifar10_test" in report["run/skipped.little_pictures"]
+        or "data_dir" in report["run/skipped.little_pictures"]
     )
     assert [line["step"] for line in metrics.read_lines(finished) if key in line] == [10]
 

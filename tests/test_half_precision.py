@@ -11,7 +11,6 @@ import pytest
 
 from clip_jax.config import MODELS, Architecture, Config, OptimConfig, TextTransformer, ViT
 from clip_jax.devices import sharding
-from clip_jax.losses import LOSSES
 from clip_jax.models import make_model
 from clip_jax.training import optim, step
 from clip_jax.training.checkpoint import Checkpoints
@@ -171,7 +170,7 @@ def test_updates_are_float32_s_of_the_widened_parameters(name):
     config = dataclasses.replace(CONFIG, name=name)
     grads = _params(1)
     found, _ = _updates(config, [grads] * 2, params)
-    expected, _ = _updates(config, [grads] * 2, optim.widen(params))
+    expected, _ = _updates(config, [grads] * 2, optim.upcast(params))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(found))
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
@@ -198,7 +197,7 @@ def _compiled(config):
     start = functools.partial(step.init_state, optimizer=optimizer, config=config)
     init = jax.jit(lambda key: start(model.init(key)), out_shardings=sharding.replicated(mesh))
     run = Config(model=ARCHITECTURE, optim=config)
-    return init, step.make_train_step(model, LOSSES["softmax"], optimizer, run, mesh), mesh
+    return init, step.make_train_step(model, optimizer, run, mesh), mesh
 
 
 def _dtypes(tree):

@@ -64,8 +64,8 @@ def _batch(config: Config, seed: int) -> Batch:
 
 def _build(config: Config, devices: int):
     mesh = sharding.make_mesh(jax.devices()[:devices], fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
-    model, optimizer = step.make_model_of(config, mesh), optim.make_optimizer(config.optim, STEPS)
-    return mesh, model, optimizer, step.make_train_step(model, LOSSES[config.loss.name], optimizer, config, mesh)
+    model, optimizer = step.model_from_config(config, mesh), optim.make_optimizer(config.optim, STEPS)
+    return mesh, model, optimizer, step.make_train_step(model, optimizer, config, mesh)
 
 
 @functools.cache
@@ -77,7 +77,7 @@ def _first_params(tower: str):
 def _run(tower: str, devices: int = 1, **changes) -> tuple[step.TrainState, list[float]]:
     config = _config(tower, **changes)
     mesh, model, optimizer, train_step = _build(config, devices)
-    placed = jax.tree.map(lambda x: x.sharding, step.state_like(model, optimizer, config, mesh))
+    placed = jax.tree.map(lambda x: x.sharding, step.abstract_state(model, optimizer, config, mesh))
     state, losses = jax.device_put(step.init_state(_first_params(tower), optimizer, config.optim), placed), []
     for seed in range(STEPS):
         state, metrics = train_step(state, sharding.to_global(_batch(config, seed), mesh))
@@ -155,7 +155,7 @@ def _gradients(tower: str, devices: int, micro_batches: int, teacher: bool = Fal
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), _first_params(tower))
     stats = params.pop("batch_stats", None)
     teacher_params = jax.tree.map(lambda x: x[::-1] if x.ndim > 1 else x, params) if teacher else None
-    gradient = step.make_gradient(model, LOSSES[config.loss.name], config, mesh, model if teacher else None)
+    gradient = step.make_gradient(model, config, mesh, model if teacher else None)
     batch = sharding.to_global(_batch(config, 0), mesh)
     return jax.device_get(jax.jit(gradient)(params, stats, batch, jax.random.key(1), teacher_params))
 
@@ -222,9 +222,9 @@ def test_equal_captions_can_be_positives():
     config = _config("vit", equal_captions="positives")
     mesh = sharding.make_mesh(jax.devices()[:2])
     batch = dataclasses.replace(_batch(config, 0), text=np.repeat(_batch(config, 0).text[::2], 2, axis=0))
-    model = step.make_model_of(config, mesh)
+    model = step.model_from_config(config, mesh)
     params = _first_params("vit")
-    gradient = jax.jit(step.make_gradient(model, LOSSES["softmax"], config, mesh))
+    gradient = jax.jit(step.make_gradient(model, config, mesh))
     (value, _), _ = gradient(params, None, sharding.to_global(batch, mesh), jax.random.key(0))
     image, text = model.encode_image(params, batch.image), model.encode_text(params, batch.text)
     logits = np.exp(params["logit_scale"]) * image @ text.T

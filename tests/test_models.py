@@ -18,10 +18,9 @@ from clip_jax.config import (
     preprocess_of,
     with_activation,
 )
-from clip_jax.models import count_parameters, make_model, matmul_precision
+from clip_jax.models import count_parameters, flops, make_model, matmul_precision
 from clip_jax.models.attention import short_attention
 from clip_jax.models.layers import REMAT_POLICIES, Compute, Transformer
-from clip_jax.training import flops
 from tests import tiny_models
 
 # Counted in the released weights of Radford et al. 2021.

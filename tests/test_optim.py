@@ -100,12 +100,12 @@ def test_lion_is_the_sign_of_a_mean_by_hand():
 
 def test_gains_biases_and_the_logit_scale_are_not_decayed():
     shapes = jax.eval_shape(make_model(tiny_models.ARCHITECTURES["vit"]).init, jax.random.key(0))
-    mask = optim.decay_mask(shapes)
+    mask = optim.weight_decay_mask(shapes)
     spared = {"/".join(k.key for k in path) for path, decays in jax.tree_util.tree_leaves_with_path(mask) if not decays}
     assert "logit_scale" in spared and "image/norm_pre/scale" in spared
     assert "text/transformer/blocks/attention/query/bias" in spared
     assert all(name.rsplit("/")[-1] in ("bias", "scale", "logit_scale") for name in spared)
-    assert not optim.decay_mask({"a": {"kernel": 1}, "b": {"kernel": 2}}, "^a/")["a"]["kernel"]
+    assert not optim.weight_decay_mask({"a": {"kernel": 1}, "b": {"kernel": 2}}, "^a/")["a"]["kernel"]
 
 
 def test_the_schedule_warms_up_and_ends_at_zero():
@@ -138,7 +138,7 @@ def test_every_optimizer_decays_by_the_rate_what_is_decayed(name):
     config = dataclasses.replace(CONFIG, name=name, no_weight_decay="patch_embedding")
     found, _ = _updates(config, [zeros] * 4, params)
     rates = [float(optim.make_schedule(CONFIG, TOTAL)(at)) for at in range(4)]
-    mask = optim.decay_mask(params, "patch_embedding")
+    mask = optim.weight_decay_mask(params, "patch_embedding")
     assert {True, False} == set(jax.tree.leaves(mask))
     for rate, updates in zip(rates, found, strict=True):
         jax.tree.map(
@@ -169,7 +169,7 @@ def test_every_optimizer_s_updates_are_scaled_by_layer(name):
     gradients = [_like(params, seed) for seed in range(3)]
     whole, _ = _updates(config, gradients, params)
     scaled, _ = _updates(dataclasses.replace(config, layer_decay=0.5), gradients, params)
-    factors = optim.layer_factors(params, 0.5, ARCHITECTURE)
+    factors = optim.layer_decay_factors(params, 0.5, ARCHITECTURE)
     assert factors["image"]["patch_embedding"] == 0.5**4
     jax.tree.map(lambda a, b, f: np.testing.assert_allclose(a, b * f, rtol=ROUNDING), scaled[-1], whole[-1], factors)
 

@@ -24,8 +24,8 @@ def _rules(name: str):
 
 def _state(mesh, **changes):
     config = Config(model=MODELS["vit_b32"], mesh=MeshConfig(mesh.shape["fsdp"]), optim=OptimConfig(**changes))
-    model, optimizer = step.make_model_of(config, mesh), optim.make_optimizer(config.optim, 5000)
-    return step.state_like(model, optimizer, config, mesh)
+    model, optimizer = step.model_from_config(config, mesh), optim.make_optimizer(config.optim, 5000)
+    return step.abstract_state(model, optimizer, config, mesh)
 
 
 @pytest.mark.parametrize("name", ["vit_b32", "rn50", "rn50x64", "siglip_b16", "siglip2_b16", "vit_l14_clipa", "emoji"])

@@ -10,7 +10,6 @@ import pytest
 
 from clip_jax.config import Architecture, Config, LossConfig, OptimConfig, TextTransformer, ViT
 from clip_jax.devices import sharding
-from clip_jax.losses import LOSSES
 from clip_jax.models import make_model
 from clip_jax.training import optim, step
 from clip_jax.typing import Batch
@@ -49,9 +48,9 @@ def _compiled(devices: int, optim_config: OptimConfig, loss: LossConfig, model):
     optimizer = optim.make_optimizer(config.optim, STEPS)
     init = jax.jit(
         lambda key: step.init_state(MODEL.init(key), optimizer, config.optim),
-        out_shardings=jax.tree.map(lambda x: x.sharding, step.state_like(MODEL, optimizer, config, mesh)),
+        out_shardings=jax.tree.map(lambda x: x.sharding, step.abstract_state(MODEL, optimizer, config, mesh)),
     )
-    train_step = step.make_train_step(model, LOSSES["softmax"], optimizer, config, mesh)
+    train_step = step.make_train_step(model, optimizer, config, mesh)
     return init, train_step, mesh
 
 
@@ -82,9 +81,9 @@ def test_a_step_that_is_not_finite_changes_nothing_but_counters():
     assert np.isnan(metrics["loss"])
     for a, b in zip(*(jax.tree.leaves((s.params, s.opt_state, s.ema)) for s in (before, after)), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert (int(after.step), int(after.skipped), int(after.skipped_in_a_row)) == (2, 1, 1)
+    assert (int(after.step), int(after.skipped_steps), int(after.consecutive_skipped_steps)) == (2, 1, 1)
     state, metrics = train_step(state, sharding.to_global(_batch(2), mesh))
-    assert (int(state.skipped), int(state.skipped_in_a_row)) == (1, 0)
+    assert (int(state.skipped_steps), int(state.consecutive_skipped_steps)) == (1, 0)
     assert any(
         (np.asarray(a) != b).any()
         for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(after.params), strict=True)

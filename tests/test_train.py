@@ -117,15 +117,15 @@ def test_an_end_token_that_the_tokenizer_does_not_have_is_refused(tiny, tmp_path
 
 def test_so_many_steps_in_a_row_that_are_not_finite_end_the_run(tiny):
     meter = metrics.Meter(16)
-    outputs = {"loss": jnp.nan, "grad_norm": jnp.nan, "skipped": 3.0, "skipped_in_a_row": 9.0}
+    outputs = {"loss": jnp.nan, "grad_norm": jnp.nan, "skipped_steps": 3.0, "consecutive_skipped_steps": 9.0}
     outputs = {name: jnp.float32(value) for name, value in outputs.items()}
     train._count(meter, outputs, tiny)
-    with pytest.raises(train.NotFinite, match="10 steps in a row were not finite"):
-        train._count(meter, outputs | {"skipped_in_a_row": jnp.float32(10)}, tiny)
+    with pytest.raises(train.NonFiniteError, match="10 steps in a row were not finite"):
+        train._count(meter, outputs | {"consecutive_skipped_steps": jnp.float32(10)}, tiny)
 
 
 def test_hosts_that_agree_go_on():
-    distributed.check_agreement({"config": "a", "training data": "b"})
+    distributed.check_equal_on_all_processes({"config": "a", "training data": "b"})
 
 
 def test_a_config_that_differs_is_named_key_by_key(tiny):

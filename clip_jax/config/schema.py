@@ -70,7 +70,8 @@ class DataConfig:
     # Maximum number of a record's texts that are sampled and joined by commas, e.g. for a name and its tags.
     texts_per_caption: int = 1
     augment: AugmentConfig = AugmentConfig()
-    synthetic_examples: int = 4096  # examples of the `synthetic` source
+    # Settings of the source, arguments of its `from_config`, e.g. {'examples': 4096} for `synthetic`.
+    options: Mapping[str, object] = dataclasses.field(default_factory=dict)
     cache_dir: str = "~/.cache/clip_jax"  # for rendered images and shard indices
     max_bad_fraction: float = 0.01  # bad records / records read; above it the run stops and lists some of them
     decode_threads: int = 0  # 0: one per core
@@ -187,7 +188,7 @@ class EvalTask:
     """One evaluator on one dataset."""
 
     evaluator: str = "retrieval"  # a name in clip_jax.evals.EVALUATORS
-    # A name in clip_jax.data.EVAL_SETS; or 'registry', for datasets of clip_jax.evals.datasets.registry.
+    # A name in clip_jax.evals.datasets.LOADERS, or 'registry' with `split` a name in evals.datasets.registry.DATASETS.
     source: str = "emoji"
     split: str = "unseen_concepts"  # split of the source; for 'registry', the dataset's name
 

@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 # What is raised for data that are damaged or gone; what else is raised is a mistake of the program.
-FAILURES = (ValueError, OSError, IndexError, KeyError)
+DATA_ERRORS = (ValueError, OSError, IndexError, KeyError)
 _SAID_BYTES = 2048  # of an error, sent to the other hosts
 
 
@@ -25,7 +25,7 @@ class Preempted(Exception):
     """The machine asked this job to leave (SIGTERM on any host); raised on all hosts at the same poll."""
 
 
-def start() -> None:
+def initialize() -> None:
     """Initialise `jax.distributed`; does nothing the second time.
 
     TPU pods, SLURM and Open MPI are recognised by JAX. Elsewhere JAX_COORDINATOR_ADDRESS (host:port of process 0),
@@ -60,7 +60,7 @@ def start() -> None:
     jax.distributed.initialize(f"localhost:{port}", 1, 0, coordinator_bind_address=f"localhost:{port}", **timeouts)
 
 
-class PreemptionNotice:
+class PreemptionMonitor:
     """Asks, on all hosts at the same points of the program, whether to leave.
 
     JAX needs a number that grows with every question. It is our own and not the training step, so that evaluation
@@ -70,30 +70,30 @@ class PreemptionNotice:
     def __init__(self) -> None:
         self._polls = 0
 
-    def poll(self) -> None:
+    def check(self) -> None:
         """Raise Preempted, on every host at the same poll, some polls after SIGTERM reached one of them."""
         self._polls += 1
         if multihost_utils.reached_preemption_sync_point(self._polls):
             raise Preempted
 
 
-def is_main() -> bool:
+def is_main_process() -> bool:
     """Return whether this process writes what is written once."""
     return jax.process_index() == 0
 
 
-def wait_for_all(point: str) -> None:
+def barrier(point: str) -> None:
     """Return when every process has come to this point of the program."""
     multihost_utils.sync_global_devices(point)
 
 
-def all_agree(flag: bool) -> bool:
+def all_true(flag: bool) -> bool:
     """Return whether a flag is set on every process; to be called on all of them."""
     return bool(multihost_utils.process_allgather(np.array(flag)).all())
 
 
 @contextlib.contextmanager
-def together(*kinds: type[Exception]) -> Iterator[None]:
+def synchronized_errors(*kinds: type[Exception]) -> Iterator[None]:
     """Go on after a block on all processes or on none; to be entered on all of them.
 
     Where the block raises one of `kinds` on any process, it is raised on every one, with the words of the first: else
@@ -110,7 +110,7 @@ def together(*kinds: type[Exception]) -> Iterator[None]:
             raise mine
         return
     kind = next((number for number, kind in enumerate(kinds, 1) if isinstance(mine, kind)), 0)
-    said = bytes([kind]) + (sentence(mine).encode() if mine else b"")[: _SAID_BYTES - 1]
+    said = bytes([kind]) + (format_error(mine).encode() if mine else b"")[: _SAID_BYTES - 1]
     everyone = multihost_utils.process_allgather(np.frombuffer(said.ljust(_SAID_BYTES, b"\0"), np.uint8))
     failed = np.flatnonzero(everyone[:, 0])
     if not failed.size:
@@ -122,13 +122,13 @@ def together(*kinds: type[Exception]) -> Iterator[None]:
     raise kinds[everyone[first, 0] - 1](f"process {first}: {words}") from mine
 
 
-def sentence(error: Exception) -> str:
+def format_error(error: Exception) -> str:
     """Return an error's words in one line, after its kind where they don't stand alone: KeyError's are a key."""
     words = " ".join(str(error).split())
     return words if words and isinstance(error, (ValueError, RuntimeError)) else f"{type(error).__name__}: {words}"
 
 
-def check_agreement(facts: Mapping[str, str]) -> None:
+def check_equal_on_all_processes(facts: Mapping[str, str]) -> None:
     """Stop all hosts if they differ in a fact, e.g. `{'config': …, 'training data': …}`.
 
     Raises:

@@ -18,9 +18,9 @@ import numpy as np
 from jaxtyping import Float, Integer
 
 from clip_jax.devices import distributed
-from clip_jax.devices.distributed import FAILURES
+from clip_jax.devices.distributed import DATA_ERRORS
 from clip_jax.evals.ranking import unit
-from clip_jax.typing import Embedder, EvalSet, Params, Tokenizer
+from clip_jax.typing import Embedder, EvalDataset, Params, Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ class ModelEmbedder:
         first, stop, _ = (self.rows or slice(None)).indices(self.batch_size)
         for start in range(0, len(items), self.batch_size):
             # Decoding is shared and so is the encoder: who can't decode would leave the others waiting in it.
-            with distributed.together(*FAILURES) if self.rows is not None else contextlib.nullcontext():
+            with distributed.synchronized_errors(*DATA_ERRORS) if self.rows is not None else contextlib.nullcontext():
                 rows = prepare(items[start + first : start + stop] or items[-1:])
             padding = [(0, stop - first - len(rows))] + [(0, 0)] * (rows.ndim - 1)
             yield np.pad(rows, padding, mode="edge"), min(self.batch_size, len(items) - start)
@@ -147,7 +147,7 @@ class _Chosen(Sequence):
         return self.items[self.indices[index]]
 
 
-def embed_set(embedder: Embedder, eval_set: EvalSet) -> tuple[Float[np.ndarray, "n E"], Float[np.ndarray, "M E"]]:
+def embed_set(embedder: Embedder, eval_set: EvalDataset) -> tuple[Float[np.ndarray, "n E"], Float[np.ndarray, "M E"]]:
     """Return the embeddings of a set's pictures and of its texts, the wordings of one text averaged.
 
     Raises:
@@ -178,7 +178,7 @@ def mean_of_wordings(
     return unit(np.add.reduceat(unit(wordings_TE), starts_M, axis=0))
 
 
-def check_set(eval_set: EvalSet) -> None:
+def check_set(eval_set: EvalDataset) -> None:
     """Raise ValueError unless every picture of the set has a text that has a wording."""
     name, images, texts, targets = eval_set.name, eval_set.images, eval_set.texts, eval_set.targets
     if not len(images) or not len(texts):

@@ -43,10 +43,10 @@ class FeatureCache:
         name = hashlib.sha256(f"{self.model}/{key}".encode()).hexdigest()[:32]
         path = pathlib.Path(self.directory).expanduser() / f"{name}.npy"
         found = _read(path, rows)
-        if distributed.all_agree(found is not None):  # else some hosts would compute and wait for the others
+        if distributed.all_true(found is not None):  # else some hosts would compute and wait for the others
             return found
         computed = compute()
-        if distributed.is_main() and np.isfinite(computed).all():
+        if distributed.is_main_process() and np.isfinite(computed).all():
             try:
                 _write(path, computed)
             except OSError as error:  # a full disk or a home that is read-only costs time, not the evaluation

@@ -15,18 +15,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from clip_jax.losses.pairs import (
+from clip_jax.losses.ring import Axis, Ring, in_mesh_order
+from clip_jax.losses.tiles import (
     LOWEST,
     Embeddings,
     Statistics,
-    accumulator,
+    accumulation_dtype,
     scale_slope,
     similarity,
     valid_pairs,
     walk_gradient,
     walk_statistics,
 )
-from clip_jax.losses.ring import Axis, Ring, in_mesh_order
 from clip_jax.typing import ArrayLike, Metrics
 
 
@@ -87,7 +87,7 @@ def _forward(
     if axis is not None:
         value, divergence = jax.lax.pmean((value, divergence), axis)
     metrics = {"distill/cross_entropy": value.astype(jnp.float32), "distill/kl": divergence.astype(jnp.float32)}
-    # As in `pairs`: a single group's block is what the gradient walks too.
+    # As in `tiles`: a single group's block is what the gradient walks too.
     kept = block if ring.hops == 1 else None
     return (value, metrics), (images, texts, kept, scale, teacher_scale, row[2], column[2])
 
@@ -134,7 +134,7 @@ def _statistics(
 
     def empty(axis: int, count: int) -> dict[str, Statistics]:
         shape = (count, 1) if axis == 1 else (1, count)
-        tiles = (jnp.zeros(shape, accumulator(x.dtype)) for x in (images.rows, images.beside))
+        tiles = (jnp.zeros(shape, accumulation_dtype(x.dtype)) for x in (images.rows, images.beside))
         return of_pairs(axis, *tiles, jnp.zeros(shape, bool))
 
     def merge(one: dict, other: dict) -> dict[str, Statistics]:

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from clip_jax.losses.pairs import LOWEST, Ids, Statistics, loss_over_pairs
 from clip_jax.losses.ring import Axis
+from clip_jax.losses.tiles import LOWEST, Ids, Statistics, loss_over_pairs
 from clip_jax.typing import ArrayLike, Metrics
 
 
@@ -26,7 +26,7 @@ def sigmoid(
 ) -> tuple[Float[Array, ""], Metrics]:
     """Return the sum over texts, mean over images, of -log σ(±logit), in nats, and its metrics; equal on every device.
 
-    Arguments, metrics and errors are those of `pairs.loss_over_pairs`. `logit_bias` starts at -10, since nearly all
+    Arguments, metrics and errors are those of `tiles.loss_over_pairs`. `logit_bias` starts at -10, since nearly all
     pairs don't match.
     """
     return loss_over_pairs(_Sigmoid, image_bE, text_bE, logit_scale, logit_bias, axis, ids)

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from clip_jax.losses.pairs import LOWEST, Ids, Statistics, loss_over_pairs
 from clip_jax.losses.ring import Axis
+from clip_jax.losses.tiles import LOWEST, Ids, Statistics, loss_over_pairs
 from clip_jax.typing import ArrayLike, Metrics
 
 
@@ -26,7 +26,7 @@ def softmax(
 ) -> tuple[Float[Array, ""], Metrics]:
     """Return the loss of the global batch, in nats, and its metrics; equal on every device.
 
-    Arguments, metrics and errors are those of `pairs.loss_over_pairs`. A softmax does not feel `logit_bias`.
+    Arguments, metrics and errors are those of `tiles.loss_over_pairs`. A softmax does not feel `logit_bias`.
     """
     return loss_over_pairs(_Softmax, image_bE, text_bE, logit_scale, logit_bias, axis, ids)
 

@@ -47,8 +47,8 @@ def follow(
     config = stored_config(workdir)
     if config is None:
         raise ValueError(f"{workdir} holds no run: its --workdir has a config.json as soon as it begins")
-    model = step.make_model_of(config, mesh)
-    like = step.state_like(
+    model = step.model_from_config(config, mesh)
+    like = step.abstract_state(
         model, optim.make_optimizer(config.optim, _MANY_STEPS, architecture=config.model), config, mesh
     )
     weights = WeightsConfig(config.model, config.tokenizer, config.preprocess, source=f"clip_jax run {workdir.name}")

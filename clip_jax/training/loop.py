@@ -20,24 +20,24 @@ from clu import parameter_overview
 from etils import epath
 from jax.sharding import Mesh
 
-from clip_jax import data
+from clip_jax import data, provenance
 from clip_jax.config import Architecture, Config, Resolved, WeightsConfig, differences, name_of, resolve
 from clip_jax.devices import distributed, sharding
 from clip_jax.devices.chips import chip_of
-from clip_jax.devices.distributed import Preempted, PreemptionNotice
+from clip_jax.devices.distributed import Preempted, PreemptionMonitor
 from clip_jax.evals import benchmark
+from clip_jax.evals.datasets import LOADERS
 from clip_jax.evals.embed import CachedEmbedder, ModelEmbedder
 from clip_jax.evals.report.files import table, write_report
 from clip_jax.evals.suite import REGISTRY, Loader, Suite, load_suite
-from clip_jax.interop import positions, published, reading
+from clip_jax.interop import positions, reading
 from clip_jax.interop.msgpack import write as write_weights
-from clip_jax.losses import LOSSES
 from clip_jax.models import Model
+from clip_jax.models.flops import training_flops
 from clip_jax.preprocess import preprocess_many
 from clip_jax.tokenizers import make_tokenizer
 from clip_jax.training import metrics, optim, step, workdir
 from clip_jax.training.checkpoint import Checkpoints
-from clip_jax.training.flops import training_flops
 from clip_jax.training.step import TrainState
 from clip_jax.typing import DataSource, HostBatch, Params, Tokenizer
 
@@ -54,7 +54,7 @@ _SAMPLES = (
 _LAG = 2
 
 
-class NotFinite(RuntimeError):
+class NonFiniteError(RuntimeError):
     """Too many steps in a row gave a loss or a gradient that is not finite."""
 
 
@@ -69,7 +69,7 @@ class Run:
     model: Model
     optimizer: optax.GradientTransformation
     workdir: epath.Path
-    notice: PreemptionNotice
+    preemption: PreemptionMonitor
 
     @property
     def config(self) -> Config:
@@ -87,7 +87,7 @@ def train(config: Config, directory: str, export: str | None = None) -> bool:
 
     Raises:
       ValueError: for a config, data or a directory that don't fit, before the first step.
-      NotFinite, SaveFailed: the newest checkpoint stands.
+      NonFiniteError, SaveFailed: the newest checkpoint stands.
     """
     run = prepare(config, epath.Path(directory).expanduser())
     try:
@@ -108,30 +108,30 @@ def train(config: Config, directory: str, export: str | None = None) -> bool:
 
 def _eval_sets(config: Config) -> dict[str, Loader]:
     """Return what loads a split of each source, the registry's sets among them."""
-    return data.EVAL_SETS | {REGISTRY: lambda _, name: benchmark.eval_set(name, config.eval.data_dir)}
+    return LOADERS | {REGISTRY: lambda _, name: benchmark.eval_set(name, config.eval.data_dir)}
 
 
 def prepare(config: Config, directory: epath.Path) -> Run:
     """Check everything that can be checked, on all hosts, before anything costs time."""
-    source = data.SOURCES[config.data.source](config.data)
+    source = data.make_source(config.data)
     tokenizer = make_tokenizer(config.tokenizer, config.model.text)
     resolved = resolve(config, devices=jax.device_count(), processes=jax.process_count(), examples=len(source))
-    versions = workdir.versions()
-    distributed.check_agreement(
+    versions = provenance.versions()
+    distributed.check_equal_on_all_processes(
         {
             "config": str(config),
             "code": versions["git_commit"] + versions["jax"],
             "training data": source.fingerprint(),
         }
     )
-    if distributed.is_main():
+    if distributed.is_main_process():
         workdir.describe(directory, config)
     mesh = sharding.make_mesh(fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
     optimizer = optim.make_optimizer(
         config.optim, resolved.total_steps, architecture=config.model, seed=config.train.seed
     )
-    model = step.make_model_of(config, mesh)
-    return Run(resolved, mesh, source, tokenizer, model, optimizer, directory, PreemptionNotice())
+    model = step.model_from_config(config, mesh)
+    return Run(resolved, mesh, source, tokenizer, model, optimizer, directory, PreemptionMonitor())
 
 
 def _first_or_saved_state(run: Run, checkpoints: Checkpoints) -> TrainState:
@@ -139,7 +139,7 @@ def _first_or_saved_state(run: Run, checkpoints: Checkpoints) -> TrainState:
     restored = checkpoints.restore(_like(run))
     if restored is None:
         state = _initial_state(run)
-        if distributed.is_main():
+        if distributed.is_main_process():
             # Without means and deviations: a host doesn't hold the parameters that `fsdp` cuts over others.
             overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
             log.info("%s\n%s", name_of(run.config.model), overview)
@@ -177,8 +177,8 @@ def starting_weights(config: Config) -> Params:
     try:
         if tower:
             log.info("starting from the %s tower of %s", tower, path)
-            return reading.read_tower(published.locate(path), tower, model)
-        weights = reading.read(published.locate(init.weights), model=init.model, activation=init.activation)
+            return reading.read_tower(path, tower, model)
+        weights = reading.read(init.weights, model=init.model, activation=init.activation)
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"init.weights={init.weights!r}: {error}") from error
     size, length = model.image.image_size, model.text.length
@@ -204,7 +204,7 @@ def teaching_weights(config: Config, tokenizer: Tokenizer) -> tuple[Architecture
     if reading.split_tower(teacher.weights)[1]:
         raise ValueError(f"{said} is one tower, and a teacher needs both: leave out what follows the colon")
     try:
-        weights = reading.read(published.locate(teacher.weights), model=teacher.model, activation=teacher.activation)
+        weights = reading.read(teacher.weights, model=teacher.model, activation=teacher.activation)
         size, length = model.image.image_size, model.text.length
         found, params = positions.resize(weights.config.model, weights.params, image_size=size, length=length)
     except (FileNotFoundError, ValueError) as error:
@@ -254,7 +254,7 @@ def _placed(run: Run) -> TrainState:
 
 def _like(run: Run) -> TrainState:
     """Return the state's shapes, dtypes and shardings."""
-    return step.state_like(run.model, run.optimizer, run.config, run.mesh)
+    return step.abstract_state(run.model, run.optimizer, run.config, run.mesh)
 
 
 def _pair_seconds(config: Config, devices: Sequence[Any]) -> float:
@@ -262,7 +262,9 @@ def _pair_seconds(config: Config, devices: Sequence[Any]) -> float:
     chip = chip_of(devices[0].device_kind)
     if chip is None:
         return 0.0
-    return training_flops(config.model, config.optim.freeze) / (chip.flops_per_second * len(devices) / chip.devices)
+    return training_flops(config.model, optim.frozen_towers(config.model, config.optim.freeze)) / (
+        chip.flops_per_second * len(devices) / chip.devices
+    )
 
 
 def _steps(run: Run, state: TrainState, checkpoints: Checkpoints, suite: Suite) -> None:
@@ -271,13 +273,13 @@ def _steps(run: Run, state: TrainState, checkpoints: Checkpoints, suite: Suite) 
     first = int(state.step)
     if first == total:
         return
-    main = distributed.is_main()
+    main = distributed.is_main_process()
     writer = metrics.Writer(run.workdir, first_step=first, active=main)
     progress = metrics.Progress(first, total, active=main)
     meter = metrics.Meter(config.train.batch_size, _pair_seconds(config, jax.devices()))
     schedule = optim.make_schedule(config.optim, total)
-    loss, teacher = LOSSES[config.loss.name], _teacher(run)
-    train_step = step.make_train_step(run.model, loss, run.optimizer, config, run.mesh, teacher)
+    teacher = _teacher(run)
+    train_step = step.make_train_step(run.model, run.optimizer, config, run.mesh, teacher)
     late: collections.deque[dict] = collections.deque()
     replaced = 0
 
@@ -302,10 +304,10 @@ def _steps(run: Run, state: TrainState, checkpoints: Checkpoints, suite: Suite) 
         if at % config.checkpoint.every_steps == 0 or at == total:
             save(at)
         try:
-            run.notice.poll()
+            run.preemption.check()
             if config.eval.every_steps and at % config.eval.every_steps == 0 and at < total:
                 began = time.monotonic()
-                writer.write(at, suite.measure(_embedder(run, state.eval_params)))
+                writer.write(at, suite.evaluate(_embedder(run, state.eval_params)))
                 meter.pause(time.monotonic() - began)
         except Preempted:
             progress.end()
@@ -340,10 +342,10 @@ def _batches(run: Run, first: int, meter: metrics.Meter) -> Iterator[HostBatch]:
 
 def _count(meter: metrics.Meter, outputs: dict[str, jax.Array], config: Config) -> None:
     values = {name: float(value) for name, value in jax.device_get(outputs).items()}
-    if values["skipped_in_a_row"]:
+    if values["consecutive_skipped_steps"]:
         log.warning("a step was skipped: loss %s, gradient norm %s", values["loss"], values["grad_norm"])
-    if values["skipped_in_a_row"] >= config.train.max_nonfinite_steps:
-        raise NotFinite(
+    if values["consecutive_skipped_steps"] >= config.train.max_nonfinite_steps:
+        raise NonFiniteError(
             f"{config.train.max_nonfinite_steps} steps in a row were not finite (loss {values['loss']}, gradient norm"
             f" {values['grad_norm']}); none of them changed the parameters. Lower optim.learning_rate or"
             " optim.b2 (0.95), or raise train.max_nonfinite_steps"
@@ -356,28 +358,28 @@ def _finish(run: Run, checkpoints: Checkpoints, suite: Suite, export: str | None
     state, _ = checkpoints.restore(_like(run))
     params = state.eval_params  # on all hosts, for it may compute
     embedder = CachedEmbedder(_embedder(run, params))
-    measured = suite.measure(embedder)
+    measured = suite.evaluate(embedder)
     panels = suite.panels(embedder)
     whole = sharding.gather(params, run.mesh) if export else None
-    if distributed.is_main():
+    if distributed.is_main_process():
         if run.config.eval.baselines_split:
-            fitted_on = data.EVAL_SETS[run.config.data.source](run.config.data, run.config.eval.baselines_split)
+            fitted_on = LOADERS[run.config.data.source](run.config.data, run.config.eval.baselines_split)
             measured |= suite.floors(fitted_on)
         measured |= suite.gates(run.config.eval)
         described = {
             "attribution": suite.attribution,
             "config": dataclasses.asdict(run.config),
-            "versions": workdir.versions(),
-            "left_out": suite.left_out,
+            "versions": provenance.versions(),
+            "skipped": suite.skipped,
         }
         write_report(run.workdir, measured, metrics.read_lines(run.workdir), panels, described)
         print(table(measured))
-        for name, reason in suite.left_out.items():
+        for name, reason in suite.skipped.items():
             print(f"{name} is left out: {reason}")
         if export:
             write_weights(export, whole, _weights_config(run))
             log.info("weights written to %s", export)
-    distributed.wait_for_all("finished")
+    distributed.barrier("finished")
 
 
 def _embedder(run: Run, params: Params) -> ModelEmbedder:
@@ -393,7 +395,7 @@ def _embedder(run: Run, params: Params) -> ModelEmbedder:
         rows=sharding.host_rows(run.mesh, batch_size),
         put=functools.partial(sharding.to_global, mesh=run.mesh),
         out_sharding=sharding.replicated(run.mesh),
-        on_batch=run.notice.poll,
+        on_batch=run.preemption.check,
     )
 
 

@@ -18,6 +18,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from clip_jax.config import Architecture, OptimConfig
+from clip_jax.models import make_model
 from clip_jax.training.rounding import round_nearest, stochastic_round
 from clip_jax.typing import ArrayLike, Params
 
@@ -56,7 +57,9 @@ def make_optimizer(
     clip = optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity()
     descend = optax.chain(
         _SCALES[config.name](config, seed),
-        optax.add_decayed_weights(config.weight_decay, lambda params: decay_mask(params, config.no_weight_decay)),
+        optax.add_decayed_weights(
+            config.weight_decay, lambda params: weight_decay_mask(params, config.no_weight_decay)
+        ),
         optax.scale_by_learning_rate(make_schedule(config, total_steps)),
     )
     optimizer = optax.chain(clip, descend)
@@ -64,15 +67,15 @@ def make_optimizer(
         optimizer = optax.chain(optimizer, _scale_by_layer(config.layer_decay, architecture))
     if config.freeze:
         parts = {True: optax.set_to_zero(), False: optimizer}
-        optimizer = optax.partition(parts, lambda params: frozen(params, config.freeze))
+        optimizer = optax.partition(parts, lambda params: frozen_mask(params, config.freeze))
     return _in_float32(optimizer)
 
 
 def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
     def update(updates: Params, state: PyTree, params: Params) -> tuple[Params, PyTree]:
-        return inner.update(widen(updates), state, widen(params))
+        return inner.update(upcast(updates), state, upcast(params))
 
-    return optax.GradientTransformation(lambda params: inner.init(widen(params)), update)
+    return optax.GradientTransformation(lambda params: inner.init(upcast(params)), update)
 
 
 # ----------------------------------------------------------------------------------------------------- the optimizers
@@ -133,8 +136,8 @@ def _pack(state: PyTree, dtype: str, key: jax.Array | None) -> PyTree:
 def _unpack(state: PyTree) -> PyTree:
     def unpack(path: tuple, x: Array) -> Array:
         if x.dtype != jnp.float16:
-            return widen(x)
-        x = widen(x) * _FLOAT16_UNITS[path[0].name]
+            return upcast(x)
+        x = upcast(x) * _FLOAT16_UNITS[path[0].name]
         return x * x if path[0].name == "nu" else x
 
     return jax.tree_util.tree_map_with_path(unpack, state)
@@ -156,7 +159,7 @@ def cast_params(params: Params, pattern: str) -> Params:
     return jax.tree.map(lambda x, half: round_nearest(x, "bfloat16") if half else x, params, found)
 
 
-def widen(tree: PyTree) -> PyTree:
+def upcast(tree: PyTree) -> PyTree:
     """Return the tree with what is in half precision as float32, without loss; all else is the same object."""
     return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype in _HALF else x, tree)
 
@@ -171,7 +174,7 @@ def apply_updates(params: Params, updates: Params, key: jax.Array) -> Params:
     keys = jax.random.split(jax.random.fold_in(key, _PARAMS), len(leaves))
 
     def add(x: ArrayLike, update: ArrayLike, key: jax.Array) -> ArrayLike:
-        total = widen(x) + update
+        total = upcast(x) + update
         return stochastic_round(total, x.dtype.name, key) if x.dtype in _HALF else total
 
     return structure.unflatten(map(add, leaves, structure.flatten_up_to(updates), keys))
@@ -180,7 +183,7 @@ def apply_updates(params: Params, updates: Params, key: jax.Array) -> Params:
 # ------------------------------------------------------------------------------------------ what is trained, how fast
 
 
-def frozen(params: Params, pattern: str) -> PyTree[bool]:
+def frozen_mask(params: Params, pattern: str) -> PyTree[bool]:
     """Return a tree of bools: True for parameters that are not trained.
 
     Raises:
@@ -193,9 +196,15 @@ def frozen(params: Params, pattern: str) -> PyTree[bool]:
     return found
 
 
-def locked(params: Params, pattern: str, tower: str) -> bool:
+def tower_is_frozen(params: Params, pattern: str, tower: str) -> bool:
     """Tell whether no parameter of a tower, 'image' or 'text', is trained."""
-    return bool(pattern) and all(jax.tree.leaves(frozen(params, pattern)[tower]))
+    return bool(pattern) and all(jax.tree.leaves(frozen_mask(params, pattern)[tower]))
+
+
+def frozen_towers(architecture: Architecture, pattern: str) -> tuple[str, ...]:
+    """Return those of 'image' and 'text' whose parameters are all frozen by `pattern` (`optim.freeze`)."""
+    params = jax.eval_shape(make_model(architecture).init, jax.random.key(0))
+    return tuple(tower for tower in ("image", "text") if tower_is_frozen(params, pattern, tower))
 
 
 def _found(params: Params, pattern: str) -> PyTree[bool]:
@@ -209,11 +218,11 @@ def _finds(key: str, pattern: str, what: str, params: Params) -> str:
     return f"optim.{key}={pattern!r} finds {what}; there are e.g. {some}"
 
 
-def stop_frozen(params: Params, pattern: str) -> Params:
+def stop_frozen_gradients(params: Params, pattern: str) -> Params:
     """Return the parameters, the frozen ones constant to the gradient: nothing is computed for them on the way back."""
     if not pattern:
         return params
-    return jax.tree.map(lambda x, stop: jax.lax.stop_gradient(x) if stop else x, params, frozen(params, pattern))
+    return jax.tree.map(lambda x, stop: jax.lax.stop_gradient(x) if stop else x, params, frozen_mask(params, pattern))
 
 
 def _scale_by_layer(decay: float, architecture: Architecture | None) -> optax.GradientTransformation:
@@ -223,13 +232,13 @@ def _scale_by_layer(decay: float, architecture: Architecture | None) -> optax.Gr
     def update(
         updates: Params, state: optax.EmptyState, params: Params | None = None
     ) -> tuple[Params, optax.EmptyState]:
-        factors = layer_factors(updates, decay, architecture)
+        factors = layer_decay_factors(updates, decay, architecture)
         return jax.tree.map(lambda update, factor: update * factor, updates, factors), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def layer_factors(params: Params, decay: float, architecture: Architecture) -> PyTree:
+def layer_decay_factors(params: Params, decay: float, architecture: Architecture) -> PyTree:
     """Return `decay ** d` for every parameter, where d is its distance in layers from its tower's output.
 
     Towers define the order of their layers (`Tower.layer`). Parameters stacked over layers have an array of factors
@@ -254,7 +263,7 @@ def _name(path: tuple) -> str:
     return "/".join(str(key.key) for key in path)
 
 
-def decay_mask(params: Params, no_weight_decay: str = "") -> PyTree[bool]:
+def weight_decay_mask(params: Params, no_weight_decay: str = "") -> PyTree[bool]:
     """Return a tree of bools: True where weight decay applies.
 
     Names decide, not the number of axes: in stacked layers a bias has two or three.

@@ -22,10 +22,10 @@ from jaxtyping import Array, Bool, Float, Int32, PyTree
 from clip_jax.config import Architecture, Config, OptimConfig, TrainConfig
 from clip_jax.devices import sharding
 from clip_jax.devices.sharding import BATCH, BATCH_AXES, REPLICATED, batch_sharding, replicated
-from clip_jax.losses import distillation
+from clip_jax.losses import LOSSES, distillation
 from clip_jax.models import Model, make_model
 from clip_jax.training import optim
-from clip_jax.typing import Batch, Leaf, Loss, Metrics, Params
+from clip_jax.typing import Batch, Leaf, Metrics, Params
 
 TrainStep = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
 # (params, batch_stats, batch, key, teacher's params) -> ((loss, (metrics, batch_stats)), gradient)
@@ -43,7 +43,7 @@ class TrainState:
     opt_state: see `optim.make_optimizer`.
     batch_stats: running averages of batch norm; None for models without it.
     ema: moving average of the parameters, float32; None without `optim.ema_decay`.
-    skipped, skipped_in_a_row: int32, steps that were not finite, since the beginning and just now.
+    skipped_steps, consecutive_skipped_steps: int32, steps that were not finite, since the beginning and just now.
     """
 
     step: Leaf
@@ -51,13 +51,13 @@ class TrainState:
     opt_state: PyTree
     batch_stats: Params | None
     ema: Params | None
-    skipped: Leaf
-    skipped_in_a_row: Leaf
+    skipped_steps: Leaf
+    consecutive_skipped_steps: Leaf
 
     @property
     def eval_params(self) -> Params:
         """The parameters that are evaluated and exported, float32."""
-        return _with_stats(optim.widen(self.params) if self.ema is None else self.ema, self.batch_stats)
+        return _with_stats(optim.upcast(self.params) if self.ema is None else self.ema, self.batch_stats)
 
 
 class Teacher(NamedTuple):
@@ -67,7 +67,7 @@ class Teacher(NamedTuple):
     params: Params
 
 
-def make_model_of(config: Config, mesh: Mesh) -> Model:
+def model_from_config(config: Config, mesh: Mesh) -> Model:
     """Return the model as `config` trains it on a mesh."""
     train, loss = config.train, config.loss
     return make_model(
@@ -113,7 +113,7 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, config: 
     return TrainState(zero, trained, optimizer.init(trained), stats, average, zero + 0, zero + 0)
 
 
-def state_like(
+def abstract_state(
     model: Model, optimizer: optax.GradientTransformation, config: Config, mesh: sharding.AnyMesh
 ) -> TrainState:
     """Return the state's shapes and dtypes, and where each array lies on the mesh.
@@ -128,7 +128,6 @@ def state_like(
 
 def make_train_step(
     model: Model,
-    loss: Loss,
     optimizer: optax.GradientTransformation,
     config: Config,
     mesh: Mesh,
@@ -137,17 +136,17 @@ def make_train_step(
     """Return the compiled step: (state, batch) -> (state, metrics). The state is donated, and stays where it lies.
 
     Metrics are float32 scalars, equal on every device: loss, the loss's own, logit_scale, grad_norm, skipped,
-    skipped_in_a_row; text/filled and text/padded where captions are packed; those of `losses.distillation` where there
-    is a teacher, whose part `loss` includes.
+    consecutive_skipped_steps; text/filled and text/padded where captions are packed; those of `losses.distillation`
+    where there is a teacher, whose part `loss` includes.
     """
-    gradient = make_gradient(model, loss, config, mesh, teacher and teacher.model)
+    gradient = make_gradient(model, config, mesh, teacher and teacher.model)
 
     choose = _run_if if mesh.devices.flat[0].platform == "cpu" else _select_if
 
     def taught_step(taught: Params | None, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
         (value, (metrics, stats)), grads = gradient(state.params, state.batch_stats, batch, key, taught)
-        grads = optim.widen(grads)
+        grads = optim.upcast(grads)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
 
@@ -160,21 +159,21 @@ def make_train_step(
 
         kept = (state.params, state.opt_state, state.batch_stats, state.ema)
         params, opt_state, stats, ema = choose(finite, propose, kept)
-        skipped = state.skipped + ~finite
-        in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
+        skipped = state.skipped_steps + ~finite
+        in_a_row = jnp.where(finite, 0, state.consecutive_skipped_steps + 1)
         metrics |= {
             "loss": value,
             "logit_scale": jnp.exp(params["logit_scale"]),
             "grad_norm": grad_norm,
-            "skipped": skipped.astype(jnp.float32),
-            "skipped_in_a_row": in_a_row.astype(jnp.float32),
+            "skipped_steps": skipped.astype(jnp.float32),
+            "consecutive_skipped_steps": in_a_row.astype(jnp.float32),
         }
         return TrainState(state.step + 1, params, opt_state, stats, ema, skipped, in_a_row), metrics
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         return taught_step(None, state, batch)
 
-    placed = jax.tree.map(lambda x: x.sharding, state_like(model, optimizer, config, mesh))
+    placed = jax.tree.map(lambda x: x.sharding, abstract_state(model, optimizer, config, mesh))
     inputs, outputs = (placed, batch_sharding(mesh)), (placed, replicated(mesh))
     if teacher is None:
         return jax.jit(train_step, in_shardings=inputs, out_shardings=outputs, donate_argnums=0)
@@ -182,7 +181,7 @@ def make_train_step(
     return functools.partial(compiled, teacher.params)
 
 
-class Rows(NamedTuple):
+class Examples(NamedTuple):
     """What a step embeds: pictures, token ids, keys."""
 
     image: Leaf
@@ -201,9 +200,9 @@ def make_embed(model: Model, freeze: str) -> Callable[..., tuple[_Embedded, tupl
     freeze: parameters that have no gradient; an image tower without any computes as it does in inference.
     """
 
-    def embed(params: Params, stats: Params | None, rows: Rows) -> tuple[_Embedded, tuple[Params | None, Metrics]]:
-        params = optim.stop_frozen(params, freeze)
-        if optim.locked(params, freeze, "image"):
+    def embed(params: Params, stats: Params | None, rows: Examples) -> tuple[_Embedded, tuple[Params | None, Metrics]]:
+        params = optim.stop_frozen_gradients(params, freeze)
+        if optim.tower_is_frozen(params, freeze, "image"):
             images_BE = model.encode_image(_with_stats(params, stats), rows.image)
         else:
             images_BE, stats = model.encode_image_train(_with_stats(params, stats), rows.image, rows.key)
@@ -213,7 +212,7 @@ def make_embed(model: Model, freeze: str) -> Callable[..., tuple[_Embedded, tupl
     return embed
 
 
-def make_gradient(model: Model, loss: Loss, config: Config, mesh: Mesh, teacher: Model | None = None) -> Gradient:
+def make_gradient(model: Model, config: Config, mesh: Mesh, teacher: Model | None = None) -> Gradient:
     """Return (params, batch_stats, batch, key) -> ((loss, (metrics, batch_stats)), gradient) of the whole batch.
 
     With a teacher its parameters are a fifth argument; it embeds every picture and text once, in inference's way.
@@ -225,14 +224,14 @@ def make_gradient(model: Model, loss: Loss, config: Config, mesh: Mesh, teacher:
     the running averages move once for each.
     """
     parts = config.train.micro_batches
-    whole_loss, embed = _loss_over(mesh, loss, config), make_embed(model, config.optim.freeze)
+    whole_loss, embed = _loss_over(mesh, config), make_embed(model, config.optim.freeze)
 
-    def teach(taught: Params | None, rows: Rows) -> _Target | None:
+    def teach(taught: Params | None, rows: Examples) -> _Target | None:
         if teacher is None:
             return None
         return teacher.encode_image(taught, rows.image), teacher.encode_text_train(taught, rows.text)[0]
 
-    def at_once(params: Params, stats: Params | None, taught: Params | None, rows: Rows) -> tuple[_Value, Params]:
+    def at_once(params: Params, stats: Params | None, taught: Params | None, rows: Examples) -> tuple[_Value, Params]:
         target = teach(taught, rows)
 
         def objective(params: Params) -> _Value:
@@ -242,11 +241,11 @@ def make_gradient(model: Model, loss: Loss, config: Config, mesh: Mesh, teacher:
 
         return jax.value_and_grad(objective, has_aux=True)(params)
 
-    def in_parts(params: Params, stats: Params | None, taught: Params | None, rows: Rows) -> tuple[_Value, Params]:
+    def in_parts(params: Params, stats: Params | None, taught: Params | None, rows: Examples) -> tuple[_Value, Params]:
         split, join = sharding.micro_batches(mesh, parts)
         parts_of_rows = split(rows)
 
-        def first(stats: Params | None, part: Rows) -> tuple[Params | None, tuple]:
+        def first(stats: Params | None, part: Examples) -> tuple[Params | None, tuple]:
             embedded, (stats, metrics) = embed(params, stats, part)
             return stats, (embedded, metrics, teach(taught, part))
 
@@ -259,12 +258,12 @@ def make_gradient(model: Model, loss: Loss, config: Config, mesh: Mesh, teacher:
         )
         d_embedded, d_head = pull(jnp.ones_like(value))
 
-        def again(grads: Params, part: tuple[Rows, _Embedded]) -> tuple[Params, None]:
+        def again(grads: Params, part: tuple[Examples, _Embedded]) -> tuple[Params, None]:
             rows, d_part = part
             _, pull = jax.vjp(lambda params: embed(params, stats, rows)[0], params)
-            return jax.tree.map(jnp.add, grads, optim.widen(pull(d_part)[0])), None
+            return jax.tree.map(jnp.add, grads, optim.upcast(pull(d_part)[0])), None
 
-        zeros = jax.tree.map(jnp.zeros_like, optim.widen(params))
+        zeros = jax.tree.map(jnp.zeros_like, optim.upcast(params))
         grads, _ = jax.lax.scan(again, zeros, (parts_of_rows, split(d_embedded)))
         text_metrics = jax.tree.map(jnp.mean, text_metrics)
         return (value, (metrics | text_metrics, new_stats)), grads | d_head
@@ -273,7 +272,7 @@ def make_gradient(model: Model, loss: Loss, config: Config, mesh: Mesh, teacher:
         params: Params, stats: Params | None, batch: Batch, key: jax.Array, taught: Params | None = None
     ) -> tuple[_Value, Params]:
         keys = jax.random.split(key, batch.text.shape[0])
-        rows = Rows(batch.image, batch.text, jax.lax.with_sharding_constraint(keys, batch_sharding(mesh)))
+        rows = Examples(batch.image, batch.text, jax.lax.with_sharding_constraint(keys, batch_sharding(mesh)))
         return (at_once if parts == 1 else in_parts)(params, stats, taught, rows)
 
     return gradient
@@ -283,11 +282,12 @@ def _head(params: Params) -> Params:
     return {name: params[name] for name in ("logit_scale", "logit_bias") if name in params}
 
 
-def _loss_over(mesh: Mesh, loss: Loss, config: Config) -> Callable[..., tuple[Float[Array, ""], Metrics]]:
+def _loss_over(mesh: Mesh, config: Config) -> Callable[..., tuple[Float[Array, ""], Metrics]]:
     """Return (embeddings, head, text_BL, teacher's embeddings, its params) -> (loss, metrics) of a batch over the mesh.
 
     Without a teacher, the last two are None.
     """
+    loss = LOSSES[config.loss.name]
     sharded = jax.shard_map(
         lambda *inputs: loss(*inputs[:4], axis=BATCH_AXES, ids=inputs[4]),
         mesh=mesh,

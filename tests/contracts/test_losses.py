@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from clip_jax.devices import sharding
-from clip_jax.losses import LOSSES, pairs, ring
+from clip_jax.losses import LOSSES, ring, tiles
 
 BATCH, WIDTH, SCALE, BIAS = 16, 12, 14.3, -4.0
 # float32 rounding of a sum of 16 exponentials, against float64.
@@ -115,7 +115,7 @@ def test_the_sharded_loss_and_gradient_are_the_dense_ones(name, devices, group, 
 
 @pytest.mark.parametrize("rows", [7, 12, 13])
 def test_tiles_that_do_not_divide_the_batch_change_nothing(name, rows, monkeypatch):
-    monkeypatch.setattr(pairs, "TILE", 4)
+    monkeypatch.setattr(tiles, "TILE", 4)
     image, text = _embeddings(rows=rows)
     inputs = (image, text, jnp.float32(SCALE), jnp.float32(BIAS))
     _assert_close(_value_and_gradient(_loss(name), inputs), _value_and_gradient(_dense(name), inputs))
@@ -123,7 +123,7 @@ def test_tiles_that_do_not_divide_the_batch_change_nothing(name, rows, monkeypat
 
 def test_what_fills_a_tile_up_is_not_felt_at_scale_100(name, monkeypatch):
     """Where all pairs are opposites, a filling's similarity of 0 is e^100 times as likely as any."""
-    monkeypatch.setattr(pairs, "TILE", 4)
+    monkeypatch.setattr(tiles, "TILE", 4)
     image, _ = _embeddings(rows=5)
     image = np.tile(image[:1], (5, 1))
     inputs = (image, -image, jnp.float32(100), jnp.float32(BIAS))
@@ -160,7 +160,7 @@ def test_over_several_slices_the_loss_is_the_same(name, slices):
 @pytest.mark.parametrize("devices", [1, 8])
 def test_equal_ids_match(name, devices, monkeypatch):
     """Two captions of every image, and two images of one motif: more texts than images, several matches for each."""
-    monkeypatch.setattr(pairs, "TILE", 3)
+    monkeypatch.setattr(tiles, "TILE", 3)
     image, _ = _embeddings()
     text = np.concatenate(_embeddings(1))
     image_ids = np.arange(BATCH, dtype=np.int32) // 2

@@ -195,7 +195,7 @@ def _first_uses(encode, params, data) -> dict[str, int]:
 def test_layer_decay_factors_do_not_decrease_from_input_to_output(architecture):
     """The order is that of the first use in the traced forward pass, which no tower declares."""
     params, model, inputs = _initialized(architecture), make_model(architecture), _inputs(architecture)
-    factors = optim.layer_factors(_trained_params(architecture), 0.5, architecture)
+    factors = optim.layer_decay_factors(_trained_params(architecture), 0.5, architecture)
     for name, encode, data in zip(("image", "text"), (model.encode_image, model.encode_text), inputs, strict=True):
         uses = {path: index for path, index in _first_uses(encode, params, data).items() if path.startswith(name)}
         by_path = {f"{name}/{path}": np.ravel(factor) for path, factor in _paths(factors)[name].items()}
@@ -292,9 +292,9 @@ def test_sharded_state_survives_a_checkpoint_bit_for_bit(kind, tmp_path):
     train = TrainConfig(batch_size=8, dtype="float32")
     config = Config(model=BY_KIND[kind], train=train, optim=OptimConfig(layer_decay=0.5, ema_decay=0.9))
     mesh = sharding.make_mesh(fsdp=2, tensor=2)
-    model = step.make_model_of(config, mesh)
+    model = step.model_from_config(config, mesh)
     optimizer = optim.make_optimizer(config.optim, 10, architecture=config.model)
-    shapes = step.state_like(model, optimizer, config, mesh)
+    shapes = step.abstract_state(model, optimizer, config, mesh)
     state = step.init_state(_initialized(config.model), optimizer, config.optim)
     state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, shapes))
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)

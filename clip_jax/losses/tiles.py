@@ -194,7 +194,7 @@ def _statistics(
         """Return the statistics of no pairs: those of one that isn't chosen."""
         shape = (count, 1) if axis == 1 else (1, count)
         none = jnp.zeros(shape, bool)
-        return of_pairs(axis, jnp.zeros(shape, accumulator(images.rows.dtype)), none, none)
+        return of_pairs(axis, jnp.zeros(shape, accumulation_dtype(images.rows.dtype)), none, none)
 
     return walk_statistics(images, texts, block, ring, of_tile, empty, merge)
 
@@ -275,7 +275,7 @@ def walk_gradient(
         row's part, and of its column's; what it says of rows that fill a tile up is not heard.
     """
     image_tiles, row_tiles = _tiled(images, fill=-1), _tiled(rows)
-    dtype = accumulator(images.rows.dtype)
+    dtype = accumulation_dtype(images.rows.dtype)
     devices = ring.group * ring.hops
     image_count, text_count = devices * images.rows.shape[0], devices * texts.rows.shape[0]
 
@@ -392,7 +392,7 @@ def valid_pairs(image: Embeddings, text: Embeddings) -> Bool[Array, "r c"]:
 
 
 def similarity(image_rE: Array, text_cE: Array) -> Float[Array, "r c"]:
-    """Return the products of all rows, added up in `accumulator` of their dtype."""
+    """Return the products of all rows, added up in `accumulation_dtype` of their dtype."""
     return _product("rE,cE->rc", image_rE, text_cE)
 
 
@@ -403,15 +403,15 @@ def _product(equation: str, left: Array, right: Array) -> Array:
         left,
         right,
         precision=jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None,
-        preferred_element_type=accumulator(left.dtype),
+        preferred_element_type=accumulation_dtype(left.dtype),
     )
 
 
-def accumulator(dtype: jnp.dtype) -> jnp.dtype:
+def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """Return what products of a dtype add up in: float32, or float64 if that is what they are."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def wide(x: ArrayLike) -> Array:
     """Return an array as its products add up."""
-    return jnp.asarray(x, accumulator(x.dtype))
+    return jnp.asarray(x, accumulation_dtype(x.dtype))
