@@ -259,7 +259,7 @@ def make_subject(config: WeightsConfig, params: Params, mesh: Mesh) -> Subject:
     from clip_jax.tokenizers import make_tokenizer
 
     placed = sharding.batch_sharding(mesh)
-    model = make_model(config.model, config.preprocess, dtype=_DTYPE.value, rows=placed)
+    model = make_model(config.model, config.preprocess, dtype=_DTYPE.value, batch_sharding=placed)
     spec, size = config.preprocess, mesh.size
     whole, pixels = sharding.replicated(mesh), config.model.image.image_size
     batch_size = -(-_BATCH_SIZE.value // size) * size

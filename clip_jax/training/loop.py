@@ -128,7 +128,9 @@ def prepare(config: Config, directory: epath.Path) -> Run:
     if distributed.is_main_process():
         workdir.describe(directory, config)
     mesh = sharding.make_mesh(fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
-    optimizer = optim.make_optimizer(config.optim, resolved.total_steps, seed=config.train.seed)
+    optimizer = optim.make_optimizer(
+        config.optim, resolved.total_steps, architecture=config.model, seed=config.train.seed
+    )
     model = step.model_from_config(config, mesh)
     return Run(resolved, mesh, source, tokenizer, model, optimizer, directory, PreemptionMonitor())
 
