@@ -12,6 +12,7 @@ from clip_jax.config.build import (
     to_json,
 )
 from clip_jax.config.models import MODELS, SIGLIP_PREPROCESS, name_of, preprocess_of, siglip_image, tokenizer_of
+from clip_jax.config.recipes import paper, runlocal, with_argument
 from clip_jax.config.resolve import Resolved, resolve
 from clip_jax.config.schema import (
     AugmentConfig,
@@ -42,8 +43,8 @@ __all__ = [
     "DataConfig",
     "EdgeNet",
     "EvalConfig",
-    "ImageTower",
     "EvalTask",
+    "ImageTower",
     "InitConfig",
     "LossConfig",
     "MODELS",
@@ -70,11 +71,14 @@ __all__ = [
     "from_config_dict",
     "from_json",
     "name_of",
+    "paper",
     "preprocess_of",
     "resolve",
+    "runlocal",
     "siglip_image",
     "to_config_dict",
     "to_json",
     "tokenizer_of",
     "with_activation",
+    "with_argument",
 ]

@@ -81,7 +81,7 @@ def runlocal(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         tokenizer=TokenizerConfig(),
         data=DataConfig(
             source="synthetic",
-            synthetic_examples=512,
+            options={"examples": 512},
             augment=AugmentConfig(min_crop_area=0.5),
             cache_dir=full.data.cache_dir,
         ),
