@@ -214,9 +214,9 @@ def _hashes() -> tuple[np.ndarray, ...]:
     from clip_jax.evals.analysis import overlap_beam
 
     if _TRAIN_FILES.value:
-        from clip_jax.data.sources.tfrecord import expand
+        from clip_jax.data.sources.tfrecord import expand_files
 
-        overlap_beam.hash_shards(expand(_TRAIN_FILES.value), _OVERLAP.value, _BEAM.value or None)
+        overlap_beam.hash_shards(expand_files(_TRAIN_FILES.value), _OVERLAP.value, _BEAM.value or None)
     return tuple(overlap_beam.read_hashes(_OVERLAP.value).values())
 
 
@@ -256,7 +256,7 @@ def make_subject(config: WeightsConfig, params: Params, mesh: Mesh) -> Subject:
     from clip_jax.tokenizers import make_tokenizer
 
     placed = sharding.batch_sharding(mesh)
-    model = make_model(config.model, config.preprocess, dtype=_DTYPE.value, rows=placed)
+    model = make_model(config.model, config.preprocess, dtype=_DTYPE.value, batch_sharding=placed)
     spec, size = config.preprocess, mesh.size
     whole, pixels = sharding.replicated(mesh), config.model.image.image_size
     batch_size = -(-_BATCH_SIZE.value // size) * size

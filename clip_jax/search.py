@@ -81,9 +81,9 @@ def table(names: Sequence[str], order: Sequence[int] | np.ndarray, similarity: S
 def _emoji() -> tuple[list[bytes], list[str]]:
     # Imports TensorFlow.
     from clip_jax.config import DataConfig
-    from clip_jax.data import EVAL_SETS
+    from clip_jax.evals.datasets import LOADERS
 
-    dataset = EVAL_SETS["emoji"](DataConfig(), "search")
+    dataset = LOADERS["emoji"](DataConfig(), "search")
     return list(dataset.images), list(dataset.image_names)
 
 

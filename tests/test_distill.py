@@ -320,7 +320,7 @@ def test_a_teacher_that_is_not_there_or_not_whole_is_refused(weights, message):
 @pytest.mark.parametrize(
     ("teacher", "message"),
     [
-        ({"weight": 2.0}, "teacher.weight=2.0 is of a teacher, and there is none: set teacher.weights"),
+        ({"weight": 2.0}, "teacher.weight=2.0 has no effect without a teacher: set teacher.weights"),
         ({"weights": "t.pt", "model": "vit_b23"}, "teacher.model='vit_b23' is none of .* did you mean 'vit_b32'"),
     ],
 )

@@ -29,17 +29,9 @@ from clip_jax.config.schema import (
     TrainConfig,
     WeightsConfig,
 )
-from clip_jax.models.architecture import (
-    Activation,
-    Architecture,
-    EdgeNet,
-    Preprocess,
-    ResNet,
-    TextTransformer,
-    ViT,
-    check,
-    with_activation,
-)
+from clip_jax.models.architecture import Architecture, Preprocess, check, with_activation
+from clip_jax.models.layers import Activation
+from clip_jax.models.towers import TOWERS, EdgeNet, ImageTower, ResNet, TextTower, TextTransformer, ViT
 
 __all__ = [
     "Activation",
@@ -50,6 +42,7 @@ __all__ = [
     "DataConfig",
     "EdgeNet",
     "EvalConfig",
+    "ImageTower",
     "EvalTask",
     "InitConfig",
     "LossConfig",
@@ -60,7 +53,9 @@ __all__ = [
     "ResNet",
     "Resolved",
     "SIGLIP_PREPROCESS",
+    "TOWERS",
     "TeacherConfig",
+    "TextTower",
     "TextTransformer",
     "TokenizerConfig",
     "TrainConfig",

@@ -9,6 +9,7 @@ import concurrent.futures
 import functools
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -120,7 +121,8 @@ def parameter_shapes(model: Architecture) -> dict[str, tuple[tuple[int, ...], in
     shapes = jax.eval_shape(lambda: make_model(model).init(jax.random.key(0)))
     found = {}
     for path, leaf in flat(shapes).items():
-        stacked = "/blocks/" in path or "_rest/" in path
+        name, _, rest = path.removeprefix("batch_stats/").partition("/")
+        stacked = name in ("image", "text") and re.fullmatch(getattr(model, name).stacked, rest)
         found[path] = (leaf.shape[1:], leaf.shape[0]) if stacked else (leaf.shape, 0)
     return found
 

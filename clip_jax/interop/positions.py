@@ -14,7 +14,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from clip_jax.config import Architecture
+from clip_jax.config import Architecture, ImageTower
 from clip_jax.typing import Params
 
 _MIN_LENGTH = 3  # tokens: start, one of the text, end
@@ -60,7 +60,7 @@ def _positions_path(model: Architecture, size: int) -> tuple[str, ...]:
     return path
 
 
-def _resize_grid(old: np.ndarray, tower) -> np.ndarray:
+def _resize_grid(old: np.ndarray, tower: ImageTower) -> np.ndarray:
     prefix, side = tower.num_prefix_tokens, tower.image_size // tower.stride
     old_side = math.isqrt(len(old) - prefix)
     grid = old[prefix:].reshape(old_side, old_side, -1)

@@ -48,7 +48,9 @@ def follow(
     if config is None:
         raise ValueError(f"{workdir} holds no run: its --workdir has a config.json as soon as it begins")
     model = step.model_from_config(config, mesh)
-    like = step.abstract_state(model, optim.make_optimizer(config.optim, _MANY_STEPS), config, mesh)
+    like = step.abstract_state(
+        model, optim.make_optimizer(config.optim, _MANY_STEPS, architecture=config.model), config, mesh
+    )
     weights = WeightsConfig(config.model, config.tokenizer, config.preprocess, source=f"clip_jax run {workdir.name}")
     newest = NONE
     while True:

@@ -26,6 +26,7 @@ from clip_jax.devices import distributed, sharding
 from clip_jax.devices.chips import chip_of
 from clip_jax.devices.distributed import Preempted, PreemptionMonitor
 from clip_jax.evals import benchmark
+from clip_jax.evals.datasets import LOADERS
 from clip_jax.evals.embed import CachedEmbedder, ModelEmbedder
 from clip_jax.evals.report.files import table, write_report
 from clip_jax.evals.suite import REGISTRY, Loader, Suite, load_suite
@@ -107,12 +108,12 @@ def train(config: Config, directory: str, export: str | None = None) -> bool:
 
 def _eval_sets(config: Config) -> dict[str, Loader]:
     """Return what loads a split of each source, the registry's sets among them."""
-    return data.EVAL_SETS | {REGISTRY: lambda _, name: benchmark.eval_set(name, config.eval.data_dir)}
+    return LOADERS | {REGISTRY: lambda _, name: benchmark.eval_set(name, config.eval.data_dir)}
 
 
 def prepare(config: Config, directory: epath.Path) -> Run:
     """Check everything that can be checked, on all hosts, before anything costs time."""
-    source = data.SOURCES[config.data.source](config.data)
+    source = data.make_source(config.data)
     tokenizer = make_tokenizer(config.tokenizer, config.model.text)
     resolved = resolve(config, devices=jax.device_count(), processes=jax.process_count(), examples=len(source))
     versions = provenance.versions()
@@ -126,7 +127,9 @@ def prepare(config: Config, directory: epath.Path) -> Run:
     if distributed.is_main_process():
         workdir.describe(directory, config)
     mesh = sharding.make_mesh(fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
-    optimizer = optim.make_optimizer(config.optim, resolved.total_steps, seed=config.train.seed)
+    optimizer = optim.make_optimizer(
+        config.optim, resolved.total_steps, architecture=config.model, seed=config.train.seed
+    )
     model = step.model_from_config(config, mesh)
     return Run(resolved, mesh, source, tokenizer, model, optimizer, directory, PreemptionMonitor())
 
@@ -360,7 +363,7 @@ def _finish(run: Run, checkpoints: Checkpoints, suite: Suite, export: str | None
     whole = sharding.gather(params, run.mesh) if export else None
     if distributed.is_main_process():
         if run.config.eval.baselines_split:
-            fitted_on = data.EVAL_SETS[run.config.data.source](run.config.data, run.config.eval.baselines_split)
+            fitted_on = LOADERS[run.config.data.source](run.config.data, run.config.eval.baselines_split)
             measured |= suite.floors(fitted_on)
         measured |= suite.gates(run.config.eval)
         described = {

@@ -88,7 +88,7 @@ def _placement(train: TrainConfig, mesh: Mesh) -> dict[str, Any]:
         "unroll": train.unroll_layers,
         "text_capacity": train.text_capacity,
         "text_groups": sharding.batch_shards(mesh),
-        "rows": sharding.batch_sharding(mesh),
+        "batch_sharding": sharding.batch_sharding(mesh),
     }
 
 
@@ -99,7 +99,8 @@ def make_teacher(architecture: Architecture, params: Params, config: Config, mes
       ValueError: if `mesh.tensor` does not divide the model.
     """
     model = make_model(architecture, config.preprocess, **_placement(config.train, mesh))
-    return Teacher(model, jax.jit(lambda x: x, out_shardings=sharding.param_shardings(params, mesh))(params))
+    shardings = sharding.param_shardings(params, mesh, architecture)
+    return Teacher(model, jax.jit(lambda x: x, out_shardings=shardings)(params))
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation, config: OptimConfig) -> TrainState:
@@ -121,7 +122,7 @@ def abstract_state(
       ValueError: if `mesh.tensor` does not divide the model.
     """
     shapes = jax.eval_shape(lambda key: init_state(model.init(key), optimizer, config.optim), jax.random.key(0))
-    placed = sharding.state_shardings(shapes, mesh, shard_moments=config.optim.shard_moments)
+    placed = sharding.state_shardings(shapes, mesh, config.model, shard_moments=config.optim.shard_moments)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed)
 
 
@@ -135,7 +136,7 @@ def make_train_step(
     """Return the compiled step: (state, batch) -> (state, metrics). The state is donated, and stays where it lies.
 
     Metrics are float32 scalars, equal on every device: loss, the loss's own, logit_scale, grad_norm, skipped,
-    consecutive_skipped_steps; text/filled and text/in_rows where captions are packed; those of `losses.distillation`
+    consecutive_skipped_steps; text/filled and text/padded where captions are packed; those of `losses.distillation`
     where there is a teacher, whose part `loss` includes.
     """
     gradient = make_gradient(model, config, mesh, teacher and teacher.model)

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from clip_jax.config import DataConfig
-from clip_jax.data.sources import emoji
+from clip_jax.evals.datasets import LOADERS
 from clip_jax.evals.datasets.webdataset import IMAGE_SUFFIXES, FileRanges, class_names, fingerprint, webdataset
 from clip_jax.typing import Cue, DatasetSplit, Unavailable
 
@@ -348,7 +348,7 @@ def _mnist(split: str) -> Parts:
 def _emoji_categories(split: str) -> Parts:
     """Emoji that training leaves out, by category; a class is called by the first of the category's wordings."""
     try:
-        found = emoji.eval_set(DataConfig(), "categories")
+        found = LOADERS["emoji"](DataConfig(), "categories")
     except ValueError as error:  # the packages that draw them are missing, and it says which
         raise Unavailable(f"'emoji_categories' can't be drawn: {error}") from error
     return list(found.images), found.targets, tuple(wordings[0] for wordings in found.texts)
