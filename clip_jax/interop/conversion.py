@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from clip_jax.config import Architecture
-from clip_jax.interop.name_tables import SourceTensor, Table
+from clip_jax.interop.name_tables import Table, Tensor
 from clip_jax.models import make_model
 from clip_jax.typing import Params
 
@@ -127,7 +127,7 @@ def parameter_shapes(model: Architecture) -> dict[str, tuple[tuple[int, ...], in
     return found
 
 
-def tensor_shape(path: str, shape: tuple[int, ...], source: SourceTensor) -> tuple[int, ...]:
+def tensor_shape(path: str, shape: tuple[int, ...], source: Tensor) -> tuple[int, ...]:
     """Return the shape of the tensor that stores a parameter of `shape` (per layer)."""
     if source.transposed and len(shape) == 4:
         height, width, inputs, outputs = shape
@@ -144,11 +144,11 @@ def tensor_shape(path: str, shape: tuple[int, ...], source: SourceTensor) -> tup
     return (1,) * source.leading_axes + shape
 
 
-def _tensor_name(source: SourceTensor, layer: int | None) -> str:
+def _tensor_name(source: Tensor, layer: int | None) -> str:
     return source.name if layer is None else source.name.format(layer + source.first_layer)
 
 
-def _chunk(tensor: np.ndarray, source: SourceTensor) -> np.ndarray:
+def _chunk(tensor: np.ndarray, source: Tensor) -> np.ndarray:
     number, chunks = source.chunk
     rows = len(tensor) // chunks if chunks > 1 else 0
     return tensor[number * rows : (number + 1) * rows] if chunks > 1 else tensor

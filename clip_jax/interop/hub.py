@@ -35,7 +35,7 @@ def locate(path: str | os.PathLike[str]) -> pathlib.Path:
     """
     name = os.fspath(path)
     if "://" in name:
-        raise ValueError(f"{name}: expected a local path, got a URL; copy the file first, e.g. gcloud storage cp {name} .")
+        raise ValueError(f"{name}: expected a local path, got a URL; copy it first, e.g. gcloud storage cp {name} .")
     if name.startswith(HUB):
         return _download(name.removeprefix(HUB))
     local = pathlib.Path(name).expanduser()

@@ -45,13 +45,13 @@ def architecture(config: Mapping[str, Any], file: str) -> Architecture:
     Raises:
       ValueError: for another model type or an unsupported activation.
     """
-    kind = config.get("model_type")
-    if kind not in _FIXED:
-        raise ValueError(f"{file}: model_type: expected {' or '.join(map(repr, _FIXED))} for clip_jax, got {kind!r}")
-    defaults = (_CLIP_IMAGE, _CLIP_TEXT) if kind == "clip" else (_SIGLIP_IMAGE, _SIGLIP_TEXT)
+    family = config.get("model_type")
+    if family not in _FIXED:
+        raise ValueError(f"{file}: model_type: expected {' or '.join(map(repr, _FIXED))} for clip_jax, got {family!r}")
+    defaults = (_CLIP_IMAGE, _CLIP_TEXT) if family == "clip" else (_SIGLIP_IMAGE, _SIGLIP_TEXT)
     image = defaults[0] | dict(config.get("vision_config") or {})
     text = defaults[1] | dict(config.get("text_config") or {})
-    if kind == "clip":
+    if family == "clip":
         eos_id = text.get("eos_token_id", 49_407)
         eos_id = text["vocab_size"] - 1 if eos_id == 2 else eos_id
         embed_dim = config.get("projection_dim", 512)
@@ -60,10 +60,10 @@ def architecture(config: Mapping[str, Any], file: str) -> Architecture:
     sizes = {"image_size": image["image_size"], "patch_size": image["patch_size"]}
     tokens = {"vocab_size": text["vocab_size"], "length": text["max_position_embeddings"], "eos_id": eos_id}
     return Architecture(
-        ViT(**sizes, **_transformer(image, file), **_FIXED[kind][0]),
-        TextTransformer(**tokens, **_transformer(text, file), **_FIXED[kind][1]),
+        ViT(**sizes, **_transformer(image, file), **_FIXED[family][0]),
+        TextTransformer(**tokens, **_transformer(text, file), **_FIXED[family][1]),
         embed_dim,
-        logit_bias=kind == "siglip",
+        logit_bias=family == "siglip",
     )
 
 
@@ -111,16 +111,16 @@ def model_type(model: Architecture) -> str | None:
     towers = (model.image, model.text)
     if not (isinstance(model.image, ViT) and isinstance(model.text, TextTransformer)):
         return None
-    for kind, fixed in _FIXED.items():
+    for family, fixed in _FIXED.items():
         if all(vars(tower) | fields == vars(tower) for tower, fields in zip(towers, fixed, strict=True)):
-            return kind
+            return family
     return None
 
 
 def config(model: Architecture) -> dict[str, Any]:
     """Return the config.json of a model. Raises ValueError for a model that transformers does not have."""
-    image, text, kind = model.image, model.text, model_type(model)
-    if kind is None:
+    image, text, family = model.image, model.text, model_type(model)
+    if family is None:
         raise ValueError("transformers has no such model: its CLIPModel and SiglipModel are plain Vision Transformers")
     activations = {value: name for name, value in reversed(_ACTIVATIONS.items())}
 
@@ -136,13 +136,13 @@ def config(model: Architecture) -> dict[str, Any]:
 
     vision = transformer(image) | {"image_size": image.image_size, "patch_size": image.patch_size}
     words = transformer(text) | {"vocab_size": text.vocab_size, "max_position_embeddings": text.length}
-    if kind == "siglip":
+    if family == "siglip":
         words |= {"projection_size": model.embed_dim}
-        return {"model_type": kind, "architectures": ["SiglipModel"], "vision_config": vision, "text_config": words}
+        return {"model_type": family, "architectures": ["SiglipModel"], "vision_config": vision, "text_config": words}
     projection = {"projection_dim": model.embed_dim}
     words |= projection | {"bos_token_id": text.vocab_size - 2, "eos_token_id": text.eos_id}
     sections = {"vision_config": vision | projection, "text_config": words}
-    return {"model_type": kind, "architectures": ["CLIPModel"]} | projection | sections
+    return {"model_type": family, "architectures": ["CLIPModel"]} | projection | sections
 
 
 def preprocessor_config(spec: Preprocess, size: int, siglip: bool) -> dict[str, Any]:

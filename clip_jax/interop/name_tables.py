@@ -18,43 +18,35 @@ import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
-class SourceTensor:
+class Tensor:
     """The tensor of a file that stores a parameter."""
 
     name: str  # `{}` is the layer
     transposed: bool = False  # torch layout: matrix (out, in), convolution (out, in, height, width)
-    chunk: tuple[int, int] = (
-        0,
-        1,
-    )  # (i, n): chunk i of n along axis 0, e.g. of fused query, key, value
+    chunk: tuple[int, int] = (0, 1)  # (i, n): chunk i of n along axis 0, e.g. of fused query, key, value
     leading_axes: int = 0  # axes of length 1 before the parameter's
     first_layer: int = 0  # index of the first layer
     merged_heads: bool = False  # heads and head dimension in one axis, as in all transposed matrices
 
 
-Table = dict[str, SourceTensor]
+Table = dict[str, Tensor]
 
 
 def _norm(path: str, source: str, first: int = 0) -> Table:
-    return {
-        f"{path}/scale": SourceTensor(f"{source}.weight", first_layer=first),
-        f"{path}/bias": SourceTensor(f"{source}.bias", first_layer=first),
-    }
+    leaves = {"scale": "weight", "bias": "bias"}
+    return {f"{path}/{leaf}": Tensor(f"{source}.{name}", first_layer=first) for leaf, name in leaves.items()}
 
 
 def _batch_norm(path: str, source: str, first: int = 0) -> Table:
     stats = {"mean": "running_mean", "var": "running_var"}
-    running = {
-        f"batch_stats/{path}/{leaf}": SourceTensor(f"{source}.{name}", first_layer=first)
-        for leaf, name in stats.items()
-    }
-    return _norm(path, source, first) | running
+    leaves = {f"batch_stats/{path}/{leaf}": f"{source}.{name}" for leaf, name in stats.items()}
+    return _norm(path, source, first) | {leaf: Tensor(name, first_layer=first) for leaf, name in leaves.items()}
 
 
 def _dense(path: str, source: str, first: int = 0) -> Table:
     """Linear layer or convolution of torch."""
-    kernel = SourceTensor(f"{source}.weight", transposed=True, first_layer=first)
-    return {f"{path}/kernel": kernel, f"{path}/bias": SourceTensor(f"{source}.bias", first_layer=first)}
+    kernel = Tensor(f"{source}.weight", transposed=True, first_layer=first)
+    return {f"{path}/kernel": kernel, f"{path}/bias": Tensor(f"{source}.bias", first_layer=first)}
 
 
 def _fused(path: str, names: tuple[str, ...], source: str, separator: str = ".") -> Table:
@@ -62,13 +54,13 @@ def _fused(path: str, names: tuple[str, ...], source: str, separator: str = ".")
     table: Table = {}
     for number, name in enumerate(names):
         chunk = (number, len(names))
-        table[f"{path}/{name}/kernel"] = SourceTensor(f"{source}{separator}weight", transposed=True, chunk=chunk)
-        table[f"{path}/{name}/bias"] = SourceTensor(f"{source}{separator}bias", chunk=chunk)
+        table[f"{path}/{name}/kernel"] = Tensor(f"{source}{separator}weight", transposed=True, chunk=chunk)
+        table[f"{path}/{name}/bias"] = Tensor(f"{source}{separator}bias", chunk=chunk)
     return table
 
 
 _QKV = ("query", "key", "value")
-_SCALARS = {name: SourceTensor(name) for name in ("logit_scale", "logit_bias")}
+_SCALARS = {name: Tensor(name) for name in ("logit_scale", "logit_bias")}
 
 
 def _openai_blocks(tower: str, prefix: str) -> Table:
@@ -80,7 +72,7 @@ def _openai_blocks(tower: str, prefix: str) -> Table:
         | _norm(f"{path}/norm2", f"{source}.ln_2")
         | _dense(f"{path}/mlp/in", f"{source}.mlp.c_fc")
         | _dense(f"{path}/mlp/out", f"{source}.mlp.c_proj")
-        | {f"{path}/layer_scale{n}": SourceTensor(f"{source}.ls_{n}.gamma") for n in (1, 2)}
+        | {f"{path}/layer_scale{n}": Tensor(f"{source}.ls_{n}.gamma") for n in (1, 2)}
     )
 
 
@@ -94,7 +86,7 @@ def _bottleneck(path: str, source: str, first: int = 0) -> Table:
 
 
 def _openai_resnet() -> Table:
-    table: Table = {"image/pool/positional_embedding": SourceTensor("visual.attnpool.positional_embedding")}
+    table: Table = {"image/pool/positional_embedding": Tensor("visual.attnpool.positional_embedding")}
     for number in (1, 2, 3):
         table |= _dense(f"image/stem_conv{number}", f"visual.conv{number}")
         table |= _batch_norm(f"image/stem_norm{number}", f"visual.bn{number}")
@@ -107,8 +99,8 @@ def _openai_resnet() -> Table:
 
 
 _OPENAI_TEXT = (
-    {"text/token_embedding/embedding": SourceTensor("token_embedding.weight")}
-    | {"text/positional_embedding": SourceTensor("positional_embedding")}
+    {"text/token_embedding/embedding": Tensor("token_embedding.weight")}
+    | {"text/positional_embedding": Tensor("positional_embedding")}
     | _openai_blocks("text", "")
     | _norm("text/norm_final", "ln_final")
 )
@@ -117,13 +109,13 @@ _OPENAI_TEXT = (
 OPENAI: Table = (
     _SCALARS
     | _OPENAI_TEXT
-    | {"text/projection": SourceTensor("text_projection")}
-    | {"image/patch_embedding": SourceTensor("visual.conv1.weight", transposed=True)}
-    | {f"image/{name}": SourceTensor(f"visual.{name}") for name in ("class_embedding", "positional_embedding")}
+    | {"text/projection": Tensor("text_projection")}
+    | {"image/patch_embedding": Tensor("visual.conv1.weight", transposed=True)}
+    | {f"image/{name}": Tensor(f"visual.{name}") for name in ("class_embedding", "positional_embedding")}
     | _norm("image/norm_pre", "visual.ln_pre")
     | _openai_blocks("image", "visual.")
     | _norm("image/norm_post", "visual.ln_post")
-    | {"image/projection": SourceTensor("visual.proj")}
+    | {"image/projection": Tensor("visual.proj")}
     | _openai_resnet()
 )
 
@@ -131,9 +123,9 @@ OPENAI: Table = (
 def _timm_image() -> Table:
     path, block, pool = "image/transformer/blocks", "visual.trunk.blocks.{}", "visual.trunk.attn_pool"
     return (
-        {"image/patch_embedding": SourceTensor("visual.trunk.patch_embed.proj.weight", transposed=True)}
-        | {"image/patch_bias": SourceTensor("visual.trunk.patch_embed.proj.bias")}
-        | {"image/positional_embedding": SourceTensor("visual.trunk.pos_embed", leading_axes=1)}
+        {"image/patch_embedding": Tensor("visual.trunk.patch_embed.proj.weight", transposed=True)}
+        | {"image/patch_bias": Tensor("visual.trunk.patch_embed.proj.bias")}
+        | {"image/positional_embedding": Tensor("visual.trunk.pos_embed", leading_axes=1)}
         | _norm(f"{path}/norm1", f"{block}.norm1")
         | _fused(f"{path}/attention", _QKV, f"{block}.attn.qkv")
         | _dense(f"{path}/attention/out", f"{block}.attn.proj")
@@ -141,7 +133,7 @@ def _timm_image() -> Table:
         | _dense(f"{path}/mlp/in", f"{block}.mlp.fc1")
         | _dense(f"{path}/mlp/out", f"{block}.mlp.fc2")
         | _norm("image/norm_post", "visual.trunk.norm")
-        | {"image/pool/probe": SourceTensor(f"{pool}.latent", leading_axes=2)}
+        | {"image/pool/probe": Tensor(f"{pool}.latent", leading_axes=2)}
         | _dense("image/pool/query", f"{pool}.q")
         | _fused("image/pool", ("key", "value"), f"{pool}.kv")
         | _dense("image/pool/out", f"{pool}.proj")
@@ -155,8 +147,8 @@ def _timm_image() -> Table:
 OPEN_CLIP_SIGLIP: Table = (
     _SCALARS
     | {path: dataclasses.replace(tensor, name=f"text.{tensor.name}") for path, tensor in _OPENAI_TEXT.items()}
-    | {"text/projection": SourceTensor("text.text_projection.weight", transposed=True)}
-    | {"text/projection_bias": SourceTensor("text.text_projection.bias")}
+    | {"text/projection": Tensor("text.text_projection.weight", transposed=True)}
+    | {"text/projection_bias": Tensor("text.text_projection.bias")}
     | _timm_image()
 )
 
@@ -173,44 +165,44 @@ def _huggingface_tower(tower: str, source: str) -> Table:
         | _norm(f"{path}/norm2", f"{layer}.layer_norm2")
         | _dense(f"{path}/mlp/in", f"{layer}.mlp.fc1")
         | _dense(f"{path}/mlp/out", f"{layer}.mlp.fc2")
-        | {f"{tower}/positional_embedding": SourceTensor(f"{source}.embeddings.position_embedding.weight")}
+        | {f"{tower}/positional_embedding": Tensor(f"{source}.embeddings.position_embedding.weight")}
     )
 
 
 _HUGGINGFACE_TOWERS = (
     _huggingface_tower("image", "vision_model")
     | _huggingface_tower("text", "text_model")
-    | {"image/patch_embedding": SourceTensor("vision_model.embeddings.patch_embedding.weight", transposed=True)}
+    | {"image/patch_embedding": Tensor("vision_model.embeddings.patch_embedding.weight", transposed=True)}
     | _norm("image/norm_post", "vision_model.post_layernorm")
-    | {"text/token_embedding/embedding": SourceTensor("text_model.embeddings.token_embedding.weight")}
+    | {"text/token_embedding/embedding": Tensor("text_model.embeddings.token_embedding.weight")}
     | _norm("text/norm_final", "text_model.final_layer_norm")
 )
 
 HUGGINGFACE: Table = (
     _SCALARS
     | _HUGGINGFACE_TOWERS
-    | {"image/class_embedding": SourceTensor("vision_model.embeddings.class_embedding")}
+    | {"image/class_embedding": Tensor("vision_model.embeddings.class_embedding")}
     | _norm("image/norm_pre", "vision_model.pre_layrnorm")  # transformers' spelling
-    | {"image/projection": SourceTensor("visual_projection.weight", transposed=True)}
-    | {"text/projection": SourceTensor("text_projection.weight", transposed=True)}
+    | {"image/projection": Tensor("visual_projection.weight", transposed=True)}
+    | {"text/projection": Tensor("text_projection.weight", transposed=True)}
 )
 
 HUGGINGFACE_SIGLIP: Table = (
-    {name: SourceTensor(name, leading_axes=1) for name in _SCALARS}
+    {name: Tensor(name, leading_axes=1) for name in _SCALARS}
     | _HUGGINGFACE_TOWERS
-    | {"image/patch_bias": SourceTensor("vision_model.embeddings.patch_embedding.bias")}
-    | {"image/pool/probe": SourceTensor("vision_model.head.probe", leading_axes=2)}
+    | {"image/patch_bias": Tensor("vision_model.embeddings.patch_embedding.bias")}
+    | {"image/pool/probe": Tensor("vision_model.head.probe", leading_axes=2)}
     | _fused("image/pool", _QKV, "vision_model.head.attention.in_proj", "_")
     | _dense("image/pool/out", "vision_model.head.attention.out_proj")
     | _norm("image/pool/norm", "vision_model.head.layernorm")
     | _dense("image/pool/mlp/in", "vision_model.head.mlp.fc1")
     | _dense("image/pool/mlp/out", "vision_model.head.mlp.fc2")
-    | {"text/projection": SourceTensor("text_model.head.weight", transposed=True)}
-    | {"text/projection_bias": SourceTensor("text_model.head.bias")}
+    | {"text/projection": Tensor("text_model.head.weight", transposed=True)}
+    | {"text/projection_bias": Tensor("text_model.head.bias")}
 )
 
 
-def _in_flax(tensor: SourceTensor, path: str) -> SourceTensor:
+def _in_flax(tensor: Tensor, path: str) -> Tensor:
     leaf, name = path.rpartition("/")[2], tensor.name
     if name.endswith(".weight"):
         leaf = leaf if leaf in ("scale", "embedding") else "kernel"
@@ -224,7 +216,7 @@ HUGGINGFACE_FLAX: Table = {path: _in_flax(tensor, path) for path, tensor in HUGG
 
 
 def _unchanged(path: str, source: str, leaves: tuple[str, ...] = ("kernel", "bias")) -> Table:
-    return {f"{path}/{leaf}": SourceTensor(f"{source}/{leaf}") for leaf in leaves}
+    return {f"{path}/{leaf}": Tensor(f"{source}/{leaf}") for leaf in leaves}
 
 
 def _big_vision_tower(tower: str, source: str) -> Table:
@@ -248,20 +240,20 @@ def _big_vision() -> Table:
         table |= _unchanged(f"{pool}/{name}", f"{head}/MultiHeadDotProductAttention_0/{name}")
     return (
         table
-        | {"logit_scale": SourceTensor("t", leading_axes=1), "logit_bias": SourceTensor("b", leading_axes=1)}
-        | {"image/class_embedding": SourceTensor("img/cls", leading_axes=2)}  # LiT
-        | {"image/patch_embedding": SourceTensor("img/embedding/kernel")}
-        | {"image/patch_bias": SourceTensor("img/embedding/bias")}
-        | {"image/positional_embedding": SourceTensor("img/pos_embedding", leading_axes=1)}
-        | {"text/positional_embedding": SourceTensor("txt/pos_embedding", leading_axes=1)}
+        | {"logit_scale": Tensor("t", leading_axes=1), "logit_bias": Tensor("b", leading_axes=1)}
+        | {"image/class_embedding": Tensor("img/cls", leading_axes=2)}  # LiT
+        | {"image/patch_embedding": Tensor("img/embedding/kernel")}
+        | {"image/patch_bias": Tensor("img/embedding/bias")}
+        | {"image/positional_embedding": Tensor("img/pos_embedding", leading_axes=1)}
+        | {"text/positional_embedding": Tensor("txt/pos_embedding", leading_axes=1)}
         | _unchanged("image/norm_post", "img/Transformer/encoder_norm", norm)
-        | {f"{pool}/probe": SourceTensor(f"{head}/probe", leading_axes=2)}
+        | {f"{pool}/probe": Tensor(f"{head}/probe", leading_axes=2)}
         | _unchanged(f"{pool}/norm", f"{head}/LayerNorm_0", norm)
         | _unchanged(f"{pool}/mlp/in", f"{head}/MlpBlock_0/Dense_0")
         | _unchanged(f"{pool}/mlp/out", f"{head}/MlpBlock_0/Dense_1")
-        | {"text/token_embedding/embedding": SourceTensor("txt/Embed_0/embedding")}
+        | {"text/token_embedding/embedding": Tensor("txt/Embed_0/embedding")}
         | _unchanged("text/norm_final", "txt/Encoder_0/encoder_norm", norm)
-        | {"text/projection": SourceTensor("txt/head/kernel"), "text/projection_bias": SourceTensor("txt/head/bias")}
+        | {"text/projection": Tensor("txt/head/kernel"), "text/projection_bias": Tensor("txt/head/bias")}
     )
 
 

@@ -38,9 +38,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             said = peer_models.write(pathlib.Path(folder) / "weights", architecture, tiny_models.params(architecture))
             load = (
-                peer_models.load_transformers
-                if said["open_clip"].startswith("skipped")
-                else peer_models.load_open_clip
+                peer_models.load_transformers if said["open_clip"].startswith("skipped") else peer_models.load_open_clip
             )
             model = load(f"{folder}/weights")
         pixels, tokens = tiny_models.inputs(architecture)
