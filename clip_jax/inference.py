@@ -12,6 +12,7 @@ Source of the zero-shot classifier: Radford et al. 2021, section 3.1.4.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -51,8 +52,8 @@ class Clip:
           TypeError: for a single image instead of a sequence.
 
         >>> model = random_model("emoji")
-        >>> model.encode_image(np.zeros((2, 48, 48, 3), np.uint8)).shape
-        (2, 128)
+        >>> model.encode_image(np.zeros((1, 48, 48, 3), np.uint8)).shape
+        (1, 128)
         """
         size = self.config.model.image.image_size
 
@@ -97,9 +98,9 @@ class Clip:
           ValueError: for a template without `{}`.
 
         >>> model = random_model("emoji")
-        >>> probabilities = model.zero_shot(np.zeros((1, 48, 48, 3), np.uint8), ["dog", "cat", "owl"], ["a {}."])
+        >>> probabilities = model.zero_shot(np.zeros((1, 48, 48, 3), np.uint8), ["dog", "cat"], ["a {}."])
         >>> probabilities.shape, probabilities.sum().round(4).item()
-        ((1, 3), 1.0)
+        ((1, 2), 1.0)
         """
         templates = _as_list(templates, "template")
         for template in templates:
@@ -167,8 +168,8 @@ def load(
     >>> path = tempfile.mkdtemp() + "/params.msgpack"
     >>> random = random_model("emoji")
     >>> msgpack.write(path, random.params, random.config)
-    >>> load(path).encode_text(["a dog"]).shape
-    (1, 128)
+    >>> load(path).config.source
+    'random parameters, seed 0'
     """
     weights = reading.read(
         path,
@@ -183,6 +184,7 @@ def load(
     return _clip(config, _to_device(dict(params)), truncate)
 
 
+@functools.lru_cache(maxsize=1)
 def random_model(name: str, seed: int = 0) -> Clip:
     """Return a preset of `config.MODELS` with randomly initialized parameters, e.g. to test code without weights."""
     config = WeightsConfig(MODELS[name], source=f"random parameters, seed {seed}")
