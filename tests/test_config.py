@@ -1,6 +1,6 @@
-"""Configs: strict from the outside, checked number by number, and frozen as golden JSON.
+"""Configs: strict conversion, ranges of all numbers, golden JSON files.
 
-After a change that is meant to change a config: `python tests/test_config.py`; then read the diff of the JSON.
+After an intended change of a config, run `PYTHONPATH=. python tests/test_config.py` and review the diff of the JSON.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = ROOT / "tests/golden/configs"
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
-# Mappings have no keys of their own: one stands for all.
+# An example key for each mapping with free keys.
 EXAMPLE_KEYS = {
     "data.captions": "txt",
     "data.options": "examples",
@@ -95,7 +95,7 @@ def test_every_number_has_a_range_and_every_range_a_number():
     for kind, tower in TOWERS.items():
         part = "image" if issubclass(tower, c.ImageTower) else "text"
         keys = {n.key for n in NUMBERS if n.key.startswith(f"model.{part}.") and getattr(n.model, part).kind == kind}
-        assert keys == {f"model.{part}.{key}" for key in tower.ranges}
+        assert keys == {f"model.{part}.{key}" for key in tower.ranges()}
 
 
 @every_number
@@ -156,44 +156,44 @@ def test_error_has_the_key_and_a_suggestion(tree, message):
         c.from_config_dict(tree)
 
 
-def test_a_flag_cannot_add_a_key():
+def test_flags_cannot_add_a_key():
     with pytest.raises(AttributeError, match="batch_size"):
         c.default_config().train.batchsize = 8
 
 
-def test_an_unknown_model_names_the_nearest():
+def test_unknown_model_is_rejected_with_the_nearest_name():
     with pytest.raises(ValueError, match="unknown model 'vit_b23'; did you mean 'vit_b32'"):
         c.default_config("vit_b23")
 
 
-def test_an_unknown_name_of_a_registry_names_the_nearest():
+def test_name_that_is_not_registered_is_rejected_with_the_nearest_name():
     with pytest.raises(ValueError, match="loss.name='sofmax' is none of softmax, sigmoid; did you mean 'softmax'"):
         c.check_name("loss.name", "sofmax", {"softmax": None, "sigmoid": None})
 
 
-def test_an_integer_will_do_for_a_float():
+def test_integer_is_converted_to_float():
     rate = c.from_config_dict({"optim": {"learning_rate": 1}}).optim.learning_rate
     assert rate == 1.0
     assert isinstance(rate, float)
 
 
-def test_differences_are_named_by_dotted_key():
+def test_differences_have_dotted_keys():
     old, new = (c.from_config_dict({"train": {"seed": seed}}) for seed in (0, 1))
     assert c.differences(old, new) == {"train.seed": (0, 1)}
     assert c.differences(old, old) == {}
 
 
-# --------------------------------------------------------------------------------------------- the configs we ship
+# --------------------------------------------------------------------------------------------- the shipped configs
 
 
-def test_every_config_is_named_for_its_model_and_has_its_golden_file():
+def test_every_config_has_the_name_of_its_model_and_a_golden_file():
     assert set(CONFIGS) == {path.stem for path in GOLDEN.glob("*.json")}
     papers = {"rn50", "rn101", "rn50x4", "rn50x16", "rn50x64", "vit_b32", "vit_b16", "vit_l14", "vit_l14_336"}
     assert papers | {"siglip_b16", "emoji"} == set(CONFIGS) <= set(MODELS)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_config_is_its_golden_json_there_and_back(name):
+def test_config_equals_its_golden_json_in_both_directions(name):
     config = c.from_config_dict(load(name))
     golden = (GOLDEN / f"{name}.json").read_text()
     assert c.to_json(config) == golden
@@ -225,7 +225,7 @@ def test_config_resolves_and_is_locked(name):
         ("vit_l14_336", 12_207, 2e-5, 336),
     ],
 )
-def test_the_paper_s_recipe(name, steps, rate, size):
+def test_configs_have_the_papers_recipe(name, steps, rate, size):
     resolved = c.resolve(c.from_config_dict(load(name)), devices=256)
     config = resolved.config
     assert (resolved.total_steps, config.optim.learning_rate, config.train.batch_size) == (steps, rate, 32_768)
@@ -289,12 +289,12 @@ def resolve(devices=8, processes=1, examples=None, train=None, **rest):
         ),
     ],
 )
-def test_resolve_refuses_and_names_the_key(arguments, message):
+def test_resolve_rejects_inconsistent_configs_with_the_key(arguments, message):
     with pytest.raises(ValueError, match=message):
         resolve(**arguments)
 
 
-def test_the_batches_that_the_error_names_do_work():
+def test_batch_sizes_suggested_by_the_error_work():
     for batch in (992, 1024):
         assert resolve(devices=32, train={"batch_size": batch}).batch_per_device == batch // 32
 
@@ -307,7 +307,7 @@ def test_the_batches_that_the_error_names_do_work():
         ({"total_steps": 0, "total_epochs": 2.5}, 5000),
     ],
 )
-def test_length_is_the_same_in_steps_examples_and_epochs(train, steps):
+def test_duration_in_steps_examples_and_epochs_agrees(train, steps):
     assert resolve(train=train, examples=64 * 2000).total_steps == steps
 
 

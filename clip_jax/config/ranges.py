@@ -71,7 +71,9 @@ RANGES: dict[str, Range] = {
 def ranges_of(model: Architecture) -> dict[str, Range]:
     """Return the ranges by dotted key, including those of the model's towers."""
     towers = {"image": model.image, "text": model.text}
-    return RANGES | {f"model.{name}.{key}": row for name, tower in towers.items() for key, row in tower.ranges.items()}
+    return RANGES | {
+        f"model.{name}.{key}": row for name, tower in towers.items() for key, row in tower.ranges().items()
+    }
 
 
 def check(values: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import ClassVar
 
 import flax.linen as nn
@@ -15,6 +14,16 @@ from clip_jax.typing import ArrayLike
 
 Range = tuple[int | float, int | float]  # inclusive bounds of a number
 COUNT: Range = (1, 2**62)
+# By name of the field; all others are positive counts.
+RANGES: dict[str, Range] = {
+    "image_size": (1, 4096),
+    "patch_size": (1, 4096),
+    "length": (3, 2**20),
+    "eos_id": (0, 2**31 - 1),
+    "mlp_ratio": (0.01, 100.0),
+    "norm_epsilon": (1e-12, 1e-2),
+    "layer_scale": (0.0, 1.0),
+}
 
 
 class Tower:
@@ -30,14 +39,12 @@ class Tower:
       sharding_rules: (regular expression, mesh axes of the last dimensions) pairs; exactly one expression must match
         the whole path of each parameter. Leading dimensions and `None` are replicated. Axes are "fsdp" and "tensor".
       stacked: regular expression of the paths whose parameters have a leading axis of layers; by default none.
-      ranges: inclusive (low, high) bounds of the numeric fields.
     """
 
     kind: str
     width: int
     sharding_rules: ClassVar[Rules] = ()
     stacked: ClassVar[str] = r"(?!)"
-    ranges: ClassVar[Mapping[str, Range]] = {}
 
     def module(self, embed_dim: int, compute: Compute, patch_dropout: float = 0.0) -> nn.Module:
         """Return the linen module.
@@ -64,6 +71,13 @@ class Tower:
     def tiny(self) -> Tower:
         """Return a tower with the same structure and minimal sizes, for tests. Text towers keep their vocabulary."""
         raise NotImplementedError
+
+    @classmethod
+    def ranges(cls) -> dict[str, Range]:
+        """Return the inclusive bounds of all numeric fields, those of each element for tuples."""
+        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+        numeric = [n for n, x in defaults.items() if isinstance(x, (int, float, tuple)) and not isinstance(x, bool)]
+        return {name: RANGES.get(name, COUNT) for name in numeric}
 
     @property
     def description(self) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import flax.linen as nn
@@ -20,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from clip_jax.models.layers import NORM_RULES, Compute, LayerNorm, Rules
-from clip_jax.models.towers.base import COUNT, ImageTower, Range, check_multiple
+from clip_jax.models.towers.base import ImageTower, check_multiple
 
 # Contrast below this counts as noise; in standard deviations, because pixels are normalized.
 _MIN_CONTRAST = 1e-3
@@ -44,10 +43,6 @@ class EdgeNet(ImageTower):
         (r"(embedding|layer\d+|projection)/kernel", ("fsdp", None)),
         (r"(conv\d+|embedding|layer\d+)/bias", ()),
     )
-    ranges: ClassVar[Mapping[str, Range]] = {
-        "image_size": (1, 4096),
-        **dict.fromkeys(["orientations", "cell", "channels", "width", "layers"], COUNT),
-    }
 
     def module(self, embed_dim: int, compute: Compute, patch_dropout: float = 0.0) -> nn.Module:
         return EdgeNetEncoder(self, embed_dim, compute.dtype)

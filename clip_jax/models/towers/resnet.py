@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import flax.linen as nn
@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
 from clip_jax.models.layers import NORM_RULES, PROJECTION_RULES, Compute, Rules, project_heads, upcast
-from clip_jax.models.towers.base import COUNT, ImageTower, Range, check_heads, check_multiple
+from clip_jax.models.towers.base import ImageTower, check_heads, check_multiple
 
 EXPANSION = 4  # output width of a bottleneck / its inner width
 
@@ -44,10 +44,6 @@ class ResNet(ImageTower):
         (r"pool/projection/kernel", ("fsdp", None)),
         (r"pool/(positional_embedding|projection/bias)", ()),
     )
-    ranges: ClassVar[Mapping[str, Range]] = {
-        "image_size": (1, 4096),
-        **dict.fromkeys(["width", "layers", "heads"], COUNT),
-    }
 
     def module(self, embed_dim: int, compute: Compute, patch_dropout: float = 0.0) -> nn.Module:
         return ModifiedResNet(self, embed_dim, compute)

@@ -8,7 +8,6 @@ is not masked: in a causal tower it follows the end token and has no effect; Sig
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import flax.linen as nn
@@ -26,7 +25,7 @@ from clip_jax.models.layers import (
     post_attention_flops,
 )
 from clip_jax.models.packing import Stream
-from clip_jax.models.towers.base import COUNT, Range, TextTower, check_heads
+from clip_jax.models.towers.base import TextTower, check_heads
 from clip_jax.typing import ArrayLike
 
 
@@ -57,14 +56,6 @@ class TextTransformer(TextTower):
         (r"projection", ("fsdp", None)),
         (r"positional_embedding|projection_bias", ()),
     )
-    ranges: ClassVar[Mapping[str, Range]] = {
-        **dict.fromkeys(["vocab_size", "width", "layers", "heads"], COUNT),
-        "length": (3, 2**20),
-        "eos_id": (0, 2**31 - 1),
-        "mlp_ratio": (0.01, 100.0),
-        "norm_epsilon": (1e-12, 1e-2),
-        "layer_scale": (0.0, 1.0),
-    }
 
     def module(self, embed_dim: int, compute: Compute, patch_dropout: float = 0.0) -> nn.Module:
         return TextEncoder(self, embed_dim, compute)

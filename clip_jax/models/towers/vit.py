@@ -7,7 +7,6 @@ Sources: Dosovitskiy et al. 2020; Radford et al. 2021, section 2.4; openai/CLIP 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import flax.linen as nn
@@ -28,7 +27,7 @@ from clip_jax.models.layers import (
     post_attention_flops,
     project_heads,
 )
-from clip_jax.models.towers.base import COUNT, ImageTower, Range, check_heads, check_multiple
+from clip_jax.models.towers.base import ImageTower, check_heads, check_multiple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,14 +61,6 @@ class ViT(ImageTower):
         (r"projection", ("fsdp", None)),
         (r"patch_bias|class_embedding|positional_embedding|pool/probe", ()),
     )
-    ranges: ClassVar[Mapping[str, Range]] = {
-        "image_size": (1, 4096),
-        "patch_size": (1, 4096),
-        **dict.fromkeys(["width", "layers", "heads"], COUNT),
-        "mlp_ratio": (0.01, 100.0),
-        "norm_epsilon": (1e-12, 1e-2),
-        "layer_scale": (0.0, 1.0),
-    }
 
     def module(self, embed_dim: int, compute: Compute, patch_dropout: float = 0.0) -> nn.Module:
         return VisionTransformer(self, embed_dim, compute, patch_dropout)
