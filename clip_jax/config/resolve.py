@@ -48,8 +48,8 @@ def resolve(config: Config, *, devices: int, processes: int = 1, examples: int |
         )
     check(config.model)
     _check_optimizer(config.optim)
-    if config.loss.name == "sigmoid" and not config.model.logit_bias:
-        raise ValueError("loss.name='sigmoid' has a bias that the model lacks: set model.logit_bias=True")
+    if config.loss.needs_logit_bias and not config.model.logit_bias:
+        raise ValueError(f"loss.name={config.loss.name!r} has a bias that the model lacks: set model.logit_bias=True")
     _check_teacher(config.teacher)
     if config.train.patch_dropout and not config.model.image.supports_patch_dropout:
         raise ValueError(f"train.patch_dropout={config.train.patch_dropout} needs patches; set it to 0, or use a ViT")

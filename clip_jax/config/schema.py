@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Literal
 
+from clip_jax.losses import ContrastiveLoss, SoftmaxLoss
 from clip_jax.models.architecture import Architecture, Preprocess
 
 
@@ -76,18 +77,6 @@ class DataConfig:
     max_bad_fraction: float = 0.01  # bad records / records read; above it the run stops and lists some of them
     decode_threads: int = 0  # 0: one per core
     prefetch_batches: int = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class LossConfig:
-    """Training loss."""
-
-    name: str = "softmax"  # a name in clip_jax.losses.LOSSES
-    logit_scale_init: float = 1 / 0.07
-    logit_scale_max: float = 100.0
-    logit_bias_init: float = -10.0  # only for models with `logit_bias`
-    # How images of other pairs with the same tokens count. Class names and templates as captions often repeat.
-    equal_captions: Literal["negatives", "positives"] = "negatives"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +204,7 @@ class Config:
     tokenizer: TokenizerConfig = TokenizerConfig()
     preprocess: Preprocess = Preprocess()
     data: DataConfig = DataConfig()
-    loss: LossConfig = LossConfig()
+    loss: ContrastiveLoss = SoftmaxLoss()  # the class that LOSSES has for loss.name
     init: InitConfig = InitConfig()
     teacher: TeacherConfig = TeacherConfig()
     optim: OptimConfig = OptimConfig()
