@@ -86,7 +86,7 @@ def test_the_command_measures_every_checkpoint_and_tells_of_sets_that_failed(fin
     run(*flags, code=3, tiny=True)
     lines = [json.loads(line) for line in (tmp_path / "out/evaluations.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == STEPS and all("zeroshot/digits/top1" in line for line in lines)
-    assert "picture 1: " in report(tmp_path / "out")["run/failed.zeroshot/cifar10"]
+    assert "image 1: " in report(tmp_path / "out")["run/failed.zeroshot/cifar10"]
     run(*flags, tiny=True)  # all have been measured
     assert len((tmp_path / "out/evaluations.jsonl").read_text().splitlines()) == len(lines)
 

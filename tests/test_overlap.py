@@ -144,7 +144,7 @@ def test_pictures_with_too_little_in_them_are_reported_and_never_duplicates(capl
         distance, row = nearest_hash(hashes, [hashes])
     assert distance.tolist() == [65] * 4 + [0] and row.tolist() == [-1] * 4 + [4]
     assert "4 evaluation pictures and 4 of 5 training pictures have no hash" in caplog.text
-    with pytest.raises(ValueError, match="can't be decoded as a picture"):
+    with pytest.raises(ValueError, match="can't be decoded as an image"):
         perceptual_hash(b"no picture")
 
 
