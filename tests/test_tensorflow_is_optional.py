@@ -11,7 +11,7 @@ NEED_TENSORFLOW = {
     "clip_jax.evals.datasets.synthetic",
     "clip_jax.training.loop",
 }
-# Imports each module with TensorFlow blocked, and prints the names of those that fail.
+# Imports each module with TensorFlow blocked, and prints the names of the failing modules.
 IMPORT_ALL = """
 import importlib, sys
 from absl import flags

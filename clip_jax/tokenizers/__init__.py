@@ -44,8 +44,8 @@ def make_tokenizer(
     """Return the tokenizer of a text tower.
 
     >>> tokenizer = make_tokenizer(TokenizerConfig("clip_bpe"), TextTransformer(length=6))
-    >>> tokenizer(["a happy dog"])
-    array([[49406,   320,   900,  1929, 49407,     0]], dtype=int32)
+    >>> tokenizer(["a happy dog"]).tolist()
+    [[49406, 320, 900, 1929, 49407, 0]]
 
     Args:
       config: which tokenizer.

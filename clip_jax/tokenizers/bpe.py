@@ -64,9 +64,8 @@ class ClipBPE:
     `pad_id` is 0, which is also the token '!': locate the end of a text by `eos_id`, the greatest id, not by padding.
 
     >>> tokenizer = ClipBPE(length=8)
-    >>> tokenizer(["a happy dog", "!"])
-    array([[49406,   320,   900,  1929, 49407,     0,     0,     0],
-           [49406,   256, 49407,     0,     0,     0,     0,     0]], dtype=int32)
+    >>> tokenizer(["a happy dog", "dog"]).tolist()
+    [[49406, 320, 900, 1929, 49407, 0, 0, 0], [49406, 1929, 49407, 0, 0, 0, 0, 0]]
     """
 
     pad_id: int = 0

@@ -58,6 +58,11 @@ def config(request, tmp_path_factory):
         yield SOURCES[request.param].tiny_config(folder)
 
 
+@pytest.fixture(scope="module")
+def source(config):
+    return data.make_source(config)
+
+
 class CaptionLengths:
     """A tokenizer that encodes the length of a caption."""
 
