@@ -199,7 +199,7 @@ def test_globs_braces_and_lists_find_the_same_shards(tmp_path):
         tfrecord.write_tfrecord(tmp_path / f"{i:05d}.tfrecord", _records(2, 2 * i))
     paths = [f"{tmp_path}/{i:05d}.tfrecord" for i in range(3)]
     for files in (f"{tmp_path}/*.tfrecord", f"{tmp_path}/{{00000..00002}}.tfrecord", ", ".join(paths)):
-        assert tfrecord.expand(files) == paths
+        assert tfrecord.expand_files(files) == paths
 
 
 ERRORS = {
@@ -215,12 +215,12 @@ ERRORS = {
 @pytest.mark.parametrize("files", ERRORS)
 def test_wrong_files_are_errors_that_show_a_value(files):
     with pytest.raises(ValueError, match=ERRORS[files]):
-        tfrecord.source(DataConfig(files=files))
+        tfrecord.TFRecordSource.from_config(DataConfig(files=files))
 
 
 def test_a_remote_path_reads_the_same_records(shard):
     """TensorFlow's file:// goes the way of gs://."""
-    local, remote = _open(shard), _open(*tfrecord.expand(f"file://{shard.parent}/*.tfrecord"))
+    local, remote = _open(shard), _open(*tfrecord.expand_files(f"file://{shard.parent}/*.tfrecord"))
     assert _texts(remote) == _texts(local)
     assert remote.fingerprint() == local.fingerprint()
 

@@ -12,7 +12,7 @@ import pytest
 
 from clip_jax.config import MODELS, WeightsConfig
 from clip_jax.evals.datasets.registry import DATASETS
-from clip_jax.evals.report.files import check_same_weights, weights_name
+from clip_jax.evals.report.writing import check_same_weights, weights_name
 from clip_jax.interop import msgpack
 from tests import tiny_models
 from tests.evaluations import damage, picture, report, run, start, write_classes

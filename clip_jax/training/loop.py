@@ -26,8 +26,10 @@ from clip_jax.devices import distributed, sharding
 from clip_jax.devices.chips import chip_of
 from clip_jax.devices.distributed import Preempted, PreemptionMonitor
 from clip_jax.evals import benchmark
+from clip_jax.evals.datasets import LOADERS
 from clip_jax.evals.embed import CachedEmbedder, ModelEmbedder
-from clip_jax.evals.report.files import table, write_report
+from clip_jax.evals.report.tables import text_table
+from clip_jax.evals.report.writing import write_report
 from clip_jax.evals.suite import REGISTRY, Loader, Suite, load_suite
 from clip_jax.interop import positions, reading
 from clip_jax.interop.msgpack import write as write_weights
@@ -107,12 +109,12 @@ def train(config: Config, directory: str, export: str | None = None) -> bool:
 
 def _eval_sets(config: Config) -> dict[str, Loader]:
     """Return what loads a split of each source, the registry's sets among them."""
-    return data.EVAL_SETS | {REGISTRY: lambda _, name: benchmark.eval_set(name, config.eval.data_dir)}
+    return LOADERS | {REGISTRY: lambda _, name: benchmark.eval_set(name, config.eval.data_dir)}
 
 
 def prepare(config: Config, directory: epath.Path) -> Run:
     """Check everything that can be checked, on all hosts, before anything costs time."""
-    source = data.SOURCES[config.data.source](config.data)
+    source = data.make_source(config.data)
     tokenizer = make_tokenizer(config.tokenizer, config.model.text)
     resolved = resolve(config, devices=jax.device_count(), processes=jax.process_count(), examples=len(source))
     versions = provenance.versions()
@@ -360,17 +362,17 @@ def _finish(run: Run, checkpoints: Checkpoints, suite: Suite, export: str | None
     whole = sharding.gather(params, run.mesh) if export else None
     if distributed.is_main_process():
         if run.config.eval.baselines_split:
-            fitted_on = data.EVAL_SETS[run.config.data.source](run.config.data, run.config.eval.baselines_split)
-            measured |= suite.floors(fitted_on)
-        measured |= suite.gates(run.config.eval)
+            fitted_on = LOADERS[run.config.data.source](run.config.data, run.config.eval.baselines_split)
+            measured |= suite.baselines(fitted_on)
+        measured |= suite.thresholds(run.config.eval)
         described = {
             "attribution": suite.attribution,
             "config": dataclasses.asdict(run.config),
-            "versions": provenance.versions(),
+            "versions": workdir.versions(),
             "skipped": suite.skipped,
         }
         write_report(run.workdir, measured, metrics.read_lines(run.workdir), panels, described)
-        print(table(measured))
+        print(text_table(measured))
         for name, reason in suite.skipped.items():
             print(f"{name} is left out: {reason}")
         if export:

@@ -8,7 +8,7 @@ import pytest
 
 from clip_jax.evals import EVALUATORS
 from clip_jax.evals.embed import ModelEmbedder
-from clip_jax.evals.report.files import ATTRIBUTES
+from clip_jax.evals.report.writing import ATTRIBUTES
 from clip_jax.typing import EvalDataset
 
 CLASSES, PER_CLASS, WIDTH = 12, 5, 32
