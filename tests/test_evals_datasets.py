@@ -167,7 +167,7 @@ def test_cues_share_images(tmp_path):
     lines = [json.dumps(row) for row in CUES]
     found = read_folder(_write_cues(tmp_path, [lines[0], "", lines[1]]), "test")
     assert [_value(image) for image in found.images] == [2, 0, 1]  # in the order of their first use
-    assert [(cue.text, cue.candidates.tolist(), cue.right.tolist()) for cue in found.cues] == [
+    assert [(cue.text, cue.candidates.tolist(), cue.associated.tolist()) for cue in found.cues] == [
         ("wing", [0, 1], [False, True]),
         ("egg", [1, 2, 0], [False, True, True]),
     ]

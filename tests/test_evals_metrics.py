@@ -7,7 +7,7 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from clip_jax.evals import ranking
+from clip_jax.evals import metrics, ranking
 from clip_jax.evals.metrics import (
     METRICS,
     Predictions,

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from clip_jax.evals import ranking
-from clip_jax.evals.embed import embed_set
+from clip_jax.evals.embed import embed_dataset
 from clip_jax.evals.metrics import bootstrap_interval
 from clip_jax.evals.ranking import unit
-from clip_jax.evals.retrieval import chance_of_recall, retrieval
+from clip_jax.evals.retrieval import chance_recall, retrieval
 from clip_jax.typing import EvalDataset
 
 # Sums of the same few fractions in another order.
@@ -246,7 +246,7 @@ def test_one_broken_picture_of_several_leaves_the_others_to_find():
 @pytest.mark.parametrize("candidates, right, k", [(10, 1, 1), (10, 1, 5), (12, 3, 5), (12, 9, 5), (300, 40, 10)])
 def test_chance_is_hypergeometric(candidates, right, k):
     exact = 1 - Fraction(math.comb(candidates - right, k), math.comb(candidates, k))
-    assert chance_of_recall(candidates, np.array([right]), k) == pytest.approx(float(exact), abs=ROUNDING)
+    assert chance_recall(candidates, np.array([right]), k) == pytest.approx(float(exact), abs=ROUNDING)
 
 
 def test_chance_is_what_random_orders_reach():
@@ -277,7 +277,7 @@ def test_wordings_of_one_text_are_averaged_as_unit_vectors():
     texts = np.array([[9, 0, 0], [0, 1, 0], [0, 0, 1]], np.float32)  # the first is long: it must not weigh more
     images = np.array([[0.6, 0.8, 0], [0, 0, 1]], np.float32)
     pairs = EvalDataset("pairs", [b"0", b"1"], [("0", "1"), ("2",)], np.array([0, 1]))
-    _, averaged = embed_set(Given(images, texts), pairs)
+    _, averaged = embed_dataset(Given(images, texts), pairs)
     np.testing.assert_allclose(averaged, [[0.5**0.5, 0.5**0.5, 0], [0, 0, 1]], rtol=1e-6)
 
 

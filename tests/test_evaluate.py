@@ -15,7 +15,7 @@ from clip_jax.evals.datasets.registry import DATASETS
 from clip_jax.evals.report.writing import check_same_weights, weights_name
 from clip_jax.interop import msgpack
 from tests import tiny_models
-from tests.evaluations import damage, picture, report, run, start, write_classes
+from tests.evaluations import damage, png_image, report, run, start, write_classes
 
 ALONE = ("--suite=digits", "--tasks=zeroshot,linear_probe", "--cache_dir=")  # nothing is shared between runs
 
@@ -131,7 +131,7 @@ TEN = tuple(f"thing {class_id}" for class_id in range(10))
 def data(tmp_path):
     """Twelve pictures each of MNIST, CIFAR-10 and SVHN, as CLIP_benchmark stores them."""
     for first, name in enumerate(("mnist", "cifar10", "svhn")):
-        pictures = [picture(100 * first + row) for row in range(12)]
+        pictures = [png_image(100 * first + row) for row in range(12)]
         write_classes(tmp_path / "data" / DATASETS[name].folder, pictures, [row % 10 for row in range(12)], TEN)
     return tmp_path / "data"
 
@@ -139,7 +139,7 @@ def data(tmp_path):
 def test_a_damaged_set_is_listed_as_failed_and_the_others_are_measured(weights, data, tmp_path):
     folder = data / DATASETS["mnist"].folder
     shutil.rmtree(folder)
-    write_classes(folder, [picture(row) for row in range(4)], [0, 1, 2, 10], TEN)
+    write_classes(folder, [png_image(row) for row in range(4)], [0, 1, 2, 10], TEN)
     damage(data, "cifar10")
     flags = (f"--weights={weights}", f"--data_dir={data}", "--suite=mnist,cifar10,svhn,dtd", "--cache_dir=")
     out = tmp_path / "out"

@@ -11,7 +11,7 @@ from clip_jax.evals.analysis.robustness import SHIFTS
 from clip_jax.evals.datasets.registry import DATASETS, SUITES
 from clip_jax.interop import msgpack
 from tests import tiny_models
-from tests.evaluations import picture, report, run, write_classes, write_shards
+from tests.evaluations import png_image, report, run, write_classes, write_shards
 
 EXACT = 1e-12  # fractions of a few
 ROUNDED = 5e-5  # in the CSV
@@ -43,7 +43,7 @@ def evaluated(weights, data, out, *flags):
 def test_retrieval_of_tiny_flickr_and_coco(weights, model, tmp_path):
     expected = {}
     for first, (name, captions_each) in enumerate({"flickr30k": 2, "mscoco": 3}.items()):
-        pictures = [picture(1000 * first + row) for row in range(8)]
+        pictures = [png_image(1000 * first + row) for row in range(8)]
         captions = [[f"thing {row} from side {side} of {name}" for side in range(captions_each)] for row in range(8)]
         samples = [
             {"png": data, "txt": "\n".join(said).encode()} for data, said in zip(pictures, captions, strict=True)
@@ -69,7 +69,7 @@ def test_robustness_of_tiny_imagenets(weights, model, tmp_path):
     accuracies, right = {}, {"imagenet": 6, "imagenet_v2": 5, "imagenet_a": 1, "imagenet_r": 4, "objectnet": 2}
     for first, name in enumerate(SUITES["robustness"]):
         names = [f"{name} thing {class_id}" for class_id in range(DATASETS[name].classes)]
-        pictures = [picture(1000 * first + row) for row in range(8)]
+        pictures = [png_image(1000 * first + row) for row in range(8)]
         cosines_nQ = model.encode_image(pictures) @ model.encode_text([f"a photo of a {one}." for one in names]).T
         said_n = cosines_nQ.argmax(1)
         # As many are given the class that the model will say as the set is to have right.

@@ -16,7 +16,7 @@ from clip_jax.evals.datasets.registry import DATASETS
 from clip_jax.training import metrics
 from clip_jax.training.follow import follow
 from tests import runs
-from tests.evaluations import damage, picture, report, run, write_classes
+from tests.evaluations import damage, png_image, report, run, write_classes
 
 STEPS = [7, 14, 20]
 
@@ -80,7 +80,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_stays_where_it_is(copy):
 def test_the_command_measures_every_checkpoint_and_tells_of_sets_that_failed(finished, tmp_path):
     classes = tuple(f"thing {class_id}" for class_id in range(10))
     folder = tmp_path / "data" / DATASETS["cifar10"].folder
-    write_classes(folder, [picture(row) for row in range(10)], list(range(10)), classes)
+    write_classes(folder, [png_image(row) for row in range(10)], list(range(10)), classes)
     damage(tmp_path / "data", "cifar10")
     flags = (f"--follow={finished}", "--suite=digits,cifar10", f"--data_dir={tmp_path}/data", f"--out={tmp_path}/out")
     run(*flags, code=3, tiny=True)

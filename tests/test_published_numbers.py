@@ -16,7 +16,7 @@ from clip_jax.evals.datasets.registry import DATASETS, Published, published
 from clip_jax.evals.report.tables import headline
 from clip_jax.interop import msgpack
 from tests import tiny_models
-from tests.evaluations import picture, report, run, write_classes
+from tests.evaluations import png_image, report, run, write_classes
 
 # Points. Published ones were computed in float16, ours in float32: of pictures that are near ties some fall otherwise.
 HALF_PRECISION = 0.1
@@ -74,7 +74,7 @@ def test_the_comparison_sees_what_is_as_published_and_what_is_not(tmp_path):
     """The same comparison, of a set that tiny weights are asked here."""
     weights, names = tmp_path / "tiny.msgpack", [f"thing {class_id}" for class_id in range(10)]
     msgpack.write(weights, tiny_models.params(MODELS["emoji"]), WeightsConfig(MODELS["emoji"]))
-    pictures = [picture(row) for row in range(20)]
+    pictures = [png_image(row) for row in range(20)]
     write_classes(tmp_path / DATASETS["mnist"].folder, pictures, [row % 10 for row in range(20)], names)
     flags = ("--suite=mnist,cifar10", "--cache_dir=", f"--out={tmp_path / 'out'}")
     run(f"--weights={weights}", f"--data_dir={tmp_path}", *flags, tiny=True)

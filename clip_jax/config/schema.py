@@ -190,12 +190,11 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalTask:
-    """One evaluator on one set."""
+    """An evaluator and a dataset."""
 
-    evaluator: str = "retrieval"  # a name in clip_jax.evals.EVALUATORS
-    # A name in clip_jax.evals.datasets.LOADERS, or 'registry' with `split` a name in evals.datasets.registry.DATASETS.
-    source: str = "emoji"
-    split: str = "unseen_concepts"
+    evaluator: str = "retrieval"  # key of clip_jax.evals.EVALUATORS
+    dataset: str = "emoji_unseen_concepts"  # key of clip_jax.evals.datasets.registry.DATASETS
+    options: Mapping[str, object] = dataclasses.field(default_factory=dict)  # keyword arguments of the evaluator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +205,7 @@ class EvalConfig:
     batch_size: int = 512
     data_dir: str = ""  # where sets of the source 'registry' lie: webdataset folders, class folders, TFDS
     # A split of the training source: what is not learned, measured beside the model, is fitted on it. Empty: nothing.
-    baselines_split: str = ""
+    baselines_dataset: str = ""
     thresholds: Mapping[str, float] = dataclasses.field(
         default_factory=dict
     )  # what the report asks of a metric, by its key

@@ -151,7 +151,7 @@ def macro_f1(scored: Predictions) -> float:
     classes = scored.scores.shape[-1]
     hits_Q = np.bincount(scored.targets, weights=hits(scored), minlength=classes)
     there_Q = np.bincount(scored.targets, minlength=classes)
-    named_Q = np.bincount(scored.named, minlength=classes)
+    named_Q = np.bincount(scored.predicted, minlength=classes)
     present_Q = there_Q > 0
     return float(np.mean(2 * hits_Q[present_Q] / (there_Q + named_Q)[present_Q]))
 
@@ -350,20 +350,20 @@ def bootstrap_interval(
     return _percentiles(means / len(strata), level)
 
 
-def interval_of_mean(values_n: Float[np.ndarray, "n"] | Bool[np.ndarray, "n"]) -> Interval:
+def mean_interval(values_n: Float[np.ndarray, "n"] | Bool[np.ndarray, "n"]) -> Interval:
     """Return the bootstrap's interval of a mean of fractions, and the exact one where all are 0 or all are 1."""
     if values_n.min() == values_n.max() and values_n[0] in (0, 1):
         return exact_interval(int(values_n.sum()), len(values_n))
     return bootstrap_interval(values_n)
 
 
-def interval_of(name: str, scored: Predictions) -> Interval:
+def confidence_interval(name: str, scored: Predictions) -> Interval:
     """Return the interval of a metric of METRICS by the bootstrap, by the cheapest way that gives it."""
     if name in ("top1", "top5"):
-        return interval_of_mean(hits(scored, 1 if name == "top1" else 5))
+        return mean_interval(hits(scored, 1 if name == "top1" else 5))
     if name == "mean_per_class":
         right_n = hits(scored)
-        return bootstrap_interval(right_n, strata_n=scored.targets) if right_n.std() else interval_of_mean(right_n)
+        return bootstrap_interval(right_n, strata_n=scored.targets) if right_n.std() else mean_interval(right_n)
     return bootstrap_metric(METRICS[name], scored)
 
 

@@ -57,7 +57,7 @@ class Prompts:
     class_names: tuple[tuple[str, ...], ...]
     templates: tuple[str, ...]
 
-    def wordings(self) -> tuple[tuple[str, ...], ...]:
+    def texts(self) -> tuple[tuple[str, ...], ...]:
         """Return for every class each of its names in each template, as in `EvalDataset.texts`."""
         return tuple(
             tuple(template.replace(SLOT, name) for template, name in itertools.product(self.templates, names))

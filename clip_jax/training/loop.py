@@ -25,12 +25,11 @@ from clip_jax.config import Architecture, Config, Resolved, WeightsConfig, diffe
 from clip_jax.devices import distributed, sharding
 from clip_jax.devices.chips import chip_of
 from clip_jax.devices.distributed import Preempted, PreemptionMonitor
-from clip_jax.evals import benchmark
-from clip_jax.evals.datasets import LOADERS
 from clip_jax.evals.embed import CachedEmbedder, ModelEmbedder
+from clip_jax.evals.load import LoadOptions, load_dataset
 from clip_jax.evals.report.tables import text_table
 from clip_jax.evals.report.writing import write_report
-from clip_jax.evals.suite import REGISTRY, Loader, Suite, load_suite
+from clip_jax.evals.suite import Suite, load_suite
 from clip_jax.interop import positions, reading
 from clip_jax.interop.msgpack import write as write_weights
 from clip_jax.models import Model
@@ -98,18 +97,13 @@ def train(config: Config, directory: str, export: str | None = None) -> bool:
             keep_every_steps=config.checkpoint.keep_every_steps,
         )
         state = _first_or_saved_state(run, checkpoints)
-        suite = load_suite(config.eval, config.data, _eval_sets(config))
+        suite = load_suite(config.eval, config.data)
         _steps(run, state, checkpoints, suite)
         _finish(run, checkpoints, suite, export)
     except Preempted:
         return False
     checkpoints.close()
     return True
-
-
-def _eval_sets(config: Config) -> dict[str, Loader]:
-    """Return what loads a split of each source, the registry's sets among them."""
-    return LOADERS | {REGISTRY: lambda _, name: benchmark.eval_set(name, config.eval.data_dir)}
 
 
 def prepare(config: Config, directory: epath.Path) -> Run:
@@ -360,10 +354,11 @@ def _finish(run: Run, checkpoints: Checkpoints, suite: Suite, export: str | None
     measured = suite.evaluate(embedder)
     panels = suite.panels(embedder)
     whole = sharding.gather(params, run.mesh) if export else None
+    if fit_to := run.config.eval.baselines_dataset:  # loading is a collective
+        fit_to = load_dataset(fit_to, LoadOptions(run.config.eval.data_dir, data=run.config.data))
     if distributed.is_main_process():
-        if run.config.eval.baselines_split:
-            fitted_on = LOADERS[run.config.data.source](run.config.data, run.config.eval.baselines_split)
-            measured |= suite.baselines(fitted_on)
+        if fit_to:
+            measured |= suite.baselines(fit_to)
         measured |= suite.thresholds(run.config.eval)
         described = {
             "attribution": suite.attribution,
@@ -395,6 +390,7 @@ def _embedder(run: Run, params: Params) -> ModelEmbedder:
         put=functools.partial(sharding.to_global, mesh=run.mesh),
         out_sharding=sharding.replicated(run.mesh),
         on_batch=run.preemption.check,
+        image_features=run.model.image_features,
     )
 
 
