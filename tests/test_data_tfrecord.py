@@ -203,7 +203,7 @@ def test_globs_braces_and_lists_find_the_same_shards(tmp_path):
 
 
 ERRORS = {
-    "": "data.files names, e.g. '/data/cc3m/",
+    "": "data.files, which is empty; give e.g. '/data/cc3m/",
     "/nowhere/*.tfrecord": "'/nowhere/\\*.tfrecord' matches no file.*a.tfrecord,b.tfrecord",
     "/nowhere/a.tfrecord": "'/nowhere/a.tfrecord' does not exist.*\\*.tfrecord",
     "/nowhere/{00..01}.tfrecord": "'/nowhere/00.tfrecord' does not exist",

@@ -2,7 +2,7 @@
 
 import math
 import re
-import xml.etree.ET as ET
+import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def test_ticks_are_round_and_enclose_the_values(low, high):
     assert float(f"{steps[0]:.2g}") == pytest.approx(steps[0])
 
 
-def test_tick_labels_are_short():
+def test_ticks_are_formatted_short():
     assert [format_tick(x) for x in (0, 0.25, 3e-5, 1500, 20_000, 1.5e6)] == [
         "0",
         "0.25",
@@ -109,8 +109,8 @@ def test_tooltips_have_the_effective_robustness():
 
 def scale(root, axis):
     """Return the values of the ticks, in logits, and their pixels."""
-    labels = find_by_class(root, "text", axis)
-    return logit([float(e.text) / 100 for e in labels]), np.array([float(e.get(axis)) for e in labels])
+    texts = find_by_class(root, "text", axis)
+    return logit([float(e.text) / 100 for e in texts]), np.array([float(e.get(axis)) for e in texts])
 
 
 def test_axes_are_monotone_and_linear_in_logits():

@@ -93,9 +93,9 @@ def test_missing_shifts_are_an_error():
 @pytest.mark.parametrize(
     ("points", "message"),
     [
-        ([], "two models of different accuracy"),
-        ([(0.5, 0.4)], "two models of different accuracy"),
-        ([(0.5, 0.4), (0.5, 0.3)], "two models of different accuracy"),
+        ([], "two models of different ImageNet accuracy"),
+        ([(0.5, 0.4)], "two models of different ImageNet accuracy"),
+        ([(0.5, 0.4), (0.5, 0.3)], "two models of different ImageNet accuracy"),
         ([(0.5, 0.4), (0.6, 0)], r"accuracy 0 has no logit.*\(correct \+ 0.5\)"),
         ([(0.5, 0.4), (1, 0.9)], "accuracy 1 has no logit"),
         ([(50, 40), (60, 50)], "expected a fraction from 0 to 1, got 50; 50 % is 0.5"),

@@ -102,31 +102,31 @@ def test_other_datasets_follow_with_their_main_metric_only():
 def test_the_model_card_has_all_metrics_their_setup_and_missing_datasets(monkeypatch):
     architecture = MODELS["emoji"]
     row = dataclasses.replace(ROW, name="cifar10")
-    outcome = evaluate(monkeypatch, WrongInThirds(), row, ("zeroshot", *PROBES), architecture="vit_b32")
-    outcome = EvalReport(
-        outcome.metrics,
-        outcome.descriptions,
+    report = evaluate(monkeypatch, WrongInThirds(), row, ("zeroshot", *PROBES), architecture="vit_b32")
+    report = EvalReport(
+        report.metrics,
+        report.descriptions,
         {},
         {"zeroshot/pets": "not on this machine"},
         {"zeroshot/dtd": "0.tar ends"},
     )
-    facts = {"name": "mine", "architecture": "emoji", "parameters": 3_497_567}
-    card = model_card(facts, outcome, WeightsConfig(architecture))
+    run = {"name": "mine", "architecture": "emoji", "parameters": 3_497_567}
+    card = model_card(run, report, WeightsConfig(architecture))
     assert card.startswith("---\n") and "# mine\n" in card and "3,497,567 parameters" in card
     rows = {
         cells[0]: cells[1:]
         for line in card.splitlines()
-        if (cells := line.strip("| ").split(" | "))[0] in outcome.metrics
+        if (cells := line.strip("| ").split(" | "))[0] in report.metrics
     }
     attributes = ("candidates", "chance", "majority_class", "ci_low", "ci_high", "min", "max", "published")
-    numbers = {key for key in outcome.metrics if key.rpartition("/")[2] not in attributes}
+    numbers = {key for key in report.metrics if key.rpartition("/")[2] not in attributes}
     assert set(rows) == numbers and {"zeroshot/cifar10/top1", "few_shot/cifar10/1_shot"} <= numbers
     for key, (value, interval, *_) in rows.items():
-        assert value == f"{outcome.metrics[key]:.3f}"
+        assert value == f"{report.metrics[key]:.3f}"
         ends = ("min", "max") if key.startswith("few_shot") else ("ci_low", "ci_high")
-        low, high = (outcome.metrics[f"{key}/{end}"] for end in ends)
+        low, high = (report.metrics[f"{key}/{end}"] for end in ends)
         assert interval.rstrip(" |") == f"{low:.3f} to {high:.3f}"
-    assert rows["zeroshot/cifar10/top1"][2].strip(" |") == f"{outcome.metrics['zeroshot/cifar10/top1/published']:.3f}"
-    for key, said in itertools.chain(outcome.descriptions.items(), outcome.skipped.items()):
-        assert f"- {key}: {said}" in card
+    assert rows["zeroshot/cifar10/top1"][2].strip(" |") == f"{report.metrics['zeroshot/cifar10/top1/published']:.3f}"
+    for key, setup in itertools.chain(report.descriptions.items(), report.skipped.items()):
+        assert f"- {key}: {setup}" in card
     assert "- zeroshot/dtd: failed: 0.tar ends" in card

@@ -146,7 +146,7 @@ def test_multilabel_targets(tmp_path):
     assert found.metadata is None
 
 
-def test_captions_are_the_lines_of_txt_members(tmp_path):
+def test_captions_are_the_lines_of_text_members(tmp_path):
     members = [("0.webp", _image(0, "WEBP")), ("0.txt", "ein Bär\n\n a bear \r\n".encode())]
     members += [("1.webp", _image(1, "WEBP")), ("1.txt", b"a cat"), ("1.npy", b"not read")]
     found = read_webdataset(_write(tmp_path, [members], dataset_type="Retrieval"), "test")
@@ -257,7 +257,7 @@ def test_missing_and_unexpected_shards_are_reported(tmp_path, present, expected,
         read_webdataset(tmp_path, "test")
 
 
-def test_nshards_txt_is_optional(stored):
+def test_the_number_of_shards_is_optional(stored):
     (stored / "test" / "nshards.txt").unlink()
     assert len(read_webdataset(stored, "test").images) == 5
 

@@ -82,7 +82,12 @@ def test_the_command_measures_every_checkpoint_and_tells_of_sets_that_failed(fin
     folder = tmp_path / "data" / DATASETS["cifar10"].folder
     write_classes(folder, [png_image(row) for row in range(10)], list(range(10)), classes)
     damage(tmp_path / "data", "cifar10")
-    flags = (f"--follow={finished}", "--suite=digits,cifar10", f"--data_dir={tmp_path}/data", f"--out={tmp_path}/out")
+    flags = (
+        f"--follow={finished}",
+        "--datasets=digits,cifar10",
+        f"--data_dir={tmp_path}/data",
+        f"--out={tmp_path}/out",
+    )
     run(*flags, code=3, tiny=True)
     lines = [json.loads(line) for line in (tmp_path / "out/evaluations.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == STEPS and all("zeroshot/digits/top1" in line for line in lines)

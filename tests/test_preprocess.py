@@ -25,11 +25,11 @@ GOLDEN_SIZE, GOLDEN_MODES = 20, ("RGB", "L", "P", "1", "RGBA", "LA", "CMYK")
 GOLDEN_SIZES = [(50, 31), (31, 50), (17, 17), (20, 23), (41, 40), (90, 20), (12, 9)]
 
 
-def picture(width, height, mode="RGB", seed=0):
+def png_image(width, height, mode="RGB", seed=0):
     """Noise on a gradient: every pixel matters, and clipping occurs on both ends."""
     rng = np.random.default_rng([seed, width, height])
     if mode in ("P", "1"):
-        return picture(width, height, "RGB", seed).convert(mode)
+        return png_image(width, height, "RGB", seed).convert(mode)
     channels = {"L": 1, "RGB": 3, "RGBA": 4, "LA": 2, "CMYK": 4}[mode]
     ramp = np.linspace(-60, 315, width)[None, :, None]
     pixels = np.clip(ramp + rng.normal(0, 60, (height, width, channels)), 0, 255).astype(np.uint8)
@@ -104,37 +104,37 @@ def test_pixels_are_open_clip_s_and_transformers(like):
     """Recorded from their own code; the pictures follow from seeds."""
     golden = np.load(pathlib.Path(__file__).parent / "golden/pixels.npz")
     for mode, (width, height) in itertools.product(GOLDEN_MODES, GOLDEN_SIZES):
-        found = preprocess(picture(width, height, mode), GOLDEN_SIZE, Preprocess(implementation=like))
+        found = preprocess(png_image(width, height, mode), GOLDEN_SIZE, Preprocess(implementation=like))
         np.testing.assert_array_equal(found, golden[f"{like}/{mode}/{width}x{height}"], err_msg=f"{mode} {width}")
 
 
 @pytest.mark.parametrize(("size", "dimensions"), list(itertools.product([48, 224], SIZES)))
 def test_rgb_equals_the_pipeline_written_out_in_numpy(size, dimensions):
-    image = picture(*dimensions)
+    image = png_image(*dimensions)
     np.testing.assert_array_equal(preprocess(image, size, OPENAI), reference(np.array(image), size))
 
 
 def test_many_random_sizes_equal_the_pipeline_written_out_in_numpy():
     rng = np.random.default_rng(0)
     for width, height, size in rng.integers([5, 5, 8], [300, 300, 80], (40, 3)).tolist():
-        image = picture(width, height)
+        image = png_image(width, height)
         np.testing.assert_array_equal(preprocess(image, size, OPENAI), reference(np.array(image), size))
 
 
 def test_bilinear_equals_the_pipeline_written_out_in_numpy():
-    image = picture(161, 90)
+    image = png_image(161, 90)
     got = preprocess(image, 48, Preprocess(interpolation="bilinear"))
     np.testing.assert_array_equal(got, reference(np.array(image), 48, triangle, 1.0))
 
 
 def test_grey_is_resized_as_grey_and_then_repeated():
-    image = picture(161, 90, "L")
+    image = png_image(161, 90, "L")
     expected = np.repeat(reference(np.array(image)[..., None], 48), 3, axis=2)
     np.testing.assert_array_equal(preprocess(image, 48, OPENAI), expected)
 
 
 def test_cmyk_is_resized_before_it_becomes_rgb():
-    image = picture(161, 90, "CMYK")
+    image = png_image(161, 90, "CMYK")
     resized = Image.frombytes("CMYK", (48, 48), reference(np.array(image), 48).tobytes())
     np.testing.assert_array_equal(preprocess(image, 48, OPENAI), np.array(resized.convert("RGB")))
     assert (preprocess(image, 48, OPENAI) != preprocess(image.convert("RGB"), 48, OPENAI)).any()
@@ -142,7 +142,7 @@ def test_cmyk_is_resized_before_it_becomes_rgb():
 
 @pytest.mark.parametrize("mode", ["P", "1"])
 def test_palette_and_one_bit_pictures_are_resized_to_the_nearest_pixel(mode):
-    image = picture(161, 90).convert(mode)
+    image = png_image(161, 90).convert(mode)
     pixels = np.array(image.convert("RGB"))
     rows = ((np.arange(48) + 0.5) * 90 / 48).astype(int)
     columns = ((np.arange(85) + 0.5) * 161 / 85).astype(int)  # 48 · 161 / 90 = 85.9
@@ -157,7 +157,7 @@ def test_the_crops_margin_is_rounded_half_to_even():
 
 
 def test_exif_orientation_is_not_applied():
-    image = picture(60, 40)
+    image = png_image(60, 40)
     exif = Image.Exif()
     exif[0x0112] = 6
     rotated = encoded(image, "JPEG", exif=exif, quality=95)
@@ -178,7 +178,7 @@ def test_transparent_pictures_are_composited_on_white():
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
 def test_an_opaque_alpha_channel_changes_nothing(mode):
-    opaque = picture(161, 90, "L" if mode == "LA" else "RGB")
+    opaque = png_image(161, 90, "L" if mode == "LA" else "RGB")
     if mode == "PA":
         opaque = opaque.convert("P")
     with_alpha = opaque.convert(mode)
@@ -209,13 +209,13 @@ def test_sixteen_bit_grey_keeps_its_high_byte(order):
 
 
 def test_squash_resizes_both_sides_and_crops_nothing():
-    image = picture(161, 90)
+    image = png_image(161, 90)
     expected = resize(np.array(image), 48, 48)
     np.testing.assert_array_equal(preprocess(image, 48, Preprocess(resize="squash")), expected)
 
 
 def test_image_array_bytes_and_path_give_the_same_pixels(tmp_path):
-    image = picture(61, 40)
+    image = png_image(61, 40)
     (tmp_path / "picture.png").write_bytes(encoded(image))
     expected = preprocess(image, 32, OPENAI)
     for same in (np.array(image), encoded(image), tmp_path / "picture.png", str(tmp_path / "picture.png")):
@@ -224,20 +224,20 @@ def test_image_array_bytes_and_path_give_the_same_pixels(tmp_path):
 
 @pytest.mark.parametrize("format", ["JPEG", "WEBP", "GIF", "BMP"])
 def test_other_formats_are_decoded_by_pillow(format):
-    data = encoded(picture(61, 40), format)
+    data = encoded(png_image(61, 40), format)
     expected = preprocess(Image.open(io.BytesIO(data)), 32, OPENAI)
     np.testing.assert_array_equal(preprocess(data, 32, OPENAI), expected)
 
 
 def test_the_picture_given_is_not_changed():
-    image = picture(61, 40, "RGBA")
+    image = png_image(61, 40, "RGBA")
     before = image.tobytes()
     preprocess(image, 32, OPENAI)
     assert image.tobytes() == before and image.mode == "RGBA"
 
 
 def test_preprocess_many_equals_one_by_one_in_order():
-    images = [picture(60 + i, 40, seed=i) for i in range(9)]
+    images = [png_image(60 + i, 40, seed=i) for i in range(9)]
     expected = np.stack([preprocess(image, 32, OPENAI) for image in images])
     for threads in (0, 1, 4):
         np.testing.assert_array_equal(preprocess_many(images, 32, OPENAI, threads), expected)
@@ -248,15 +248,15 @@ def test_preprocess_many_equals_one_by_one_in_order():
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
 def test_truncated_pictures_are_refused(format, kept):
     with pytest.raises(ValueError, match=f"^{kept} bytes: this can't be decoded as a picture"):
-        preprocess(encoded(picture(100, 100), format)[:kept], 32, OPENAI)
+        preprocess(encoded(png_image(100, 100), format)[:kept], 32, OPENAI)
 
 
 def test_errors_name_the_picture(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"nonsense")
     with pytest.raises(ValueError, match=r"picture 1: .*broken\.png: this can't be decoded"):
-        preprocess_many([picture(9, 9), str(tmp_path / "broken.png")], 32, OPENAI)
+        preprocess_many([png_image(9, 9), str(tmp_path / "broken.png")], 32, OPENAI)
     with pytest.raises(ValueError, match="picture 65: .*this can't be decoded"):
-        preprocess_many([picture(9, 9), b"nonsense"], 32, OPENAI, first=64)
+        preprocess_many([png_image(9, 9), b"nonsense"], 32, OPENAI, first=64)
     with pytest.raises(FileNotFoundError):
         preprocess("/nowhere.png", 32, OPENAI)
 

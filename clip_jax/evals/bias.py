@@ -28,8 +28,8 @@ def bias(
       categories: class names that are counted together, by name, e.g. {"crime": ["thief", "criminal"]}.
 
     Returns:
-      `bias/<dataset>/<group>/accuracy` with `/candidates` and `/chance`, and for `accuracy` and each category `bias/<dataset>/<category>_difference`
-      and `…_p_corrected`; the detail is a table with one row per group.
+      `bias/<dataset>/<group>/accuracy` with `/candidates` and `/chance`, and for `accuracy` and each category
+      `bias/<dataset>/<category>_difference` and `…_p_corrected`. The detail is a table with one row per group.
 
     Raises:
       Unavailable: without groups or class names, for another number of groups than images, and for unknown classes.

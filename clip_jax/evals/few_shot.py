@@ -1,7 +1,7 @@
 """Few-shot linear probes with 1, 2, 4, 8 and 16 examples per class (Radford et al. 2021, section 3.1, figure 6).
 
-Draws are nested: with the same seed, the two examples of a class contain the one. Deviation: the paper does not say how
-it selected l2; here each draw searches l2 on the validation split (see `linear_probe`), which it is not fitted to.
+Draws are nested: with the same seed, the two examples of a class contain the one. Deviation: the paper
+does not report how it selected l2; here each draw searches l2 on the validation split, without fitting to it.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def draw(
       fewer: whether smaller classes contribute all of their examples; otherwise they are a ValueError.
 
     >>> draw(np.array([0, 1, 0, 1]), classes=2, shots=2, seed=0).tolist()
-    [2, 0, 3, 1]
+    [0, 2, 1, 3]
     """
     drawn = []
     for class_id in range(classes):

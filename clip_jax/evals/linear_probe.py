@@ -145,6 +145,10 @@ def fit(
       tolerance: distance from the optimum in nats per example, about. At most 1000 steps are taken.
 
     Raises ValueError for features that are not finite, targets out of range, no examples, and l2 ≤ 0.
+
+    >>> x = np.array([[0.0], [0.1], [0.9], [1.0]])
+    >>> fit(x, np.array([0, 0, 1, 1]), classes=2, l2=0.1).scores(x).argmax(1).tolist()
+    [0, 0, 1, 1]
     """
     if not 0 < l2 < np.inf:
         raise ValueError(

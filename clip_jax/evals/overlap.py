@@ -31,7 +31,8 @@ def overlap(
       tests: number of datasets for Bonferroni's correction.
 
     Returns:
-      `overlap/<dataset>/<one of METRICS>`, for accuracy `/candidates` and `/chance`; the detail is the `analysis.overlap.Overlap`.
+      `overlap/<dataset>/<one of METRICS>`, for accuracy with `/candidates` and `/chance`. The detail is the
+      `analysis.overlap.Overlap`.
 
     Raises:
       Unavailable: without hashes or class names.

@@ -76,9 +76,10 @@ def _positive_counts(dataset: EvalDataset) -> tuple[np.ndarray, np.ndarray, np.n
 def chance_recall(candidates: int, positives: Integer[np.ndarray, "N"], k: int) -> float:
     """Return the mean probability that a random order has a positive among its first k.
 
-    Hypergeometric: 1 - C(candidates - positives, k) / C(candidates, k), as a product, since the binomials overflow.
+    Hypergeometric with N = candidates and p = positives: 1 - C(N - p, k) / C(N, k) = 1 - ∏ (N - p - i) / (N - i) over
+    i < k; the binomials would overflow.
 
-    >>> chance_recall(10, np.array([1, 2]), 1)
+    >>> round(chance_recall(10, np.array([1, 2]), 1), 3)
     0.15
     """
     drawn_k = np.arange(k)

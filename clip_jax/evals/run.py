@@ -123,11 +123,11 @@ class Evaluation:
             if not options.out:
                 check_same_weights(_out_dir(options), options.weights, fingerprint[:FINGERPRINT])
         model = make_evaluated_model(config, params, self.mesh, options, fingerprint)
-        facts = _facts(config, params, fingerprint, options)
+        info = _run_info(config, params, fingerprint, options)
 
         def write(report: EvalReport) -> list[str]:
             report.metrics.update(robustness.summary(report.metrics, self.standard_models))
-            return self._write(facts, config, report) if distributed.is_main_process() else []
+            return self._write(info, config, report) if distributed.is_main_process() else []
 
         load_options = LoadOptions(options.data_dir, options.templates, options.class_names)
         report = evaluate(model, self.names, options.evaluators, load_options, self.evaluator_options, write)
@@ -140,17 +140,17 @@ class Evaluation:
             _print(report, _out_dir(options), write(report))
         return report
 
-    def _write(self, facts: Mapping[str, Any], config: WeightsConfig, report: EvalReport) -> list[str]:
+    def _write(self, info: Mapping[str, Any], config: WeightsConfig, report: EvalReport) -> list[str]:
         """Write all reports and return their file names."""
         directory = _out_dir(self.options)
-        plots = _plots(facts["name"], report, self.standard_models)
+        plots = _plots(info["name"], report, self.standard_models)
         notes = {"descriptions": report.descriptions, "skipped": report.skipped, "failed": report.failed}
-        write_report(directory, report.metrics, self.steps, (), {**facts, **notes}, plots)
-        columns = (facts[key] for key in ("architecture", "weights", "parameters", "flops_per_pair"))
+        write_report(directory, report.metrics, self.steps, (), {**info, **notes}, plots)
+        columns = (info[key] for key in ("architecture", "weights", "parameters", "flops_per_pair"))
         bias_tables = {key: rows for key, rows in report.details.items() if key.startswith("bias/")}
         files = {
             "open_clip.csv": open_clip_csv(*columns, report.metrics),
-            "MODEL_CARD.md": model_card(facts, report, config),
+            "MODEL_CARD.md": model_card(info, report, config),
             **{f"{name}.svg": svg for name, svg in plots.items()},
             **{f"{key.replace('/', '_')}.csv": bias.to_csv(rows) for key, rows in bias_tables.items()},
         }
@@ -196,7 +196,7 @@ def _fingerprint(config: WeightsConfig, params: Params, dtype: str) -> str:
     return found.hexdigest()
 
 
-def _facts(config: WeightsConfig, params: Params, fingerprint: str, options: Options) -> dict[str, Any]:
+def _run_info(config: WeightsConfig, params: Params, fingerprint: str, options: Options) -> dict[str, Any]:
     return {
         "name": weights_name(options.weights),
         "weights": options.weights,

@@ -4,8 +4,8 @@ Ties and NaN count as errors (see `metrics`), so two classes with the same promp
 CLIP_benchmark's `argmax` predicts the first.
 
 Associations (Bitton et al. 2022, https://arxiv.org/abs/2207.12576): for a cue with k associated images, the k
-candidates of the highest cosines are selected; the metric is the Jaccard index of selected and associated images. The prompt, and
-the restriction to cues with 10 or 12 candidates, are datacomp's:
+candidates of the highest cosines are selected; the metric is the Jaccard index of selected and associated images. The
+prompt, and the restriction to cues with 10 or 12 candidates, are datacomp's:
 https://github.com/mlfoundations/datacomp/blob/170b603/eval_utils/wino_eval.py
 """
 

@@ -354,16 +354,17 @@ def _finish(run: Run, checkpoints: Checkpoints, suite: Suite, export: str | None
     measured = suite.evaluate(embedder)
     panels = suite.panels(embedder)
     whole = sharding.gather(params, run.mesh) if export else None
-    if fit_to := run.config.eval.baselines_dataset:  # loading is a collective
-        fit_to = load_dataset(fit_to, LoadOptions(run.config.eval.data_dir, data=run.config.data))
+    options = LoadOptions(run.config.eval.data_dir, data=run.config.data)
+    name = run.config.eval.baselines_dataset
+    baselines_dataset = load_dataset(name, options) if name else None  # a collective
     if distributed.is_main_process():
-        if fit_to:
-            measured |= suite.baselines(fit_to)
+        if baselines_dataset:
+            measured |= suite.baselines(baselines_dataset)
         measured |= suite.thresholds(run.config.eval)
         described = {
             "attribution": suite.attribution,
             "config": dataclasses.asdict(run.config),
-            "versions": workdir.versions(),
+            "versions": provenance.versions(),
             "skipped": suite.skipped,
         }
         write_report(run.workdir, measured, metrics.read_lines(run.workdir), panels, described)

@@ -120,7 +120,7 @@ class EmojiSource(TFRecordSource):
 
 
 def family(character: str) -> str:
-    """Return the code points shared by the variants of an emoji: without skin tone, gender, direction; heads are P."""
+    """Return the code points shared by the variants of an emoji: without skin tone, gender, direction; a head is P."""
     dropped = {0xFE0F, 0x200D, 0x2640, 0x2642, 0x27A1, *range(0x1F3FB, 0x1F400)}
     heads = {0x1F468, 0x1F469, 0x1F9D1}
     points = [point for point in map(ord, character) if point not in dropped]

@@ -38,37 +38,24 @@ class Rate(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class GroupResult:
-    """Result of one group.
+    """Result of one group."""
 
-    Attributes:
-      n: number of examples.
-      not_finite: number of examples with a score that is not finite.
-      category_rates: by category, the fraction of examples with a predicted class of the category.
-    """
-
-    n: int
-    not_finite: int
+    n: int  # number of examples
+    not_finite: int  # number of examples with a score that is not finite
     accuracy: Rate
-    category_rates: Mapping[str, Rate]
+    category_rates: Mapping[str, Rate]  # fraction of examples with a predicted class of the category
 
 
 @dataclasses.dataclass(frozen=True)
 class Disparity:
-    """Difference between groups in one rate.
+    """Difference between groups in one rate."""
 
-    Attributes:
-      highest, lowest: names of the groups.
-      difference, ratio: of the highest to the lowest rate; the ratio is inf over 0, and 1 if all are 0.
-      p: of a permutation test; never 0.
-      p_corrected: after Bonferroni correction for the number of rates, at most 1.
-    """
-
-    highest: str
+    highest: str  # name of the group with the highest rate
     lowest: str
-    difference: float
-    ratio: float
-    p: float
-    p_corrected: float
+    difference: float  # highest - lowest rate
+    ratio: float  # highest / lowest rate; inf over 0, and 1 if all are 0
+    p: float  # of a permutation test; never 0
+    p_corrected: float  # after Bonferroni correction for the number of rates, at most 1
 
 
 class ErrorPair(NamedTuple):
@@ -84,9 +71,6 @@ def intersect_groups(*columns: Sequence[str]) -> tuple[Int64[np.ndarray, "n"], t
     """Return group ids and names of all combinations of the columns' values.
 
     Combinations without examples are groups with n = 0. An example with an empty value has the id -1, no group.
-
-    Raises:
-      ValueError: without columns, or for columns of different lengths.
 
     >>> ids, names = intersect_groups(["woman", "man"], ["20-29", "20-29"])
     >>> ids.tolist(), names
@@ -139,7 +123,6 @@ def disparity(
 
     Raises:
       Undefined: with fewer than two groups that have examples.
-      ValueError: as `by_group`.
     """
     groups_n = _checked_groups(predictions, group_names)
     sizes_M = np.bincount(groups_n[groups_n >= 0], minlength=len(group_names))
@@ -213,11 +196,7 @@ def _rate(occurred_n: Bool[np.ndarray, "n"]) -> Rate:
 def confusion(
     predicted_n: Integer[np.ndarray, "n"], targets_n: Integer[np.ndarray, "n"], classes: int
 ) -> Int64[np.ndarray, "Q Q"]:
-    """Return the confusion matrix: at [i, j] the number of examples of class i predicted as j, as in scikit-learn.
-
-    Raises:
-      ValueError: for ids outside 0 … classes - 1.
-    """
+    """Return the confusion matrix: at [i, j] the number of examples of class i predicted as j, as in scikit-learn."""
     for name, ids_n in (("predicted", predicted_n), ("targets", targets_n)):
         if len(ids_n) and not 0 <= ids_n.min() <= ids_n.max() < classes:
             raise ValueError(f"{name}: expected class ids 0 to {classes - 1}, got {ids_n.min()} to {ids_n.max()}")
@@ -228,11 +207,7 @@ def confusion(
 def error_pairs(
     confusion_QQ: Int64[np.ndarray, "Q Q"], class_names: Sequence[str], top: int = 20
 ) -> tuple[ErrorPair, ...]:
-    """Return the most frequent confusions, in the order of counts, then of class ids.
-
-    Raises:
-      ValueError: if the number of names differs from the number of classes.
-    """
+    """Return the most frequent confusions, in the order of counts, then of class ids."""
     if len(class_names) != len(confusion_QQ):
         raise ValueError(f"class_names: expected {len(confusion_QQ)}, one per class, got {len(class_names)}")
     errors_QQ = confusion_QQ - np.diag(np.diag(confusion_QQ))

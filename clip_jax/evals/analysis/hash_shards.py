@@ -85,18 +85,13 @@ def hash_shard(path: str, output_dir: str) -> None:
 
 
 def read_hashes(output_dir: str) -> dict[str, UInt64[np.ndarray, "m"]]:
-    """Return the hashes of every shard by its file name, sorted.
-
-    Raises:
-      ValueError: if there are none.
-    """
-    paths = sorted(epath.Path(output_dir).glob("*" + SUFFIX), key=lambda path: path.name)
-    if not paths:
-        raise ValueError(f"{output_dir} has no file *{SUFFIX}: write them by hash_shards(files, {output_dir!r})")
+    """Return the hashes of every shard by its file name, sorted."""
     hashes = {}
-    for path in paths:
+    for path in sorted(epath.Path(output_dir).glob("*" + SUFFIX), key=lambda path: path.name):
         with path.open("rb") as file:
             hashes[path.name.removesuffix(SUFFIX)] = np.load(file)
+    if not hashes:
+        raise ValueError(f"{output_dir} has no file *{SUFFIX}: write them by hash_shards(files, {output_dir!r})")
     return hashes
 
 

@@ -54,9 +54,6 @@ def nearest_similarity(
 
     Embeddings that are zero or not finite are never compared. Without anything to compare, the similarity is NaN and
     the row -1, so that no threshold makes the image a duplicate. The log has their number.
-
-    Raises:
-      ValueError: if no block has a row.
     """
     eval_nE = unit(eval_nE)
     best_n, row_n = np.full(len(eval_nE), np.nan, np.float32), np.full(len(eval_nE), NO_MATCH, np.int64)
@@ -93,9 +90,6 @@ def perceptual_hash(image: ImageLike) -> np.uint64:
     plain gradients have too few coefficients above noise. Only about half of the bits of a mirror-symmetric image are
     informative: for them a distance of 4 is as significant as 8 for others.
 
-    Raises:
-      ValueError: if the image can't be decoded.
-
     Source: Krawetz 2011 (https://www.hackerfactor.com/blog/index.php?/archives/432-Looks-Like-It.html), with the median
     in place of the mean, as is usual. Deviation: a coefficient must exceed it by 4 gray levels.
     """
@@ -123,9 +117,6 @@ def nearest_hash(
 
     Args:
       blocks: hashes of the training source; `[hashes]` for a source in memory.
-
-    Raises:
-      ValueError: if no block has a row.
     """
     best_n, row_n = np.full(len(eval_n), HASH_BITS + 1), np.full(len(eval_n), NO_MATCH, np.int64)
     valid_n = np.flatnonzero(eval_n != NO_HASH)

@@ -27,23 +27,16 @@ ALPHA = 0.05  # significance level of corrected p-values
 
 @dataclasses.dataclass(frozen=True)
 class Overlap:
-    """Accuracy on all, clean and overlapping examples; NaN for overlapping ones if there are none.
+    """Accuracy on all, clean and overlapping examples; NaN for overlapping ones if there are none."""
 
-    Attributes:
-      n, overlapping: numbers of examples.
-      interval: of accuracy_overlapping - accuracy_clean, at 99.5 % (Clopper-Pearson, of accuracy_overlapping).
-      p_value: of a one-sided exact binomial test.
-      p_corrected: after Bonferroni correction for the number of evaluation datasets.
-    """
-
-    n: int
-    overlapping: int
+    n: int  # number of examples
+    overlapping: int  # number of overlapping examples
     accuracy: float
     accuracy_clean: float
     accuracy_overlapping: float
-    interval: Interval
-    p_value: float
-    p_corrected: float
+    interval: Interval  # of accuracy_overlapping - accuracy_clean, 99.5 % (Clopper-Pearson, of the former)
+    p_value: float  # of a one-sided exact binomial test
+    p_corrected: float  # after Bonferroni correction for the number of evaluation datasets
 
     @property
     def fraction(self) -> float:
@@ -78,7 +71,6 @@ def analyze_overlap(hits_n: Bool[np.ndarray, "n"], overlapping_n: Bool[np.ndarra
       The comparison; without overlapping examples p is 1 and the gain 0.
 
     Raises:
-      ValueError: without examples, or for arrays of different lengths.
       Undefined: if all examples overlap.
 
     >>> overlap = analyze_overlap(np.array([1, 1, 1, 0, 1, 0], bool), np.array([1, 1, 0, 0, 0, 0], bool))
@@ -98,11 +90,10 @@ def analyze_overlap(hits_n: Bool[np.ndarray, "n"], overlapping_n: Bool[np.ndarra
             f"all {n} examples overlap: no clean example to compare with; the detector's threshold may be too loose"
         )
     correct, clean = int(hits_n[overlapping_n].sum()), float(hits_n[~overlapping_n].mean())
+    low, high, p_value = math.nan, math.nan, 1.0
     if overlapping:
         low, high = exact_interval(correct, overlapping, level=LEVEL)
         p_value = binomial_p_value(correct, overlapping, clean)
-    else:
-        low, high, p_value = math.nan, math.nan, 1.0
     return Overlap(
         n=n,
         overlapping=overlapping,

@@ -39,11 +39,7 @@ class LinearFit:
         return expit(self.slope * logit(x) + self.intercept)
 
     def effective_robustness(self, x: Number, y: Number) -> float:
-        """Return accuracy under shift y minus the prediction for ImageNet accuracy x: 0.1 is ten points above.
-
-        Raises:
-          ValueError: unless 0 ≤ y ≤ 1 and 0 < x < 1.
-        """
+        """Return accuracy under shift y minus the prediction for ImageNet accuracy x: 0.1 is ten points above."""
         return _checked_fraction(y) - self.predict(x)
 
 
@@ -55,7 +51,7 @@ def fit(points: Sequence[tuple[Number, Number]]) -> LinearFit:
 
     >>> line = fit([(0.5, 0.3), (0.8, 0.6)])
     >>> round(line.effective_robustness(0.7, 0.6), 3)
-    0.117
+    0.12
     """
     logits_n2 = np.array([(logit(x), logit(y)) for x, y in points]).reshape(-1, 2)
     if len(np.unique(logits_n2[:, 0])) < 2:
@@ -70,10 +66,9 @@ def fit(points: Sequence[tuple[Number, Number]]) -> LinearFit:
 
 
 def average_shift(accuracies: Mapping[str, Number], shifts: Sequence[str] = SHIFTS) -> float:
-    """Return the mean accuracy over `shifts`; other keys are ignored. The paper averages over PAPER_SHIFTS.
+    """Return the mean accuracy over `shifts`. The paper averages over PAPER_SHIFTS.
 
-    Raises:
-      ValueError: with the names of missing shifts. Averages are comparable only over the same shifts.
+    Missing shifts are an error: averages are comparable only over the same shifts.
     """
     if missing := [shift for shift in shifts if shift not in accuracies]:
         available = tuple(shift for shift in PAPER_SHIFTS if shift in accuracies)
@@ -116,9 +111,6 @@ def read_standard_models(
     """Read (accuracy on ImageNet, average accuracy under the shifts) of standard models by name from a CSV file.
 
     The columns are `model`, `imagenet` and one for each shift, in fractions; other columns are ignored.
-
-    Raises:
-      ValueError: with line and column, for missing columns or values, percentages, and duplicate models.
     """
     points = {}
     with open(path, encoding="utf-8-sig", newline="") as file:

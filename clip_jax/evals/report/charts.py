@@ -62,11 +62,11 @@ class _Axes:
         up = (y - self.y[0]) / ((self.y[1] - self.y[0]) or 1) * (self.bottom - self.top)
         return round(self.left + across, 1), round(self.bottom - up, 1)
 
-    def y_tick(self, y: Number, label: str, *, text: Mapping[str, str] | None = None, **line: str) -> str:
-        """Return a horizontal grid line with its label."""
+    def y_tick(self, y: Number, value: Number, *, text: Mapping[str, str] | None = None, **line: str) -> str:
+        """Return a horizontal grid line at `y`, labeled with `value`."""
         _, py = self.pixel(self.x[0], y)
         grid = _tag("line", **line, x1=self.left, x2=self.right, y1=py, y2=py)
-        return grid + _tag("text", label, **text or {}, x=self.left - 8, y=py + 4, text_anchor="end")
+        return grid + _tag("text", format_tick(value), **text or {}, x=self.left - 8, y=py + 4, text_anchor="end")
 
 
 def _tag(name: str, body: str = "", **attributes: object) -> str:
@@ -90,7 +90,7 @@ def line_chart(series: Mapping[str, Points], title: str) -> str:
     x, y = _span(p[0] for p in finite), _span(p[1] for p in finite)
     x_ticks, y_ticks = ticks(*x, 5), ticks(*y, 4)
     axes = _Axes(x, (min(y_ticks), max(y_ticks)), left=52, right=width - 12, top=12, bottom=height - 26)
-    parts = [axes.y_tick(value, format_tick(value), stroke="var(--faint)") for value in y_ticks]
+    parts = [axes.y_tick(value, value, stroke="var(--faint)") for value in y_ticks]
     for value in x_ticks:
         if x[0] <= value <= x[1]:
             px, _ = axes.pixel(value, axes.y[0])
@@ -199,8 +199,7 @@ def _logit_grid(axes: _Axes, width: int, height: int) -> list[str]:
     """Return grid lines, tick labels in percent, and the names of the axes."""
     parts = []
     for value in _logit_ticks(axes.y, (axes.bottom - axes.top) / _TICK_GAP):
-        label = format_tick(100 * value)
-        parts.append(axes.y_tick(logit(value), label, text={"class_": "y"}, stroke="var(--faint)"))
+        parts.append(axes.y_tick(logit(value), 100 * value, text={"class_": "y"}, stroke="var(--faint)"))
     for value in _logit_ticks(axes.x, (axes.right - axes.left) / _TICK_GAP):
         x, _ = axes.pixel(logit(value), axes.y[0])
         parts.append(_tag("line", x1=x, x2=x, y1=axes.top, y2=axes.bottom, stroke="var(--faint)"))
@@ -323,7 +322,7 @@ def _overlap_panel(points: Sequence[_Point], x_ticks: Sequence[Number], title: s
     )
     middle = shift + (56 + _PANEL_WIDTH - 16) / 2
     parts = [_tag("text", title, class_="name", x=axes.left, y=axes.top - 16)]
-    parts += [axes.y_tick(value, format_tick(value), class_="grid" if value else "zero") for value in y_ticks]
+    parts += [axes.y_tick(value, value, class_="grid" if value else "zero") for value in y_ticks]
     for value in x_ticks:
         x, _ = axes.pixel(value, 0)
         parts.append(_tag("text", format_tick(value), x=x, y=axes.bottom + 18, text_anchor="middle"))

@@ -85,20 +85,10 @@ def results(metrics: Mapping[str, Number | None]) -> list[Result]:
         values["most frequent class"] = below["majority_class"]
         baselines = {name: value for name, value in values.items() if value is not None}
         best = max(baselines, key=baselines.__getitem__, default="")
-        found.append(
-            Result(
-                key,
-                or_nan(value),
-                below["candidates"],
-                below["chance"],
-                baselines.get(best),
-                best,
-                below["threshold"],
-                below["min"] if below["ci_low"] is None else below["ci_low"],
-                below["max"] if below["ci_high"] is None else below["ci_high"],
-                below["published"],
-            )
-        )
+        low, high = ("min", "max") if below["ci_low"] is None else ("ci_low", "ci_high")
+        references = {name: below[name] for name in ("candidates", "chance", "threshold", "published")}
+        references |= {"low": below[low], "high": below[high]}
+        found.append(Result(key, or_nan(value), baseline=baselines.get(best), baseline_name=best, **references))
     rest = [k for k in metrics if k.startswith("baseline/") and k not in matched]
     return found + [Result(k, or_nan(metrics[k])) for k in rest]
 

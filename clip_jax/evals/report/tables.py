@@ -88,7 +88,7 @@ def open_clip_csv(name: str, pretrained: str, parameters: int, flops: float, met
     return text.getvalue()
 
 
-def model_card(facts: Mapping[str, Any], outcome: EvalReport, config: WeightsConfig) -> str:
+def model_card(run: Mapping[str, Any], report: EvalReport, config: WeightsConfig) -> str:
     """Return a draft of a Hugging Face model card in Markdown: measured values, and placeholders for the rest."""
     spec, image, text = config.preprocess, config.model.image, config.model.text
     lines = [
@@ -99,9 +99,9 @@ def model_card(facts: Mapping[str, Any], outcome: EvalReport, config: WeightsCon
         "license: # fill in",
         "---",
         "",
-        f"# {facts['name']}",
+        f"# {run['name']}",
         "",
-        f"A CLIP model (Radford et al. 2021): `{facts['architecture']}`, {facts['parameters']:,} parameters, images of"
+        f"A CLIP model (Radford et al. 2021): `{run['architecture']}`, {run['parameters']:,} parameters, images of"
         f" {image.image_size} px, texts of {text.length} tokens. Preprocessing: {spec.resize}, {spec.interpolation},"
         f" mean {spec.mean}, standard deviation {spec.std}. Source: {config.source or 'fill in'}.",
         "",
@@ -117,12 +117,12 @@ def model_card(facts: Mapping[str, Any], outcome: EvalReport, config: WeightsCon
         "| dataset and measure | value | interval | published |",
         "|---|--:|--:|--:|",
     ]
-    for result in results(outcome.metrics):
+    for result in results(report.metrics):
         interval = f"{result.low:.3f} to {result.high:.3f}" if result.low is not None else ""
         published = "" if result.published is None else f"{result.published:.3f}"
         lines.append(f"| {result.key} | {result.value:.3f} | {interval} | {published} |")
-    lines += ["", "Evaluation setup:", "", *(f"- {key}: {setup}." for key, setup in outcome.descriptions.items())]
-    missing = outcome.skipped | {key: f"failed: {reason}" for key, reason in outcome.failed.items()}
+    lines += ["", "Evaluation setup:", "", *(f"- {key}: {setup}." for key, setup in report.descriptions.items())]
+    missing = report.skipped | {key: f"failed: {reason}" for key, reason in report.failed.items()}
     if missing:
         lines += ["", "Not evaluated:", "", *(f"- {key}: {reason}" for key, reason in missing.items())]
     return "\n".join(lines) + "\n"
