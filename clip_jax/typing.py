@@ -215,8 +215,3 @@ class EvalResult(dict[str, float]):
 
 # (embedder, dataset, **options) -> {'zeroshot/<dataset>/top1': fraction, …}, a dict or an EvalResult
 Evaluator = Callable[..., dict[str, float]]
-
-# (image_embeddings_bE, text_embeddings_bE, logit_scale, logit_bias, axis, ids) -> (scalar, metrics); `axis` names the
-# mesh axes that the batch is sharded over, as inside `jax.shard_map`, or is None on one device; `ids`, of images and of
-# texts, say which of them match, where it is not row by row.
-Loss = Callable[..., tuple[Float[Array, ""], Metrics]]
