@@ -130,7 +130,7 @@ def test_winogavil_is_evaluated_by_zeroshot_only_and_described(monkeypatch):
 
 def test_winogavil_is_loaded_from_its_folder_and_its_absence_explained(tmp_path):
     row = registry.DATASETS["winogavil"]
-    with pytest.raises(Unavailable, match=r"winogavil/test is no folder(.|\n)*lines of associations\.jsonl"):
+    with pytest.raises(Unavailable, match=r"winogavil/test is not a folder(.|\n)*lines of associations\.jsonl"):
         load_split(row, "test", str(tmp_path))
     folder = tmp_path / "winogavil" / "test"
     folder.mkdir(parents=True)

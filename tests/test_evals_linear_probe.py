@@ -95,13 +95,13 @@ def test_two_classes_against_scikit_learn_which_penalizes_their_difference():
     assert probe.bias_Q[1] - probe.bias_Q[0] == pytest.approx(0.058255, abs=WEIGHT)
 
 
-def multi_label_targets():
+def multilabel_targets():
     x, class_ids = TRAIN
     return np.stack([x[:, 0] + x[:, 1] > 0.5, class_ids == 2, x[:, 2] > 1], 1)
 
 
-def test_multi_label_targets_against_scikit_learn_one_versus_rest():
-    probe = fit(TRAIN.features_nD, multi_label_targets(), 3, 2.0, tolerance=TIGHT)
+def test_multilabel_targets_against_scikit_learn_one_versus_rest():
+    probe = fit(TRAIN.features_nD, multilabel_targets(), 3, 2.0, tolerance=TIGHT)
     weight_QD = [
         [2.729189, 2.493141, -0.118898, 0.141771, 0.169932, -0.000331],
         [-0.872299, -0.34471, -0.632591, -0.229472, 0.090013, -0.261627],
@@ -225,7 +225,7 @@ def test_half_precision_features_are_supported():
         ({"l2": 0.0}, "l2: expected a positive number.*got 0.0"),
         ({"targets": TRAIN.targets + 1}, r"targets\[\d+\]: expected a class id from 0 to 3, got 4"),
         ({"targets": TRAIN.targets[1:]}, "got 300 rows and 299 targets"),
-        ({"targets": multi_label_targets()}, r"expected shape \(300, 4\), got \(300, 3\)"),
+        ({"targets": multilabel_targets()}, r"expected shape \(300, 4\), got \(300, 3\)"),
         ({"features_nD": TRAIN.features_nD[:0], "targets": TRAIN.targets[:0]}, "at least 1"),
         ({"start": LinearProbe(np.zeros((5, 4)), np.zeros(4))}, r"expected weights of shape \(6, 4\), got \(5, 4\)"),
     ],
@@ -247,7 +247,7 @@ def test_features_that_are_not_finite_are_refused(value):
         fit(*TRAIN, CLASSES, 1.0).scores(x)
 
 
-def test_search_by_another_metric_with_multi_label_targets():
+def test_search_by_another_metric_with_multilabel_targets():
     both = [Examples(x, np.stack([x[:, 0] > 0.5, x[:, 2] > 1], 1)) for x, _ in (TRAIN, VALIDATION)]
     found = search(*both, 2, map_11_points, refit=False)
     assert found.curve[found.l2] == max(found.curve.values()) > 0.9
@@ -277,8 +277,8 @@ def test_chunks_converge_to_the_same_optimum(chunked):
         assert probe.evaluate(accuracy, VALIDATION) == pytest.approx(score)
 
 
-def test_chunks_of_multi_label_targets_converge_to_the_same_optimum(chunked):
-    probe = fit(TRAIN.features_nD, multi_label_targets(), 3, 2.0, tolerance=TIGHT)
+def test_chunks_of_multilabel_targets_converge_to_the_same_optimum(chunked):
+    probe = fit(TRAIN.features_nD, multilabel_targets(), 3, 2.0, tolerance=TIGHT)
     np.testing.assert_allclose(
         probe.weight_DQ[:2].T, [[2.7292, 2.4931], [-0.8723, -0.3447], [0.1233, -0.0516]], atol=2e-3
     )
@@ -294,7 +294,7 @@ def test_chunks_have_the_given_size_and_are_sharded(chunked):
 
 
 def test_the_objective_of_chunks_equals_that_of_all_rows(monkeypatch):
-    for targets in (TRAIN.targets, multi_label_targets()):
+    for targets in (TRAIN.targets, multilabel_targets()):
         classes, found = CLASSES if targets.ndim == 1 else 3, []
         for held in (2**26, 0):
             monkeypatch.setattr(logistic, "HELD_LOGITS", held)

@@ -325,7 +325,7 @@ def test_l2_is_selected_on_the_validation_split(monkeypatch, seen):
 # -------------------------------------------------------------------------------------------------------- metrics
 
 
-def test_multi_label_datasets_have_only_the_11_point_map(monkeypatch):
+def test_multilabel_datasets_have_only_the_11_point_map(monkeypatch):
     row = dataclasses.replace(ROW, metric="map_11_points")
     correct_nQ = np.eye(CLASSES, dtype=bool)[np.arange(20) % CLASSES]
     splits = {"test": split(correct_nQ), "train": split(correct_nQ, first=100)}
