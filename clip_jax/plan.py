@@ -22,7 +22,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from clip_jax import config as configs
-from clip_jax.command import given_config, parse_flags
+from clip_jax.command import checked_config, parse_flags
 
 if TYPE_CHECKING:
     from clip_jax.planner.predict import Plan
@@ -146,7 +146,7 @@ def _config() -> configs.Config:
 
     if _CONFIG.value is None:
         raise ValueError("give --config, e.g. --config=configs/vit_l14.py, or --loss_only")
-    config = given_config(_CONFIG.value)
+    config = checked_config(_CONFIG.value)
     configs.check_name("loss.name", config.loss.name, LOSSES)
     return config
 

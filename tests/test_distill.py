@@ -31,8 +31,7 @@ from clip_jax.interop import msgpack, reading
 from clip_jax.losses import LOSSES, distillation, ring, tiles
 from clip_jax.models import make_model
 from clip_jax.tokenizers import make_tokenizer
-from clip_jax.training import dry_run, metrics, optim, step
-from clip_jax.training import loop as train
+from clip_jax.training import dry_run, initialization, loop, metrics, optim, step
 from clip_jax.typing import Batch
 from tests import runs, tiny_models
 from tests.tpu import collectives, shapes, v4_mesh
@@ -261,11 +260,11 @@ def test_the_teacher_is_an_input_of_the_program_not_a_part_of_it():
 
 
 def _run(tmp_path, architecture=RESNET, weights=None, **teacher):
-    """Return what `teaching_weights` makes of a file with these weights, and them."""
+    """Return what `teacher_params` makes of a file with these weights, and them."""
     params = tiny_models.params(architecture)
     msgpack.write(tmp_path / "t.msgpack", params, weights or WeightsConfig(architecture))
     config = Config(model=VIT, teacher=TeacherConfig(str(tmp_path / "t.msgpack"), **teacher))
-    return train.teaching_weights(config, make_tokenizer(config.tokenizer, VIT.text)), params
+    return initialization.teacher_params(config, make_tokenizer(config.tokenizer, VIT.text)), params
 
 
 def test_a_teacher_is_of_any_family_with_the_runs_sizes(tmp_path):
@@ -314,7 +313,7 @@ def test_a_teacher_of_other_merges_is_refused_by_what_it_makes_of_a_text(tmp_pat
 def test_a_teacher_that_is_not_there_or_not_whole_is_refused(weights, message):
     config = Config(model=VIT, teacher=TeacherConfig(weights))
     with pytest.raises(ValueError, match=message):
-        train.teaching_weights(config, make_tokenizer(config.tokenizer, VIT.text))
+        initialization.teacher_params(config, make_tokenizer(config.tokenizer, VIT.text))
 
 
 @pytest.mark.parametrize(
@@ -341,8 +340,8 @@ def test_a_run_learns_from_its_teacher_and_keeps_only_itself(tmp_path):
         train=dataclasses.replace(config.train, total_steps=6, text_capacity=1.0),
         eval=EvalConfig(),
     )
-    assert train.train(config, str(tmp_path / "run"), str(tmp_path / "out.msgpack"))
+    assert loop.train(config, str(tmp_path / "run"), str(tmp_path / "out.msgpack"))
     lines = [line for line in metrics.read_lines(epath.Path(tmp_path / "run")) if "loss" in line]
     assert len(lines) == 6 and all(line["distill/kl"] > 0 for line in lines)
     assert reading.read(tmp_path / "out.msgpack").config.model == architecture
-    assert f"learns from:         {config.teacher.weights}, weight 0.5\n" in dry_run.describe(config, epath.Path("x"))
+    assert f"teacher:             {config.teacher.weights}, weight 0.5\n" in dry_run.describe(config, epath.Path("x"))
