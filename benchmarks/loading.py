@@ -88,12 +88,12 @@ def _own_memory() -> int:
 
 def _write(file: pathlib.Path, model: str) -> None:
     from clip_jax.config import MODELS
-    from clip_jax.interop import conversion, names, safetensors, torch_file
+    from clip_jax.interop import conversion, name_tables, safetensors, torch_file
 
     rng = np.random.default_rng(0)
     shapes = conversion.parameter_shapes(MODELS[model]).items()
     drawn = {path: rng.random((layers, *shape) if layers else shape, np.float32) for path, (shape, layers) in shapes}
-    tensors = conversion.Tensors(MODELS[model], conversion.nested(drawn), names.OPENAI)
+    tensors = conversion.LazyTensors(MODELS[model], conversion.nested(drawn), name_tables.OPENAI)
     (torch_file if file.suffix == ".pt" else safetensors).write(file, tensors)
 
 

@@ -23,7 +23,7 @@ import numpy as np  # noqa: E402
 from sklearn.linear_model import LogisticRegression  # noqa: E402
 
 from clip_jax.evals.linear_probe import Examples, ProbeSearch, search  # noqa: E402
-from clip_jax.evals.measures import accuracy  # noqa: E402
+from clip_jax.evals.metrics import accuracy  # noqa: E402
 
 WIDTH, ROWS, LENGTH = 512, (10_000, 2_000, 2_000), 10
 SPREADS = {10: 1.3, 100: 1.4}  # of the classes' centres, by their number; within a class it is 1
@@ -72,7 +72,7 @@ def _compare(classes: int) -> float:
         l2, theirs = _theirs(train, validation, found)
         ended = time.perf_counter()
         ratios.append((ended - between) / (between - began))
-    fractions = [found.probe.measure(accuracy, test), theirs.score(*test)]
+    fractions = [found.probe.evaluate(accuracy, test), theirs.score(*test)]
     for name, seconds, best, fraction in (
         ("ours", between - began, found.l2, fractions[0]),
         ("scikit-learn", ended - between, l2, fractions[1]),

@@ -1,11 +1,11 @@
-"""A whole training step of ViT-B/32 against open_clip's on torch, alternately, on one core: `make bench-train`.
+"""Time a training step of ViT-B/32 against open_clip on torch, alternating, on one core: `make bench-train`.
 
-Forward, backward, AdamW, in float32, 16 pairs at a time, seconds of the processor. Both see the same pictures and the
-same captions, whose lengths are those of web captions: 20 tokens on average, of 77. open_clip encodes 77 positions of
-each, and so do we where it says "in rows"; by default we lay captions end to end (`train.text_capacity`). Memory is
-kept from step to step as the trainer keeps it (`clip_jax.devices.allocator`); torch's is as torch has it.
+Forward, backward and AdamW in float32, 16 pairs per step, CPU seconds. Both train on the same images and captions,
+with the lengths of web captions: 20 of 77 tokens on average. open_clip encodes all 77 positions, and so does the row
+"padded"; "packed" packs captions, the default (`train.text_capacity`). Memory is reused from step to step as in the
+trainer (`clip_jax.devices.allocator`); torch uses its default allocator.
 
-The last line is how many times as fast the default is, the median of the pairs.
+The last line is the speed of "packed" relative to open_clip, the median of the pairs.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ OPTIM = OptimConfig(warmup_steps=0)
 
 
 def main() -> None:
-    """Print the seconds of each, and the ratio in the last line."""
+    """Print the CPU seconds of each, and the ratio in the last line."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     batch = _batch()
     lengths = (batch.text != 0).sum(axis=1)
     print(f"{BATCH} captions of {lengths.min()} to {lengths.max()} tokens, {lengths.mean():.1f} on average", flush=True)
-    workers = {name: _start(name) for name in STEPS}
+    workers = {name: _start_worker(name) for name in STEPS}
     seconds: dict[str, list[float]] = {name: [] for name in STEPS}
     for number in range(ROUNDS):
         for name in list(STEPS)[:: 1 if number % 2 else -1]:
@@ -57,21 +57,21 @@ def main() -> None:
     print(f"ratio: {ratio:.2f}")
 
 
-def _start(name: str) -> Connection:
-    """Return the line to a process of its own, where neither library's memory and threads are in the other's way."""
-    here, there = get_context("spawn").Pipe()
-    get_context("spawn").Process(target=_work, args=(name, there), daemon=True).start()
-    print(f"{name:<10} loss {here.recv():.4f} at first", flush=True)
-    return here
+def _start_worker(name: str) -> Connection:
+    """Start a process for one library, so that their threads and allocators do not interact; return its connection."""
+    parent, child = get_context("spawn").Pipe()
+    get_context("spawn").Process(target=_serve_steps, args=(name, child), daemon=True).start()
+    print(f"{name:<10} initial loss {parent.recv():.4f}", flush=True)
+    return parent
 
 
-def _work(name: str, line: Connection) -> None:
-    take = STEPS[name](_batch())
-    line.send([take(), take()][0])  # compiled, and memory at hand
-    while line.recv():
-        began = time.process_time()
-        take()
-        line.send(time.process_time() - began)
+def _serve_steps(name: str, connection: Connection) -> None:
+    train_step = STEPS[name](_batch())
+    connection.send([train_step(), train_step()][0])  # two steps: compile, and allocate
+    while connection.recv():
+        start = time.process_time()
+        train_step()
+        connection.send(time.process_time() - start)
 
 
 def _batch() -> Batch:
@@ -83,31 +83,31 @@ def _batch() -> Batch:
     return Batch(rng.integers(0, 256, (BATCH, 224, 224, 3), dtype=np.uint8), text, np.ones(BATCH, bool))
 
 
-def _ours(batch: Batch, text_capacity: float) -> Callable[[], float]:
+def _clip_jax_step(batch: Batch, text_capacity: float) -> Callable[[], float]:
     allocator.keep_freed_memory()
     train = TrainConfig(batch_size=BATCH, dtype="float32", remat="dots", text_capacity=text_capacity)
     config = Config(model=MODELS["vit_b32"], optim=OPTIM, train=train)
     mesh, optimizer = sharding.make_mesh(), optim.make_optimizer(OPTIM, 1000)
     model = step.model_from_config(config, mesh)
-    train_step = step.make_train_step(model, optimizer, config, mesh)
-    placed = jax.tree.map(lambda x: x.sharding, step.abstract_state(model, optimizer, config, mesh))
-    first = jax.jit(lambda key: step.init_state(model.init(key), optimizer, OPTIM), out_shardings=placed)
-    state = first(jax.random.key(0, impl="rbg"))
+    compiled = step.make_train_step(model, optimizer, config, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, step.abstract_state(model, optimizer, config, mesh))
+    init = jax.jit(lambda key: step.init_state(model.init(key), optimizer, OPTIM), out_shardings=shardings)
+    state = init(jax.random.key(0, impl="rbg"))
     on_device = sharding.to_global(batch, mesh)
 
-    def take() -> float:
+    def train_step() -> float:
         nonlocal state
-        state, metrics = train_step(state, on_device)
+        state, metrics = compiled(state, on_device)
         assert not metrics.get("text/in_rows", 0)
         return float(metrics["loss"])
 
-    return take
+    return train_step
 
 
-def _theirs(batch: Batch) -> Callable[[], float]:
+def _open_clip_step(batch: Batch) -> Callable[[], float]:
     import torch
 
-    for operator in ("nms", "qnms"):  # torchvision without its compiled half, as in tests/peers/conftest.py
+    for operator in ("nms", "qnms"):  # torchvision without compiled operators, see tests/peers/conftest.py
         torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     import open_clip
 
@@ -115,8 +115,8 @@ def _theirs(batch: Batch) -> Callable[[], float]:
     model = open_clip.create_model("ViT-B-32-quickgelu")
     model.train()
     decayed = [p for p in model.parameters() if p.ndim > 1]
-    spared = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": spared, "weight_decay": 0.0}, {"params": decayed, "weight_decay": OPTIM.weight_decay}]
+    not_decayed = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": not_decayed, "weight_decay": 0.0}, {"params": decayed, "weight_decay": OPTIM.weight_decay}]
     optimizer = torch.optim.AdamW(groups, OPTIM.learning_rate, (OPTIM.b1, OPTIM.b2), OPTIM.eps)
     loss = open_clip.ClipLoss()
     mean, std = (
@@ -125,7 +125,7 @@ def _theirs(batch: Batch) -> Callable[[], float]:
     images = (torch.from_numpy(batch.image).permute(0, 3, 1, 2).float() / 255 - mean) / std
     texts = torch.from_numpy(batch.text).long()
 
-    def take() -> float:
+    def train_step() -> float:
         optimizer.zero_grad()
         value = loss(*model(images, texts))
         value.backward()
@@ -134,13 +134,13 @@ def _theirs(batch: Batch) -> Callable[[], float]:
             model.logit_scale.clamp_(0, np.log(100))
         return value.item()
 
-    return take
+    return train_step
 
 
 STEPS: dict[str, Callable[[Batch], Callable[[], float]]] = {
-    "open_clip": _theirs,
-    "in rows": lambda batch: _ours(batch, 1.0),
-    "end to end": lambda batch: _ours(batch, TrainConfig().text_capacity),
+    "open_clip": _open_clip_step,
+    "padded": lambda batch: _clip_jax_step(batch, 1.0),
+    "packed": lambda batch: _clip_jax_step(batch, TrainConfig().text_capacity),
 }
 
 if __name__ == "__main__":

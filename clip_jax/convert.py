@@ -38,16 +38,17 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _convert(source: str, target: str, to: str) -> str:
-    from clip_jax.inference import with_tokenizer
-    from clip_jax.interop import directory, msgpack, npz, positions, published, reading
+    from clip_jax.interop import directory, msgpack, npz, reading
 
-    weights = reading.read(published.locate(source), model=_MODEL.value, activation=_ACTIVATION.value)
-    model, params = positions.resize(
-        weights.config.model, weights.params, image_size=_IMAGE_SIZE.value, length=_CONTEXT_LENGTH.value
+    weights = reading.read(
+        source,
+        model=_MODEL.value,
+        activation=_ACTIVATION.value,
+        image_size=_IMAGE_SIZE.value,
+        context_length=_CONTEXT_LENGTH.value,
+        tokenizer=_TOKENIZER.value,
     )
-    config = dataclasses.replace(weights.config, model=model, source=source)
-    if _TOKENIZER.value:
-        config = with_tokenizer(config, _TOKENIZER.value)
+    config, params = dataclasses.replace(weights.config, source=source), weights.params
     lines = [f"found    {source}: {weights.format}", *_described(config, params)]
     if to == "directory":
         parts = directory.write(target, params, config)

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from clip_jax.config import WeightsConfig
-    from clip_jax.evals.benchmark import Options, Outcome, Subject
+    from clip_jax.evals.benchmark import EvalReport, Options, Subject
     from clip_jax.typing import Params
 
 FAILED, REFUSED, INCOMPLETE = 1, 2, 3
@@ -138,7 +138,7 @@ def _evaluate() -> int:
             _check_directory(subject.cache.model)
         facts = _facts(config, params, subject.cache.model)
 
-        def write(outcome: Outcome) -> list[str]:
+        def write(outcome: EvalReport) -> list[str]:
             outcome.metrics.update(robustness.summary(outcome.metrics, baselines))
             return _write(facts, config, outcome, baselines, curves) if distributed.is_main_process() else []
 
@@ -214,9 +214,9 @@ def _hashes() -> tuple[np.ndarray, ...]:
     from clip_jax.evals.analysis import overlap_beam
 
     if _TRAIN_FILES.value:
-        from clip_jax.data.sources.tfrecord import expand
+        from clip_jax.data.sources.tfrecord import expand_files
 
-        overlap_beam.hash_shards(expand(_TRAIN_FILES.value), _OVERLAP.value, _BEAM.value or None)
+        overlap_beam.hash_shards(expand_files(_TRAIN_FILES.value), _OVERLAP.value, _BEAM.value or None)
     return tuple(overlap_beam.read_hashes(_OVERLAP.value).values())
 
 
@@ -236,12 +236,10 @@ def _groups() -> tuple[np.ndarray, tuple[str, ...]] | None:
 
 
 def _read(weights: str) -> tuple[WeightsConfig, Params]:
-    from clip_jax.inference import with_tokenizer
-    from clip_jax.interop import published, reading
+    from clip_jax.interop import reading
 
-    found = reading.read(published.locate(weights), model=_MODEL.value, activation=_ACTIVATION.value)
-    config = with_tokenizer(found.config, _TOKENIZER.value) if _TOKENIZER.value else found.config
-    return config, found.params
+    found = reading.read(weights, model=_MODEL.value, activation=_ACTIVATION.value, tokenizer=_TOKENIZER.value)
+    return found.config, found.params
 
 
 def make_subject(config: WeightsConfig, params: Params, mesh: Mesh) -> Subject:
@@ -316,7 +314,7 @@ def _facts(config: WeightsConfig, params: Params, fingerprint: str) -> dict[str,
 def _write(
     facts: Mapping[str, Any],
     config: WeightsConfig,
-    outcome: Outcome,
+    outcome: EvalReport,
     baselines: Mapping[str, tuple[float, float]],
     curves: Sequence[Mapping],
 ) -> list[str]:
@@ -326,7 +324,7 @@ def _write(
 
     directory = _directory()
     plots, tables = _plots(facts["name"], outcome, baselines), _by_group(outcome)
-    run = {**facts, "measured": outcome.described, "left_out": outcome.left_out, "failed": outcome.failed}
+    run = {**facts, "measured": outcome.described, "skipped": outcome.skipped, "failed": outcome.failed}
     write_report(directory, outcome.metrics, curves, (), run, plots)
     files = {
         "open_clip.csv": open_clip_csv(
@@ -341,14 +339,14 @@ def _write(
     return ["report.html", "report.json", *files]
 
 
-def _print(outcome: Outcome, files: Sequence[str]) -> None:
+def _print(outcome: EvalReport, files: Sequence[str]) -> None:
     from clip_jax.evals.report.files import table
 
     if outcome.metrics:
         print(table(outcome.metrics))
     for key, described in outcome.described.items():
         print(f"{key}: {described}")
-    for key, reason in outcome.left_out.items():
+    for key, reason in outcome.skipped.items():
         print(f"{key} is left out: {reason}")
     for key, reason in outcome.failed.items():
         print(f"{key} failed: {reason}")
@@ -358,7 +356,7 @@ def _print(outcome: Outcome, files: Sequence[str]) -> None:
         print(f"clip_jax.evaluate: failed, and not measured: {', '.join(outcome.failed)}", file=sys.stderr)
 
 
-def _plots(name: str, outcome: Outcome, baselines: Mapping[str, tuple[float, float]]) -> dict[str, str]:
+def _plots(name: str, outcome: EvalReport, baselines: Mapping[str, tuple[float, float]]) -> dict[str, str]:
     """Return by name what can be drawn: effective robustness, overlap."""
     from clip_jax.evals.analysis import overlap, robustness
 
@@ -373,7 +371,7 @@ def _plots(name: str, outcome: Outcome, baselines: Mapping[str, tuple[float, flo
     return plots
 
 
-def _by_group(outcome: Outcome) -> dict[str, str]:
+def _by_group(outcome: EvalReport) -> dict[str, str]:
     """Return by file name the tables of groups."""
     from clip_jax.evals.analysis import bias
 

@@ -20,9 +20,9 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int32, UInt8
 
-from clip_jax.config import Architecture, TokenizerConfig, WeightsConfig, tokenizer_of
+from clip_jax.config import TokenizerConfig, WeightsConfig
 from clip_jax.evals.embed import mean_of_wordings
-from clip_jax.interop import conversion, positions, published, reading
+from clip_jax.interop import reading
 from clip_jax.models import make_model
 from clip_jax.preprocess import ImageLike, preprocess_many
 from clip_jax.tokenizers import make_tokenizer
@@ -140,14 +140,16 @@ def load(
       FileNotFoundError: if there is no such file.
       ValueError: if the file is damaged or hostile, of a model that is not built, or not what its config describes.
     """
-    weights = reading.read(published.locate(path), model=model, activation=activation)
+    weights = reading.read(
+        path,
+        model=model,
+        activation=activation,
+        image_size=image_size,
+        context_length=context_length,
+        tokenizer=tokenizer,
+    )
     config, params = weights.config, weights.params
-    del weights  # `_moved` takes them out of NumPy's hands one by one
-    _check_shapes(os.fspath(path), params, config.model)
-    architecture, params = positions.resize(config.model, params, image_size=image_size, length=context_length)
-    config = dataclasses.replace(config, model=architecture)
-    if tokenizer:
-        config = with_tokenizer(config, tokenizer)
+    del weights  # `_moved` frees each NumPy array after its copy
     functions = make_model(config.model, config.preprocess)
     return Clip(
         config,
@@ -156,14 +158,6 @@ def load(
         jax.jit(functions.encode_image),
         jax.jit(functions.encode_text),
     )
-
-
-def with_tokenizer(config: WeightsConfig, tokenizer: TokenizerConfig | str) -> WeightsConfig:
-    """Return the config with another tokenizer; of a path, used as the published weights of such a model expect."""
-    if isinstance(tokenizer, str):
-        name = "huggingface" if tokenizer.endswith(".json") else "sentencepiece"
-        tokenizer = dataclasses.replace(tokenizer_of(config.model), name=name, path=tokenizer)
-    return dataclasses.replace(config, tokenizer=tokenizer, tokenizer_file=b"")
 
 
 def _moved(params: dict[str, Any]) -> Params:
@@ -195,19 +189,6 @@ class _NoTokenizer:
             f"the weights came without their tokenizer of {self.vocab_size:,} tokens; load them with its file, e.g."
             " load(…, tokenizer='/data/c4_en.model')"
         )
-
-
-def _check_shapes(path: str, params: Any, model: Architecture) -> None:
-    """Compare by name, so that an error says which array it is."""
-    found = {name: array.shape for name, array in conversion.flat(params).items()}
-    one_layer = conversion.parameter_shapes(model)
-    expected = {name: (layers, *shape) if layers else shape for name, (shape, layers) in one_layer.items()}
-    for name in [*expected, *found]:
-        if found.get(name) != expected.get(name):
-            raise ValueError(
-                f"{path}: the parameter {name} has shape {found.get(name, 'none')}, its config describes"
-                f" {expected.get(name, 'none')}"
-            )
 
 
 def _several(items: Any, kind: str) -> list[Any]:

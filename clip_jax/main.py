@@ -94,8 +94,9 @@ def _config_and_workdir() -> tuple[configs.Config, epath.Path]:
 
 def _check_names(config: configs.Config) -> None:
     """Raise ValueError for a name that is not in its registry."""
-    from clip_jax.data import EVAL_SETS, SOURCES
+    from clip_jax.data import SOURCES
     from clip_jax.evals import EVALUATORS
+    from clip_jax.evals.datasets import LOADERS
     from clip_jax.evals.datasets.registry import DATASETS
     from clip_jax.evals.suite import REGISTRY
     from clip_jax.losses import LOSSES
@@ -104,7 +105,7 @@ def _check_names(config: configs.Config) -> None:
     configs.check_name("data.source", config.data.source, SOURCES)
     for name, task in config.eval.tasks.items():
         configs.check_name(f"eval.tasks.{name}.evaluator", task.evaluator, EVALUATORS)
-        configs.check_name(f"eval.tasks.{name}.source", task.source, [*EVAL_SETS, REGISTRY])
+        configs.check_name(f"eval.tasks.{name}.source", task.source, [*LOADERS, REGISTRY])
         if task.source == REGISTRY:
             configs.check_name(f"eval.tasks.{name}.split", task.split, DATASETS)
 

@@ -1,13 +1,14 @@
-"""Ask the compiler before a slice is booked: `python -m clip_jax.plan --config=configs/vit_l14.py --topology=v5e-256`.
+"""Plan a training run without its TPUs: `python -m clip_jax.plan --config=configs/vit_l14.py --topology=v5e-256`.
 
-The step of `clip_jax.main` is compiled for that slice, on any Linux machine with libtpu (`pip install 'jax[tpu]'`), and
-one page says whether it fits and what it costs. Compiling takes minutes. Exit codes: 0, it fits; 3, it doesn't; 1, an
-error, with its traceback; 2, wrong flags or config, with one sentence.
+The step of `clip_jax.main` is compiled for that topology on any Linux machine with libtpu (`pip install 'jax[tpu]'`),
+which takes minutes. The report states whether it fits, its cost, and bounds of its speed. Exit codes: 0, it fits; 3, it
+does not fit; 2, invalid flags or config, with one line on stderr; 1, another error, with its traceback.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -25,143 +26,160 @@ from clip_jax import config as configs
 from clip_jax.command import checked_config, parse_flags
 
 if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
     from clip_jax.planner.predict import Plan
     from clip_jax.planner.topology import Topology
 
-FITS, FAILED, REFUSED, TOO_LARGE = 0, 1, 2, 3
-EVERY_SECONDS = 20  # a sign of life
+FITS, FAILED, INVALID, DOES_NOT_FIT = 0, 1, 2, 3
+HEARTBEAT_SECONDS = 20
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run, e.g. configs/vit_l14.py.", lock_config=True)
-_TOPOLOGY = flags.DEFINE_string("topology", None, "As clouds sell it: v5e-256, v4-512 (cores), v4:4x8x8, h100-64 …")
-_SLICES = flags.DEFINE_integer("slices", 1, "So many of them, joined by the data centre's network.", lower_bound=1)
-_SEARCH = flags.DEFINE_bool("search", False, "The largest batch that fits, by remat policy and mesh: an hour or more.")
-_LOSS_ONLY = flags.DEFINE_bool("loss_only", False, "Value and gradient of the loss alone, instead of --config.")
-_LOSS = flags.DEFINE_string("loss", "softmax", "For --loss_only: which.")
-_BATCH = flags.DEFINE_integer("global_batch", 32_768, "For --loss_only: pairs.", lower_bound=1)
-_WIDTH = flags.DEFINE_integer("embed_dim", 512, "For --loss_only: the embeddings' width.", lower_bound=1)
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "For --loss_only: the embeddings'.")
-_DUMP = flags.DEFINE_string("dump_hlo", "", "Write the compiled program's text to this file.")
-_JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of the page.")
+_OPTIONS = (
+    flags.DEFINE_string("topology", None, "Cloud name: v5e-256, v4-512 (cores), v4:4x8x8, h100-64 …"),
+    flags.DEFINE_integer("slices", 1, "TPU slices of this size, joined by the data centre network.", lower_bound=1),
+    flags.DEFINE_bool("search", False, "Find the largest batch that fits, by remat policy and mesh: an hour or more."),
+    flags.DEFINE_bool("loss_only", False, "Plan value and gradient of the loss alone, instead of --config."),
+    flags.DEFINE_string("loss", "softmax", "For --loss_only: name of the loss."),
+    flags.DEFINE_integer("global_batch", 32_768, "For --loss_only: pairs.", lower_bound=1),
+    flags.DEFINE_integer("embed_dim", 512, "For --loss_only: width of the embeddings.", lower_bound=1),
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "For --loss_only: dtype of the embeddings."),
+    flags.DEFINE_string("dump_hlo", "", "Write the text of the compiled program to this file."),
+    flags.DEFINE_bool("json", False, "Print one JSON object instead of the report."),
+)
+_LOSS_FLAGS = {  # and the config key with the same meaning
+    "loss": "config.loss.name",
+    "global_batch": "config.train.batch_size",
+    "dtype": "config.train.dtype",
+    "embed_dim": "",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Values of the flags; see their help."""
+
+    topology: str | None
+    slices: int
+    search: bool
+    loss_only: bool
+    loss: str
+    global_batch: int
+    embed_dim: int
+    dtype: str
+    dump_hlo: str
+    json: bool
+    config: ConfigDict | None
 
 
 def main(argv: list[str]) -> None:
-    """Plan as the flags say, and leave with a documented exit code."""
+    """Plan by the flags, and exit with a documented code."""
     try:
         if len(argv) > 1:
             raise ValueError(f"unexpected argument {argv[1]!r}; flags begin with --")
-        fits = _plan()
+        options = Options(config=_CONFIG.value, **{flag.name: flag.value for flag in _OPTIONS})
+        fits = _plan(options, given={name for name in _LOSS_FLAGS if flags.FLAGS[name].present})
     except (ValueError, ModuleNotFoundError) as error:
-        _leave(REFUSED, str(error))
+        _exit(INVALID, str(error))
     except Exception as error:  # noqa: BLE001
         traceback.print_exc()
-        _leave(FAILED, f"{type(error).__name__}: {error}")
-    sys.exit(FITS if fits else TOO_LARGE)
+        _exit(FAILED, f"{type(error).__name__}: {error}")
+    sys.exit(FITS if fits else DOES_NOT_FIT)
 
 
-def _plan() -> bool:
+def _plan(options: Options, given: set[str]) -> bool:
     from clip_jax.planner.topology import parse_topology
 
-    if not _TOPOLOGY.value:
+    if not options.topology:
         raise ValueError("give --topology, e.g. --topology=v5e-256, v4-512 or h100-64")
-    where = parse_topology(_TOPOLOGY.value, _SLICES.value)
-    config = None if _LOSS_ONLY.value else _config()
-    _check_flags(where)
-    os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported: it would look for a TPU, and say at length why not
-    if _SEARCH.value:
-        return _search(config, where)
+    topology = parse_topology(options.topology, options.slices)
+    config = None if options.loss_only else _config(options.config)
+    _check_options(options, given, topology)
+    os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported: it would look for a TPU and log errors
+    if options.search:
+        return _search(options, config, topology)
 
     from clip_jax.planner.page import page
 
-    plan = _plan_one(config, where)
-    print(json.dumps(plan.as_json(), indent=2) if _JSON.value else page(plan))
-    if _DUMP.value and plan.fits:
-        pathlib.Path(_DUMP.value).write_text(plan.compiled_text, encoding="utf-8")
-    elif _DUMP.value:
-        print(f"{_DUMP.value} isn't written: the compiler gives no program that doesn't fit", file=sys.stderr)
+    plan = _plan_one(options, config, topology)
+    print(json.dumps(plan.as_json(), indent=2) if options.json else page(plan))
+    if options.dump_hlo and plan.fits:
+        pathlib.Path(options.dump_hlo).write_text(plan.compiled_text, encoding="utf-8")
+    elif options.dump_hlo:
+        print(f"{options.dump_hlo} is not written: the compiler returns no program that does not fit", file=sys.stderr)
     return plan.fits
 
 
-def _check_flags(where: Topology) -> None:
-    """Raise ValueError for flags that would do nothing."""
-    if _LOSS_ONLY.value and _CONFIG.value is not None:
-        raise ValueError("--loss_only has no --config; leave one of them out")
-    if not _LOSS_ONLY.value:
-        instead = {"loss": "config.loss.name", "global_batch": "config.train.batch_size", "dtype": "config.train.dtype"}
-        for name in (*instead, "embed_dim"):
-            if flags.FLAGS[name].present:
-                other = f"; of a run say --{instead[name]}=…" if name in instead else ""
-                raise ValueError(f"--{name} is for --loss_only{other}")
-    if _DUMP.value and (_SEARCH.value or where.chip.kind != "tpu"):
-        raise ValueError(
-            f"--dump_hlo={_DUMP.value}: there is one program to write where one is compiled, of a TPU, without --search"
-        )
-    if _DUMP.value and not pathlib.Path(_DUMP.value).absolute().parent.is_dir():
-        raise ValueError(f"--dump_hlo={_DUMP.value}: there is no such folder")
+def _check_options(options: Options, given: set[str], topology: Topology) -> None:
+    """Raise ValueError for flags without effect."""
+    if options.loss_only and options.config is not None:
+        raise ValueError("--loss_only has no --config; remove one of them")
+    if not options.loss_only:
+        for name in (name for name in _LOSS_FLAGS if name in given):
+            instead = f"; for a run use --{_LOSS_FLAGS[name]}=…" if _LOSS_FLAGS[name] else ""
+            raise ValueError(f"--{name} is for --loss_only{instead}")
+    if options.dump_hlo and (options.search or topology.chip.kind != "tpu"):
+        raise ValueError(f"--dump_hlo={options.dump_hlo}: expected one compiled program, of a TPU, without --search")
+    if options.dump_hlo and not pathlib.Path(options.dump_hlo).absolute().parent.is_dir():
+        raise ValueError(f"--dump_hlo={options.dump_hlo}: there is no such folder")
 
 
-def _plan_one(config: configs.Config | None, where: Topology) -> Plan:
+def _plan_one(options: Options, config: configs.Config | None, topology: Topology) -> Plan:
     from clip_jax.planner import predict
 
-    if where.chip.kind != "tpu":
+    if topology.chip.kind != "tpu":
         if config is None:
             raise ValueError("--loss_only compiles, and only TPUs can be compiled for without the device")
-        return predict.plan_by_datasheet(config, where)
-    with _sign_of_life(f"compiling for {where.chips} chips of {where.chip.name}"):
+        return predict.plan_by_datasheet(config, topology)
+    with _heartbeat(f"compiling for {topology.chips} chips of {topology.chip.name}"):
         if config is None:
-            return predict.plan_loss(_LOSS.value, _BATCH.value, _WIDTH.value, _DTYPE.value, where)
-        return predict.plan_step(config, where)
+            return predict.plan_loss(options.loss, options.global_batch, options.embed_dim, options.dtype, topology)
+        return predict.plan_step(config, topology)
 
 
-def _search(config: configs.Config | None, where: Topology) -> bool:
+def _search(options: Options, config: configs.Config | None, topology: Topology) -> bool:
     from clip_jax.planner.search import search, table
 
-    if config is None or where.chip.kind != "tpu":
-        raise ValueError("--search compiles steps: it needs --config and a TPU's --topology")
+    if config is None or topology.chip.kind != "tpu":
+        raise ValueError("--search compiles steps: it needs --config and a TPU --topology")
     found = []
 
-    def plan(config: configs.Config, where: Topology) -> Plan:
-        print(
-            f"remat {config.train.remat}, fsdp {config.mesh.fsdp}, batch {config.train.batch_size:,}",
-            file=sys.stderr,
-        )
-        return _plan_one(config, where)
-
-    def tell() -> None:
-        print(json.dumps([plan.as_json() for plan in found], indent=2) if _JSON.value else table(found))
+    def plan(config: configs.Config, topology: Topology) -> Plan:
+        candidate = f"remat {config.train.remat}, fsdp {config.mesh.fsdp}, batch {config.train.batch_size:,}"
+        print(candidate, file=sys.stderr)
+        return _plan_one(options, config, topology)
 
     try:
-        for best in search(config, where, plan):
+        for best in search(config, topology, plan):
             found.append(best)
             print(table([best]).splitlines()[-1], file=sys.stderr)
-    except BaseException:
-        if found:  # hours may have gone into them
-            tell()
-        raise
-    tell()
+    finally:
+        if found or not sys.exc_info()[0]:  # after an interrupt, too: the rows may have taken hours
+            print(json.dumps([plan.as_json() for plan in found], indent=2) if options.json else table(found))
     return bool(found)
 
 
-def _config() -> configs.Config:
+def _config(given: ConfigDict | None) -> configs.Config:
     from clip_jax.losses import LOSSES
 
-    if _CONFIG.value is None:
+    if given is None:
         raise ValueError("give --config, e.g. --config=configs/vit_l14.py, or --loss_only")
-    config = checked_config(_CONFIG.value)
+    config = checked_config(given)
     configs.check_name("loss.name", config.loss.name, LOSSES)
     return config
 
 
 @contextlib.contextmanager
-def _sign_of_life(what: str) -> Iterator[None]:
-    """Say on stderr now and then that something is still going on."""
-    done, began = threading.Event(), time.monotonic()
+def _heartbeat(task: str) -> Iterator[None]:
+    """Print the elapsed time to stderr every HEARTBEAT_SECONDS."""
+    done, start = threading.Event(), time.monotonic()
 
-    def tell() -> None:
-        while not done.wait(EVERY_SECONDS):
-            print(f"{what}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    def run() -> None:
+        while not done.wait(HEARTBEAT_SECONDS):
+            print(f"{task}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
 
-    print(f"{what}; this takes seconds to minutes", file=sys.stderr, flush=True)
-    thread = threading.Thread(target=tell, daemon=True)
+    print(f"{task}; this takes seconds to minutes", file=sys.stderr, flush=True)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
         yield
@@ -170,10 +188,10 @@ def _sign_of_life(what: str) -> Iterator[None]:
         thread.join()
 
 
-def _leave(code: int, message: str) -> NoReturn:
-    print(message if code == REFUSED else f"FAILED: {message}", file=sys.stderr)
+def _exit(code: int, message: str) -> NoReturn:
+    print(message if code == INVALID else f"FAILED: {message}", file=sys.stderr)
     sys.exit(code)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=lambda argv: parse_flags(argv, lambda message: _leave(REFUSED, message)))
+    app.run(main, flags_parser=lambda argv: parse_flags(argv, lambda message: _exit(INVALID, message)))

@@ -81,9 +81,9 @@ def table(names: Sequence[str], order: Sequence[int] | np.ndarray, similarity: S
 def _emoji() -> tuple[list[bytes], list[str]]:
     # TensorFlow comes with it, so only where it is wanted.
     from clip_jax.config import DataConfig
-    from clip_jax.data import EVAL_SETS
+    from clip_jax.evals.datasets import LOADERS
 
-    pictures = EVAL_SETS["emoji"](DataConfig(), "search")
+    pictures = LOADERS["emoji"](DataConfig(), "search")
     return list(pictures.images), list(pictures.image_names)
 
 

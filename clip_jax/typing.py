@@ -99,7 +99,7 @@ class Tokenizer(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalSet:
+class EvalDataset:
     """Pictures with the texts or classes that are right for them.
 
     images: encoded pictures (PNG, JPEG, WebP).
@@ -108,7 +108,7 @@ class EvalSet:
     image_names: what a report writes under a picture.
     attribution: what the licences of the pictures ask to be said where they are shown.
     groups: which part of the set an image is of, for the worst of them; negative for none.
-    measure: the set's own number, a name in `clip_jax.evals.measures.MEASURES`; retrieval has recall.
+    metric: the main metric, a name in `clip_jax.evals.metrics.METRICS`; retrieval has recall.
     """
 
     name: str
@@ -118,7 +118,7 @@ class EvalSet:
     image_names: Sequence[str] = ()
     attribution: str = ""
     groups: Int64[np.ndarray, "n"] | None = None
-    measure: str = "top1"
+    metric: str = "top1"
 
     def right_pairs(self) -> tuple[Int64[np.ndarray, "m"], Int64[np.ndarray, "m"]]:
         """Return the images and the texts of all pairs that belong together."""
@@ -140,7 +140,7 @@ class EvalSet:
 
 @dataclasses.dataclass(frozen=True)
 class Cue:
-    """A word, the pictures that it is asked of (their places in `Labelled.images`), and which of them go with it."""
+    """A cue (WinoGAViL): a word, its candidate images (indices into `DatasetSplit.images`), the correct ones."""
 
     text: str
     candidates: Int64[np.ndarray, "m"]
@@ -148,7 +148,7 @@ class Cue:
 
 
 @dataclasses.dataclass(frozen=True)
-class Labelled:
+class DatasetSplit:
     """A split of an evaluation dataset as it is stored: pictures, and what is right of each.
 
     images: encoded pictures (PNG, JPEG, WebP), read when they are asked for.
@@ -187,7 +187,7 @@ class Embedder(Protocol):
 
 
 # (embedder, eval set) -> {'retrieval/<set>/image_to_text/recall_at_1': fraction, …}
-Evaluator = Callable[[Embedder, EvalSet], dict[str, float]]
+Evaluator = Callable[[Embedder, EvalDataset], dict[str, float]]
 
 # (image_embeddings_bE, text_embeddings_bE, logit_scale, logit_bias, axis, ids) -> (scalar, metrics); `axis` names the
 # mesh axes that the batch is sharded over, as inside `jax.shard_map`, or is None on one device; `ids`, of images and of

@@ -20,8 +20,8 @@ def main(path: str) -> int:
         failed |= not passed
         print(f"{'passed' if passed else 'FAILED'}    {key}: {reached:.3f}, gate {gate:.2f}")
     for key, reason in report.items():
-        if key.startswith("run/left_out."):
-            print(f"left out  {key.removeprefix('run/left_out.')}: {reason}")
+        if key.startswith("run/skipped."):
+            print(f"left out  {key.removeprefix('run/skipped.')}: {reason}")
     return int(failed)
 
 

@@ -9,8 +9,8 @@ import pytest
 from clip_jax.evals import benchmark
 from clip_jax.evals.association import association, chance, wording
 from clip_jax.evals.datasets import registry
-from clip_jax.evals.measures import Undefined
-from clip_jax.typing import Cue, Labelled, Unavailable
+from clip_jax.evals.metrics import Undefined
+from clip_jax.typing import Cue, DatasetSplit, Unavailable
 from tests.evaluations import picture
 from tests.tiny_benchmark import Constant, NotANumber, Perfect, subject
 
@@ -48,7 +48,7 @@ def test_numbers_by_hand():
     assert found["zeroshot/tiny/jaccard"] == pytest.approx((1 + 1 / 2) / 2, abs=EXACT)
     assert found["zeroshot/tiny/jaccard_all"] == pytest.approx((1 + 1 / 2 + 1 / 3) / 3, abs=EXACT)
     assert found["zeroshot/tiny/jaccard/candidates"] == 11 and found["zeroshot/tiny/jaccard_all/candidates"] == 9
-    assert found["zeroshot/tiny/jaccard/low"] <= 0.75 <= found["zeroshot/tiny/jaccard/high"]
+    assert found["zeroshot/tiny/jaccard/ci_low"] <= 0.75 <= found["zeroshot/tiny/jaccard/ci_high"]
     with pytest.raises(Undefined, match="none of the 1 cues has 10 candidates"):
         association(embedder, "tiny", IMAGES, cues[2:], [("a 0",)])
 
@@ -108,15 +108,15 @@ def asked(monkeypatch, split, tasks=("zeroshot",), **options):
 
 def test_it_is_asked_as_the_registry_s_set_and_says_what_it_is_of(monkeypatch):
     # Perfect gives a picture and a text of the same number the same vector.
-    split = Labelled(IMAGES[:20], None, cues=(cue("thing 3", range(10), [3]), cue("thing 14", range(10, 20), [14])))
+    split = DatasetSplit(IMAGES[:20], None, cues=(cue("thing 3", range(10), [3]), cue("thing 14", range(10, 20), [14])))
     outcome = asked(monkeypatch, split, ("zeroshot", "overlap", "bias"))
     assert outcome.metrics["zeroshot/tiny/jaccard"] == 1 and outcome.failed == {}
     said = outcome.described["zeroshot/tiny"]
-    assert "20 pictures" in said and "2 cues, such as 'A thing 3'" in said and "measure jaccard" in said
-    assert set(outcome.left_out) == {"overlap/tiny", "bias/tiny"}
+    assert "20 pictures" in said and "2 cues, such as 'A thing 3'" in said and "metric jaccard" in said
+    assert set(outcome.skipped) == {"overlap/tiny", "bias/tiny"}
     assert "'a photo of a thing 3.'" in asked(monkeypatch, split, templates="photo").described["zeroshot/tiny"]
     fewer = dataclasses.replace(split, cues=split.cues[:1])
-    assert "has 2 cues, and 1 were found" in asked(monkeypatch, fewer).left_out["zeroshot/tiny"]
+    assert "has 2 cues, and 1 were found" in asked(monkeypatch, fewer).skipped["zeroshot/tiny"]
 
 
 def test_it_is_found_in_its_folder_and_missed_with_what_brings_it(tmp_path):

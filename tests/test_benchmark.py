@@ -35,13 +35,13 @@ from tests.tiny_benchmark import (
 
 def test_every_number_says_what_it_is_of(monkeypatch):
     outcome = evaluate(monkeypatch, Perfect(), tasks=("zeroshot", "retrieval", *PROBES))
-    assert outcome.left_out == {}
+    assert outcome.skipped == {}
     assert set(outcome.described) == {"zeroshot/tiny", "linear_probe/tiny", "few_shot/tiny"}
     assert {tuple(key.split("/")[:2]) for key in outcome.metrics} == {
         tuple(key.split("/")) for key in outcome.described
     }
     for said in outcome.described.values():
-        for part in ("20 pictures of the test split", "4 classes", "measure top1", PREPROCESSING):
+        for part in ("20 pictures of the test split", "4 classes", "metric top1", PREPROCESSING):
             assert part in said
     digest = prompts.Prompts(tuple((name,) for name in NAMES), prompts.templates("photo")).digest
     assert digest in outcome.described["zeroshot/tiny"] and "4 wordings" in outcome.described["zeroshot/tiny"]
@@ -54,8 +54,9 @@ def test_a_perfect_model_gets_1_in_every_task(monkeypatch):
     for key in ("zeroshot/tiny/top1", "zeroshot/tiny/mean_per_class", "linear_probe/tiny/top1", "few_shot/tiny/4_shot"):
         assert metrics[key] == 1
         assert metrics[f"{key}/chance"] == 1 / CLASSES and metrics[f"{key}/candidates"] == CLASSES
-        assert metrics[f"{key}/low"] <= 1 <= metrics[f"{key}/high"]
-    assert metrics["zeroshot/tiny/top1/majority"] == 1 / CLASSES
+        low, high = ("min", "max") if key.startswith("few_shot") else ("ci_low", "ci_high")
+        assert metrics[f"{key}/{low}"] <= 1 <= metrics[f"{key}/{high}"]
+    assert metrics["zeroshot/tiny/top1/majority_class"] == 1 / CLASSES
 
 
 def test_few_shot_goes_as_far_as_the_smallest_class(monkeypatch):
@@ -67,7 +68,7 @@ def test_few_shot_goes_as_far_as_the_smallest_class(monkeypatch):
     assert [key for key in metrics if key.endswith("_shot")] == [f"few_shot/tiny/{n}_shot" for n in (1, 2, 4)]
     parts |= {"train": split([0, 1, 2] * 4, first=100)}
     outcome = evaluate(monkeypatch, Perfect(), row, ("few_shot",), parts)
-    assert outcome.metrics == {} and "no picture to train on" in outcome.left_out["few_shot/tiny"]
+    assert outcome.metrics == {} and "no picture to train on" in outcome.skipped["few_shot/tiny"]
 
 
 @pytest.mark.parametrize("counts", [(1,) * 6, (1, 2, 3, 1, 2, 3), (5, 1, 1, 1, 1, 1)])
@@ -82,7 +83,7 @@ def test_retrieval_takes_any_number_of_captions_per_picture(monkeypatch, counts)
     np.testing.assert_allclose(metrics[f"{prefix}/image_to_text/recall_at_1/chance"], chance)
     said = outcome.described["retrieval/tiny"]
     assert list(outcome.described) == ["retrieval/tiny"]
-    for part in ("6 pictures of the test split", f"{sum(counts)} captions", "'{}'", "measure recall", PREPROCESSING):
+    for part in ("6 pictures of the test split", f"{sum(counts)} captions", "'{}'", "metric recall", PREPROCESSING):
         assert part in said
 
 
@@ -98,16 +99,16 @@ def test_another_size_than_the_registrys_gives_no_number(monkeypatch, task):
     parts = PARTS | {"test": split([0, 1, 2, 3])}
     outcome = evaluate(monkeypatch, Perfect(), tasks=(task,), parts=parts)
     assert outcome.metrics == {} and outcome.described == {}
-    assert "has 20 pictures, and 4 were found" in outcome.left_out[f"{task}/tiny"]
+    assert "has 20 pictures, and 4 were found" in outcome.skipped[f"{task}/tiny"]
     unknown = dataclasses.replace(ROW, size=0)
-    assert evaluate(monkeypatch, Perfect(), unknown, (task,), parts).left_out == {}
+    assert evaluate(monkeypatch, Perfect(), unknown, (task,), parts).skipped == {}
 
 
 def test_what_is_not_there_is_left_out_with_its_reason_and_the_rest_goes_on(monkeypatch):
     outcome = evaluate(monkeypatch, Perfect(), tasks=("few_shot", "linear_probe", "zeroshot"), parts={"test": split()})
-    assert outcome.left_out == {f"{task}/tiny": "no train split here" for task in ("few_shot", "linear_probe")}
+    assert outcome.skipped == {f"{task}/tiny": "no train split here" for task in ("few_shot", "linear_probe")}
     assert outcome.metrics["zeroshot/tiny/top1"] == 1
-    assert evaluate(monkeypatch, Perfect(), parts={}).left_out == {"zeroshot/tiny": "no test split here"}
+    assert evaluate(monkeypatch, Perfect(), parts={}).skipped == {"zeroshot/tiny": "no test split here"}
 
 
 def _ask_three(monkeypatch, error, after_each=lambda outcome: None):
@@ -136,7 +137,7 @@ def _ask_three(monkeypatch, error, after_each=lambda outcome: None):
 def test_what_cannot_be_read_of_one_set_is_recorded_and_the_rest_goes_on(monkeypatch, error, reason):
     known = []
     outcome = _ask_three(monkeypatch, error, lambda outcome: known.append((set(outcome.described), [*outcome.failed])))
-    assert outcome.failed == {"zeroshot/two": reason} and outcome.left_out == {}
+    assert outcome.failed == {"zeroshot/two": reason} and outcome.skipped == {}
     assert outcome.metrics["zeroshot/one/top1"] == outcome.metrics["zeroshot/three/top1"] == 1
     one, three = "zeroshot/one", "zeroshot/three"
     assert known == [({one}, []), ({one}, ["zeroshot/two"]), ({one, three}, ["zeroshot/two"])]
@@ -178,7 +179,7 @@ def test_tasks_are_asked_of_the_sets_that_they_are_meant_for():
 def test_classes_without_the_right_number_of_names_are_left_out(monkeypatch, names, reason):
     parts = PARTS | {"test": split(class_names=names)}
     outcome = evaluate(monkeypatch, Perfect(), parts=parts, tasks=("zeroshot", "linear_probe"))
-    assert list(outcome.left_out) == ["zeroshot/tiny"] and reason in outcome.left_out["zeroshot/tiny"]
+    assert list(outcome.skipped) == ["zeroshot/tiny"] and reason in outcome.skipped["zeroshot/tiny"]
     assert outcome.metrics["linear_probe/tiny/top1"] == 1  # which asks no names
 
 
@@ -218,7 +219,7 @@ def test_prompts_are_the_users_else_the_registrys_else_the_datas(monkeypatch, tm
     digests = [re.search(r"wordings, ([0-9a-f]{12});", one).group(1) for one in (said_of_users, said)]
     assert digests[0] != digests[1]
     outcome = evaluate(monkeypatch, Perfect(), registered, parts=PARTS | {"test": split(class_names=())})
-    assert "which is not installed" in outcome.left_out["zeroshot/tiny"]
+    assert "which is not installed" in outcome.skipped["zeroshot/tiny"]
 
 
 def test_a_users_prompts_that_are_wrong_end_it(monkeypatch, tmp_path):
@@ -275,18 +276,18 @@ def test_a_validation_split_is_what_probes_are_chosen_by(monkeypatch, seen):
 
 
 def test_of_several_classes_per_picture_there_is_the_11_point_map_alone(monkeypatch):
-    row = dataclasses.replace(ROW, measure="map_11_points")
+    row = dataclasses.replace(ROW, metric="map_11_points")
     right_nQ = np.eye(CLASSES, dtype=bool)[np.arange(20) % CLASSES]
     parts = {"test": split(right_nQ), "train": split(right_nQ, first=100)}
     outcome = evaluate(monkeypatch, Perfect(), row, ("zeroshot", *PROBES), parts)
     measures = {key.split("/")[2] for key in outcome.metrics}
     assert measures == {"map_11_points"}
     assert outcome.metrics["zeroshot/tiny/map_11_points"] == outcome.metrics["linear_probe/tiny/map_11_points"] == 1
-    assert list(outcome.left_out) == ["few_shot/tiny"] and "several classes" in outcome.left_out["few_shot/tiny"]
-    assert "measure map_11_points" in outcome.described["zeroshot/tiny"]
+    assert list(outcome.skipped) == ["few_shot/tiny"] and "several classes" in outcome.skipped["few_shot/tiny"]
+    assert "metric map_11_points" in outcome.described["zeroshot/tiny"]
 
 
-GROUPED = dataclasses.replace(ROW, measure="worst_group_top1", group=1, other_groups=(5, 6))
+GROUPED = dataclasses.replace(ROW, metric="worst_group_top1", group=1, other_groups=(5, 6))
 
 
 def test_the_worst_group_is_looked_for_in_its_column_without_other_groups(monkeypatch):
@@ -303,7 +304,7 @@ def test_the_worst_group_is_looked_for_in_its_column_without_other_groups(monkey
         evaluate(monkeypatch, WrongInThirds(), everywhere, parts=parts).metrics["zeroshot/tiny/worst_group_top1"] == 0
     )
     outcome = evaluate(monkeypatch, Perfect(), GROUPED)
-    assert "none were found" in outcome.left_out["zeroshot/tiny"]
+    assert "none were found" in outcome.skipped["zeroshot/tiny"]
 
 
 @pytest.mark.parametrize("task", PROBES)
@@ -319,7 +320,7 @@ def test_probes_of_a_set_with_groups_end_well(monkeypatch, task):
         assert outcome.metrics.get("few_shot/tiny/1_shot", 1) == 1
 
 
-BINARY = dataclasses.replace(ROW, measure="roc_auc", classes=2, validation="validation")
+BINARY = dataclasses.replace(ROW, metric="roc_auc", classes=2, validation="validation")
 
 
 @pytest.fixture
@@ -348,7 +349,7 @@ def test_a_single_class_has_no_area_under_the_curve(monkeypatch, caplog, binary,
     outcome = evaluate(monkeypatch, Perfect(), BINARY, (task,), binary([0] * 20))
     values = [v for k, v in outcome.metrics.items() if k.endswith(("roc_auc", "_shot"))]
     assert all(math.isnan(value) for value in values)
-    assert "ROC AUC" in caplog.text and (values or f"{task}/tiny" in outcome.left_out)
+    assert "ROC AUC" in caplog.text and (values or f"{task}/tiny" in outcome.skipped)
 
 
 # --------------------------------------------------------------------------------------------- models that are broken
@@ -394,7 +395,7 @@ def test_classes_with_the_same_embedding_are_not_told_apart(monkeypatch):
 def test_features_that_are_not_finite_leave_a_probe_out_and_the_rest_goes_on(monkeypatch, task):
     outcome = evaluate(monkeypatch, NotANumber(), tasks=("zeroshot", task))
     assert outcome.metrics["zeroshot/tiny/top1"] == 0
-    assert "finite" in outcome.left_out[f"{task}/tiny"]
+    assert "finite" in outcome.skipped[f"{task}/tiny"]
     assert not [key for key in outcome.metrics if key.startswith(task)]
 
 
@@ -403,26 +404,26 @@ def test_captions_where_classes_are_asked_for_are_left_out(monkeypatch, task):
     said = [("a caption",)] * 20
     parts = {part: dataclasses.replace(found, targets=None, captions=said) for part, found in PARTS.items()}
     outcome = evaluate(monkeypatch, Perfect(), tasks=(task,), parts=parts)
-    assert "captions, not classes" in outcome.left_out[f"{task}/tiny"]
+    assert "captions, not classes" in outcome.skipped[f"{task}/tiny"]
 
 
 def test_classes_where_captions_are_asked_for_are_left_out(monkeypatch):
     row = dataclasses.replace(RETRIEVAL, size=20)
-    assert "not captions" in evaluate(monkeypatch, Perfect(), row, ("retrieval",)).left_out["retrieval/tiny"]
+    assert "not captions" in evaluate(monkeypatch, Perfect(), row, ("retrieval",)).skipped["retrieval/tiny"]
 
 
 # ----------------------------------------------------------------------------------------------- what others measured
 
 
 def test_published_numbers_stand_beside_zero_shot_numbers_of_the_same_architecture_alone(monkeypatch):
-    row = dataclasses.replace(ROW, name="cifar10", measure="top1")
+    row = dataclasses.replace(ROW, name="cifar10", metric="top1")
     for architecture, value in (("vit_b32", 0.8983), ("custom", None), ("emoji", None)):
         metrics = evaluate(
             monkeypatch, Perfect(), row, ("zeroshot", *PROBES), parts=PARTS, architecture=architecture
         ).metrics
         found = {key: value for key, value in metrics.items() if key.endswith("/published")}
         assert found == ({} if value is None else {"zeroshot/cifar10/top1/published": pytest.approx(value)})
-    pets = dataclasses.replace(ROW, name="pets", measure="mean_per_class")
+    pets = dataclasses.replace(ROW, name="pets", metric="mean_per_class")
     metrics = evaluate(monkeypatch, Perfect(), pets, architecture="vit_b32").metrics
     assert [key for key in metrics if key.endswith("published")] == ["zeroshot/pets/mean_per_class/published"]
     nobody = evaluate(monkeypatch, Perfect(), architecture="vit_b32").metrics

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from clip_jax.evals.analysis.bias import by_group, confusion, cross, disparity, error_pairs, rows, to_csv
-from clip_jax.evals.measures import Interval, Scored, Undefined, exact_interval
+from clip_jax.evals.metrics import Interval, Predictions, Undefined, exact_interval
 
 Q = 4  # two classes of people, 0 and 1, and two that none should be named by
 CATEGORIES = {"non-human": (2,), "any harm": (2, 3)}
@@ -17,7 +17,7 @@ GROUPS = ("a", "b", "nobody")
 
 def scored(named, targets, groups):
     """Return examples of a model that names these classes."""
-    return Scored(np.eye(Q)[named], np.array(targets), groups=np.array(groups))
+    return Predictions(np.eye(Q)[named], np.array(targets), groups=np.array(groups))
 
 
 def example():
@@ -44,7 +44,9 @@ def test_ties_and_nan_count_against_the_model():
     scores = np.eye(Q)[[0, 0, 0, 0]]
     scores[1, 2] = 1  # as high as the right one
     scores[2], scores[3, 3] = np.nan, np.inf
-    result = by_group(Scored(scores, np.zeros(4, int), groups=np.zeros(4, int)), ["all"], {"non-human": (2,)})["all"]
+    result = by_group(Predictions(scores, np.zeros(4, int), groups=np.zeros(4, int)), ["all"], {"non-human": (2,)})[
+        "all"
+    ]
     assert result.accuracy.value == 0.25
     assert result.rate_named["non-human"].value == 0.25
     assert result.not_finite == 2
@@ -64,7 +66,9 @@ def test_ties_and_nan_count_against_the_model():
 def test_what_does_not_fit_is_refused(change, names, categories, message):
     examples = example()
     with pytest.raises(ValueError, match=message):
-        by_group(Scored(examples.scores, examples.targets, **{"groups": examples.groups, **change}), names, categories)
+        by_group(
+            Predictions(examples.scores, examples.targets, **{"groups": examples.groups, **change}), names, categories
+        )
 
 
 # ------------------------------------------------------------------------------------------- disparity

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from clip_jax.config import SIGLIP_PREPROCESS, WeightsConfig
-from clip_jax.interop import conversion, msgpack, names, reading, torch_file
+from clip_jax.interop import conversion, msgpack, name_tables, reading, torch_file
 from tests import tiny_models
 
 SIGLIP, RESNET = tiny_models.ARCHITECTURES["siglip"], tiny_models.ARCHITECTURES["resnet"]
@@ -17,7 +17,7 @@ SIGLIP, RESNET = tiny_models.ARCHITECTURES["siglip"], tiny_models.ARCHITECTURES[
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("half", [False, True])
 def test_big_vision_s_npz_is_read(tmp_path, stacked, half):
-    tensors = dict(conversion.Tensors(SIGLIP, tiny_models.params(SIGLIP), names.BIG_VISION))
+    tensors = dict(conversion.LazyTensors(SIGLIP, tiny_models.params(SIGLIP), name_tables.BIG_VISION))
     if stacked:  # as a scan over layers leaves them
         layers = {name: x for name, x in tensors.items() if "encoderblock_0" in name}
         for name in layers:
@@ -49,7 +49,7 @@ def test_lit_is_read_from_big_vision_s_npz(tmp_path, form):
     params = tiny_models.params(architecture)
     if form == "of big_vision":  # there the class token has no position
         params["image"]["positional_embedding"][0] = 0
-    tensors = dict(conversion.Tensors(architecture, params, names.BIG_VISION))
+    tensors = dict(conversion.LazyTensors(architecture, params, name_tables.BIG_VISION))
     position = tensors.pop("img/pos_embedding")
     if form == "of big_vision":
         tensors["img/pos_embedding"] = position[:, 1:]
@@ -81,7 +81,7 @@ def test_a_tower_is_named_behind_a_colon(path, expected):
 def _write(folder, source):
     """Return a file with a tower that clip_jax doesn't know beside the one that is asked for, and its architecture."""
     if source == "npz":
-        tensors = conversion.Tensors(_lit(), tiny_models.params(_lit()), names.BIG_VISION)
+        tensors = conversion.LazyTensors(_lit(), tiny_models.params(_lit()), name_tables.BIG_VISION)
         images = {name: tensor for name, tensor in tensors.items() if name.startswith("img")}
         np.savez(folder / "w.npz", **images, **{"txt/bert/kernel": np.ones(3, "f4")})
         return folder / "w.npz", _lit()
@@ -89,7 +89,7 @@ def _write(folder, source):
     if source == "msgpack":
         msgpack.write(file, params, WeightsConfig(RESNET))
     else:
-        torch_file.write(file, conversion.Tensors(RESNET, params, names.OPENAI))
+        torch_file.write(file, conversion.LazyTensors(RESNET, params, name_tables.OPENAI))
     return file, RESNET
 
 
@@ -110,7 +110,7 @@ def test_one_tower_is_read_whatever_the_other_is(tmp_path, source, tower):
 
 
 def test_a_tower_s_positions_are_resized(tmp_path):
-    np.savez(tmp_path / "w.npz", **conversion.Tensors(SIGLIP, tiny_models.params(SIGLIP), names.BIG_VISION))
+    np.savez(tmp_path / "w.npz", **conversion.LazyTensors(SIGLIP, tiny_models.params(SIGLIP), name_tables.BIG_VISION))
     image, text = (
         dataclasses.replace(SIGLIP.image, image_size=96),
         dataclasses.replace(SIGLIP.text, length=20),

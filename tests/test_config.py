@@ -24,7 +24,12 @@ GOLDEN = ROOT / "tests/golden/configs"
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
 # Mappings have no keys of their own: one stands for all.
-EXAMPLE_KEYS = {"data.captions": "txt", "eval.tasks": "x", "eval.thresholds": "retrieval/a/b"}
+EXAMPLE_KEYS = {
+    "data.captions": "txt",
+    "data.options": "examples",
+    "eval.tasks": "x",
+    "eval.thresholds": "retrieval/a/b",
+}
 
 
 def load(name):

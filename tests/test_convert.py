@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from clip_jax.interop import conversion, names, reading, torch_file
+from clip_jax.interop import conversion, name_tables, reading, torch_file
 from tests import runs, tiny_models
 
 ARCHITECTURE = tiny_models.ARCHITECTURES["vit"]
@@ -24,7 +24,7 @@ def _convert(folder, *arguments):
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("convert")
     params = tiny_models.params(ARCHITECTURE)
-    torch_file.write(folder / "theirs.pt", conversion.Tensors(ARCHITECTURE, params, names.OPENAI))
+    torch_file.write(folder / "theirs.pt", conversion.LazyTensors(ARCHITECTURE, params, name_tables.OPENAI))
     return folder
 
 

@@ -1,4 +1,4 @@
-"""What the text of a compiled program says: arrays in tiles, loops, slices, collectives in all their disguises."""
+"""Costs counted from HLO text: tiled arrays, loops, slices, and every notation of collectives."""
 
 import jax
 import jax.numpy as jnp
@@ -8,17 +8,22 @@ from clip_jax.losses import LOSSES
 from clip_jax.models import flops
 from clip_jax.planner import predict
 from clip_jax.planner.cost import Program
-from clip_jax.planner.hlo import arrays, parse
+from clip_jax.planner.hlo import parse, parse_arrays
 from clip_jax.planner.page import page
 from clip_jax.planner.topology import parse_topology
 
 
-def test_arrays_take_whole_tiles():
-    """A ViT-L/14's scores: 257 columns are padded to 384, 257 rows to 264."""
-    (scores,) = arrays("f32[2,257,257]{2,1,0:T(8,128)}")
+def test_array_sizes_include_tile_padding():
+    """Attention scores of ViT-L/14: 257 columns are padded to 384, 257 rows to 264."""
+    (scores,) = parse_arrays("f32[2,257,257]{2,1,0:T(8,128)}")
     assert (scores.logical_bytes, scores.padded_bytes) == (2 * 257 * 257 * 4, 2 * 264 * 384 * 4)
-    kept, parameter, flag = arrays("(bf16[8,257,64]{0,2,1:T(8,128)(2,1)S(1)}, f32[24]{0}, pred[])")
-    assert (kept.space, kept.padded_bytes, parameter.padded_bytes, flag.logical_bytes) == (1, 257 * 64 * 128 * 2, 96, 1)
+    in_vmem, parameter, flag = parse_arrays("(bf16[8,257,64]{0,2,1:T(8,128)(2,1)S(1)}, f32[24]{0}, pred[])")
+    assert (in_vmem.memory_space, in_vmem.padded_bytes, parameter.padded_bytes, flag.logical_bytes) == (
+        1,
+        257 * 64 * 128 * 2,
+        96,
+        1,
+    )
 
 
 PROGRAM = """HloModule step
@@ -28,13 +33,13 @@ PROGRAM = """HloModule step
   %i = s32[] get-tuple-element(%p), index=0
   %x = f32[8,128]{1,0:T(8,128)} get-tuple-element(%p), index=1
   %w = f32[3,128,128]{2,1,0:T(8,128)} get-tuple-element(%p), index=2
-  %y = f32[8,128]{1,0:T(8,128)} fusion(%x, %w, %i), kind=kOutput, calls=%product
+  %y = f32[8,128]{1,0:T(8,128)} fusion(%x, %w, %i), kind=kOutput, calls=%matmul
   %one = s32[] constant(1)
   %next = s32[] add(%i, %one)
   ROOT %t = (s32[], f32[8,128]{1,0:T(8,128)}, f32[3,128,128]{2,1,0:T(8,128)}) tuple(%next, %y, %w)
 }
 
-%product (a: f32[8,128], b: f32[3,128,128], c: s32[]) -> f32[8,128] {
+%matmul (a: f32[8,128], b: f32[3,128,128], c: s32[]) -> f32[8,128] {
   %a = f32[8,128]{1,0:T(8,128)} parameter(0)
   %b = f32[3,128,128]{2,1,0:T(8,128)} parameter(1)
   %c = s32[] parameter(2)
@@ -63,17 +68,17 @@ ENTRY %main (x.1: f32[8,128], w.1: f32[3,128,128]) -> f32[8,128] {
 """
 
 
-def test_a_loop_counts_as_often_as_it_runs_and_a_slice_as_itself():
+def test_loop_body_counts_per_iteration_and_slice_counts_its_own_bytes():
     cost = Program(PROGRAM).cost()
     assert cost.flops == 3 * 2 * 8 * 128 * 128
-    assert cost.unit_flops == 6 * cost.flops  # float32 at full precision: six passes
+    assert cost.bf16_equivalent_flops == 6 * cost.flops  # float32, precision highest: six bfloat16 passes
     x, w = 8 * 128 * 4, 128 * 128 * 4
-    counters = 3 * 3 * 4 + 3 * 4  # the sum's operands and result, and the slice's index
+    counters = 3 * 3 * 4 + 3 * 4  # operands and result of the add, and the slice's index
     assert cost.logical_bytes == 3 * (2 * x + w) + 2 * x + counters
-    assert not cost.endless
+    assert not cost.unknown_trip_counts
     (sent,) = cost.collectives.values()
     assert (sent.kind, sent.group, sent.slices, sent.count) == ("all-reduce", 4, 1, 1)
-    assert (sent.link_bytes, sent.network_bytes) == (2 * 3 / 4 * x, 0)
+    assert (sent.interconnect_bytes, sent.network_bytes) == (2 * 3 / 4 * x, 0)
 
 
 @pytest.mark.parametrize(
@@ -89,26 +94,26 @@ def test_a_loop_counts_as_often_as_it_runs_and_a_slice_as_itself():
         ("mesh['a'=4,'b'=2] {'a','b'}", 8, 4),
     ],
 )
-def test_groups_in_every_notation_and_the_slices_of_two_devices_that_they_span(groups, group, slices):
+def test_replica_groups_of_every_notation_give_group_size_and_spanned_slices(groups, group, slices):
     text = PROGRAM.replace("{{0,1,2,3},{4,5,6,7}}", groups)
     (sent,) = Program(text, slices=4, devices_per_slice=2).cost().collectives.values()
     assert (sent.group, sent.slices) == (group, slices)
 
 
-def test_between_slices_a_device_sends_its_part():
+def test_all_reduce_between_slices_sends_a_shard_per_device():
     (sent,) = Program(PROGRAM, slices=4, devices_per_slice=2).cost().collectives.values()
     x = 8 * 128 * 4
-    assert (sent.link_bytes, sent.network_bytes) == (2 * 1 / 2 * x, 2 * 1 / 2 * x / 2)
+    assert (sent.interconnect_bytes, sent.network_bytes) == (2 * 1 / 2 * x, 2 * 1 / 2 * x / 2)
 
 
-def test_a_loop_without_a_constant_count_is_named():
+def test_loop_of_unknown_trip_count_is_reported_and_counted_once():
     cost = Program(PROGRAM.replace("%n = s32[] constant(3)", "%n = s32[] get-tuple-element(%p.1), index=0")).cost()
-    assert cost.endless == ["loop"] and cost.flops == 2 * 8 * 128 * 128
+    assert cost.unknown_trip_counts == ["loop"] and cost.flops == 2 * 8 * 128 * 128
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_loss_sends_its_own_texts_and_their_gradients_between_slices(name):
-    """Over the network go a device's texts, and of their gradient a sum there and one back."""
+def test_loss_sends_texts_and_their_gradients_once_between_slices(name):
+    """The network carries a device's texts, and the reduction of their gradient in both directions."""
     pytest.importorskip("libtpu")
     plan = predict.plan_loss(name, 4096, 256, "float32", parse_topology("v5e-8", slices=2))
     assert {sent["slices"] for sent in plan.collectives if sent["network_bytes"]} == {2}
@@ -117,12 +122,12 @@ def test_a_loss_sends_its_own_texts_and_their_gradients_between_slices(name):
     assert "between 2 slices" in page(plan)
 
 
-def test_what_stays_on_the_chip_does_not_go_through_memory():
+def test_arrays_in_vmem_add_no_hbm_bytes():
     on_chip = PROGRAM.replace("f32[8,128]{1,0:T(8,128)}", "f32[8,128]{1,0:T(8,128)S(1)}")
     assert Program(PROGRAM).cost().logical_bytes - Program(on_chip).cost().logical_bytes == (3 * 2 + 2) * 8 * 128 * 4
 
 
-def test_of_a_conditional_the_branch_of_a_true_predicate_counts():
+def test_conditional_counts_the_branch_of_a_true_predicate():
     def function(x):
         return jax.lax.cond(x[0, 0] > 0, lambda x: x @ x, lambda x: x @ x @ x @ x, x)
 
@@ -131,12 +136,12 @@ def test_of_a_conditional_the_branch_of_a_true_predicate_counts():
     assert flops.count(function, x) == 2 * 64**3
 
 
-def test_other_text_is_refused():
-    with pytest.raises(ValueError, match="no ENTRY computation: expected the text of a compiled program"):
+def test_parse_refuses_text_that_is_not_a_compiled_program():
+    with pytest.raises(ValueError, match=r"expected the result of Compiled.as_text\(\), got text without an ENTRY"):
         parse("HloModule empty")
 
 
-# A gather that goes on during a product, as v5e's compiler writes it: [8, 128] of four devices, into memory.
+# An all-gather that overlaps a matmul, as v5e's compiler writes it: [8, 128] of four devices, into HBM.
 OVERLAPPING = """HloModule step
 
 %start (a: bf16[8,128]) -> (bf16[8,128], bf16[32,128], u32[]) {
@@ -179,16 +184,16 @@ ENTRY %main (x: bf16[8,128], k: bf16[128,128]) -> bf16[32,128] {
 """  # noqa: E501
 
 
-def test_a_collective_that_overlaps_with_arithmetic_is_sent_once_and_written_once():
+def test_overlapped_collective_is_counted_once():
     cost = Program(OVERLAPPING).cost()
     (sent,) = cost.collectives.values()
-    assert (sent.kind, sent.group, sent.count, sent.link_bytes) == ("all-gather", 4, 1, 3 * 8 * 128 * 2)
+    assert (sent.kind, sent.group, sent.count, sent.interconnect_bytes) == ("all-gather", 4, 1, 3 * 8 * 128 * 2)
     x, w = 8 * 128 * 2, 128 * 128 * 2
-    assert cost.logical_bytes == (x + 4 * x) + (w + x)  # the gather's, and the product's
+    assert cost.logical_bytes == (x + 4 * x) + (w + x)  # all-gather, and matmul
 
 
-# On v7x: a sum on the sparse cores, and a slice of what a fusion first takes to other tiles.
-BESIDE = """HloModule step
+# v7x: an all-reduce on the sparse cores, and a slice of an array that a nested fusion retiles.
+SPARSE_CORE = """HloModule step
 
 %called (a: bf16[16,128]) -> bf16[16,128] {
   %a = bf16[16,128]{1,0:T(16,128)(2,1)} parameter(0)
@@ -218,18 +223,18 @@ ENTRY %main (x: bf16[16,128], y: bf16[3,16,128], i.1: s32[]) -> bf16[1,16,128] {
 """  # noqa: E501
 
 
-def test_a_sum_on_the_sparse_cores_is_sent_and_other_tiles_are_not_read():
-    cost = Program(BESIDE).cost()
+def test_sparse_core_collective_is_counted_and_retiling_reads_only_the_slice():
+    cost = Program(SPARSE_CORE).cost()
     (sent,) = cost.collectives.values()
-    part = 16 * 128 * 2
-    assert (sent.kind, sent.count, sent.link_bytes) == ("all-reduce", 1, part)
-    assert cost.logical_bytes == 2 * part + 2 * part
+    x = 16 * 128 * 2
+    assert (sent.kind, sent.count, sent.interconnect_bytes) == ("all-reduce", 1, x)
+    assert cost.logical_bytes == 2 * x + 2 * x
 
 
-def test_a_sum_of_which_every_device_keeps_a_part_is_fused():
-    text = PROGRAM.replace("%product (", "%all-reduce-scatter.1 (").replace("%product\n", "%all-reduce-scatter.1\n")
+def test_fused_all_reduce_scatter_counts_as_reduce_scatter():
+    text = PROGRAM.replace("%matmul (", "%all-reduce-scatter.1 (").replace("%matmul\n", "%all-reduce-scatter.1\n")
     text = text.replace(
         "ROOT %d = ", "%r = f32[8,128]{1,0:T(8,128)} all-reduce(%a), replica_groups={{0,1,2,3},{4,5,6,7}}\n  ROOT %d = "
     )
     sent = Program(text).cost().collectives["reduce-scatter", 4, 1]
-    assert (sent.count, sent.link_bytes) == (3, 3 * 3 / 4 * 8 * 128 * 4)
+    assert (sent.count, sent.interconnect_bytes) == (3, 3 * 3 / 4 * 8 * 128 * 4)

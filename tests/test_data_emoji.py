@@ -10,6 +10,7 @@ from PIL import Image
 
 from clip_jax.config import DataConfig
 from clip_jax.data.sources import emoji
+from clip_jax.evals.datasets import emoji as evaluation
 from clip_jax.typing import Unavailable
 
 # Measured with the packages of setup.py's lower bounds; newer ones add emoji and take none away.
@@ -26,12 +27,12 @@ def config(tmp_path_factory):
 @pytest.fixture(scope="session")
 def training(config):
     captions = {"name": 1.0, "alias": 1.0, "keyword": 1.0, "family": 0.0, "name_de": 1.0}
-    return emoji.source(DataConfig(source="emoji", cache_dir=config.cache_dir, captions=captions))
+    return emoji.EmojiSource.from_config(DataConfig(source="emoji", cache_dir=config.cache_dir, captions=captions))
 
 
 @pytest.fixture(scope="session")
 def unseen(config):
-    return emoji.eval_set(config, "unseen_concepts")
+    return evaluation.load(config, "unseen_concepts")
 
 
 def test_there_are_as_many_concepts_as_measured():
@@ -41,7 +42,7 @@ def test_there_are_as_many_concepts_as_measured():
     assert len({c.category for c in concepts}) == CATEGORIES
     assert len({c.subcategory for c in concepts}) >= SUBCATEGORIES
     for name, members in MEMBERS.items():
-        assert sum(emoji.part(c.family) == name for c in concepts) >= members
+        assert sum(emoji.split_of(c.family) == name for c in concepts) >= members
 
 
 def test_every_concept_has_a_name_in_every_language():
@@ -62,8 +63,8 @@ def test_different_emoji_are_different_families():
 
 def test_no_family_straddles_the_split(config):
     families = {}
-    for name in emoji.PARTS:
-        records = emoji._open(config, emoji.TRAINED_VENDORS, (name,), ("family",))
+    for name in emoji.SPLITS:
+        records = emoji.EmojiSource(config.cache_dir, ("family",), splits=(name,))
         families[name] = {records.read(i).captions["family"][0] for i in range(len(records))}
     assert not families["train"] & families["test"]
     assert not families["train"] & families["validation"]
@@ -73,7 +74,7 @@ def test_no_family_straddles_the_split(config):
 
 def test_the_training_source_holds_two_pictures_of_each_training_concept(training):
     keys = [training.read(i).key for i in range(len(training))]
-    codes = {c.code for c in emoji.concepts() if emoji.part(c.family) == "train"}
+    codes = {c.code for c in emoji.concepts() if emoji.split_of(c.family) == "train"}
     assert sorted(keys) == sorted(f"{vendor}/{code}" for vendor in emoji.TRAINED_VENDORS for code in codes)
 
 
@@ -91,7 +92,7 @@ def test_records_carry_names_aliases_keywords_and_languages(training):
 
 
 def test_the_default_captions_find_the_name(config):
-    record = emoji.source(config).read(0)
+    record = emoji.EmojiSource.from_config(config).read(0)
     assert len(record.captions["txt"]) == 1
 
 
@@ -113,7 +114,7 @@ def test_unseen_concepts_are_candidates_by_name(unseen):
 
 @pytest.mark.parametrize("language", emoji.LANGUAGES)
 def test_each_language_has_its_candidates_and_the_same_pictures(config, unseen, language):
-    found = emoji.eval_set(config, f"unseen_concepts_{language}")
+    found = evaluation.load(config, f"unseen_concepts_{language}")
     assert found.images == unseen.images
     assert len(set(found.texts)) == len(found.texts) >= 0.95 * len(unseen.texts)
     concepts = {c.texts["name"][0]: c for c in emoji.concepts()}
@@ -124,7 +125,7 @@ def test_each_language_has_its_candidates_and_the_same_pictures(config, unseen, 
 
 @pytest.mark.parametrize("split, classes", [("categories", CATEGORIES), ("subcategories", SUBCATEGORIES)])
 def test_classes_have_wordings_and_the_unseen_pictures(config, unseen, split, classes):
-    found = emoji.eval_set(config, split)
+    found = evaluation.load(config, split)
     assert found.images == unseen.images
     assert len(found.texts) >= classes and all(found.texts)
     (zebra,) = (t for t, name in zip(found.targets, found.image_names, strict=True) if "zebra (twemoji)" in name)
@@ -132,7 +133,7 @@ def test_classes_have_wordings_and_the_unseen_pictures(config, unseen, split, cl
 
 
 def test_every_category_has_a_wording():
-    assert set(emoji.CATEGORY_WORDINGS) == {c.category for c in emoji.concepts()}
+    assert set(evaluation.CATEGORY_PROMPTS) == {c.category for c in emoji.concepts()}
 
 
 @pytest.mark.parametrize(
@@ -140,16 +141,16 @@ def test_every_category_has_a_wording():
     [("face-smiling", ("face smiling", "smiling face")), ("other-object", ("object",)), ("sound", ("sound",))],
 )
 def test_subcategories_are_worded_both_ways(slug, wordings):
-    assert emoji._subcategory_wordings(slug) == wordings
+    assert evaluation._subcategory_prompts(slug) == wordings
 
 
 def test_search_holds_everything_that_the_known_vendors_draw(config):
-    assert len(emoji.eval_set(config, "search").images) >= 2 * CONCEPTS
+    assert len(evaluation.load(config, "search").images) >= 2 * CONCEPTS
 
 
 def test_an_unknown_split_is_an_error_that_lists_the_others(config):
     with pytest.raises(ValueError, match="no split 'tset'; it has unseen_concepts, .*unseen_concepts_de"):
-        emoji.eval_set(config, "tset")
+        evaluation.load(config, "tset")
 
 
 def test_missing_packages_are_an_error_that_says_what_to_install(config, monkeypatch):
@@ -160,7 +161,7 @@ def test_missing_packages_are_an_error_that_says_what_to_install(config, monkeyp
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     with pytest.raises(ValueError, match=r"needs resvg-py, emoji: pip install 'clip-jax-tpu\[demo\]'"):
-        emoji.source(config)
+        emoji.EmojiSource.from_config(config)
 
 
 # ------------------------------------------------------------------------------------------- the vendor never seen
@@ -169,7 +170,7 @@ def test_missing_packages_are_an_error_that_says_what_to_install(config, monkeyp
 def test_without_npm_the_unseen_vendor_is_unavailable_and_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setattr(emoji.shutil, "which", lambda name: None)
     with pytest.raises(Unavailable, match="npm is not installed.*apt install npm"):
-        emoji.eval_set(DataConfig(cache_dir=str(tmp_path)), "unseen_vendor")
+        evaluation.load(DataConfig(cache_dir=str(tmp_path)), "unseen_vendor")
 
 
 def test_a_registry_out_of_reach_is_unavailable(tmp_path, monkeypatch):
@@ -179,7 +180,7 @@ def test_a_registry_out_of_reach_is_unavailable(tmp_path, monkeypatch):
     monkeypatch.setattr(emoji.shutil, "which", lambda name: "/usr/bin/npm")
     monkeypatch.setattr(emoji.subprocess, "run", run)
     with pytest.raises(Unavailable, match="timed out after 120 seconds.*registry"):
-        emoji.eval_set(DataConfig(cache_dir=str(tmp_path)), "unseen_both")
+        evaluation.load(DataConfig(cache_dir=str(tmp_path)), "unseen_both")
 
 
 def test_a_later_run_with_npm_adds_the_unseen_vendor(tmp_path, monkeypatch):
@@ -187,13 +188,13 @@ def test_a_later_run_with_npm_adds_the_unseen_vendor(tmp_path, monkeypatch):
     config = DataConfig(cache_dir=str(tmp_path))
     monkeypatch.setattr(emoji.shutil, "which", lambda name: None)
     with pytest.raises(Unavailable):
-        emoji.eval_set(config, "unseen_vendor")
-    trained = [c for c in emoji.concepts() if emoji.part(c.family) == "train"][:2]
+        evaluation.load(config, "unseen_vendor")
+    trained = [c for c in emoji.concepts() if emoji.split_of(c.family) == "train"][:2]
     square = {"body": '<rect width="9" height="9" x="3" y="3" fill="red"/>', "width": 16, "height": 16}
     icons = {"icons": {"one": square, "two": square}, "aliases": {"second": {"parent": "two"}}}
     codes = {trained[0].code: "one", f"{trained[1].code}-fe0f": "second"}
     monkeypatch.setattr(emoji, "_noto_package", lambda: (icons, codes))
-    found = emoji.eval_set(config, "unseen_vendor")
+    found = evaluation.load(config, "unseen_vendor")
     assert sorted(texts[0] for texts in found.texts) == sorted(c.texts["name"][0] for c in trained)
     assert all(name.endswith("(noto)") for name in found.image_names)
 

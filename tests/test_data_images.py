@@ -152,7 +152,7 @@ def test_a_bomb_is_refused_for_its_size(decode, kind):
     bomb = WITH_SIZE[kind](13_000, 13_000)
     with pytest.raises(tf.errors.OpError, match="width and height"):
         decode(bomb)
-    assert images.why_undecodable(bomb) == "13000 × 13000 pixels, more than 100,000,000"
+    assert images.decoding_error(bomb) == "13000 × 13000 pixels, more than 100,000,000"
 
 
 @pytest.mark.parametrize("kind", WITH_SIZE)
@@ -179,11 +179,11 @@ BAD = {
 def test_bad_bytes_raise_and_are_explained(decode, kind):
     with pytest.raises(tf.errors.OpError):
         decode(BAD[kind])
-    assert len(images.why_undecodable(BAD[kind])) > 10
+    assert len(images.decoding_error(BAD[kind])) > 10
 
 
 def test_a_good_picture_has_no_complaint():
-    assert images.why_undecodable(FILES["png"][0]) is None
+    assert images.decoding_error(FILES["png"][0]) is None
 
 
 # --------------------------------------------------------------------------------------------------- augmentation

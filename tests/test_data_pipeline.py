@@ -1,4 +1,4 @@
-"""The batches are a function of integers, and no input kills or shifts them."""
+"""The pipeline: batches are a function of integers, and bad records neither end the run nor shift rows."""
 
 import io
 import itertools
@@ -19,8 +19,8 @@ ALL = AugmentConfig(0.5, 15.0, 0.2, 0.1, 0.2, 0.3, 0.5, 30.0, 0.1, 0.5, 0.3)
 CONFIG = DataConfig(source="synthetic", augment=ALL, decode_threads=2)
 
 
-class Bytes:
-    """A tokenizer: one token a byte."""
+class ByteTokenizer:
+    """One token per byte."""
 
     vocab_size, length, pad_id, eos_id = 258, LENGTH, 0, 1
 
@@ -36,8 +36,8 @@ def untokenize(row):
     return bytes(int(token) - 2 for token in row if token > 1).decode()
 
 
-class Listed:
-    """A source of given records; an exception among them is raised when it is read."""
+class ListSource:
+    """A source of given records; an exception in the list is raised when it is read."""
 
     def __init__(self, records):
         self.records = records
@@ -70,7 +70,7 @@ def _record(i, image=None, text=None):
 def take(source, count, *, config=CONFIG, batch_size=8, start_step=0, rows=None, seed=0, tokenizer=None):
     iterator = data.batches(
         source,
-        tokenizer or Bytes(),
+        tokenizer or ByteTokenizer(),
         config,
         image_size=SIZE,
         batch_size=batch_size,
@@ -92,13 +92,13 @@ def assert_same(found, expected):
         np.testing.assert_array_equal(a.batch.image, b.batch.image)
 
 
-# 20 examples and 16 rows: the second step holds the end of one epoch and the beginning of the next.
+# 20 examples and 16 rows: the second step has the end of one epoch and the beginning of the next.
 @pytest.fixture(scope="module")
 def uninterrupted():
     return take(SyntheticSource(20), 4, batch_size=16)
 
 
-def test_a_batch_has_the_types_of_the_contract(uninterrupted):
+def test_batch_has_the_dtypes_and_shapes_of_the_contract(uninterrupted):
     batch = uninterrupted[0].batch
     assert batch.image.dtype == np.uint8 and batch.image.shape == (16, SIZE, SIZE, 3)
     assert batch.text.dtype == np.int32 and batch.text.shape == (16, LENGTH)
@@ -107,7 +107,7 @@ def test_a_batch_has_the_types_of_the_contract(uninterrupted):
 
 
 @pytest.mark.parametrize("hosts", [2, 4, 8])
-def test_the_global_batch_is_the_same_for_any_number_of_hosts(uninterrupted, hosts):
+def test_global_batch_is_the_same_for_any_number_of_hosts(uninterrupted, hosts):
     size = 16 // hosts
     shards = [take(SyntheticSource(20), 2, batch_size=16, rows=slice(h * size, (h + 1) * size)) for h in range(hosts)]
     for step in range(2):
@@ -123,40 +123,40 @@ def test_resumed_equals_uninterrupted(uninterrupted, step):
     assert_same(take(SyntheticSource(20), 4 - step, batch_size=16, start_step=step), uninterrupted[step:])
 
 
-def test_the_number_of_threads_changes_nothing(uninterrupted):
+def test_number_of_threads_changes_nothing(uninterrupted):
     config = DataConfig(source="synthetic", augment=ALL, decode_threads=7, prefetch_batches=5)
     assert_same(take(SyntheticSource(20), 4, batch_size=16, config=config), uninterrupted)
 
 
-def test_another_seed_gives_another_order_and_other_changes(uninterrupted):
+def test_another_seed_changes_order_and_augmentation(uninterrupted):
     other = take(SyntheticSource(20), 1, batch_size=16, seed=1)[0]
     assert (other.example_ids != uninterrupted[0].example_ids).any()
     by_id = dict(zip(other.example_ids.tolist(), other.batch.image, strict=True))
-    ours = dict(zip(uninterrupted[0].example_ids.tolist(), uninterrupted[0].batch.image, strict=True))
-    shared = by_id.keys() & ours.keys()
-    assert len(shared) > 4 and all((by_id[i] != ours[i]).any() for i in shared)
+    expected = dict(zip(uninterrupted[0].example_ids.tolist(), uninterrupted[0].batch.image, strict=True))
+    shared = by_id.keys() & expected.keys()
+    assert len(shared) > 4 and all((by_id[i] != expected[i]).any() for i in shared)
 
 
-def test_every_epoch_holds_every_example_once():
+def test_every_epoch_has_every_example_once():
     ids = np.concatenate([b.example_ids for b in take(SyntheticSource(20), 5, batch_size=8)])
     first, second = ids.reshape(2, 20)
     assert sorted(first) == sorted(second) == list(range(20))
     assert (first != second).any()
 
 
-def test_step_ten_million_is_where_the_order_says():
+def test_step_ten_million_starts_at_its_position_in_the_order():
     (batch,) = take(SyntheticSource(1000), 1, start_step=10_000_000)
     expected = order.indices(np.arange(80_000_000, 80_000_008), 1000, seed=0)
     np.testing.assert_array_equal(batch.example_ids, expected)
 
 
-def test_a_picture_does_not_depend_on_the_batch_around_it():
+def test_image_is_independent_of_the_rest_of_the_batch():
     small, large = take(SyntheticSource(50), 4, batch_size=4), take(SyntheticSource(50), 1, batch_size=16)
     np.testing.assert_array_equal(np.concatenate([b.batch.image for b in small]), large[0].batch.image)
     np.testing.assert_array_equal(np.concatenate([b.batch.text for b in small]), large[0].batch.text)
 
 
-def test_the_same_example_is_changed_otherwise_in_the_next_epoch():
+def test_augmentation_of_an_example_changes_with_the_epoch():
     batches = take(SyntheticSource(8), 2)
     images = [dict(zip(b.example_ids.tolist(), b.batch.image, strict=True)) for b in batches]
     assert all((images[0][i] != images[1][i]).any() for i in range(8))
@@ -166,13 +166,13 @@ def test_the_same_example_is_changed_otherwise_in_the_next_epoch():
 
 BAD = {
     "checksum mismatch": BadRecord("checksum mismatch"),
-    "not a picture": _record(1, image=b"<html>404</html>"),
+    "not an image": _record(1, image=b"<html>404</html>"),
     "undecodable image": _record(2, image=_png(2)[:-30]),
     "100,000,000": _record(3, image=_png(3)[:16] + (13_000).to_bytes(4, "big") * 2 + _png(3)[24:]),
     "empty caption": _record(4, text=""),
     "blank caption: ' \\n\\t'": _record(5, text=" \n\t"),
     "blank caption: '\\x00\\x00'": _record(6, text="\0\0"),
-    "no caption: data.captions wants txt, caption; the record has name": Record("7", _png(7), {"name": ("dog",)}),
+    "no caption: data.captions has txt, caption; the record has name": Record("7", _png(7), {"name": ("dog",)}),
 }
 TOLERANT = DataConfig(source="tfrecord", max_bad_fraction=1.0, decode_threads=2)
 
@@ -181,10 +181,10 @@ def _with_bad(good=32):
     records = [_record(i) for i in range(good + len(BAD))]
     for place, record in enumerate(BAD.values()):
         records[1 + 3 * place] = record
-    return Listed(records), {1 + 3 * place: reason for place, reason in enumerate(BAD)}
+    return ListSource(records), {1 + 3 * place: reason for place, reason in enumerate(BAD)}
 
 
-def test_every_kind_of_bad_record_is_counted_named_and_replaced(caplog):
+def test_every_kind_of_bad_record_is_counted_logged_and_replaced(caplog):
     source, reasons = _with_bad()
     expected_ids = order.indices(np.arange(40), 40, seed=0).numpy()
     with caplog.at_level(logging.WARNING):
@@ -211,7 +211,7 @@ def test_every_kind_of_bad_record_is_counted_named_and_replaced(caplog):
             assert example == ordered
 
 
-def test_replacements_are_the_same_for_any_number_of_hosts_and_after_a_resume():
+def test_replacements_are_the_same_for_any_number_of_hosts_and_after_resuming():
     source, _ = _with_bad()
     whole = take(source, 4, config=TOLERANT)
     halves = [take(source, 4, config=TOLERANT, rows=slice(4 * h, 4 * h + 4)) for h in range(2)]
@@ -222,8 +222,8 @@ def test_replacements_are_the_same_for_any_number_of_hosts_and_after_a_resume():
     assert_same(take(source, 2, config=TOLERANT, start_step=2), whole[2:])
 
 
-def test_a_replacement_is_changed_as_if_it_were_in_its_own_place():
-    """Same example, epoch and seed: the picture is the one that the example's own row shows."""
+def test_replacement_is_augmented_as_in_its_own_row():
+    """Example, epoch and seed are the same, so the image is the one of the example's own row."""
     config = DataConfig(augment=ALL, max_bad_fraction=1.0, decode_threads=2)
 
     class Shapes(SyntheticSource):
@@ -239,51 +239,82 @@ def test_a_replacement_is_changed_as_if_it_were_in_its_own_place():
     np.testing.assert_array_equal(batch.batch.image[twins[0]], batch.batch.image[twins[1]])
 
 
-def test_a_whole_chunk_of_bad_records_is_replaced():
+def test_chunk_of_only_bad_records_is_replaced():
     bad = set(order.indices(np.arange(8), 64, seed=0).numpy().tolist())
-    source = Listed([BadRecord("gone") if i in bad else _record(i) for i in range(64)])
+    source = ListSource([BadRecord("gone") if i in bad else _record(i) for i in range(64)])
     (batch,) = take(source, 1, config=TOLERANT)
     assert len(batch.replaced) == 8 and not bad & set(batch.example_ids.tolist())
 
 
-def test_too_many_bad_records_end_the_run_with_three_names():
-    source = Listed([BadRecord("gone") if i % 4 == 0 else _record(i) for i in range(200)])
+def test_too_many_bad_records_raise_with_three_of_their_keys():
+    source = ListSource([BadRecord("gone") if i % 4 == 0 else _record(i) for i in range(200)])
     config = DataConfig(max_bad_fraction=0.1, decode_threads=2)
     with pytest.raises(ValueError, match=r"data.max_bad_fraction=0.1: (listed#\d+ \(gone\)(, )?){3}\.") as raised:
         take(source, 25, config=config)
     assert "--config.data.max_bad_fraction=" in str(raised.value)
 
 
-def test_a_bad_fraction_is_not_judged_before_a_hundred_reads():
+def test_bad_fraction_is_not_checked_before_a_hundred_reads():
     bad = int(order.indices(np.arange(1), 200, seed=0)[0])
-    source = Listed([BadRecord("gone") if i == bad else _record(i) for i in range(200)])
+    source = ListSource([BadRecord("gone") if i == bad else _record(i) for i in range(200)])
     batches = take(source, 25, config=DataConfig(max_bad_fraction=0.01, decode_threads=2))
     assert [len(b.replaced) for b in batches] == [1] + [0] * 24
 
 
-def test_nothing_but_bad_records_is_an_error():
-    with pytest.raises(ValueError, match=r"none of 100 records could take the place of listed#\d"):
-        take(Listed([BadRecord("gone")] * 8), 1, config=TOLERANT)
+def test_source_of_only_bad_records_raises():
+    with pytest.raises(ValueError, match=r"none of 100 records could replace listed#\d"):
+        take(ListSource([BadRecord("gone")] * 8), 1, config=TOLERANT)
 
 
-def test_a_hiccup_replaces_nothing(caplog):
-    class Flaky(Listed):
-        failed = False
+class Unstable(ListSource):
+    """400 records; the one at `position` of the order is bad on the reads with the given numbers, from 0.
 
-        def read(self, index):
-            if index == 5 and not self.failed:
-                self.failed = True
-                raise BadRecord("unreadable: the network blinked")
-            return super().read(index)
+    400, because the pipeline reads ahead: the next epoch's read of the record would be counted otherwise.
+    """
 
-    source = Flaky([_record(i) for i in range(8)])
+    def __init__(self, position, bad_reads, message="connection reset"):
+        super().__init__([_record(i) for i in range(400)])
+        self.index = int(order.indices(np.array([position]), 400, seed=0)[0])
+        self.bad_reads, self.message, self.reads = bad_reads, message, 0
+
+    def read(self, index):
+        if index == self.index:
+            self.reads += 1
+            if self.reads - 1 in self.bad_reads:
+                raise BadRecord(self.message)
+        return super().read(index)
+
+
+def test_transient_error_replaces_nothing(caplog):
+    source = Unstable(5, {0})
     (batch,) = take(source, 1, config=DataConfig(max_bad_fraction=0.0, decode_threads=2))
-    assert source.failed and batch.replaced == () and not caplog.records
-    assert_same([batch], take(Listed(source.records), 1, config=DataConfig(decode_threads=2)))
+    assert source.reads == 3 and batch.replaced == () and not caplog.records
+    assert_same([batch], take(ListSource(source.records), 1, config=DataConfig(decode_threads=2)))
 
 
-def test_an_error_that_is_no_bad_record_arrives_as_it_was_raised():
-    class Broken(Bytes):
+@pytest.mark.parametrize(
+    ("bad_reads", "message", "reason"),
+    [
+        ({0, 2, 3}, "connection reset", "connection reset"),  # read, check (good), read, check
+        ({0, 2}, "connection reset", pipeline.UNSTABLE),  # good on every check
+        ({0, 1}, "", "the source gives no reason"),
+    ],
+)
+def test_replaced_record_has_a_reason_also_if_it_was_good_when_checked(bad_reads, message, reason, caplog):
+    source = Unstable(5, bad_reads, message)
+    (batch,) = take(source, 1, config=TOLERANT)
+    (replaced,) = batch.replaced
+    assert (replaced.key, replaced.reason) == (f"listed#{source.index}", reason)
+    assert f"bad record listed#{source.index}: {reason};" in caplog.text
+
+
+def test_record_that_is_good_only_when_checked_counts_as_bad():
+    with pytest.raises(ValueError, match=r"1 of 104 records read are bad.*listed#\d+ \(failed twice when it was read"):
+        take(Unstable(100, {0, 2}), 20, config=DataConfig(max_bad_fraction=0.0, decode_threads=2))
+
+
+def test_other_exceptions_propagate_unchanged():
+    class Broken(ByteTokenizer):
         def __call__(self, texts):
             raise ZeroDivisionError("a bug in a tokenizer")
 
@@ -292,12 +323,12 @@ def test_an_error_that_is_no_bad_record_arrives_as_it_was_raised():
 
 
 @pytest.mark.parametrize("rows", [slice(4, 4), slice(0, 9), slice(0, 8, 2), slice(6, 2)])
-def test_rows_outside_the_batch_are_an_error(rows):
+def test_rows_outside_the_batch_raise(rows):
     with pytest.raises(ValueError, match="no range within the batch of 8"):
         take(SyntheticSource(20), 1, rows=rows)
 
 
-def test_captions_without_weight_are_an_error():
+def test_captions_without_weight_raise():
     with pytest.raises(ValueError, match="data.captions names no feature"):
         take(SyntheticSource(20), 1, config=DataConfig(captions={"txt": 0.0}))
 
@@ -305,18 +336,18 @@ def test_captions_without_weight_are_an_error():
 # -------------------------------------------------------------------------------------------------------- captions
 
 
-def _choices(captions, weights):
+def _caption_grid(captions, weights):
     record = Record("k", b"", captions)
     grid = (np.arange(100) + 0.5) / 100
     return [pipeline.choose_caption(record, weights, [0.0], [u], [v]) for u in grid for v in grid[::10]]
 
 
-def test_features_are_chosen_by_weight_and_their_values_evenly():
-    found = _choices({"name": ("dog",), "keyword": ("pet", "animal")}, {"name": 3.0, "keyword": 1.0})
+def test_features_are_selected_by_weight_and_their_values_uniformly():
+    found = _caption_grid({"name": ("dog",), "keyword": ("pet", "animal")}, {"name": 3.0, "keyword": 1.0})
     assert {text: found.count(text) for text in found} == {"dog": 750, "pet": 125, "animal": 125}
 
 
-def test_several_texts_are_joined_and_none_comes_twice():
+def test_several_texts_are_joined_without_repetition():
     record = Record("k", b"", {"name": ("dog",), "keyword": ("pet", "animal")})
     weights = {"name": 1.0, "keyword": 1.0}
     grid = np.linspace(0, 0.99, 5)
@@ -334,31 +365,31 @@ def test_several_texts_are_joined_and_none_comes_twice():
     assert {tuple(sorted(texts)) for texts in parts if len(texts) == 3} == {("animal", "dog", "pet")}
 
 
-def test_one_text_is_the_first_of_several():
-    """More texts for a caption add to the first one; they don't change which it is."""
+def test_first_of_several_texts_is_the_one_of_a_single_text():
+    """More texts for a caption are appended to the first one and do not change it."""
     ids, epochs = np.arange(50), np.zeros(50, np.int64)
     one, three = (pipeline._caption_draws(texts, 7, epochs, ids) for texts in (1, 3))
     np.testing.assert_array_equal(one[..., 0], three[..., 0])
 
 
-def test_weights_of_absent_empty_and_weightless_features_fall_away():
+def test_absent_empty_and_zero_weight_features_are_ignored():
     weights = {"txt": 1.0, "caption": 1.0, "alt": 0.0, "missing": 5.0}
-    assert set(_choices({"txt": ("",), "caption": (" a dog\0 ",), "alt": ("never",)}, weights)) == {"a dog"}
+    assert set(_caption_grid({"txt": ("",), "caption": (" a dog\0 ",), "alt": ("never",)}, weights)) == {"a dog"}
 
 
-def test_the_caption_of_an_example_changes_with_the_epoch():
+def test_caption_of_an_example_changes_with_the_epoch():
     record = Record("k", _png(0), {"txt": tuple("abcdefghijklmnop")})
-    ids = take(Listed([record] * 8), 2, config=TOLERANT)
+    ids = take(ListSource([record] * 8), 2, config=TOLERANT)
     assert (ids[0].batch.text != ids[1].batch.text).any()
 
 
-def test_a_caption_of_megabytes_is_cut_before_the_tokenizer():
+def test_caption_of_megabytes_is_truncated_before_the_tokenizer():
     lengths = []
 
-    class Measuring(Bytes):
+    class Measuring(ByteTokenizer):
         def __call__(self, texts):
             lengths.extend(map(len, texts))
             return super().__call__(texts)
 
-    take(Listed([_record(0, text="x" * 4_000_000)]), 1, config=TOLERANT, batch_size=1, tokenizer=Measuring())
+    take(ListSource([_record(0, text="x" * 4_000_000)]), 1, config=TOLERANT, batch_size=1, tokenizer=Measuring())
     assert set(lengths) == {pipeline.MAX_CAPTION_CHARACTERS}

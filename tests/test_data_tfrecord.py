@@ -199,11 +199,11 @@ def test_globs_braces_and_lists_find_the_same_shards(tmp_path):
         tfrecord.write_tfrecord(tmp_path / f"{i:05d}.tfrecord", _records(2, 2 * i))
     paths = [f"{tmp_path}/{i:05d}.tfrecord" for i in range(3)]
     for files in (f"{tmp_path}/*.tfrecord", f"{tmp_path}/{{00000..00002}}.tfrecord", ", ".join(paths)):
-        assert tfrecord.expand(files) == paths
+        assert tfrecord.expand_files(files) == paths
 
 
 ERRORS = {
-    "": "data.files names, e.g. '/data/cc3m/",
+    "": "data.files, which is empty; give e.g. '/data/cc3m/",
     "/nowhere/*.tfrecord": "'/nowhere/\\*.tfrecord' matches no file.*a.tfrecord,b.tfrecord",
     "/nowhere/a.tfrecord": "'/nowhere/a.tfrecord' does not exist.*\\*.tfrecord",
     "/nowhere/{00..01}.tfrecord": "'/nowhere/00.tfrecord' does not exist",
@@ -215,12 +215,12 @@ ERRORS = {
 @pytest.mark.parametrize("files", ERRORS)
 def test_wrong_files_are_errors_that_show_a_value(files):
     with pytest.raises(ValueError, match=ERRORS[files]):
-        tfrecord.source(DataConfig(files=files))
+        tfrecord.TFRecordSource.from_config(DataConfig(files=files))
 
 
 def test_a_remote_path_reads_the_same_records(shard):
     """TensorFlow's file:// goes the way of gs://."""
-    local, remote = _open(shard), _open(*tfrecord.expand(f"file://{shard.parent}/*.tfrecord"))
+    local, remote = _open(shard), _open(*tfrecord.expand_files(f"file://{shard.parent}/*.tfrecord"))
     assert _texts(remote) == _texts(local)
     assert remote.fingerprint() == local.fingerprint()
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from clip_jax.evals.analysis.baselines import fit_ridge, floors, hashed_text, hog, pixels_and_hog
-from clip_jax.typing import EvalSet
+from clip_jax.typing import EvalDataset
 
 COLOURS = ("red", "green", "blue", "orange", "purple", "black")
 SHAPES = ("square", "disc", "bar", "column", "frame")
@@ -33,7 +33,7 @@ def png(colour, shape, shift, background="white"):
 def shapes(name, kept, shifts):
     kinds = [(c, s) for i, c in enumerate(COLOURS) for j, s in enumerate(SHAPES) if kept((i + j) % 5)]
     images = [png(c, s, shift) for shift in shifts for c, s in kinds]
-    return EvalSet(name, images, [(f"{c} {s}",) for c, s in kinds], np.tile(np.arange(len(kinds)), len(shifts)))
+    return EvalDataset(name, images, [(f"{c} {s}",) for c, s in kinds], np.tile(np.arange(len(kinds)), len(shifts)))
 
 
 SEEN = shapes("seen", lambda i: i != 0, (-3, -1, 1, 3))
@@ -55,7 +55,7 @@ def test_ridge_names_new_combinations_and_the_nearest_picture_known_ones():
 
 
 def test_ridge_is_no_better_than_chance_where_texts_do_not_belong_to_pictures():
-    wrong = EvalSet(
+    wrong = EvalDataset(
         "unseen", UNSEEN.images, [(f"{chr(97 + i) * 7}",) for i in range(len(UNSEEN.texts))], UNSEEN.targets
     )
     recall = floors(SEEN, [wrong])["floor/ridge_pixels_hog/unseen/image_to_text/recall_at_1"]

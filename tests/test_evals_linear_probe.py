@@ -15,7 +15,7 @@ import pytest
 from clip_jax.evals import logistic
 from clip_jax.evals.few_shot import draw, few_shot
 from clip_jax.evals.linear_probe import NEVER, Examples, LinearProbe, fit, search
-from clip_jax.evals.measures import accuracy, map_11_points
+from clip_jax.evals.metrics import accuracy, map_11_points
 
 CLASSES, WIDTH = 4, 6
 # Nats per example, as near to the optimum as float32's gradients lead.
@@ -80,7 +80,7 @@ def test_against_scikit_learn(l2):
     np.testing.assert_allclose(probe.bias_Q, bias_Q, atol=WEIGHT)
     scores = probe.scores(VALIDATION.features_nD)
     np.testing.assert_allclose(softmax(scores)[0], probabilities, atol=WEIGHT)
-    assert probe.measure(accuracy, VALIDATION) == pytest.approx(right)
+    assert probe.evaluate(accuracy, VALIDATION) == pytest.approx(right)
 
 
 def test_the_usual_tolerance_is_kept():
@@ -117,7 +117,7 @@ def test_search_against_scikit_learn_over_the_same_values():
     theirs |= {14: 0.685, 15: 0.675, 16: 0.67, 32: 0.27, 48: 0.245}
     assert found.curve == pytest.approx({10 ** (step / 8): value for step, value in theirs.items()})
     assert found.l2 == pytest.approx(42.169650342858226)
-    assert found.probe.measure(accuracy, split(3, 500)) == pytest.approx(0.628)
+    assert found.probe.evaluate(accuracy, split(3, 500)) == pytest.approx(0.628)
 
 
 def test_search_without_refit_gives_the_probe_of_the_training_split():
@@ -193,7 +193,7 @@ def test_fewer_rows_than_features_leave_no_weight_where_rows_say_nothing():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(20, 50))
     probe = fit(x, np.arange(20) % 4, CLASSES, 1e-6)
-    assert probe.measure(accuracy, Examples(x, np.arange(20) % 4)) == 1
+    assert probe.evaluate(accuracy, Examples(x, np.arange(20) % 4)) == 1
     span = np.linalg.svd(x - x.mean(0), full_matrices=False)[2]
     outside = probe.weight_DQ - span.T @ (span @ probe.weight_DQ)
     assert np.abs(outside).max() < 1e-4 * np.abs(probe.weight_DQ).max()
@@ -251,7 +251,7 @@ def test_a_search_by_another_measure_of_several_classes():
     both = [Examples(x, np.stack([x[:, 0] > 0.5, x[:, 2] > 1], 1)) for x, _ in (TRAIN, VALIDATION)]
     found = search(*both, 2, map_11_points, refit=False)
     assert found.curve[found.l2] == max(found.curve.values()) > 0.9
-    assert found.probe.measure(map_11_points, both[1]) == pytest.approx(found.curve[found.l2], abs=1e-3)
+    assert found.probe.evaluate(map_11_points, both[1]) == pytest.approx(found.curve[found.l2], abs=1e-3)
 
 
 # --------------------------------------------------------------------------------------- more rows than logits can be
@@ -274,7 +274,7 @@ def test_chunks_end_at_the_same_optimum(chunked):
         assert objective(probe, TRAIN, l2) <= value * (1 + 1e-6)
         np.testing.assert_allclose(probe.weight_DQ[:, 0], weight_D, atol=WEIGHT)
         np.testing.assert_allclose(probe.bias_Q, bias_Q, atol=WEIGHT)
-        assert probe.measure(accuracy, VALIDATION) == pytest.approx(right)
+        assert probe.evaluate(accuracy, VALIDATION) == pytest.approx(right)
 
 
 def test_chunks_of_any_number_of_classes_end_at_the_same_optimum(chunked):
@@ -382,14 +382,14 @@ def test_more_shots_teach_more():
     assert low <= results[1].mean <= high < results[16].mean
     rows = draw(TRAIN.targets, CLASSES, 16, 2)
     probe = fit(*(x[rows] for x in TRAIN), CLASSES, 1.0)
-    assert results[16].values[2] == probe.measure(accuracy, VALIDATION)
+    assert results[16].values[2] == probe.evaluate(accuracy, VALIDATION)
 
 
 def test_few_shot_probes_search_on_the_validation_split():
     results = few_shot(TRAIN, split(3, 500), CLASSES, validation=VALIDATION, shots=(4,), seeds=(0,))
     rows = draw(TRAIN.targets, CLASSES, 4, 0)
     found = search(Examples(*(x[rows] for x in TRAIN)), VALIDATION, CLASSES, refit=False)
-    assert results[4].values == (found.probe.measure(accuracy, split(3, 500)),)
+    assert results[4].values == (found.probe.evaluate(accuracy, split(3, 500)),)
     with pytest.raises(ValueError, match="give either l2"):
         few_shot(TRAIN, VALIDATION, CLASSES)
     with pytest.raises(dataclasses.FrozenInstanceError):

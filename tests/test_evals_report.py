@@ -17,7 +17,7 @@ from clip_jax.evals.report import panels as panels_module
 from clip_jax.evals.report.charts import line_chart, number, ticks
 from clip_jax.evals.report.files import page, results, table, write_report
 from clip_jax.evals.report.panels import panels
-from clip_jax.typing import EvalSet
+from clip_jax.typing import EvalDataset
 
 KEY = "retrieval/emoji_unseen/image_to_text/recall_at_5"
 METRICS = {
@@ -34,7 +34,7 @@ METRICS = {
     "zeroshot/emoji_categories/top1": math.nan,
     "zeroshot/emoji_categories/top1/candidates": 8,
     "zeroshot/emoji_categories/top1/chance": 0.125,
-    "zeroshot/emoji_categories/top1/majority": 0.2,
+    "zeroshot/emoji_categories/top1/majority_class": 0.2,
     "floor/ridge_pixels_hog/emoji_unseen/image_to_text/recall_at_5": 0.361,
     "floor/nearest_neighbour/emoji_unseen/image_to_text/recall_at_5": 0.1,
     "floor/ridge_pixels_hog/elsewhere/image_to_text/recall_at_5": 0.5,
@@ -54,7 +54,7 @@ RUN = {
     "resumed": True,
     "config": {"model": {"image": {"widths": (8, 16)}}},
     "versions": {"jax": "0.10.2"},
-    "left_out": {"emoji_vendor": "npm is missing"},
+    "skipped": {"emoji_vendor": "npm is missing"},
 }
 
 
@@ -74,7 +74,7 @@ class Given:
 
 IMAGES = [png(c) for c in ("red", "green", "blue", "black")]
 TEXTS = ["red", "green", "blue", "<script>alert('black')</script>"]
-SET = EvalSet("emoji_colours", IMAGES, [(t,) for t in TEXTS], np.arange(4), ["rouge", "vert", "bleu", "noir & <b>"])
+SET = EvalDataset("emoji_colours", IMAGES, [(t,) for t in TEXTS], np.arange(4), ["rouge", "vert", "bleu", "noir & <b>"])
 
 
 def shown(image_nE=None, text_mE=None, **counts):

@@ -10,10 +10,10 @@ import pytest
 
 from clip_jax.evals import ranking
 from clip_jax.evals.embed import embed_set
-from clip_jax.evals.measures import bootstrap_interval
+from clip_jax.evals.metrics import bootstrap_interval
 from clip_jax.evals.ranking import unit
 from clip_jax.evals.retrieval import chance_of_recall, retrieval
-from clip_jax.typing import EvalSet
+from clip_jax.typing import EvalDataset
 
 # Sums of the same few fractions in another order.
 ROUNDING = 1e-12
@@ -34,7 +34,7 @@ class Given:
 
 
 def eval_set(targets, text_count):
-    return EvalSet(
+    return EvalDataset(
         "pairs",
         [str(i).encode() for i in range(len(targets))],
         [(str(i),) for i in range(text_count)],
@@ -88,7 +88,7 @@ def test_several_captions_to_a_picture_are_all_right_and_pictures_are_drawn_with
         assert to_text == pytest.approx(recall_by_sorting(images, range(12), texts, picture, k), abs=ROUNDING)
         assert to_image == pytest.approx(recall_by_sorting(texts, picture, images, range(12), k), abs=ROUNDING)
     assert metrics["retrieval/pairs/image_to_text/recall_at_1/chance"] == pytest.approx(5 / 60)
-    low, high = (metrics[f"retrieval/pairs/text_to_image/recall_at_1/{side}"] for side in ("low", "high"))
+    low, high = (metrics[f"retrieval/pairs/text_to_image/recall_at_1/{side}"] for side in ("ci_low", "ci_high"))
     by_caption = bootstrap_interval(ranks(texts, picture, images, np.arange(12)) < 1)
     assert low < metrics["retrieval/pairs/text_to_image/recall_at_1"] < high
     assert high - low > by_caption.high - by_caption.low  # twelve pictures say less than sixty captions seem to
@@ -267,8 +267,8 @@ def test_a_k_above_the_candidates_is_left_out():
         "recall_at_1",
         "candidates",
         "chance",
-        "low",
-        "high",
+        "ci_low",
+        "ci_high",
     }
     assert "retrieval/pairs/text_to_image/recall_at_10" in metrics
 
@@ -276,7 +276,7 @@ def test_a_k_above_the_candidates_is_left_out():
 def test_wordings_of_one_text_are_averaged_as_unit_vectors():
     texts = np.array([[9, 0, 0], [0, 1, 0], [0, 0, 1]], np.float32)  # the first is long: it must not weigh more
     images = np.array([[0.6, 0.8, 0], [0, 0, 1]], np.float32)
-    pairs = EvalSet("pairs", [b"0", b"1"], [("0", "1"), ("2",)], np.array([0, 1]))
+    pairs = EvalDataset("pairs", [b"0", b"1"], [("0", "1"), ("2",)], np.array([0, 1]))
     _, averaged = embed_set(Given(images, texts), pairs)
     np.testing.assert_allclose(averaged, [[0.5**0.5, 0.5**0.5, 0], [0, 0, 1]], rtol=1e-6)
 

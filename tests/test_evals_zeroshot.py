@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from clip_jax.evals import ranking
-from clip_jax.evals.measures import Scored
+from clip_jax.evals.metrics import Predictions
 from clip_jax.evals.ranking import unit
 from clip_jax.evals.zeroshot import zeroshot
-from clip_jax.typing import EvalSet
+from clip_jax.typing import EvalDataset
 
 
 class Given:
@@ -24,7 +24,7 @@ class Given:
 
 
 def measure(images, texts, targets):
-    classes = EvalSet(
+    classes = EvalDataset(
         "classes",
         [str(i).encode() for i in range(len(images))],
         [(str(i),) for i in range(len(texts))],
@@ -55,7 +55,7 @@ def test_accuracies_equal_those_of_sorted_lists():
 
 def test_majority_and_chance():
     metrics = measure(np.eye(8)[:6], np.eye(8), [0, 0, 0, 3, 4, 5])
-    assert metrics["top1/majority"] == 0.5
+    assert metrics["top1/majority_class"] == 0.5
     assert metrics["top1/chance"] == metrics["mean_per_class/chance"] == 1 / 8
     assert metrics["top5/chance"] == 5 / 8
     assert {metrics[f"{name}/candidates"] for name in ("top1", "top5", "mean_per_class")} == {8}
@@ -92,5 +92,5 @@ def test_top1_is_that_of_float64_where_float32_can_not_tell(monkeypatch, scores)
 
 
 def test_ranks_that_are_known_stay_with_the_rows_that_are_drawn():
-    scored = Scored(np.eye(3), np.array([0, 1, 2]), known_ranks=np.array([2, 0, 1]))
+    scored = Predictions(np.eye(3), np.array([0, 1, 2]), known_ranks=np.array([2, 0, 1]))
     assert scored.ranks.tolist() == [2, 0, 1] and scored.take(np.array([2, 2, 0])).ranks.tolist() == [1, 1, 2]

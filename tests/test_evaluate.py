@@ -107,18 +107,18 @@ def test_sets_that_are_not_here_are_listed_with_what_brings_them(weights, tmp_pa
     sets = "--suite=birdsnap,flickr30k,winogavil", "--tasks=zeroshot,retrieval,linear_probe"
     out, data = tmp_path / "out", tmp_path / "data"
     ((printed, _),) = run(f"--weights={weights}", f"--out={out}", f"--data_dir={data}", "--cache_dir=", *sets)
-    left_out = {key: value for key, value in report(out).items() if key.startswith("run/left_out")}
+    skipped = {key: value for key, value in report(out).items() if key.startswith("run/skipped")}
     reasons = {
         "zeroshot/birdsnap": f"{data}/wds_birdsnap_test/test is no folder",
         "linear_probe/birdsnap": f"{data}/wds_birdsnap_test/test is no folder",
         "retrieval/flickr30k": f"{data}/wds_flickr30k/test is no folder",
         "zeroshot/winogavil": "as lines of associations.jsonl beside them",  # the registry's note
     }
-    assert set(left_out) == {f"run/left_out.{key}" for key in reasons}
+    assert set(skipped) == {f"run/skipped.{key}" for key in reasons}
     assert not [key for key in report(out) if not key.startswith("run/")]
     card = (out / "MODEL_CARD.md").read_text()
     for key, reason in reasons.items():
-        assert reason in left_out[f"run/left_out.{key}"]
+        assert reason in skipped[f"run/skipped.{key}"]
         assert f"{key} is left out: " in printed and f"- {key}: " in card
 
 
@@ -150,7 +150,7 @@ def test_a_damaged_set_is_listed_as_failed_and_the_others_are_measured(weights, 
     assert {key.split("/")[1] for key in found if not key.startswith("run/")} == {"svhn"}
     failed = {key.removeprefix("run/failed."): value for key, value in found.items() if key.startswith("run/failed.")}
     assert set(failed) == {"zeroshot/mnist", "zeroshot/cifar10"}
-    assert [key for key in found if key.startswith("run/left_out")] == ["run/left_out.zeroshot/dtd"]
+    assert [key for key in found if key.startswith("run/skipped")] == ["run/skipped.zeroshot/dtd"]
     assert "10" in failed["zeroshot/mnist"] and "picture 1: " in failed["zeroshot/cifar10"]
     card, page = (out / "MODEL_CARD.md").read_text(), html.unescape((out / "report.html").read_text())
     for key, reason in failed.items():
@@ -169,7 +169,7 @@ def test_what_one_process_cannot_read_has_failed_on_all_and_the_others_are_measu
     said = run(*flags, f"--data_dir={data}", f"--out={out}", processes=2, second=second, code=3, tiny=True)
     found = report(out)
     assert found["run/failed.zeroshot/cifar10"].startswith("process 1: picture ")
-    assert found["run/left_out.zeroshot/svhn"].startswith("process 1: ")
+    assert found["run/skipped.zeroshot/svhn"].startswith("process 1: ")
     assert "not measured: zeroshot/cifar10" in said[0][1] and "not measured" not in said[1][1]
     run(*flags[:1], "--suite=mnist", f"--data_dir={data}", f"--out={tmp_path / 'alone'}", "--cache_dir=", tiny=True)
     expected = {key: value for key, value in report(tmp_path / "alone").items() if key.startswith("zeroshot/")}

@@ -19,7 +19,7 @@ from clip_jax.config import (
     with_activation,
 )
 from clip_jax.devices import sharding
-from clip_jax.interop import conversion, directory, msgpack, names, reading, torch_file
+from clip_jax.interop import conversion, directory, msgpack, name_tables, reading, torch_file
 from clip_jax.models import make_model
 from clip_jax.training import initialization, optim, step
 from clip_jax.typing import Batch
@@ -37,7 +37,7 @@ def _config(path, model=VIT, **init):
 
 def test_initial_params_from_any_format(tmp_path):
     params = tiny_models.params(VIT)
-    torch_file.write(tmp_path / "w.pt", conversion.Tensors(VIT, params, names.OPENAI))
+    torch_file.write(tmp_path / "w.pt", conversion.LazyTensors(VIT, params, name_tables.OPENAI))
     msgpack.write(tmp_path / "w.msgpack", params, WeightsConfig(VIT))
     directory.write(tmp_path / "dir", params, WeightsConfig(VIT))
     for config in (
@@ -58,7 +58,7 @@ def test_position_embeddings_are_resized(tmp_path):
 
 def test_one_tower_is_pretrained_and_the_other_random(tmp_path):
     params = tiny_models.params(RESNET)
-    torch_file.write(tmp_path / "w.pt", conversion.Tensors(RESNET, params, names.OPENAI))
+    torch_file.write(tmp_path / "w.pt", conversion.LazyTensors(RESNET, params, name_tables.OPENAI))
     found = initialization.initial_params(_config(f"{tmp_path}/w.pt:image", RESNET))
     assert found.keys() == {"image", "batch_stats"}
     jax.tree.map(np.testing.assert_array_equal, found["image"], params["image"])

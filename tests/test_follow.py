@@ -49,9 +49,9 @@ def _follow(directory, evaluated=(), mesh=None):
 def test_loop_evaluates_registry_datasets_and_lists_skipped_ones(finished):
     report = json.loads((finished / "report.json").read_text())
     key = "zeroshot/digits/top1"
-    assert 0 <= report[f"{key}/low"] <= report[key] <= report[f"{key}/high"] <= 1
+    assert 0 <= report[f"{key}/ci_low"] <= report[key] <= report[f"{key}/ci_high"] <= 1
     assert (
-        "wds_cifar10_test" in report["run/left_out.little_images"] or "data_dir" in report["run/left_out.little_images"]
+        "wds_cifar10_test" in report["run/skipped.little_images"] or "data_dir" in report["run/skipped.little_images"]
     )
     assert [line["step"] for line in metrics.read_lines(finished) if key in line] == [10]
 

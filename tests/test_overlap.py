@@ -22,7 +22,7 @@ from clip_jax.evals.analysis.duplicates import (
     perceptual_hash,
 )
 from clip_jax.evals.analysis.overlap import analyse, binomial_p_value, plot
-from clip_jax.evals.measures import Undefined
+from clip_jax.evals.metrics import Undefined
 
 COSINE_TOLERANCE = 1e-6  # float32 products of unit vectors, summed in another order
 

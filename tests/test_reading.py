@@ -12,18 +12,18 @@ from flax import serialization
 from safetensors.numpy import save_file
 
 from clip_jax.config import MODELS, SIGLIP_PREPROCESS, Preprocess, TokenizerConfig, WeightsConfig, tokenizer_of
-from clip_jax.interop import conversion, directory, msgpack, names, npz, positions, published, reading, torch_file
+from clip_jax.interop import conversion, directory, hub, msgpack, name_tables, npz, positions, reading, torch_file
 from tests import tiny_models, tiny_tokenizers
 
 TINY = {name: model for name, model in tiny_models.ARCHITECTURES.items() if name != "siglip_timm"}
 VIT = TINY["vit"]
 TABLES = {
-    "openai": (names.OPENAI, ["vit", "vit_gelu", "layer_scale", "resnet", "clipa"]),
-    "open_clip_siglip": (names.OPEN_CLIP_SIGLIP, ["siglip"]),
-    "huggingface": (names.HUGGINGFACE, ["vit", "vit_gelu"]),
-    "huggingface_siglip": (names.HUGGINGFACE_SIGLIP, ["siglip"]),
-    "huggingface_flax": (names.HUGGINGFACE_FLAX, ["vit", "vit_gelu"]),
-    "big_vision": (names.BIG_VISION, ["siglip"]),
+    "openai": (name_tables.OPENAI, ["vit", "vit_gelu", "layer_scale", "resnet", "clipa"]),
+    "open_clip_siglip": (name_tables.OPEN_CLIP_SIGLIP, ["siglip"]),
+    "huggingface": (name_tables.HUGGINGFACE, ["vit", "vit_gelu"]),
+    "huggingface_siglip": (name_tables.HUGGINGFACE_SIGLIP, ["siglip"]),
+    "huggingface_flax": (name_tables.HUGGINGFACE_FLAX, ["vit", "vit_gelu"]),
+    "big_vision": (name_tables.BIG_VISION, ["siglip"]),
 }
 PAIRS = [(table, name) for table, (_, models) in TABLES.items() for name in models]
 
@@ -44,7 +44,7 @@ def _equal(found, architecture, tolerance=0.0):
 
 
 def _theirs(name, table):
-    return dict(conversion.Tensors(TINY[name], tiny_models.params(TINY[name]), TABLES[table][0]))
+    return dict(conversion.LazyTensors(TINY[name], tiny_models.params(TINY[name]), TABLES[table][0]))
 
 
 # ----------------------------------------------------------------------------------------------------------- names
@@ -54,7 +54,7 @@ def _theirs(name, table):
 def test_names_there_and_back_change_no_bit(table, name):
     tensors = _theirs(name, table)
     assert all(tensor.dtype == np.float32 for tensor in tensors.values())
-    _equal(conversion.from_theirs(TINY[name], tensors, TABLES[table][0], "x"), TINY[name])
+    _equal(conversion.params_from_tensors(TINY[name], tensors, TABLES[table][0], "x"), TINY[name])
 
 
 @pytest.mark.parametrize(("table", "name"), PAIRS)
@@ -62,12 +62,12 @@ def test_a_missing_tensor_and_one_too_many_are_named(table, name):
     tensors = _theirs(name, table)
     for missing in list(tensors)[::7]:
         with pytest.raises(ValueError, match="file.pt has no tensor") as error:
-            conversion.from_theirs(
+            conversion.params_from_tensors(
                 TINY[name], {k: v for k, v in tensors.items() if k != missing}, TABLES[table][0], "file.pt"
             )
         assert repr(missing) in str(error.value)
     with pytest.raises(ValueError, match="file.pt has 1 tensors that the model has no place for: stranger"):
-        conversion.from_theirs(TINY[name], tensors | {"stranger": np.ones(2)}, TABLES[table][0], "file.pt")
+        conversion.params_from_tensors(TINY[name], tensors | {"stranger": np.ones(2)}, TABLES[table][0], "file.pt")
 
 
 @pytest.mark.parametrize(("table", "name"), PAIRS)
@@ -77,16 +77,20 @@ def test_a_wrong_shape_and_a_wrong_dtype_are_named(table, name):
     for key in wide[::5]:
         grown = np.concatenate([tensors[key], tensors[key]])
         with pytest.raises(ValueError, match=r"f: the tensor .* has shape .*, expected .* for ") as error:
-            conversion.from_theirs(TINY[name], tensors | {key: grown}, TABLES[table][0], "f")
+            conversion.params_from_tensors(TINY[name], tensors | {key: grown}, TABLES[table][0], "f")
         assert key in str(error.value) and str(grown.shape) in str(error.value)
         with pytest.raises(ValueError, match="is int8, expected floating point"):
-            conversion.from_theirs(TINY[name], tensors | {key: tensors[key].astype(np.int8)}, TABLES[table][0], "f")
+            conversion.params_from_tensors(
+                TINY[name], tensors | {key: tensors[key].astype(np.int8)}, TABLES[table][0], "f"
+            )
 
 
 def test_a_transposed_matrix_that_is_not_square_is_refused():
     tensors = _theirs("vit", "openai")
     with pytest.raises(ValueError, match=r"text_projection has shape \(32, 64\), expected \(64, 32\)"):
-        conversion.from_theirs(VIT, tensors | {"text_projection": tensors["text_projection"].T}, names.OPENAI, "f")
+        conversion.params_from_tensors(
+            VIT, tensors | {"text_projection": tensors["text_projection"].T}, name_tables.OPENAI, "f"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------ containers
@@ -211,17 +215,17 @@ def test_a_model_of_another_shape_is_refused(tmp_path):
 def test_shapes_tell_every_size(name, tmp_path):
     """Shapes alone: the arrays take no memory."""
     from clip_jax.config import with_activation
-    from clip_jax.interop import shapes
+    from clip_jax.interop import infer_architecture
 
     model = MODELS[name]
-    table = names.OPEN_CLIP_SIGLIP if model.logit_bias else names.OPENAI
+    table = name_tables.OPEN_CLIP_SIGLIP if model.logit_bias else name_tables.OPENAI
     tensors = {}
     for path, (shape, layers) in conversion.parameter_shapes(model).items():
         place = table[path]
         for layer in range(layers) if layers else (0,):
-            empty = np.broadcast_to(np.float32(0), conversion.their_shape(path, shape, place))
+            empty = np.broadcast_to(np.float32(0), conversion.tensor_shape(path, shape, place))
             tensors[place.name.format(layer + place.first)] = empty
-    found = shapes.architecture(tensors, table, "f")
+    found = infer_architecture.architecture(tensors, table, "f")
     found = with_activation(found, model.text.activation)
     assert dataclasses.replace(found, text=model.text, image=model.image) == model
     text = dataclasses.replace(found.text, mlp_ratio=model.text.mlp_ratio)
@@ -376,9 +380,9 @@ def test_published_weights_are_found_where_openai_s_code_puts_them(tmp_path, mon
     with pytest.raises(
         FileNotFoundError, match=r"weights of vit_l14_336 are not at .*ViT-L-14-336px\.pt.*clip\.load\('ViT-L/14@336px'"
     ):
-        published.locate("vit_l14_336")
+        hub.locate("vit_l14_336")
     file = tmp_path / ".cache/clip/RN50.pt"
     file.parent.mkdir(parents=True)
     file.touch()
-    assert published.locate("rn50") == file
-    assert published.locate("~/x.msgpack") == tmp_path / "x.msgpack"
+    assert hub.locate("rn50") == file
+    assert hub.locate("~/x.msgpack") == tmp_path / "x.msgpack"

@@ -8,7 +8,7 @@ from clip_jax.config import MODELS
 from clip_jax.evals import prompts
 from clip_jax.evals.datasets import registry
 from clip_jax.evals.datasets.registry import DATASETS, SUITES, published
-from clip_jax.evals.measures import MEASURES
+from clip_jax.evals.metrics import METRICS
 from clip_jax.typing import Unavailable
 
 ROWS = DATASETS.values()
@@ -84,17 +84,17 @@ def test_no_two_rows_share_a_place_or_a_title(field):
 def test_task_measure_and_classes_belong_together():
     for row in ROWS:
         assert row.task in ("zeroshot", "retrieval", "association"), row.name
-        assert (row.measure == "recall") == (row.task == "retrieval"), row.name
-        assert row.measure in {*MEASURES, "recall"}, row.name
+        assert (row.metric == "recall") == (row.task == "retrieval"), row.name
+        assert row.metric in {*METRICS, "recall"}, row.name
         assert (row.classes >= 2) == (row.task == "zeroshot"), row.name
-        assert (row.group >= 0) == row.measure.startswith("worst_group"), row.name
+        assert (row.group >= 0) == row.metric.startswith("worst_group"), row.name
         assert row.group >= 0 or not row.other_groups, row.name
 
 
 def test_the_paper_s_measures_are_those_of_its_table_9():
     measured = collections.defaultdict(set)
     for name in SUITES["paper"]:
-        measured[DATASETS[name].measure].add(name)
+        measured[DATASETS[name].metric].add(name)
     assert measured.pop("top1") >= {"food101", "imagenet", "stl10"}
     assert measured == {
         "mean_per_class": {"fgvc_aircraft", "pets", "caltech101", "flowers102"},

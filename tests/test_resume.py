@@ -93,7 +93,7 @@ def test_killed_during_evaluation_evaluates_that_step_when_resumed(config, unint
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Checkpoints, "save", save_and_wait)
-        patch.setattr(Suite, "measure", killed)
+        patch.setattr(Suite, "evaluate", killed)
         loop.train(config, str(tmp_path))
     assert [line["step"] for line in _records(tmp_path)] == [3]
     assert loop.train(config, str(tmp_path))

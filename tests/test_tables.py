@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from clip_jax.config import MODELS, WeightsConfig
-from clip_jax.evals.benchmark import Outcome
+from clip_jax.evals.benchmark import EvalReport
 from clip_jax.evals.datasets import registry
 from clip_jax.evals.report.tables import model_card, open_clip_csv
 from clip_jax.models.flops import forward_flops
@@ -41,7 +41,7 @@ def _all_measured():
                 f"retrieval/{name}/text_to_image/recall_at_1": value - 0.01,
             }
         else:
-            metrics[f"zeroshot/{name}/{row.measure}"] = value
+            metrics[f"zeroshot/{name}/{row.metric}"] = value
         column[row.title] = value
     return metrics, column
 
@@ -103,7 +103,7 @@ def test_the_model_card_has_every_number_what_it_is_of_and_what_is_missing(monke
     architecture = MODELS["emoji"]
     row = dataclasses.replace(ROW, name="cifar10")
     outcome = evaluate(monkeypatch, WrongInThirds(), row, ("zeroshot", *PROBES), architecture="vit_b32")
-    outcome = Outcome(
+    outcome = EvalReport(
         outcome.metrics, outcome.described, {}, {"zeroshot/pets": "not on this machine"}, {"zeroshot/dtd": "0.tar ends"}
     )
     facts = {"name": "mine", "architecture": "emoji", "parameters": 3_497_567}
@@ -114,13 +114,15 @@ def test_the_model_card_has_every_number_what_it_is_of_and_what_is_missing(monke
         for line in card.splitlines()
         if (cells := line.strip("| ").split(" | "))[0] in outcome.metrics
     }
-    attributes = ("candidates", "chance", "majority", "low", "high", "published")
+    attributes = ("candidates", "chance", "majority_class", "ci_low", "ci_high", "min", "max", "published")
     numbers = {key for key in outcome.metrics if key.rpartition("/")[2] not in attributes}
     assert set(rows) == numbers and {"zeroshot/cifar10/top1", "few_shot/cifar10/1_shot"} <= numbers
     for key, (value, interval, *_) in rows.items():
         assert value == f"{outcome.metrics[key]:.3f}"
-        assert interval.rstrip(" |") == f"{outcome.metrics[f'{key}/low']:.3f} to {outcome.metrics[f'{key}/high']:.3f}"
+        low, high = ("min", "max") if key.startswith("few_shot") else ("ci_low", "ci_high")
+        ends = (outcome.metrics[f"{key}/{end}"] for end in (low, high))
+        assert interval.rstrip(" |") == "{:.3f} to {:.3f}".format(*ends)
     assert rows["zeroshot/cifar10/top1"][2].strip(" |") == f"{outcome.metrics['zeroshot/cifar10/top1/published']:.3f}"
-    for key, said in itertools.chain(outcome.described.items(), outcome.left_out.items()):
+    for key, said in itertools.chain(outcome.described.items(), outcome.skipped.items()):
         assert f"- {key}: {said}" in card
     assert "- zeroshot/dtd: failed: 0.tar ends" in card

@@ -9,7 +9,7 @@ from clip_jax.evals import benchmark
 from clip_jax.evals.benchmark import Subject
 from clip_jax.evals.datasets import registry
 from clip_jax.evals.feature_cache import FeatureCache
-from clip_jax.typing import Labelled, Unavailable
+from clip_jax.typing import DatasetSplit, Unavailable
 
 CLASSES, PER_CLASS, WIDTH = 4, 5, 24
 NAMES = tuple(f"thing {class_id}" for class_id in range(CLASSES))
@@ -17,7 +17,7 @@ PREPROCESSING = "48 px, shortest, bicubic"
 PROBES = ("linear_probe", "few_shot")
 # One set without anything that others bring: neither prompts nor a split to choose by.
 ROW = registry.Dataset(name="tiny", title="Tiny", folder="wds_tiny", size=CLASSES * PER_CLASS, classes=CLASSES)
-RETRIEVAL = dataclasses.replace(ROW, task="retrieval", train="", size=6, classes=0, measure="recall")
+RETRIEVAL = dataclasses.replace(ROW, task="retrieval", train="", size=6, classes=0, metric="recall")
 
 
 def _number(text):
@@ -78,12 +78,14 @@ def split(targets=None, first=0, **more):
     numbers = targets if targets.ndim == 1 else targets.argmax(1)
     images = [f"{number} {first + row}".encode() for row, number in enumerate(numbers)]
     found = {"class_names": NAMES, "fingerprint": f"{first} {len(images)}"} | more
-    return Labelled(images, targets, **found)
+    return DatasetSplit(images, targets, **found)
 
 
 def captioned(counts=(1, 2, 3, 1, 2, 3)):
     captions = [tuple(f"{picture} from side {chr(97 + i)}" for i in range(n)) for picture, n in enumerate(counts)]
-    return Labelled([f"{picture} 0".encode() for picture in range(len(counts))], None, captions, fingerprint="captions")
+    return DatasetSplit(
+        [f"{picture} 0".encode() for picture in range(len(counts))], None, captions, fingerprint="captions"
+    )
 
 
 PARTS = {"test": split(), "train": split(np.arange(40) % CLASSES, first=100)}

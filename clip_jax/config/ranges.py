@@ -48,7 +48,6 @@ RANGES: dict[str, tuple[float, float]] = {
     "data.augment.flip_probability": _FRACTION,
     "data.augment.cutout": _FRACTION,
     "data.texts_per_caption": (1, 1000),
-    "data.synthetic_examples": _COUNT,
     "data.max_bad_fraction": _FRACTION,
     "data.decode_threads": _COUNT_OR_NONE,
     "data.prefetch_batches": _COUNT,

@@ -77,7 +77,8 @@ class DataConfig:
     # Up to so many texts of a record are drawn and joined by commas: for tags, and names that go with them.
     texts_per_caption: int = 1
     augment: AugmentConfig = AugmentConfig()
-    synthetic_examples: int = 4096  # size of the `synthetic` source
+    # Settings of the source beyond these, e.g. {'examples': 4096} of `synthetic`: arguments of its `from_config`.
+    options: Mapping[str, object] = dataclasses.field(default_factory=dict)
     cache_dir: str = "~/.cache/clip_jax"  # rendered pictures and indices of shards
     max_bad_fraction: float = 0.01  # of the records read so far: above it, the run ends and names some
     decode_threads: int = 0  # 0: as many as cores
@@ -192,7 +193,7 @@ class EvalTask:
     """One evaluator on one set."""
 
     evaluator: str = "retrieval"  # a name in clip_jax.evals.EVALUATORS
-    # A name in clip_jax.data.EVAL_SETS; or 'registry', and `split` is a set of clip_jax.evals.datasets.registry.
+    # A name in clip_jax.evals.datasets.LOADERS, or 'registry' with `split` a name in evals.datasets.registry.DATASETS.
     source: str = "emoji"
     split: str = "unseen_concepts"
 

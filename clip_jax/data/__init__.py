@@ -1,60 +1,86 @@
-"""Pairs from where they are stored to the host's arrays. TensorFlow lives here and nowhere else.
+"""Training input: sources of image–text pairs, and the pipeline from their records to the host's arrays.
 
-A source is a class with `read(index)` and a line in SOURCES; whatever is listed faces tests/contracts/test_sources.py.
+TensorFlow is imported here and nowhere else. To add a source, write a class in a file of `sources/` that keeps
+`clip_jax.typing.DataSource` and has two classmethods, and add it to SOURCES:
+
+* `from_config(config, **options)` opens the source. `config` is the run's DataConfig, `options` is `data.options`.
+* `tiny_config(folder)` returns a DataConfig of about 60 records for tests/contracts/test_sources.py; it may write to
+  `folder`.
 """
 
 import contextlib
+import inspect
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
 @contextlib.contextmanager
-def _without_remarks() -> Iterator[None]:
-    """Hold back what C++ writes to stderr, unless the block fails.
+def _quiet_stderr() -> Iterator[None]:
+    """Discard the stderr output of C++ code, unless the block raises.
 
-    TensorFlow 2.21 remarks on this machine's processor and missing CUDA libraries before it reads its log level,
-    which tells a JAX user nothing.
+    TensorFlow 2.21 logs CPU features and missing CUDA libraries before it reads its log level.
     """
     sys.stderr.flush()
     stderr = os.dup(2)
-    with tempfile.TemporaryFile() as remarks:
-        os.dup2(remarks.fileno(), 2)
+    with tempfile.TemporaryFile() as captured:
+        os.dup2(captured.fileno(), 2)
         try:
             yield
         except BaseException:
-            remarks.seek(0)
-            os.write(stderr, remarks.read())
+            captured.seek(0)
+            os.write(stderr, captured.read())
             raise
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)
 
 
-with _without_remarks():
+with _quiet_stderr():
     import tensorflow as tf
 
-# The accelerators are JAX's: TensorFlow would take most of a GPU's memory, or the whole TPU.
+# JAX owns the accelerators: TensorFlow would allocate most of a GPU's memory, or the whole TPU.
 tf.config.set_visible_devices([], "GPU")
 tf.config.set_visible_devices([], "TPU")
 
-from clip_jax.config import DataConfig  # noqa: E402
+from clip_jax.config import DataConfig, check_name  # noqa: E402
 from clip_jax.data.pipeline import batches  # noqa: E402
-from clip_jax.data.sources import emoji, synthetic, tfrecord  # noqa: E402
-from clip_jax.typing import DataSource, EvalSet  # noqa: E402
+from clip_jax.data.sources.emoji import EmojiSource  # noqa: E402
+from clip_jax.data.sources.synthetic import SyntheticSource  # noqa: E402
+from clip_jax.data.sources.tfrecord import TFRecordSource, write_tfrecord  # noqa: E402
+from clip_jax.typing import DataSource  # noqa: E402
 
-SOURCES: dict[str, Callable[[DataConfig], DataSource]] = {
-    "tfrecord": tfrecord.source,
-    "emoji": emoji.source,
-    "synthetic": synthetic.source,
+# Config key `data.source` -> class
+SOURCES: dict[str, type] = {
+    "tfrecord": TFRecordSource,
+    "emoji": EmojiSource,
+    "synthetic": SyntheticSource,
 }
 
-EVAL_SETS: dict[str, Callable[[DataConfig, str], EvalSet]] = {
-    "emoji": emoji.eval_set,
-    "synthetic": synthetic.eval_set,
-}
 
-__all__ = ["EVAL_SETS", "SOURCES", "batches"]
+def make_source(config: DataConfig) -> DataSource:
+    """Open the training source that `config.source` names.
+
+    >>> source = make_source(DataConfig(source="synthetic", options={"examples": 100}))
+    >>> len(source), source.read(0).captions["txt"]
+    (100, ('a purple cross on a grey background',))
+
+    Raises:
+      ValueError: for an unknown source or option, or from the source, e.g. if `data.files` matches no file.
+    """
+    check_name("data.source", config.source, SOURCES)
+    from_config = SOURCES[config.source].from_config
+    known = list(inspect.signature(from_config).parameters)[1:]
+    for name in config.options:
+        if name not in known:
+            raise ValueError(
+                f"data.options: data.source={config.source!r} has no option {name!r};"
+                f" its options: {', '.join(known) or 'none'}"
+            )
+    return from_config(config, **config.options)
+
+
+__all__ = ["SOURCES", "batches", "make_source", "write_tfrecord"]

@@ -1,15 +1,15 @@
-"""Encoded pictures to pixels, and the random changes of training; as TensorFlow graphs, so that threads share it.
+"""Decoding and augmentation of training images, as TensorFlow graphs, so that threads run them in parallel.
 
-Decoding agrees with Pillow's, on a white page, except where noted:
+Decoding agrees with Pillow's, composited on white, except where noted:
 
-* JPEG by libjpeg's accurate integer transform (TensorFlow's default is the fast one, off by up to 4 of 255).
-  CMYK becomes RGB. EXIF orientation is not applied, as in CLIP's own preprocessing.
-* Alpha is composited on white. Decoding three channels instead would show whatever lies beneath it.
+* JPEG uses libjpeg's accurate integer transform (TensorFlow's default is the fast one, off by up to 4 of 255). CMYK
+  becomes RGB. EXIF orientation is not applied, as in CLIP's own preprocessing.
+* Alpha is composited on white. Decoding three channels instead would show the hidden colour of transparent pixels.
 * 16-bit PNG keeps its high byte; Pillow clips at 255.
-* The rest goes through Pillow inside the graph: GIF, BMP, animated WebP (first frame) and PNG of fewer than 8 bits
-  a channel, which TensorFlow 2.21 gives an alpha of 1 in 255.
+* GIF, BMP, animated WebP (first frame) and PNG of fewer than 8 bits per channel, which TensorFlow 2.21 decodes with an
+  alpha of 1 of 255, are decoded by Pillow inside the graph.
 
-Augmentation's default is the paper's (section 2.5): a random square crop, nothing else. Every draw is stateless.
+The default augmentation is the paper's (section 2.5): a random square crop. All draws are stateless.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from clip_jax.config import AugmentConfig
 # A 1.2 MB PNG can hold 20,000² pixels: 1.2 GB in each decoding thread. 100 Mpx are 300 MB.
 MAX_PIXELS = 100_000_000
 PILLOW_FORMATS = ("GIF", "BMP", "WEBP", "PNG")
-HEADER_BYTES = 32  # the widths and heights of all formats but JPEG stand in the first 30
+HEADER_BYTES = 32  # contains width and height in all formats except JPEG
 
-# One uniform draw for each use, from one stateless call: a use that is switched off leaves the others as they were.
+# Indices of the uniform draws of one stateless call: switching one augmentation off does not change the others.
 CROP_AREA, CROP_X, CROP_Y, ROTATE, ZOOM, SHIFT_X, SHIFT_Y, BRIGHTNESS, CONTRAST, SATURATION, HUE = range(11)
 GRAYSCALE, FLIP, CUTOUT_SIDE, CUTOUT_X, CUTOUT_Y = range(11, 16)
 DRAWS = 16
 
-# NTSC's luma and chroma; hue turns the chroma plane, saturation scales it.
+# NTSC luma and chroma: hue rotates the chroma plane, saturation scales it.
 RGB_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]], np.float32)
 YIQ_TO_RGB = np.linalg.inv(RGB_TO_YIQ)
 
@@ -43,16 +43,17 @@ YIQ_TO_RGB = np.linalg.inv(RGB_TO_YIQ)
 
 
 def decode(encoded: tf.Tensor) -> tf.Tensor:
-    """Decode JPEG, PNG, WebP, GIF or BMP, told apart by their first bytes; uint8[H W 3].
+    """Decode JPEG, PNG, WebP, GIF or BMP, detected by their first bytes, to uint8[H W 3].
 
     Raises:
-      tf.errors.InvalidArgumentError, UnknownError: if it is none of these, damaged, or larger than MAX_PIXELS.
+      tf.errors.InvalidArgumentError, UnknownError: if the format is another, the image is damaged, or larger than
+        MAX_PIXELS.
     """
     header = tf.strings.substr(tf.strings.join([encoded, "\0" * HEADER_BYTES]), 0, HEADER_BYTES)
     byte = tf.cast(tf.io.decode_raw(header, tf.uint8), tf.int32)
     is_jpeg = tf.reduce_all(byte[:3] == [0xFF, 0xD8, 0xFF])
-    is_png = _starts(header, b"\x89PNG\r\n\x1a\n")
-    is_webp = _starts(header, b"RIFF") & (tf.strings.substr(header, 8, 4) == b"WEBP")
+    is_png = _starts_with(header, b"\x89PNG\r\n\x1a\n")
+    is_webp = _starts_with(header, b"RIFF") & (tf.strings.substr(header, 8, 4) == b"WEBP")
     rgb = tf.cond(
         is_jpeg,
         lambda: _decode_jpeg(encoded),
@@ -62,69 +63,69 @@ def decode(encoded: tf.Tensor) -> tf.Tensor:
             lambda: tf.cond(
                 is_webp & ~_is_animated(header, byte),
                 lambda: _decode_webp(encoded, header, byte),
-                lambda: _decode_by_pillow(encoded, header, byte),
+                lambda: _decode_with_pillow(encoded, header, byte),
             ),
         ),
     )
     return tf.ensure_shape(rgb, [None, None, 3])
 
 
-def why_undecodable(encoded: bytes) -> str | None:
-    """Say in a few words why `decode` refuses a picture, in Pillow's words if it does too; None if it is fine."""
+def decoding_error(encoded: bytes) -> str | None:
+    """Return why `decode` refuses an image, by Pillow's message if it fails too; None if the image is good."""
     try:
-        _decode_as_in_training(tf.constant(encoded))
+        _decode_function(tf.constant(encoded))
     except tf.errors.OpError as error:
         if too_large := re.search(r"width and height:\] \[(\d+)\] \[(\d+)\]", error.message):
             return f"{too_large[1]} × {too_large[2]} pixels, more than {MAX_PIXELS:,}"
-        return _pillows_complaint(encoded) or f"undecodable image: {error.message.splitlines()[0]}"
+        return _pillow_error(encoded) or f"undecodable image: {(error.message or type(error).__name__).splitlines()[0]}"
     return None
 
 
-_decode_as_in_training = tf.function(decode, [tf.TensorSpec([], tf.string)], autograph=False)
+_decode_function = tf.function(decode, [tf.TensorSpec([], tf.string)], autograph=False)
 
 
-def _pillows_complaint(encoded: bytes) -> str | None:
+def _pillow_error(encoded: bytes) -> str | None:
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             image.load()
     except Image.UnidentifiedImageError:
-        return f"not a picture; it begins with {encoded[:12]!r}"
+        return f"not an image; it begins with {encoded[:12]!r}"
     except (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError) as error:
-        return f"undecodable image: {error}"
+        return f"undecodable image: {str(error) or type(error).__name__}"
     return None
 
 
-def _starts(header: tf.Tensor, magic: bytes) -> tf.Tensor:
+def _starts_with(header: tf.Tensor, magic: bytes) -> tf.Tensor:
     return tf.strings.substr(header, 0, len(magic)) == magic
 
 
-def _guard(width: tf.Tensor, height: tf.Tensor) -> tf.Operation | None:
-    """Refuse what is too large: an operation to wait for in a graph, an error at once outside."""
+def _check_size(width: tf.Tensor, height: tf.Tensor) -> tf.Operation | None:
+    """Assert that the image has 1 to MAX_PIXELS pixels."""
     pixels = tf.cast(width, tf.int64) * tf.cast(height, tf.int64)
     return tf.debugging.Assert((pixels > 0) & (pixels <= MAX_PIXELS), ["width and height:", width, height])
 
 
 def _decode_jpeg(encoded: tf.Tensor) -> tf.Tensor:
     shape = tf.io.extract_jpeg_shape(encoded)
-    with tf.control_dependencies([_guard(shape[1], shape[0])]):
+    with tf.control_dependencies([_check_size(shape[1], shape[0])]):
         return tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE")
 
 
 def _decode_png(encoded: tf.Tensor, byte: tf.Tensor) -> tf.Tensor:
-    with tf.control_dependencies([_guard(_big_endian(byte[16:20]), _big_endian(byte[20:24]))]):
+    with tf.control_dependencies([_check_size(_big_endian(byte[16:20]), _big_endian(byte[20:24]))]):
         return _on_white(tf.io.decode_png(encoded, channels=4))
 
 
 def _decode_webp(encoded: tf.Tensor, header: tf.Tensor, byte: tf.Tensor) -> tf.Tensor:
-    """Decode one frame; TensorFlow returns (1, H, W, 3 or 4) as the file has it."""
+    """Decode one frame; TensorFlow returns (1, H, W, 3), or 4 channels if the file has alpha."""
     chunk = tf.strings.substr(header, 12, 4)
-    # Extended: two 24-bit numbers less one. Lossless: two 14-bit numbers less one. Lossy: two of 14 bits.
+    # Width and height. Extended: 24 bits each, minus one. Lossless: 14 bits each, minus one. Lossy: 14 bits each.
     extended = tf.stack([_little_endian(byte[24:27]) + 1, _little_endian(byte[27:30]) + 1])
     bits = _little_endian(byte[21:25])
     lossless = tf.stack([bits % 2**14 + 1, bits // 2**14 % 2**14 + 1])
     lossy = tf.stack([_little_endian(byte[26:28]) % 2**14, _little_endian(byte[28:30]) % 2**14])
     size = tf.where(chunk == b"VP8X", extended, tf.where(chunk == b"VP8L", lossless, lossy))
-    with tf.control_dependencies([_guard(size[0], size[1])]):
+    with tf.control_dependencies([_check_size(size[0], size[1])]):
         pixels = tf.io.decode_webp(encoded)[0]
     return tf.cond(tf.shape(pixels)[-1] == 4, lambda: _on_white(pixels), lambda: pixels)
 
@@ -142,44 +143,45 @@ def _little_endian(digits: tf.Tensor) -> tf.Tensor:
 
 
 def _on_white(rgba: tf.Tensor) -> tf.Tensor:
-    """Composite uint8 RGBA on white, rounding to nearest; in integers, so that every machine agrees."""
+    """Composite uint8 RGBA on white, rounding to nearest, in integers: the same result on every machine."""
     color, alpha = tf.cast(rgba[..., :3], tf.int32), tf.cast(rgba[..., 3:4], tf.int32)
     return tf.cast((color * alpha + 255 * (255 - alpha) + 127) // 255, tf.uint8)
 
 
-def _decode_by_pillow(encoded: tf.Tensor, header: tf.Tensor, byte: tf.Tensor) -> tf.Tensor:
+def _decode_with_pillow(encoded: tf.Tensor, header: tf.Tensor, byte: tf.Tensor) -> tf.Tensor:
     gif = tf.stack([_little_endian(byte[6:8]), _little_endian(byte[8:10])])
     bmp = tf.stack([_little_endian(byte[18:22]), _little_endian(byte[22:26])])
-    bmp = tf.where(bmp < 2**31, bmp, 2**32 - bmp)  # a negative height counts rows from the top
+    bmp = tf.where(bmp < 2**31, bmp, 2**32 - bmp)  # a negative height means rows from the top
     png = tf.stack([_big_endian(byte[16:20]), _big_endian(byte[20:24])])
     webp = tf.stack([_little_endian(byte[24:27]) + 1, _little_endian(byte[27:30]) + 1])
-    size = tf.ones(2, tf.int64)  # of what is none of these: Pillow refuses it
+    size = tf.ones(2, tf.int64)  # of other formats, which Pillow refuses
     for magic, declared in ((b"GIF8", gif), (b"BM", bmp), (b"\x89PNG", png), (b"RIFF", webp)):
-        size = tf.where(_starts(header, magic), declared, size)
-    with tf.control_dependencies([_guard(size[0], size[1])]):
+        size = tf.where(_starts_with(header, magic), declared, size)
+    with tf.control_dependencies([_check_size(size[0], size[1])]):
         return tf.numpy_function(_pillow_rgb, [encoded], tf.uint8, stateful=False)
 
 
 def _pillow_rgb(encoded: bytes) -> np.ndarray:
     with Image.open(io.BytesIO(encoded), formats=PILLOW_FORMATS) as image:
         rgba = image.convert("RGBA")
-    page = Image.new("RGBA", rgba.size, "white")
-    page.alpha_composite(rgba)
-    return np.asarray(page.convert("RGB"))
+    white = Image.new("RGBA", rgba.size, "white")
+    white.alpha_composite(rgba)
+    return np.asarray(white.convert("RGB"))
 
 
 # --------------------------------------------------------------------------------------------------- augmentation
 
 
 def augment(image: tf.Tensor, size: int, seed: tf.Tensor, config: AugmentConfig) -> tf.Tensor:
-    """Return a random square of the picture, resized and changed as `config` says; uint8[size size 3].
+    """Return a random square crop, resized and augmented, uint8[size size 3].
 
-    What is switched off costs nothing, and the result depends on these arguments alone.
+    The result is a function of the arguments. Augmentations that are off take no time.
 
     Args:
       image: uint8[H W 3].
-      size: of the result, in pixels.
-      seed: int64[2]; the same seed gives the same change.
+      size: height and width of the result, in pixels.
+      seed: int64[2], for TensorFlow's stateless random functions.
+      config: strengths of the augmentations.
     """
     uniform = tf.random.stateless_uniform([DRAWS], seed, alg="philox")
     pixels = _resize(_random_square(image, uniform, config.min_crop_area), size)
@@ -198,7 +200,7 @@ def augment(image: tf.Tensor, size: int, seed: tf.Tensor, config: AugmentConfig)
 
 
 def _random_square(image: tf.Tensor, uniform: tf.Tensor, min_area: float) -> tf.Tensor:
-    """Cut out a square of an area between `min_area` and 1 of the largest that fits, anywhere."""
+    """Crop a square with an area of `min_area` to 1 times the largest square, at a random position."""
     height, width = tf.shape(image)[0], tf.shape(image)[1]
     largest = tf.cast(tf.minimum(height, width), tf.float32)
     area = 1.0 - (1.0 - min_area) * uniform[CROP_AREA]
@@ -209,29 +211,29 @@ def _random_square(image: tf.Tensor, uniform: tf.Tensor, min_area: float) -> tf.
 
 
 def _position(uniform: tf.Tensor, room: tf.Tensor) -> tf.Tensor:
-    """Map [0, 1) to 0 … room; a float32 just below 1 may round up to room + 1."""
+    """Map [0, 1) to the integers 0 … room, clipped: a float32 just below 1 may round up to room + 1."""
     return tf.minimum(room, tf.cast(uniform * tf.cast(room + 1, tf.float32), tf.int32))
 
 
 def _resize(image: tf.Tensor, size: int) -> tf.Tensor:
-    """Resize in one pass of float32; Pillow, which evaluation uses, rounds to bytes between its two.
+    """Resize bicubically in float32; Pillow, which evaluation uses, rounds to uint8 between its two passes.
 
-    Measured to 224 px, of 255: pixels of photographs differ by 0.1 to 0.2 in the mean and by at most 4 where they are
-    shrunk, 7 where they are enlarged; white noise by 0.1 to 0.3 and at most 10 and 23.
+    Measured difference at 224 px, in levels of 255: photographs 0.1 to 0.2 on average and at most 4 (downsampling) or 7
+    (upsampling); white noise 0.1 to 0.3, at most 10 or 23.
     """
     pixels = tf.image.resize(image, [size, size], method="bicubic", antialias=True)
     return tf.clip_by_value(tf.ensure_shape(pixels, [size, size, 3]), 0.0, 255.0)
 
 
 def _affine(pixels: tf.Tensor, size: int, uniform: tf.Tensor, config: AugmentConfig) -> tf.Tensor:
-    """Rotate, zoom and shift about the centre at once; white comes in from outside."""
+    """Rotate, zoom and shift about the centre in one transform; the outside is white."""
     angle = _signed(uniform[ROTATE]) * math.radians(config.rotate_degrees)
-    scale = 1.0 / (1.0 + _signed(uniform[ZOOM]) * config.zoom)  # of the result's coordinates, to find their source
+    scale = 1.0 / (1.0 + _signed(uniform[ZOOM]) * config.zoom)  # from output to input coordinates
     cos, sin = scale * tf.cos(angle), scale * tf.sin(angle)
     center = (size - 1) / 2
     to_x = center + _signed(uniform[SHIFT_X]) * config.shift * size
     to_y = center + _signed(uniform[SHIFT_Y]) * config.shift * size
-    # source = R (result − to) + center
+    # input = R (output − to) + center
     row_x = [cos, -sin, center - cos * to_x + sin * to_y]
     row_y = [sin, cos, center - sin * to_x - cos * to_y]
     return tf.raw_ops.ImageProjectiveTransformV3(
@@ -245,26 +247,26 @@ def _affine(pixels: tf.Tensor, size: int, uniform: tf.Tensor, config: AugmentCon
 
 
 def _tone(pixels: tf.Tensor, uniform: tf.Tensor, config: AugmentConfig) -> tf.Tensor:
-    """Scale about the picture's mean, then move."""
+    """Change contrast about the image's mean, then brightness."""
     contrast = 1.0 + _signed(uniform[CONTRAST]) * config.contrast
     mean = tf.reduce_mean(pixels)
     return (pixels - mean) * contrast + mean + _signed(uniform[BRIGHTNESS]) * config.brightness * 255.0
 
 
 def _color(pixels: tf.Tensor, size: int, uniform: tf.Tensor, config: AugmentConfig) -> tf.Tensor:
-    """Turn and scale the chroma plane: hue, saturation and grey in one 3 × 3 matrix."""
+    """Change hue and saturation, or convert to grey, by one 3 × 3 matrix on the chroma plane."""
     saturation = 1.0 + _signed(uniform[SATURATION]) * config.saturation
     saturation = tf.where(uniform[GRAYSCALE] < config.grayscale_probability, 0.0, saturation)
     angle = _signed(uniform[HUE]) * math.radians(config.hue_degrees)
     cos, sin = saturation * tf.cos(angle), saturation * tf.sin(angle)
-    turn = tf.reshape(tf.stack([1.0, 0.0, 0.0, 0.0, cos, -sin, 0.0, sin, cos]), [3, 3])
-    matrix = tf.constant(YIQ_TO_RGB) @ turn @ tf.constant(RGB_TO_YIQ)
+    rotation = tf.reshape(tf.stack([1.0, 0.0, 0.0, 0.0, cos, -sin, 0.0, sin, cos]), [3, 3])
+    matrix = tf.constant(YIQ_TO_RGB) @ rotation @ tf.constant(RGB_TO_YIQ)
     pixels = tf.reshape(tf.clip_by_value(pixels, 0.0, 255.0), [-1, 3])
     return tf.reshape(tf.matmul(pixels, matrix, transpose_b=True), [size, size, 3])
 
 
 def _cutout(pixels: tf.Tensor, size: int, uniform: tf.Tensor, fraction: float) -> tf.Tensor:
-    """Whiten a square with sides up to `fraction` of the picture's, its centre anywhere."""
+    """Fill a square with white: side up to `fraction` of the image's, centre anywhere."""
     half = uniform[CUTOUT_SIDE] * fraction * size / 2
     at = tf.range(size, dtype=tf.float32) + 0.5
     in_x = tf.abs(at - uniform[CUTOUT_X] * size) < half

@@ -1,15 +1,16 @@
 """From a source to the host's batches: read, choose a caption, tokenize, decode, augment.
 
-The only state is the number of the next step. Positions of the endless sequence go through `order.indices`; Python
-fetches records by chunks (bytes and tokens); TensorFlow decodes and augments chunks in parallel, in order.
+The only state is the number of the next step. Positions of the infinite sequence of examples go through
+`order.indices`; Python reads and tokenizes records in chunks; TensorFlow decodes and augments chunks in parallel, in
+order.
 
-A record that can't be used (checksum, undecodable picture, no usable caption) leaves a blank row with `ok` False;
-rows never shift, so hosts stay in step. Here such rows are then filled with other records, chosen by a hash of the
-damaged one's index and sent through the same functions, and reported in `HostBatch.replaced`. Above
-`data.max_bad_fraction` the run ends.
+A bad record (wrong checksum, undecodable image, no usable caption) becomes a blank row with `ok` False; rows never
+shift, so hosts stay in step. `_Repair` then fills these rows with other records, selected by a hash of the bad record's
+index and prepared by the same functions, and reports them in `HostBatch.replaced`. If more than
+`data.max_bad_fraction` of the records are bad, the run ends.
 
-Blanks come from `ignore_errors` on a data set of one chunk inside the graph: 32 pictures share the cost of one
-(0.4 ms), which a data set for each picture would pay every time.
+Blank rows come from `ignore_errors` on a dataset of one chunk inside the graph; its start-up time, 0.4 ms, is shared
+by 32 images.
 """
 
 from __future__ import annotations
@@ -29,13 +30,14 @@ from clip_jax.typing import BadRecord, Batch, DataSource, HostBatch, Record, Rep
 
 logger = logging.getLogger(__name__)
 
-CHUNK = 32  # records that are fetched and decoded together
-READ_THREADS = 16  # waiting for disk or network, not computing
-ATTEMPTS = 100  # replacements that are tried for one damaged record
-MIN_READS = 100  # before the fraction of bad records means anything
+CHUNK = 32  # records that are read and decoded together
+READ_THREADS = 16  # they wait for disk or network
+MAX_ATTEMPTS = 100  # replacements that are tried for one bad record
+MIN_READS = 100  # before the fraction of bad records is checked
 MAX_CAPTION_CHARACTERS = 8192  # a caption may have megabytes; a few hundred characters fill every tokenizer's row
+UNSTABLE = "failed twice when it was read for the batch, although it was good when checked"
 
-# Encoded images as objects [n], tokens int32[n L], readable bool[n], seeds of the augmentation int64[n 2].
+# Encoded images as objects [n], tokens int32[n L], ok bool[n], augmentation seeds int64[n 2].
 Fetched = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 Fetch = Callable[[np.ndarray, np.ndarray], Fetched]  # of example ids int64[n] and epochs int64[n]
 
@@ -51,18 +53,27 @@ def batches(
     start_step: int,
     rows: slice,
 ) -> Iterator[HostBatch]:
-    """Yield this host's rows of the global batches from `start_step` on, without end.
+    """Yield this host's rows of the global batches from `start_step` on, indefinitely.
 
-    The global batch of a step is a function of (source, config, seed, step), whatever the hosts.
+    The global batch of a step is a function of (source, config, seed, step), independent of the number of hosts.
+
+    >>> from clip_jax.data import make_source
+    >>> from clip_jax.tokenizers import ClipBPE
+    >>> config = DataConfig(source="synthetic", options={"examples": 100})
+    >>> steps = batches(make_source(config), ClipBPE(length=16), config,
+    ...                 image_size=32, batch_size=8, seed=0, start_step=0, rows=slice(0, 8))
+    >>> batch = next(steps).batch
+    >>> batch.image.shape, batch.text.shape
+    ((8, 32, 32, 3), (8, 16))
 
     Args:
-      image_size: of the pictures, in pixels.
+      image_size: height and width in pixels.
       batch_size: pairs in the global batch.
-      rows: of the global batch that this host reads, e.g. slice(0, batch_size).
+      rows: rows of the global batch that belong to this host, e.g. slice(0, batch_size).
 
     Raises:
-      ValueError: if the rows don't lie in the batch, if no caption feature is named, if more than
-        `data.max_bad_fraction` of the records are bad, or if none of 100 replacements is good.
+      ValueError: if the rows are not within the batch, if no caption feature has a weight above 0, if more than
+        `data.max_bad_fraction` of the records are bad, or if 100 replacements in turn are bad.
     """
     first, last, stride = rows.indices(batch_size)
     if last <= first or stride != 1 or (rows.stop is not None and rows.stop > batch_size):
@@ -78,14 +89,14 @@ def batches(
 def _batches(source, tokenizer, config, image_size, batch_size, seed, start_step, first_row, host_batch_size):
     errors: list[BaseException] = []
     with ThreadPoolExecutor(READ_THREADS, "clip_jax-read") as pool:
-        fetch = _remember_errors(functools.partial(_fetch, source, tokenizer, config, seed, pool), errors)
-        prepare = _preparation(image_size, tokenizer.length, config.augment)
+        fetch = _record_errors(functools.partial(_fetch, source, tokenizer, config, seed, pool), errors)
+        prepare = _prepare_function(image_size, tokenizer.length, config.augment)
         dataset = _positions(start_step, batch_size, first_row, host_batch_size)
-        dataset = dataset.map(_untransformed(lambda p: (order.indices(p, len(source), seed), p // len(source))))
+        dataset = dataset.map(_no_autograph(lambda p: (order.indices(p, len(source), seed), p // len(source))))
         dataset = dataset.map(
-            _untransformed(functools.partial(_fetch_op, fetch, tokenizer.length)), num_parallel_calls=2
+            _no_autograph(functools.partial(_fetch_op, fetch, tokenizer.length)), num_parallel_calls=2
         )
-        dataset = dataset.map(_untransformed(prepare), num_parallel_calls=_threads(config))
+        dataset = dataset.map(_no_autograph(prepare), num_parallel_calls=_threads(config))
         dataset = dataset.rebatch(host_batch_size).prefetch(config.prefetch_batches)
         repair = _Repair(source, config, fetch, prepare)
         iterator = dataset.with_options(_options(config)).as_numpy_iterator()
@@ -93,25 +104,25 @@ def _batches(source, tokenizer, config, image_size, batch_size, seed, start_step
             try:
                 arrays = next(iterator)
             except tf.errors.OpError:
-                if errors:  # what Python raised, not TensorFlow's account of it
+                if errors:  # the exception that Python raised; TensorFlow's has only its text
                     raise errors[0] from None
                 raise
             yield repair(*arrays)
 
 
 def _positions(start_step: int, batch_size: int, first_row: int, host_batch_size: int) -> tf.data.Dataset:
-    """Return chunks of the host's positions in the endless sequence of examples, int64[n]."""
+    """Return chunks of the host's positions in the infinite sequence of examples, int64[n]."""
     numbers = tf.data.Dataset.range(start_step * host_batch_size, 2**62)
     chunks = numbers.batch(min(CHUNK, host_batch_size))
-    return chunks.map(_untransformed(lambda n: n // host_batch_size * batch_size + first_row + n % host_batch_size))
+    return chunks.map(_no_autograph(lambda n: n // host_batch_size * batch_size + first_row + n % host_batch_size))
 
 
 def _options(config: DataConfig) -> tf.data.Options:
     options = tf.data.Options()
     options.deterministic = True
     options.threading.private_threadpool_size = _threads(config)
-    options.threading.max_intra_op_parallelism = 1  # pictures in parallel, not within one
-    # Every number is given and every stage is its own: looking for better ones only doubles the time to start.
+    options.threading.max_intra_op_parallelism = 1  # images are processed in parallel, one thread each
+    # All sizes are given and no stages can be fused: the search for better ones only doubles the start-up time.
     options.autotune.enabled = False
     options.experimental_optimization.apply_default_optimizations = False
     return options
@@ -121,8 +132,8 @@ def _threads(config: DataConfig) -> int:
     return config.decode_threads or os.cpu_count() or 1
 
 
-def _untransformed(function: Callable) -> Callable:
-    """Keep AutoGraph away: there is no Python control flow to translate."""
+def _no_autograph(function: Callable) -> Callable:
+    """Exclude a function from AutoGraph: it has no Python control flow to convert."""
     return tf.autograph.experimental.do_not_convert(function)
 
 
@@ -138,7 +149,7 @@ def _fetch(
     example_ids: np.ndarray,
     epochs: np.ndarray,
 ) -> Fetched:
-    """Read records, choose a caption of each and tokenize them; a bad record has empty bytes and no tokens."""
+    """Read records, choose a caption for each and tokenize it; a bad record gets empty bytes and zero tokens."""
     records = list(pool.map(functools.partial(_read, source), example_ids.tolist()))
     draws = _caption_draws(config.texts_per_caption, seed, epochs, example_ids)
     captions = [
@@ -161,7 +172,7 @@ def _read(source: DataSource, example: int) -> Record | None:
 
 
 def _caption_draws(texts: int, seed: int, epochs: np.ndarray, example_ids: np.ndarray) -> np.ndarray:
-    """Return float64[n, 3, texts] in [0, 1): what decides how many texts, of which features, and which ones."""
+    """Return float64[n, 3, texts] in [0, 1): draws for the number of texts, their features, and their values."""
     purposes = np.array([order.COUNT, order.FEATURE, order.VALUE])[None, :, None]
     words = epochs[:, None, None], example_ids[:, None, None], np.arange(texts)[None, None]
     return order.fraction(order.draw(purposes, seed, *words))
@@ -174,18 +185,18 @@ def choose_caption(
     by_feature: Sequence[float] = (0.0,),
     by_value: Sequence[float] = (0.0,),
 ) -> str | None:
-    """Join up to as many texts as there are draws, none twice; None if the record has no usable text.
+    """Return one or more distinct texts joined by commas, or None if the record has no usable text.
 
     Args:
-      by_count: in [0, 1); the first decides how many texts, from 1 on.
-      by_feature, by_value: in [0, 1); each pair decides a feature, by weight, and one of its texts.
+      by_count: draws in [0, 1); the first selects the number of texts, 1 to len(by_count).
+      by_feature, by_value: draws in [0, 1); each pair selects a feature, by weight, and one of its texts.
     """
     usable = {
         name: texts
         for name, weight in weights.items()
         if weight > 0 and (texts := [t for text in record.captions.get(name, ()) if (t := _clean(text))])
     }
-    chosen = []
+    selected = []
     count = 1 + int(by_count[0] * len(by_count))
     for u, v in zip(by_feature[:count], by_value[:count], strict=True):
         if not usable:
@@ -193,27 +204,27 @@ def choose_caption(
         names = list(usable)
         edges = np.cumsum([weights[name] for name in names])
         name = names[int(np.searchsorted(edges[:-1], u * edges[-1], side="right"))]
-        chosen.append(usable[name].pop(int(v * len(usable[name]))))
+        selected.append(usable[name].pop(int(v * len(usable[name]))))
         if not usable[name]:
             del usable[name]
-    return ", ".join(chosen) or None
+    return ", ".join(selected) or None
 
 
 def _clean(text: str) -> str:
     return text[:MAX_CAPTION_CHARACTERS].replace("\0", "").strip()
 
 
-def _remember_errors(fetch: Fetch, errors: list[BaseException]) -> Fetch:
-    """Keep what `fetch` raises: TensorFlow passes on the text of an exception only."""
+def _record_errors(fetch: Fetch, errors: list[BaseException]) -> Fetch:
+    """Return `fetch` that appends its exceptions to `errors`: TensorFlow propagates only their text."""
 
-    def fetch_and_remember(example_ids: np.ndarray, epochs: np.ndarray):
+    def fetch_and_record(example_ids: np.ndarray, epochs: np.ndarray):
         try:
             return fetch(example_ids, epochs)
         except BaseException as error:
             errors.append(error)
             raise
 
-    return fetch_and_remember
+    return fetch_and_record
 
 
 def _fetch_op(fetch: Fetch, length: int, example_ids: tf.Tensor, epochs: tf.Tensor) -> tuple[tf.Tensor, ...]:
@@ -227,8 +238,8 @@ def _fetch_op(fetch: Fetch, length: int, example_ids: tf.Tensor, epochs: tf.Tens
 
 
 @functools.lru_cache(maxsize=16)
-def _preparation(size: int, length: int, config: AugmentConfig) -> Callable:
-    """Trace `_decode_chunk` once: the data set, the replacements and later pipelines share the graph."""
+def _prepare_function(size: int, length: int, config: AugmentConfig) -> Callable:
+    """Return `_decode_chunk` traced once: the dataset, replacements and later pipelines share the graph."""
     chunk = {"example_ids": tf.int64, "epochs": tf.int64, "encoded": tf.string}
     signature = [tf.TensorSpec([None], dtype, name) for name, dtype in chunk.items()]
     signature += [tf.TensorSpec([None, length], tf.int32), tf.TensorSpec([None], tf.bool)]
@@ -248,15 +259,15 @@ def _decode_chunk(
     size: int,
     config: AugmentConfig,
 ) -> tuple[tf.Tensor, ...]:
-    """Return image uint8[n size size 3], tokens, ok, example ids, epochs; blank where the picture can't be decoded."""
+    """Return image uint8[n size size 3], tokens, ok, example ids, epochs; undecodable images are black, ok is False."""
     count = tf.size(example_ids)
 
     def prepare(row: tf.Tensor, image: tf.Tensor, key: tf.Tensor):
         return row, images.augment(images.decode(image), size, key, config)
 
     rows = tf.data.Dataset.from_tensor_slices((tf.range(count), encoded, seeds))
-    decoded = rows.map(_untransformed(prepare)).ignore_errors(log_warning=False)
-    # One blank at the end, so that `batch` has something to yield when every row failed.
+    decoded = rows.map(_no_autograph(prepare)).ignore_errors(log_warning=False)
+    # One blank row at the end, so that `batch` yields an element even if every row failed.
     blank = tf.data.Dataset.from_tensors((count, tf.zeros([size, size, 3], tf.uint8)))
     kept, pixels = decoded.concatenate(blank).batch(tf.cast(count, tf.int64) + 1).get_single_element()
     image = tf.scatter_nd(kept[:, None], pixels, tf.stack([count + 1, size, size, 3]))[:-1]
@@ -264,15 +275,15 @@ def _decode_chunk(
     return tf.ensure_shape(image, [None, size, size, 3]), tokens, ok & decodable, example_ids, epochs
 
 
-# ------------------------------------------------------------------------------------------------- replace and tell
+# ---------------------------------------------------------------------------------------------- replace bad records
 
 
 class _Repair:
-    """Fills bad rows with other records; counts, names and, when there are too many, refuses them."""
+    """Replaces the bad rows of batches; counts and logs bad records, and raises if there are too many."""
 
     def __init__(self, source: DataSource, config: DataConfig, fetch: Fetch, prepare: Callable):
         self._source, self._config, self._fetch, self._prepare = source, config, fetch, prepare
-        self._reasons: dict[str, str] = {}  # of the bad records seen so far, by key
+        self._reasons: dict[str, str] = {}  # of the bad records found so far, by key
         self._read = self._bad = 0
 
     def __call__(self, image, tokens, ok, example_ids, epochs) -> HostBatch:
@@ -280,68 +291,83 @@ class _Repair:
         replaced = []
         if not ok.all():
             image, tokens, example_ids = image.copy(), tokens.copy(), example_ids.copy()
-            rows = np.flatnonzero(~ok)
-            reasons = [self._name(int(example_ids[row])) for row in rows]
-            self._bad += sum(reason is not None for reason in reasons)
-            self._refuse_too_many()
-            for row, reason in zip(rows, reasons, strict=True):
-                old, epoch = int(example_ids[row]), int(epochs[row])
-                new, image[row], tokens[row] = self._prepare_one(old, epoch, reason is None)
-                if new != old:
-                    example_ids[row] = new
-                    replaced.append(Replaced(self._source.key(old), reason, self._source.key(new)))
+            bad = {}
+            for row in np.flatnonzero(~ok):
+                example, epoch = int(example_ids[row]), int(epochs[row])
+                reason = self._bad_reason(example)
+                prepared = None if reason else self._prepare_one(example, epoch)  # transient error: read it again
+                if prepared:
+                    image[row], tokens[row] = prepared
+                else:
+                    bad[row] = reason or self._bad_reason(example) or self._log_bad(example, UNSTABLE)
+            self._bad += len(bad)
+            self._check_bad_fraction()
+            for row, reason in bad.items():
+                old = int(example_ids[row])
+                new, image[row], tokens[row] = self._replacement(old, int(epochs[row]))
+                example_ids[row] = new
+                replaced.append(Replaced(self._source.key(old), reason, self._source.key(new)))
         return HostBatch(Batch(image, tokens, np.ones(len(ok), bool)), example_ids, tuple(replaced))
 
-    def _name(self, example: int) -> str | None:
-        """Return why a record is bad, and say it in the log the first time; None if it is good now (a hiccup)."""
-        key = self._source.key(example)
-        if key not in self._reasons:
-            reason = _why_bad(self._source, example, self._config)
-            if reason is None:
-                return None
-            self._reasons[key] = reason
-            logger.warning("bad record %s: %s; another takes its place", key, reason)
-        return self._reasons[key]
+    def _bad_reason(self, example: int) -> str | None:
+        """Return why a record is bad, or None if it is good now (transient error)."""
+        known = self._reasons.get(self._source.key(example))
+        if known is None and (reason := _check_record(self._source, example, self._config)) is not None:
+            return self._log_bad(example, reason)
+        return known
 
-    def _refuse_too_many(self) -> None:
+    def _log_bad(self, example: int, reason: str) -> str:
+        """Log a bad record and return the reason."""
+        key = self._source.key(example)
+        self._reasons[key] = reason
+        logger.warning("bad record %s: %s; it is replaced by another", key, reason)
+        return reason
+
+    def _check_bad_fraction(self) -> None:
         if self._read >= MIN_READS and self._bad > self._config.max_bad_fraction * self._read:
             raise ValueError(
                 f"{self._bad} of {self._read} records read are bad, more than"
-                f" data.max_bad_fraction={self._config.max_bad_fraction:g}: {_first(self._reasons)}."
+                f" data.max_bad_fraction={self._config.max_bad_fraction:g}: {self._first_reasons()}."
                 " Repair the data, or allow more, e.g. --config.data.max_bad_fraction=0.1"
             )
 
-    def _prepare_one(self, example: int, epoch: int, is_good: bool) -> tuple[int, np.ndarray, np.ndarray]:
-        """Return a record, or the first good one that may replace it, with its picture and tokens."""
-        for attempt in range(0 if is_good else 1, ATTEMPTS + 1):
-            candidate = order.replacement(example, attempt, len(self._source)) if attempt else example
-            ids, epochs = np.array([candidate]), np.array([epoch])
-            prepared = self._prepare(*(tf.constant(a) for a in (ids, epochs, *self._fetch(ids, epochs))))
-            image, tokens, ok, _, _ = (tensor.numpy() for tensor in prepared)
-            if ok[0]:
-                return candidate, image[0], tokens[0]
-            self._name(candidate)
+    def _replacement(self, example: int, epoch: int) -> tuple[int, np.ndarray, np.ndarray]:
+        """Return the first good record that may replace a bad one: example id, image, tokens."""
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            candidate = order.replacement(example, attempt, len(self._source))
+            if candidate == example:
+                continue
+            if prepared := self._prepare_one(candidate, epoch):
+                return candidate, *prepared
+            if not self._bad_reason(candidate):
+                self._log_bad(candidate, UNSTABLE)
         raise ValueError(
-            f"none of {ATTEMPTS} records could take the place of {self._source.key(example)}: {_first(self._reasons)}."
-            f" The source has {len(self._source)} records; look at data.files and data.captions"
+            f"none of {MAX_ATTEMPTS} records could replace {self._source.key(example)}: {self._first_reasons()}."
+            f" The source has {len(self._source)} records; check data.files and data.captions"
         )
 
+    def _prepare_one(self, example: int, epoch: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return image and tokens of a record, or None if it is bad."""
+        ids, epochs = np.array([example]), np.array([epoch])
+        prepared = self._prepare(*(tf.constant(a) for a in (ids, epochs, *self._fetch(ids, epochs))))
+        image, tokens, ok, _, _ = (tensor.numpy() for tensor in prepared)
+        return (image[0], tokens[0]) if ok[0] else None
 
-def _first(reasons: dict[str, str]) -> str:
-    """Name three of the bad records."""
-    named: Sequence[tuple[str, str]] = list(reasons.items())[:3]
-    return ", ".join(f"{key} ({reason})" for key, reason in named)
+    def _first_reasons(self) -> str:
+        """Return the keys and reasons of the first three bad records."""
+        return ", ".join(f"{key} ({reason})" for key, reason in list(self._reasons.items())[:3])
 
 
-def _why_bad(source: DataSource, example: int, config: DataConfig) -> str | None:
+def _check_record(source: DataSource, example: int, config: DataConfig) -> str | None:
+    """Read a record again and return why it is bad, or None."""
     try:
         record = source.read(example)
     except BadRecord as error:
-        return str(error)
+        return str(error) or "the source gives no reason"
     if choose_caption(record, config.captions) is None:
-        wanted, found = ", ".join(config.captions), ", ".join(record.captions) or "none"
+        expected, found = ", ".join(config.captions), ", ".join(record.captions) or "none"
         texts = [text for name in config.captions for text in record.captions.get(name, ())]
         if any(texts):
             return f"blank caption: {max(texts, key=len)[:40]!r}"
-        return f"no caption: data.captions wants {wanted}; the record has {found}" if not texts else "empty caption"
-    return images.why_undecodable(record.image)
+        return "empty caption" if texts else f"no caption: data.captions has {expected}; the record has {found}"
+    return images.decoding_error(record.image)

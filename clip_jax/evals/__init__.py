@@ -1,4 +1,4 @@
-"""What is measured of a model: each evaluator sees an Embedder and an EvalSet, and returns a flat dict of fractions.
+"""Evaluators: functions of an Embedder and an EvalDataset that return a flat dict of fractions.
 
 A line in EVALUATORS is also the registration with tests/contracts/test_evaluators.py.
 """

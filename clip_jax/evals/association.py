@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from clip_jax.evals.embed import mean_of_wordings
-from clip_jax.evals.measures import Scored, Undefined, interval_of_mean, jaccard
+from clip_jax.evals.metrics import Predictions, Undefined, interval_of_mean, jaccard
 from clip_jax.evals.ranking import scores
 from clip_jax.typing import Cue, Embedder
 
@@ -34,8 +34,8 @@ def association(
 
     wordings: of each cue one sentence or more, averaged as those of a class are.
 
-    Keys: `zeroshot/<name>/{jaccard,jaccard_all}`, under each `/low`, `/high` (95 %, over cues), `/candidates` (their
-    mean) and `/chance`.
+    Keys: `zeroshot/<name>/{jaccard,jaccard_all}`, under each `/ci_low`, `/ci_high` (95 %, over cues), `/candidates`
+    (mean) and `/chance`.
 
     Raises: Undefined without a cue of 10 candidates.
     """
@@ -51,7 +51,7 @@ def association(
     for measure, counted_C in (("jaccard", candidates_C >= MANY), ("jaccard_all", candidates_C > 0)):
         key = f"zeroshot/{name}/{measure}"
         low, high = interval_of_mean(jaccard_C[counted_C])
-        metrics |= {key: float(jaccard_C[counted_C].mean()), f"{key}/low": low, f"{key}/high": high}
+        metrics |= {key: float(jaccard_C[counted_C].mean()), f"{key}/ci_low": low, f"{key}/ci_high": high}
         metrics |= {
             f"{key}/candidates": float(candidates_C[counted_C].mean()),
             f"{key}/chance": float(chance_C[counted_C].mean()),
@@ -67,4 +67,4 @@ def chance(candidates: int, right: int) -> float:
 
 
 def _jaccard(scores_n: Float[np.ndarray, "n"], cue: Cue) -> float:
-    return jaccard(Scored(scores_n[None, cue.candidates], cue.right[None]))
+    return jaccard(Predictions(scores_n[None, cue.candidates], cue.right[None]))

@@ -1,6 +1,6 @@
 """The registry's sets asked of one model: zero-shot, retrieval, linear probes, few-shot curves, overlap, groups.
 
-No number goes without what it is of: split, size, measure, prompts and preprocessing are in `Outcome.described`.
+No number goes without what it is of: split, size, measure, prompts and preprocessing are in `EvalReport.described`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from clip_jax.evals.association import MANY, association
 from clip_jax.evals.datasets.registry import DATASETS, SUITES, Dataset, published
 from clip_jax.evals.few_shot import SHOTS, few_shot
 from clip_jax.evals.linear_probe import Examples, search
-from clip_jax.evals.measures import MEASURES, Measure, Scored, Undefined, hits
+from clip_jax.evals.metrics import METRICS, Metric, Predictions, Undefined, hits
 from clip_jax.evals.question import (
     Load,
     Options,
@@ -38,9 +38,9 @@ from clip_jax.evals.question import (
 )
 from clip_jax.evals.retrieval import retrieval
 from clip_jax.evals.zeroshot import classified, measured
-from clip_jax.typing import EvalSet, Labelled, Unavailable
+from clip_jax.typing import DatasetSplit, EvalDataset, Unavailable
 
-__all__ = ["TASKS", "Options", "Outcome", "Question", "Subject", "asks", "eval_set", "evaluate", "expand", "load"]
+__all__ = ["TASKS", "Options", "EvalReport", "Question", "Subject", "asks", "eval_set", "evaluate", "expand", "load"]
 
 log = logging.getLogger(__name__)
 
@@ -56,20 +56,20 @@ class Answer(NamedTuple):
     detail: Any = None
 
 
-class Outcome(NamedTuple):
+class EvalReport(NamedTuple):
     """What was measured; all but `metrics` by `<task>/<set>`.
 
     metrics: as evaluators return them: `<task>/<set>/<measure>` and what stands below.
     described: what the numbers are of.
     details: an `overlap.Overlap`, or `bias.rows` by group.
-    left_out: why there is no number: the set is not here, or can't be measured so.
+    skipped: why there is no number: the set is not here, or can't be measured so.
     failed: what went wrong where there should be one: what is here is damaged.
     """
 
     metrics: dict[str, float]
     described: dict[str, str]
     details: dict[str, Any]
-    left_out: dict[str, str]
+    skipped: dict[str, str]
     failed: dict[str, str]
 
 
@@ -79,8 +79,8 @@ def evaluate(
     tasks: Sequence[str],
     load: Load,
     options: Options = Options(),  # noqa: B008 (frozen)
-    after_each: Callable[[Outcome], None] = lambda outcome: None,
-) -> Outcome:
+    after_each: Callable[[EvalReport], None] = lambda outcome: None,
+) -> EvalReport:
     """Ask every set for which a task is meant. To be called on all hosts.
 
     What can't be read of one set is recorded, and the others go on; an error of the program's own ends it.
@@ -93,7 +93,7 @@ def evaluate(
     Raises:
       ValueError: for a name that isn't known, or prompts of the user's that can't be used.
     """
-    outcome, names = Outcome({}, {}, {}, {}, {}), expand(names)
+    outcome, names = EvalReport({}, {}, {}, {}, {}), expand(names)
     options.check()
     for name in names:
         asked = [task for task in tasks if asks(task, DATASETS[name])]
@@ -104,7 +104,7 @@ def evaluate(
     return outcome
 
 
-def _ask(task: str, question: Question, outcome: Outcome) -> None:
+def _ask(task: str, question: Question, outcome: EvalReport) -> None:
     """Add to the outcome what a task finds of a set, the same on all hosts."""
     row, key = question.dataset, f"{task}/{question.dataset.name}"
     log.info("%s", key)
@@ -114,7 +114,7 @@ def _ask(task: str, question: Question, outcome: Outcome) -> None:
             metrics = answer.metrics | _published(key, question.subject.architecture, row, answer.metrics)
     except (Unavailable, Undefined) as error:
         log.warning("%s is left out: %s", key, str(error).splitlines()[0])
-        outcome.left_out[key] = str(error)
+        outcome.skipped[key] = str(error)
     except DATA_ERRORS as error:
         outcome.failed[key] = distributed.format_error(error)
         log.exception("%s failed", key)  # with the traceback: an IndexError may as well be ours
@@ -124,7 +124,7 @@ def _ask(task: str, question: Question, outcome: Outcome) -> None:
         outcome.details[key] = answer.detail
 
 
-def load(row: Dataset, part: str, data_dir: str) -> Labelled:
+def load(row: Dataset, part: str, data_dir: str) -> DatasetSplit:
     """Read a part of a set. Raises Unavailable where it is not on this machine."""
     from clip_jax.evals.datasets import labelled
 
@@ -138,7 +138,7 @@ def load(row: Dataset, part: str, data_dir: str) -> Labelled:
         raise Unavailable(f"{error}\n{row.note}".rstrip()) from error
 
 
-def eval_set(name: str, data_dir: str, options: Options = Options()) -> EvalSet:  # noqa: B008 (frozen)
+def eval_set(name: str, data_dir: str, options: Options = Options()) -> EvalDataset:  # noqa: B008 (frozen)
     """Return a set's test split as evaluators see it, for the training loop: `zeroshot` or `retrieval` by its row.
 
     Raises:
@@ -180,7 +180,7 @@ def _zeroshot(question: Question) -> Answer:
         found = association(question.subject.of(split), row.name, split.images, split.cues, wordings)
         return Answer(found, question.described(split, said))
     scored, described, _, _ = _classified(question)
-    return Answer(measured(f"zeroshot/{row.name}", scored, row.measure), described)
+    return Answer(measured(f"zeroshot/{row.name}", scored, row.metric), described)
 
 
 def _retrieval(question: Question) -> Answer:
@@ -196,15 +196,15 @@ def _linear_probe(question: Question) -> Answer:
     train, validation, held_out = _training(question)
     found = search(train, validation, row.classes, _chosen_by(row))
     scores_nQ = found.probe.scores(question.subject.of(test).examples().features_nD)
-    scored = Scored(scores_nQ, test.targets, groups_of(row, test))
+    scored = Predictions(scores_nQ, test.targets, groups_of(row, test))
     fitted = f"fitted to {len(train.targets) + len(validation.targets):,}, l2={found.l2:.3g} found on {held_out}"
-    return Answer(measured(f"linear_probe/{row.name}", scored, row.measure), question.described(test, fitted))
+    return Answer(measured(f"linear_probe/{row.name}", scored, row.metric), question.described(test, fitted))
 
 
 def _few_shot(question: Question) -> Answer:
     row, test = question.dataset, question.test()
     if row.group >= 0:
-        raise Unavailable(f"{row.measure} of few shots is not measured: draws are by class, not by group")
+        raise Unavailable(f"{row.metric} of few shots is not measured: draws are by class, not by group")
     if np.ndim(question.part("train").targets) == 2:
         raise Unavailable("of several classes per picture there are no shots per class")
     train, validation, held_out = _training(question)
@@ -219,14 +219,14 @@ def _few_shot(question: Question) -> Answer:
         validation=validation,
         shots=shots,
         seeds=SEEDS,
-        measure=MEASURES[row.measure],
+        metric=METRICS[row.metric],
     )
     metrics = {}
     for count, values in curve.items():
         key = f"few_shot/{row.name}/{count}_shot"
         low, high = values.interval
-        metrics |= {key: values.mean, f"{key}/low": low, f"{key}/high": high, f"{key}/candidates": float(row.classes)}
-        if row.measure in ("top1", "mean_per_class"):
+        metrics |= {key: values.mean, f"{key}/min": low, f"{key}/max": high, f"{key}/candidates": float(row.classes)}
+        if row.metric in ("top1", "mean_per_class"):
             metrics[f"{key}/chance"] = 1 / row.classes
     said = f"{len(SEEDS)} draws and their range, l2 found for each on {held_out}"
     return Answer(metrics, question.described(test, said))
@@ -283,7 +283,7 @@ TASKS: dict[str, Callable[[Question], Answer]] = {
 # ----------------------------------------------------------------------------------------------------------- parts
 
 
-def _classified(question: Question) -> tuple[Scored, str, Labelled, prompts.Prompts]:
+def _classified(question: Question) -> tuple[Predictions, str, DatasetSplit, prompts.Prompts]:
     """Return what the zero-shot classifier says of the test split, and what it was asked."""
     check_classes(question.dataset)
     split = question.test()
@@ -310,9 +310,9 @@ def _training(question: Question) -> tuple[Examples, Examples, str]:
     return examples(kept), examples(held), f"{count:,} pictures held out of {row.train}"
 
 
-def _chosen_by(row: Dataset) -> Measure:
+def _chosen_by(row: Dataset) -> Metric:
     """Return what probes are chosen by: the set's own measure, or top-1 where that needs groups."""
-    return MEASURES["top1" if row.group >= 0 else row.measure]
+    return METRICS["top1" if row.group >= 0 else row.metric]
 
 
 def _published(key: str, architecture: str, row: Dataset, metrics: dict[str, float]) -> dict[str, float]:
@@ -320,5 +320,5 @@ def _published(key: str, architecture: str, row: Dataset, metrics: dict[str, flo
     task, name = key.split("/")
     numbers = {number.source: number.value / 100 for number in published(name, architecture)}
     value = numbers.get("open_clip", numbers.get("paper"))
-    own = f"{key}/{row.measure}"
+    own = f"{key}/{row.metric}"
     return {f"{own}/published": value} if task == "zeroshot" and value is not None and own in metrics else {}

@@ -20,7 +20,7 @@ from jaxtyping import Float, Integer
 from clip_jax.devices import distributed
 from clip_jax.devices.distributed import DATA_ERRORS
 from clip_jax.evals.ranking import unit
-from clip_jax.typing import Embedder, EvalSet, Params, Tokenizer
+from clip_jax.typing import Embedder, EvalDataset, Params, Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +147,7 @@ class _Chosen(Sequence):
         return self.items[self.indices[index]]
 
 
-def embed_set(embedder: Embedder, eval_set: EvalSet) -> tuple[Float[np.ndarray, "n E"], Float[np.ndarray, "M E"]]:
+def embed_set(embedder: Embedder, eval_set: EvalDataset) -> tuple[Float[np.ndarray, "n E"], Float[np.ndarray, "M E"]]:
     """Return the embeddings of a set's pictures and of its texts, the wordings of one text averaged.
 
     Raises:
@@ -178,7 +178,7 @@ def mean_of_wordings(
     return unit(np.add.reduceat(unit(wordings_TE), starts_M, axis=0))
 
 
-def check_set(eval_set: EvalSet) -> None:
+def check_set(eval_set: EvalDataset) -> None:
     """Raise ValueError unless every picture of the set has a text that has a wording."""
     name, images, texts, targets = eval_set.name, eval_set.images, eval_set.texts, eval_set.targets
     if not len(images) or not len(texts):

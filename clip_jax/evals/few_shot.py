@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int64, Integer
 
 from clip_jax.evals.linear_probe import Examples, fit, search
-from clip_jax.evals.measures import Interval, Measure, accuracy
+from clip_jax.evals.metrics import Interval, Metric, accuracy
 
 SHOTS = (1, 2, 4, 8, 16)
 
@@ -65,7 +65,7 @@ def few_shot(
     validation: Examples | None = None,
     shots: Sequence[int] = SHOTS,
     seeds: Sequence[int] = range(5),
-    measure: Measure = accuracy,
+    metric: Metric = accuracy,
     fewer: bool = False,
 ) -> dict[int, FewShot]:
     """Return by the number of shots what probes fitted to so many examples per class measure on the test split.
@@ -85,7 +85,7 @@ def few_shot(
         if validation is None:
             probe = fit(*examples, classes, l2)
         else:
-            probe = search(examples, validation, classes, measure, refit=False).probe
-        return probe.measure(measure, test)
+            probe = search(examples, validation, classes, metric, refit=False).probe
+        return probe.evaluate(metric, test)
 
     return {count: FewShot(tuple(value(count, seed) for seed in seeds)) for count in shots}

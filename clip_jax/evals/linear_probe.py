@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Integer
 
 from clip_jax.evals import logistic
-from clip_jax.evals.measures import Measure, Scored, accuracy
+from clip_jax.evals.metrics import Metric, Predictions, accuracy
 
 TOLERANCE = 1e-5  # nats per example that the optimum could still win, about
 STEPS_PER_DECADE, LAST_STEP = 8, 48  # 8 · 6 decades to either side of 1
@@ -45,9 +45,9 @@ class LinearProbe:
         _check_features(features_nD)
         return features_nD.astype(np.float32) @ self.weight_DQ + self.bias_Q[None]
 
-    def measure(self, measure: Measure, examples: Examples) -> float:
-        """Return a measure of the logits of a split."""
-        return measure(Scored(self.scores(examples.features_nD), examples.targets))
+    def evaluate(self, metric: Metric, examples: Examples) -> float:
+        """Return a metric of the logits of a split."""
+        return metric(Predictions(self.scores(examples.features_nD), examples.targets))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ class ProbeSearch:
     """What a search found.
 
     l2: the best on the validation split.
-    curve: what the measure gave there, by the l2 tried, ascending.
+    curve: the metric there, by the l2 tried, ascending.
     probe: fitted with it.
     """
 
@@ -90,19 +90,19 @@ def search(
     train: Examples,
     validation: Examples,
     classes: int,
-    measure: Measure = accuracy,
+    metric: Metric = accuracy,
     tolerance: float = TOLERANCE,
     *,
     refit: bool = True,
 ) -> ProbeSearch:
     """Find l2 on the validation split and fit the probe to both splits. Some 15 fits, each begun where others ended.
 
-    measure: one of `measures.MEASURES`, such as `accuracy`, or `map_11_points` for any number of classes.
+    metric: one of `metrics.METRICS`, such as `accuracy`, or `map_11_points` for any number of classes.
     refit: otherwise the probe is the one fitted to the training split. Raises as `fit` does.
     """
     train, validation = Examples(*train), Examples(*validation)
     _targets(validation, classes)  # before the work
-    peak, values, probe = _walk(train, validation, classes, measure, tolerance)
+    peak, values, probe = _walk(train, validation, classes, metric, tolerance)
     if refit:  # what was laid out of the training split is gone by now: devices hold features once
         both = Examples(*(np.concatenate(pair) for pair in zip(train, validation, strict=True)))
         probe = fit(*both, classes, _l2(peak), probe, tolerance)
@@ -110,16 +110,16 @@ def search(
 
 
 def _walk(
-    train: Examples, validation: Examples, classes: int, measure: Measure, tolerance: float
+    train: Examples, validation: Examples, classes: int, metric: Metric, tolerance: float
 ) -> tuple[int, dict[int, float], LinearProbe]:
-    """Return the best step, what the measure gave at every step tried, and the training split's probe of the best."""
+    """Return the best step, the metric at every step tried, and the training split's probe of the best."""
     training = _Training(train, classes, tolerance)
     solved, values = {}, {}
 
     def visit(step: int) -> None:
         if step not in solved and abs(step) <= LAST_STEP:
             solved[step] = training.solve(_l2(step), _between(solved, step))
-            values[step] = training.probe(solved[step]).measure(measure, validation)
+            values[step] = training.probe(solved[step]).evaluate(metric, validation)
 
     for step in range(LAST_STEP, -LAST_STEP - 1, -FIRST_STRIDE):  # the easy ones first
         visit(step)

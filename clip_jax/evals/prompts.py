@@ -58,7 +58,7 @@ class Prompts:
     templates: tuple[str, ...]
 
     def wordings(self) -> tuple[tuple[str, ...], ...]:
-        """Return for every class each of its names in each template, as `EvalSet.texts` has them: they are averaged."""
+        """Return for every class each of its names in each template, as in `EvalDataset.texts`."""
         return tuple(
             tuple(template.replace(SLOT, name) for template, name in itertools.product(self.templates, names))
             for names in self.class_names

@@ -20,9 +20,9 @@ from clip_jax.evals.association import wording
 from clip_jax.evals.datasets.registry import Dataset
 from clip_jax.evals.feature_cache import FeatureCache
 from clip_jax.evals.linear_probe import Examples
-from clip_jax.typing import Embedder, EvalSet, Labelled, Unavailable
+from clip_jax.typing import DatasetSplit, Embedder, EvalDataset, Unavailable
 
-Load = Callable[[Dataset, str], Labelled]  # (set, 'test', 'train' or 'validation') -> the split
+Load = Callable[[Dataset, str], DatasetSplit]  # (set, 'test', 'train' or 'validation') -> the split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Subject:
     preprocessing: str
     cache: FeatureCache
 
-    def of(self, split: Labelled) -> _Split:
+    def of(self, split: DatasetSplit) -> _Split:
         """Return the embedder for the pictures of one split."""
         return _Split(self, split)
 
@@ -50,7 +50,7 @@ class Subject:
 @dataclasses.dataclass(frozen=True)
 class _Split:
     subject: Subject
-    split: Labelled
+    split: DatasetSplit
 
     def image(self, images: Sequence[bytes]) -> Float[np.ndarray, "n E"]:
         return self._kept("embeddings", self.subject.embedder.image, images)
@@ -108,25 +108,25 @@ class Question:
     options: Options
     asked: int = 1
 
-    def part(self, part: str) -> Labelled:
+    def part(self, part: str) -> DatasetSplit:
         """Return the split for 'test', 'train' or 'validation', on all hosts or on none."""
         with distributed.synchronized_errors(Unavailable, *DATA_ERRORS):
             return self.load(self.dataset, part)
 
-    def test(self) -> Labelled:
+    def test(self) -> DatasetSplit:
         """Return the test split. Raises Unavailable where it is not the whole split that the registry knows."""
         return whole_split(self.dataset, self.part("test"))
 
-    def described(self, split: Labelled, *more: str) -> str:
+    def described(self, split: DatasetSplit, *more: str) -> str:
         """Return what a number is of, in one line."""
         row = self.dataset
         classes = [f"{row.classes} classes"] if row.classes else []
-        measure = f"measure {row.measure}"
+        metric = f"metric {row.metric}"
         pictures = f"{len(split.images):,} pictures of the {row.test} split"
-        return "; ".join([pictures, *classes, measure, *filter(None, more), self.subject.preprocessing])
+        return "; ".join([pictures, *classes, metric, *filter(None, more), self.subject.preprocessing])
 
 
-def whole_split(row: Dataset, split: Labelled) -> Labelled:
+def whole_split(row: Dataset, split: DatasetSplit) -> DatasetSplit:
     """Return the split. Raises Unavailable where it has another size than the registry says."""
     found, kind = (len(split.cues), "cues") if row.task == "association" else (len(split.images), "pictures")
     if row.size and found != row.size:
@@ -148,14 +148,14 @@ def caption_templates(row: Dataset, options: Options) -> tuple[str, ...]:
     return prompts.templates(options.templates or row.templates or "name")
 
 
-def cue_wordings(split: Labelled, options: Options) -> list[tuple[str, ...]]:
+def cue_wordings(split: DatasetSplit, options: Options) -> list[tuple[str, ...]]:
     """Return for each cue the user's templates with it, or datacomp's sentence."""
     templates = prompts.templates(options.templates) if options.templates else ()
     texts = [cue.text for cue in split.cues]
     return [tuple(one.replace(prompts.SLOT, text) for one in templates) or (wording(text),) for text in texts]
 
 
-def as_captions(row: Dataset, split: Labelled, options: Options) -> EvalSet:
+def as_captions(row: Dataset, split: DatasetSplit, options: Options) -> EvalDataset:
     """Return pictures with all their captions. Raises Unavailable where it has none."""
     if not split.captions:
         raise Unavailable("what was found has classes, not captions")
@@ -163,21 +163,21 @@ def as_captions(row: Dataset, split: Labelled, options: Options) -> EvalSet:
     captions = [caption for several in split.captions for caption in several]
     texts = [tuple(template.replace(prompts.SLOT, caption) for template in templates) for caption in captions]
     picture_M = np.repeat(np.arange(len(split.images)), [len(several) for several in split.captions])
-    return EvalSet(row.name, split.images, texts, picture_M == np.arange(len(split.images))[:, None])
+    return EvalDataset(row.name, split.images, texts, picture_M == np.arange(len(split.images))[:, None])
 
 
-def as_classes(row: Dataset, split: Labelled, options: Options) -> tuple[EvalSet, prompts.Prompts, str]:
+def as_classes(row: Dataset, split: DatasetSplit, options: Options) -> tuple[EvalDataset, prompts.Prompts, str]:
     """Return the set, its prompts and where they come from."""
     check_classes(row)
     if split.targets is None:
         raise Unavailable("what was found has captions, not classes")
     asked, source = _prompts(row, split, options)
     groups = groups_of(row, split)
-    found = EvalSet(row.name, split.images, asked.wordings(), split.targets, groups=groups, measure=row.measure)
+    found = EvalDataset(row.name, split.images, asked.wordings(), split.targets, groups=groups, metric=row.metric)
     return found, asked, source
 
 
-def _prompts(row: Dataset, split: Labelled, options: Options) -> tuple[prompts.Prompts, str]:
+def _prompts(row: Dataset, split: DatasetSplit, options: Options) -> tuple[prompts.Prompts, str]:
     """Return the prompts and where they come from: the user's, else the registry's, else what the data brings."""
     stored = tuple((name,) for name in split.class_names)
     names, names_from = _found(prompts.class_names, options.class_names, row.class_names, stored)
@@ -203,10 +203,10 @@ def _found(read: Callable[[str], tuple], users: str, registered: str, stored: tu
     return stored, "the data's"
 
 
-def groups_of(row: Dataset, split: Labelled) -> Int64[np.ndarray, "n"] | None:
+def groups_of(row: Dataset, split: DatasetSplit) -> Int64[np.ndarray, "n"] | None:
     """Return the groups that the registry's measure looks at, −1 for those that it leaves out; None for none."""
     if row.group < 0:
         return None
     if split.metadata is None:
-        raise Unavailable(f"{row.measure} needs the groups of its metadata (.npy), and none were found")
+        raise Unavailable(f"{row.metric} needs the groups of its metadata (.npy), and none were found")
     return np.where(np.isin(split.metadata[:, row.group], row.other_groups), -1, split.metadata[:, row.group])

@@ -12,19 +12,19 @@ import numpy as np
 from jaxtyping import Float, Integer
 
 from clip_jax.evals.embed import embed_set
-from clip_jax.evals.measures import interval_of_mean
+from clip_jax.evals.metrics import interval_of_mean
 from clip_jax.evals.ranking import ranks
-from clip_jax.typing import Embedder, EvalSet
+from clip_jax.typing import Embedder, EvalDataset
 
 KS = (1, 5, 10)
 
 
-def retrieval(embedder: Embedder, eval_set: EvalSet) -> dict[str, float]:
+def retrieval(embedder: Embedder, eval_set: EvalDataset) -> dict[str, float]:
     """Return recall at 1, 5, 10 in both directions and the median rank of the right text, 1 being best.
 
     Keys: `retrieval/<set>/{image_to_text,text_to_image}/recall_at_<k>`, `retrieval/<set>/image_to_text/median_rank`;
-    under each `/candidates` and `/chance`, under a recall `/low` and `/high`. A k above the number of candidates is
-    left out. Texts that no picture belongs to are candidates, not queries.
+    under each `/candidates` and `/chance`, under a recall `/ci_low` and `/ci_high`. k above the number of candidates is
+    skipped. Texts that no picture belongs to are candidates, not queries.
     """
     image_nE, text_ME = embed_set(embedder, eval_set)
     right_texts_n, images_M, picture_M = _counts(eval_set)
@@ -45,7 +45,7 @@ def retrieval(embedder: Embedder, eval_set: EvalSet) -> dict[str, float]:
     }
 
 
-def _counts(eval_set: EvalSet) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _counts(eval_set: EvalDataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return how many texts are right of every image, how many images of every text, and the first of those."""
     targets, texts = eval_set.targets, len(eval_set.texts)
     if targets.ndim == 2:
@@ -81,5 +81,5 @@ def _recalls(
             metrics[f"{key}/candidates"] = float(candidates)
             metrics[f"{key}/chance"] = chance_of_recall(candidates, right_N, k)
             hits_P = np.bincount(picture_N, weights=ranks_N < k) / queries_P.mean()
-            metrics[f"{key}/low"], metrics[f"{key}/high"] = interval_of_mean(hits_P)
+            metrics[f"{key}/ci_low"], metrics[f"{key}/ci_high"] = interval_of_mean(hits_P)
     return metrics

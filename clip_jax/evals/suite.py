@@ -11,11 +11,11 @@ from clip_jax.evals import EVALUATORS
 from clip_jax.evals.analysis.baselines import floors
 from clip_jax.evals.report.panels import Panels, panels
 from clip_jax.evals.retrieval import retrieval
-from clip_jax.typing import Embedder, EvalSet, Evaluator, Unavailable
+from clip_jax.typing import Embedder, EvalDataset, Evaluator, Unavailable
 
 log = logging.getLogger(__name__)
 
-Loader = Callable[[DataConfig, str], EvalSet]
+Loader = Callable[[DataConfig, str], EvalDataset]
 REGISTRY = "registry"  # the source whose splits are sets of `evals.registry`
 
 
@@ -23,25 +23,23 @@ REGISTRY = "registry"  # the source whose splits are sets of `evals.registry`
 class Suite:
     """Evaluation sets by name, with their evaluators.
 
-    left_out: by name, why a set is not measured on this machine.
+    skipped: by name, why a set is not measured on this machine.
     """
 
-    sets: Mapping[str, tuple[Evaluator, EvalSet]]
-    left_out: Mapping[str, str]
+    sets: Mapping[str, tuple[Evaluator, EvalDataset]]
+    skipped: Mapping[str, str]
 
-    def measure(self, embedder: Embedder) -> dict[str, float]:
+    def evaluate(self, embedder: Embedder) -> dict[str, float]:
         """Return the metrics of all sets."""
         return {k: v for evaluator, eval_set in self.sets.values() for k, v in evaluator(embedder, eval_set).items()}
 
-    def floors(self, fitted_on: EvalSet) -> dict[str, float]:
+    def floors(self, fitted_on: EvalDataset) -> dict[str, float]:
         """Return what is reached without learning a representation, on the retrieval sets."""
         return floors(fitted_on, self._retrieval_sets())
 
     def gates(self, config: EvalConfig) -> dict[str, float]:
         """Return what is asked of metrics as `<metric>/gate`, but for sets that are left out."""
-        return {
-            f"{key}/gate": gate for key, gate in config.thresholds.items() if key.split("/")[1] not in self.left_out
-        }
+        return {f"{key}/gate": gate for key, gate in config.thresholds.items() if key.split("/")[1] not in self.skipped}
 
     def panels(self, embedder: Embedder) -> list[Panels]:
         """Return the pictures for a report, of the first two retrieval sets."""
@@ -52,7 +50,7 @@ class Suite:
         """What the licences of the pictures ask a report to say."""
         return "\n".join(dict.fromkeys(s.attribution for _, s in self.sets.values() if s.attribution))
 
-    def _retrieval_sets(self) -> list[EvalSet]:
+    def _retrieval_sets(self) -> list[EvalDataset]:
         return [eval_set for evaluator, eval_set in self.sets.values() if evaluator is retrieval]
 
 
@@ -60,15 +58,15 @@ def load_suite(config: EvalConfig, data: DataConfig, loaders: Mapping[str, Loade
     """Load the sets of `config.tasks`; those that can't be had on this machine are logged and listed, not skipped.
 
     Args:
-      loaders: by source, what returns a split of it as an EvalSet.
+      loaders: by source, what returns a split of it as an EvalDataset.
     """
-    sets, left_out = {}, {}
+    sets, skipped = {}, {}
     for name, task in config.tasks.items():
         try:
             eval_set = loaders[task.source](data, task.split)
         except Unavailable as error:
             log.warning("%s is left out: %s", name, error)
-            left_out[name] = str(error)
+            skipped[name] = str(error)
         else:
             sets[name] = EVALUATORS[task.evaluator], dataclasses.replace(eval_set, name=name)
-    return Suite(sets, left_out)
+    return Suite(sets, skipped)

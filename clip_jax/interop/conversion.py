@@ -1,4 +1,4 @@
-"""Parameters from the tensors of a file, and back, by a table of names (names.py).
+"""Parameters from the tensors of a file, and back, by a table of names (name_tables.py).
 
 What is read is copied once, into memory that JAX takes as it is; what is written is made tensor by tensor.
 """
@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from clip_jax.config import Architecture
-from clip_jax.interop.names import Place, Table
+from clip_jax.interop.name_tables import Place, Table
 from clip_jax.models import make_model
 from clip_jax.typing import Params
 
@@ -23,7 +23,7 @@ from clip_jax.typing import Params
 IGNORED = ("position_ids", "num_batches_tracked", "attn_mask", "input_resolution", "context_length", "vocab_size")
 
 
-def from_theirs(
+def params_from_tensors(
     model: Architecture, tensors: Mapping[str, np.ndarray], table: Table, where: str, *, tower: str = ""
 ) -> Params:
     """Return our parameters, float32, from a file's tensors.
@@ -42,7 +42,7 @@ def from_theirs(
         name = place.name if layer is None else place.name.format(layer + place.first)
         if name not in tensors:
             raise ValueError(f"{where} has no tensor {name!r}, which the model's {path} comes from")
-        tensor, expected = tensors[name], their_shape(path, shape, place)
+        tensor, expected = tensors[name], tensor_shape(path, shape, place)
         if _squeezed(tensor.shape) != _squeezed(expected) and _squeezed(tensor.shape) != _squeezed(shape):
             raise ValueError(f"{where}: the tensor {name} has shape {tensor.shape}, expected {expected} for {path}")
         if tensor.dtype.name not in ("float16", "bfloat16", "float32", "float64"):
@@ -70,7 +70,7 @@ def from_theirs(
     return params
 
 
-class Tensors(Mapping[str, np.ndarray]):
+class LazyTensors(Mapping[str, np.ndarray]):
     """A format's tensors, float32, each made from our parameters when it is asked for: all together are never held.
 
     Raises ValueError where the format has no place for one of the model's parameters.
@@ -87,7 +87,7 @@ class Tensors(Mapping[str, np.ndarray]):
             for layer in range(layers) if layers else (None,):
                 name = place.name if layer is None else place.name.format(layer + place.first)
                 self._parts.setdefault(name, []).append((path, layer))
-                self.shapes[name] = their_shape(path, shape, place)
+                self.shapes[name] = tensor_shape(path, shape, place)
 
     def __getitem__(self, name: str) -> np.ndarray:
         tensor = np.empty(self.shapes[name], np.float32)
@@ -118,7 +118,7 @@ def parameter_shapes(model: Architecture) -> dict[str, tuple[tuple[int, ...], in
     return found
 
 
-def their_shape(path: str, shape: tuple[int, ...], place: Place) -> tuple[int, ...]:
+def tensor_shape(path: str, shape: tuple[int, ...], place: Place) -> tuple[int, ...]:
     """Return the shape in a file of the tensor that our parameter of `shape`, one layer of it, lies in."""
     if place.transposed and len(shape) == 4:
         height, width, inner, outer = shape

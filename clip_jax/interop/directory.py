@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from clip_jax.config import Architecture, ResNet, TextTransformer, ViT, WeightsConfig
-from clip_jax.interop import conversion, huggingface, names, open_clip, safetensors, torch_file
+from clip_jax.interop import conversion, huggingface, name_tables, open_clip, safetensors, torch_file
 from clip_jax.interop.msgpack import tokenizer_content
 from clip_jax.tokenizers import ClipBPE, HuggingFace
 from clip_jax.typing import Params
@@ -76,8 +76,8 @@ def _transformers(folder: pathlib.Path, params: Params, config: WeightsConfig) -
     except ValueError as error:
         raise _LeftOut(error) from error
     siglip = content["model_type"] == "siglip"
-    table = names.HUGGINGFACE_SIGLIP if siglip else names.HUGGINGFACE
-    safetensors.write(folder / "model.safetensors", conversion.Tensors(model, params, table))
+    table = name_tables.HUGGINGFACE_SIGLIP if siglip else name_tables.HUGGINGFACE
+    safetensors.write(folder / "model.safetensors", conversion.LazyTensors(model, params, table))
     _write_json(folder / "config.json", content)
     processor = huggingface.preprocessor_config(config.preprocess, model.image.image_size, siglip)
     _write_json(folder / "preprocessor_config.json", processor)
@@ -89,8 +89,8 @@ def _open_clip(folder: pathlib.Path, params: Params, config: WeightsConfig) -> N
     except ValueError as error:
         raise _LeftOut(error) from error
     siglip = getattr(config.model.image, "pool", "") == "attention"
-    table = names.OPEN_CLIP_SIGLIP if siglip else names.OPENAI
-    safetensors.write(folder / "open_clip_model.safetensors", conversion.Tensors(config.model, params, table))
+    table = name_tables.OPEN_CLIP_SIGLIP if siglip else name_tables.OPENAI
+    safetensors.write(folder / "open_clip_model.safetensors", conversion.LazyTensors(config.model, params, table))
     _write_json(folder / "open_clip_config.json", content)
 
 
@@ -125,7 +125,7 @@ def _clip_load(folder: pathlib.Path, params: Params, config: WeightsConfig) -> N
     towers = (model.image, model.text) if model.image.kind != "edges" else ()
     if Architecture(*map(_granted, towers), embed_dim=model.embed_dim) != model:
         raise _LeftOut("OpenAI's code has QuickGELU, heads of 64, a class token and CLIP's own vocabulary, and no more")
-    torch_file.write(folder / "clip.pt", conversion.Tensors(config.model, params, names.OPENAI))
+    torch_file.write(folder / "clip.pt", conversion.LazyTensors(config.model, params, name_tables.OPENAI))
 
 
 def _granted(tower: ViT | ResNet | TextTransformer) -> ViT | ResNet | TextTransformer:

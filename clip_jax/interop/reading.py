@@ -35,14 +35,15 @@ from clip_jax.config import (
 )
 from clip_jax.interop import (
     conversion,
+    hub,
     huggingface,
+    infer_architecture,
     msgpack,
-    names,
+    name_tables,
     npz,
     open_clip,
     positions,
     safetensors,
-    shapes,
     torch_file,
 )
 from clip_jax.tokenizers import ClipBPE
@@ -67,31 +68,62 @@ class Weights:
     format: str
 
 
-def read(path: str | os.PathLike[str], *, model: str = "", activation: str = "") -> Weights:
-    """Return the weights of a file or a directory, in any format that clip_jax knows.
+def read(
+    path: str | os.PathLike[str],
+    *,
+    model: str = "",
+    activation: str = "",
+    image_size: int = 0,
+    context_length: int = 0,
+    tokenizer: TokenizerConfig | str = "",
+) -> Weights:
+    """Read weights of any registered format.
 
     Args:
-      model: a name in `config.MODELS`, where the file can't tell.
-      activation: 'quick_gelu', 'gelu' or 'gelu_tanh', where it can't tell; it wins over what the file says.
+      path: file, directory, name of an OpenAI model, or 'hf-hub:<owner>/<name>'.
+      model: name in `config.MODELS`, for files without a config.
+      activation: 'quick_gelu', 'gelu' or 'gelu_tanh', for files without a config. It overrides a config.
+      image_size: px; position embeddings are resized to it. 0: unchanged.
+      context_length: tokens, likewise.
+      tokenizer: replaces the tokenizer of the file: path of a SentencePiece `.model` or a Hugging Face
+        `tokenizer.json`, used with the settings of the published models, or a TokenizerConfig.
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: naming file, tensor, what was expected and what was found. Nothing is returned of a part.
+      ValueError: if the file is damaged, unsafe, incomplete or doesn't match its config.
     """
     if model:
         check_name("model", model, MODELS)
     if activation:
         check_name("activation", activation, ("quick_gelu", "gelu", "gelu_tanh"))
-    place = pathlib.Path(path).expanduser()
+    weights = _read(_existing(path), model, activation)
+    resized, params = positions.resize(
+        weights.config.model, weights.params, image_size=image_size, length=context_length
+    )
+    config = dataclasses.replace(weights.config, model=resized)
+    if isinstance(tokenizer, str) and tokenizer:
+        name = "huggingface" if tokenizer.endswith(".json") else "sentencepiece"
+        tokenizer = dataclasses.replace(tokenizer_of(resized), name=name, path=tokenizer)
+    if tokenizer:
+        config = dataclasses.replace(config, tokenizer=tokenizer, tokenizer_file=b"")
+    return Weights(params, config, weights.format)
+
+
+def _existing(path: str | os.PathLike[str]) -> pathlib.Path:
+    place = hub.locate(path)
     if not place.exists():
         raise FileNotFoundError(f"{path}: there is no such file or directory")
+    return place
+
+
+def _read(place: pathlib.Path, model: str, activation: str) -> Weights:
     file = _weight_file(place) if place.is_dir() else place
     if msgpack.is_ours(file):
         params, config = msgpack.read(file)
-        return _ours(params, config, model, activation, "clip_jax msgpack")
+        return _ours(file, params, config, model, activation, "clip_jax msgpack")
     if npz.is_ours(file):
         params, config = npz.read(file)
-        return _ours(params, config, model, activation, "clip_jax npz")
+        return _ours(file, params, config, model, activation, "clip_jax npz")
     tensors, container = _tensors(file)
     tensors, table, naming = _naming(tensors, os.fspath(file))
     described = _beside(file) if not model else None
@@ -100,7 +132,7 @@ def read(path: str | os.PathLike[str], *, model: str = "", activation: str = "")
     architecture, preprocess, tokenizer, tokenizer_file = described
     if activation:
         architecture = with_activation(architecture, activation)
-    params = conversion.from_theirs(architecture, tensors, table, os.fspath(file))
+    params = conversion.params_from_tensors(architecture, tensors, table, os.fspath(file))
     config = WeightsConfig(architecture, tokenizer, preprocess, name_of(architecture), tokenizer_file=tokenizer_file)
     return Weights(params, config, f"{naming}, {container}")
 
@@ -123,9 +155,7 @@ def read_tower(path: str | os.PathLike[str], tower: str, model: Architecture) ->
       FileNotFoundError: if there is no such file.
       ValueError: naming file, tensor, what was expected and what was found.
     """
-    place = pathlib.Path(path).expanduser()
-    if not place.exists():
-        raise FileNotFoundError(f"{path}: there is no such file or directory")
+    place = _existing(path)
     file = _weight_file(place) if place.is_dir() else place
     if msgpack.is_ours(file) or npz.is_ours(file):
         weights = read(file)
@@ -137,13 +167,13 @@ def read_tower(path: str | os.PathLike[str], tower: str, model: Architecture) ->
         stored = model
         if tower == "image":
             image = dataclasses.replace(
-                model.image, image_size=shapes.image_tower(tensors, table, os.fspath(file)).image_size
+                model.image, image_size=infer_architecture.image_tower(tensors, table, os.fspath(file)).image_size
             )
             stored = dataclasses.replace(model, image=image)
         else:
             length = tensors[table["text/positional_embedding"].name].shape[-2]
             stored = dataclasses.replace(model, text=dataclasses.replace(model.text, length=length))
-        params = conversion.from_theirs(stored, tensors, table, os.fspath(file), tower=tower)
+        params = conversion.params_from_tensors(stored, tensors, table, os.fspath(file), tower=tower)
     image_size, length = (model.image.image_size, 0) if tower == "image" else (0, model.text.length)
     _, params = positions.resize(stored, params, image_size=image_size, length=length)
     return {key: params[key] for key in (tower, *(["batch_stats"] if tower == "image" else [])) if key in params}
@@ -157,12 +187,26 @@ def _with_sizes(tower: Any, stored: Any) -> Any:
     return dataclasses.replace(tower, **sizes)
 
 
-def _ours(params: Params, config: WeightsConfig, model: str, activation: str, kind: str) -> Weights:
+def _ours(file: pathlib.Path, params: Params, config: WeightsConfig, model: str, activation: str, kind: str) -> Weights:
+    _check_shapes(file, params, config.model)
     if model and MODELS[model] != config.model:
         raise ValueError(f"model={model!r} is not what the file says, and ours always say what they are: leave it out")
     if activation:
         config = dataclasses.replace(config, model=with_activation(config.model, activation))
     return Weights(params, config, kind)
+
+
+def _check_shapes(file: pathlib.Path, params: Params, model: Architecture) -> None:
+    """Raise ValueError, naming the parameter, where the parameters don't fit the config."""
+    found = {name: array.shape for name, array in conversion.flat(params).items()}
+    one_layer = conversion.parameter_shapes(model)
+    expected = {name: (layers, *shape) if layers else shape for name, (shape, layers) in one_layer.items()}
+    for name in [*expected, *found]:
+        if found.get(name) != expected.get(name):
+            raise ValueError(
+                f"{file}: the parameter {name} has shape {found.get(name, 'none')}, its config describes"
+                f" {expected.get(name, 'none')}"
+            )
 
 
 # ------------------------------------------------------------------------------------------------------ containers
@@ -239,23 +283,23 @@ class _Views(Mapping):
 # ---------------------------------------------------------------------------------------------------------- naming
 
 
-def _naming(tensors: Mapping[str, np.ndarray], where: str) -> tuple[Mapping[str, np.ndarray], names.Table, str]:
+def _naming(tensors: Mapping[str, np.ndarray], where: str) -> tuple[Mapping[str, np.ndarray], name_tables.Table, str]:
     """Return the tensors without their prefixes, the table that their names follow, and what it is called."""
     plain = {_PREFIXES.sub("", name): name for name in tensors}
     if "visual.conv1.weight" in plain:  # open_clip's custom text towers have a prefix of their own
         plain = {name.removeprefix("text."): theirs for name, theirs in plain.items()}
-        table, naming = names.OPENAI, "OpenAI's names"
+        table, naming = name_tables.OPENAI, "OpenAI's names"
     elif "visual.trunk.attn_pool.latent" in plain:
-        table, naming = names.OPEN_CLIP_SIGLIP, "open_clip's SigLIP names"
+        table, naming = name_tables.OPEN_CLIP_SIGLIP, "open_clip's SigLIP names"
     elif "vision_model.head.probe" in plain:
-        table, naming = names.HUGGINGFACE_SIGLIP, "Hugging Face's SigLIP names"
+        table, naming = name_tables.HUGGINGFACE_SIGLIP, "Hugging Face's SigLIP names"
     elif "vision_model.embeddings.patch_embedding.weight" in plain:
-        table, naming = names.HUGGINGFACE, "Hugging Face's names"
+        table, naming = name_tables.HUGGINGFACE, "Hugging Face's names"
     elif "vision_model.embeddings.patch_embedding.kernel" in plain:
-        table, naming = names.HUGGINGFACE_FLAX, "Hugging Face's Flax names"
+        table, naming = name_tables.HUGGINGFACE_FLAX, "Hugging Face's Flax names"
     elif any(name.endswith(("img/embedding/kernel", "txt/Embed_0/embedding")) for name in plain):
         plain = {name.removeprefix("params/"): theirs for name, theirs in plain.items()}
-        table, naming = names.BIG_VISION, "big_vision's names"
+        table, naming = name_tables.BIG_VISION, "big_vision's names"
     else:
         trunk = next((name for name in plain if name.startswith("visual.trunk.")), None)
         first = ", ".join(sorted(plain)[:4])
@@ -319,13 +363,13 @@ def _json(file: pathlib.Path) -> dict[str, Any]:
 
 
 def _undescribed(
-    file: pathlib.Path, tensors: Mapping[str, np.ndarray], table: names.Table, model: str, activation: str
+    file: pathlib.Path, tensors: Mapping[str, np.ndarray], table: name_tables.Table, model: str, activation: str
 ) -> _Described:
     """Return what the caller says, or the shapes tell."""
     if model:
         architecture = MODELS[model]
     else:
-        architecture = shapes.architecture(tensors, table, os.fspath(file))
+        architecture = infer_architecture.architecture(tensors, table, os.fspath(file))
         activation = activation or _activation(file, table)
         if not activation:
             raise ValueError(
@@ -334,14 +378,14 @@ def _undescribed(
                 " (LAION, DataComp and most others), or the model, e.g. model='vit_b32'"
             )
         architecture = with_activation(architecture, activation)
-    big_vision = architecture.logit_bias or table is names.BIG_VISION
+    big_vision = architecture.logit_bias or table is name_tables.BIG_VISION
     preprocess = dataclasses.replace(SIGLIP_PREPROCESS if big_vision else Preprocess(), implementation="openai")
     return architecture, preprocess, *_tokenizer(architecture, file.parent)
 
 
-def _activation(file: pathlib.Path, table: names.Table) -> Activation | str:
+def _activation(file: pathlib.Path, table: name_tables.Table) -> Activation | str:
     """Return the activation where the format tells it: OpenAI's archives carry their code, big_vision has but one."""
-    if table is names.BIG_VISION:
+    if table is name_tables.BIG_VISION:
         return "gelu_tanh"  # flax.linen.gelu's default
-    code = torch_file.torchscript_code(file) if table is names.OPENAI else ""
+    code = torch_file.torchscript_code(file) if table is name_tables.OPENAI else ""
     return "quick_gelu" if "QuickGELU" in code or "1.702" in code else ""

@@ -1,4 +1,4 @@
-"""Tensors of .safetensors files, read as views of the mapped file, and written one by one: none is held twice.
+"""LazyTensors of .safetensors files, read as views of the mapped file, and written one by one: none is held twice.
 
 The library checks what a file says of itself; it would copy each tensor when reading, and want all of them to write.
 
@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from clip_jax.interop.conversion import Tensors
+from clip_jax.interop.conversion import LazyTensors
 
 _DTYPES = {
     "F64": np.float64,
@@ -54,7 +54,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     return tensors
 
 
-def write(path: str | os.PathLike[str], tensors: Tensors) -> None:
+def write(path: str | os.PathLike[str], tensors: LazyTensors) -> None:
     """Write a file as `safetensors.torch.save_file` would; float32."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers 4.57 refuses files without it
     end = 0

@@ -1,1 +1,1 @@
-"""What training costs on a slice that nobody has booked: `python -m clip_jax.plan`."""
+"""Ahead-of-time planning of a training step: `python -m clip_jax.plan`."""

@@ -1,14 +1,14 @@
-"""What a compiled program does, read off its text: flops, bytes through memory, and what chips send one another.
+"""FLOPs, HBM bytes and collectives of a compiled program, counted from its HLO text.
 
-XLA's own `cost_analysis` counts the body of a loop once, bytes without the padding of their tiles, and no collective.
-Here every computation is counted as often as it runs. Of a conditional the branch of a true predicate is counted: the
-step is written so that it is the usual one (`encode_text_train`, `make_train_step`).
+XLA's `cost_analysis` counts a loop body once, ignores tile padding and counts no collective. Here every computation is
+counted as often as it runs. For a conditional, the branch of a true predicate is counted; the training step puts the
+common case there (packed captions, finite gradients).
 
-Bytes: every operation outside a fusion reads its operands once and writes its results once, in tiles as they lie in
-memory; what is sliced out of an array counts as the slice, what is written into one in place as the update, and what
-the compiler keeps on the chip (VMEM, v4's CMEM) as nothing. A kernel counts its operands, results and own estimate.
-Flops: two for every multiply-add of products and convolutions, only where a window meets data; one for every element
-of other arithmetic, as XLA counts them.
+HBM bytes: each instruction outside a fusion reads its operands once and writes its results once, including tile
+padding. A slice counts the sliced elements, an in-place update the updated ones, and arrays in on-chip memory (VMEM,
+v4's CMEM) count nothing. A kernel counts its operands and results.
+FLOPs: two per multiply-add of matmuls and convolutions, without a convolution's padding, and a kernel's own estimate;
+one per element of other arithmetic, as in XLA.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from typing import Any
 import numpy as np
 
 from clip_jax.models.flops import valid_positions
-from clip_jax.planner.hlo import HBM, Array, Computation, Op, bits, parse
+from clip_jax.planner.hlo import HBM, Array, Computation, Op, element_bits, parse
 
 _CALLS = re.compile(r"(?:calls|to_apply|body|condition|called_computations)=\{?%?([\w.\-]+)")
 
-# Of a fusion inside another: its result is its operand, in other tiles (v7x).
-_RELABELS = "output_to_operand_aliasing={{}: (0, {})}"
+# A fusion inside another fusion whose result is its operand in another tiling (v7x).
+_RETILING = "output_to_operand_aliasing={{}: (0, {})}"
 
-# Their results are names for what is there already, or cost nothing.
+# Instructions that move no bytes and compute nothing.
 _FREE = frozenset(
     (
         *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "domain", "opt-barrier"),
@@ -44,7 +44,7 @@ _FREE_CUSTOM = frozenset(
         *("PrepareAsyncCallStart", "PrepareAsyncCallDone"),
     )
 )
-_ARITHMETIC = frozenset(  # one flop an element, as XLA has it; exponentials and the like are counted apart there
+_ARITHMETIC = frozenset(  # one FLOP per element, as in XLA, which counts exponentials and the like separately
     (
         *("add", "subtract", "multiply", "divide", "maximum", "minimum", "remainder", "abs", "negate", "sign"),
         *("floor", "ceil", "round-nearest-even", "round-nearest-afz", "compare", "select", "clamp", "convert"),
@@ -54,128 +54,124 @@ _ARITHMETIC = frozenset(  # one flop an element, as XLA has it; exponentials and
 )
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 
+Bytes = tuple[float, float]  # without and with tile padding
+
 
 @dataclasses.dataclass
 class Collective:
-    """One kind of message: how often, and how many bytes a device sends for it, all told.
-
-    group: devices that take part in one. slices: over which they are spread. link_bytes: to others of its slice;
-    network_bytes: to other slices.
-    """
+    """All collectives of one kind over groups of one size: their number, and the bytes that a device sends."""
 
     kind: str
-    group: int
-    slices: int
+    group: int  # devices per replica group
+    slices: int  # slices that a group spans
     count: float = 0.0
-    link_bytes: float = 0.0
-    network_bytes: float = 0.0
+    interconnect_bytes: float = 0.0  # to devices of the same slice
+    network_bytes: float = 0.0  # to devices of other slices
 
 
 @dataclasses.dataclass
 class Cost:
-    """What one device does in one run of a program.
+    """Work of one device in one run of a program."""
 
-    flops: multiply-adds of products and convolutions, twice. unit_flops: the same as often as a matrix unit of bfloat16
-    passes over them: six times for operands at full precision, three at high. other_flops: of the remaining arithmetic.
-    kernel_flops: a part of `flops`, by kernels' own estimates. logical_bytes, padded_bytes: through HBM, without and
-    with the padding of tiles. hops: collectives, one after another. endless: loops whose count the text doesn't tell,
-    counted once.
-    """
-
-    flops: float = 0.0
-    unit_flops: float = 0.0
-    other_flops: float = 0.0
-    kernel_flops: float = 0.0
-    logical_bytes: float = 0.0
-    padded_bytes: float = 0.0
-    hops: float = 0.0
+    flops: float = 0.0  # of matmuls, convolutions and kernels
+    bf16_equivalent_flops: float = 0.0  # flops times passes of a bfloat16 matrix unit: float32 `highest` 6, `high` 3
+    other_flops: float = 0.0  # of the remaining arithmetic
+    kernel_flops: float = 0.0  # the part of `flops` that kernels estimate themselves
+    logical_bytes: float = 0.0  # HBM traffic without tile padding
+    padded_bytes: float = 0.0  # HBM traffic with tile padding
+    collective_count: float = 0.0
     collectives: dict[tuple, Collective] = dataclasses.field(default_factory=dict)
-    by_source: dict[str, float] = dataclasses.field(default_factory=dict)  # padded bytes by the model's part
-    endless: list[str] = dataclasses.field(default_factory=list)
+    bytes_by_source: dict[str, float] = dataclasses.field(default_factory=dict)  # padded bytes by module of the model
+    unknown_trip_counts: list[str] = dataclasses.field(default_factory=list)  # loops that are counted once
 
 
 class Program:
-    """The text of a compiled program, and what it costs."""
+    """Cost model of a compiled program.
+
+    Args:
+      text: of `Compiled.as_text()`.
+      slices: number of TPU slices that the program runs on.
+      devices_per_slice: JAX devices of a slice, if there are several slices.
+    """
 
     def __init__(self, text: str, *, slices: int = 1, devices_per_slice: int = 0) -> None:
-        """Read `text`. slices: that it runs on; devices_per_slice: where there are several."""
         self.computations, self.entry = parse(text)
-        self._all_slices, self._per_slice = slices, devices_per_slice if slices > 1 else 0
-        self._read: dict[tuple[str, int], tuple[float, float] | None] = {}
+        self._slices, self._devices_per_slice = slices, devices_per_slice if slices > 1 else 0
+        self._read_cache: dict[tuple[str, int], Bytes | None] = {}
 
     def cost(self) -> Cost:
-        """Return the cost of one run."""
+        """Return the cost of one run on one device."""
         cost = Cost()
-        self._add(cost, self.entry, 1.0)
+        self._add_computation(cost, self.entry, 1.0)
         return cost
 
     # ------------------------------------------------------------------------------------------------- control flow
 
-    def _add(self, cost: Cost, name: str, times: float) -> None:
+    def _add_computation(self, cost: Cost, name: str, times: float) -> None:
         computation = self.computations[name]
         for op in computation.values():
             if op.opcode == "while":
                 body, condition = (re.search(rf"{key}=%?([\w.\-]+)", op.attributes)[1] for key in ("body", "condition"))
-                trips = self._trips(op, condition)
+                trips = self._trip_count(op, condition)
                 if trips is None:
-                    cost.endless.append(op.name)
-                self._add(cost, body, times * (1 if trips is None else trips))
+                    cost.unknown_trip_counts.append(op.name)
+                self._add_computation(cost, body, times * (1 if trips is None else trips))
             elif op.opcode == "conditional":
-                self._add(cost, _usual_branch(op), times)
+                self._add_computation(cost, _true_branch(op), times)
             elif op.opcode in ("call", "async-start", "call-start") and (called := _CALLS.search(op.attributes)):
-                self._add(cost, called[1], times)
+                self._add_computation(cost, called[1], times)
             else:
-                self._count(cost, computation, op, times)
+                self._add_op(cost, computation, op, times)
 
-    def _trips(self, op: Op, condition: str) -> int | None:
-        """Return how often a loop runs: said by the compiler, or what its counter, from 0 by 1, is compared with."""
-        known = re.search(r'known_trip_count":?\{"?n"?:"?(\d+)', op.attributes)
-        if known:
-            return int(known[1])
+    def _trip_count(self, op: Op, condition: str) -> int | None:
+        """Return a loop's trip count: the compiler's annotation, or its condition's constant (counters go 0, 1, …)."""
+        annotated = re.search(r'known_trip_count":?\{"?n"?:"?(\d+)', op.attributes)
+        if annotated:
+            return int(annotated[1])
         constants = [
             int(found[1])
-            for name in self._with_called(condition)
+            for name in self._reachable(condition)
             for inner in self.computations[name].values()
             if inner.opcode == "constant" and (found := re.match(r"(\d+)\b", inner.attributes))
         ]
         return constants[0] if len(constants) == 1 else None
 
-    def _with_called(self, name: str) -> Iterator[str]:
+    def _reachable(self, name: str) -> Iterator[str]:
         yield name
         for op in self.computations[name].values():
             for called in _CALLS.findall(op.attributes):
                 if called in self.computations:
-                    yield from self._with_called(called)
+                    yield from self._reachable(called)
 
-    # ---------------------------------------------------------------------------------------------------- one operation
+    # --------------------------------------------------------------------------------------------- one instruction
 
-    def _count(self, cost: Cost, computation: Computation, op: Op, times: float) -> None:
+    def _add_op(self, cost: Cost, computation: Computation, op: Op, times: float) -> None:
         if op.opcode in _FREE or (op.opcode == "custom-call" and _target(op) in _FREE_CUSTOM):
             return
-        flops, unit, other = self._flops(computation, op)
+        flops, bf16_flops, other = self._flops(computation, op)
         cost.flops += times * flops
-        cost.unit_flops += times * unit
+        cost.bf16_equivalent_flops += times * bf16_flops
         cost.other_flops += times * other
         if op.opcode == "custom-call":
             cost.kernel_flops += times * flops
-        logical, padded = self._traffic(computation, op)
+        logical, padded = self._hbm_bytes(computation, op)
         cost.logical_bytes += times * logical
         cost.padded_bytes += times * padded
-        source = _source(op)
-        cost.by_source[source] = cost.by_source.get(source, 0) + times * padded
-        if op.opcode == "fusion" and (found := self._started(_CALLS.search(op.attributes)[1])):
+        source = _source_module(op)
+        cost.bytes_by_source[source] = cost.bytes_by_source.get(source, 0) + times * padded
+        if op.opcode == "fusion" and (found := self._started_collective(_CALLS.search(op.attributes)[1])):
             inner, kind, sent = found
-            self._send(cost, kind, *self._group(sent), inner, sent, times)
+            self._add_collective(cost, kind, *self._replica_group(sent), inner, sent, times)
         kind = op.opcode.removesuffix("-start")
-        between = re.search(r'_xla_megascale_transfer_type="(\w+)"', op.attributes) if kind == "send" else None
+        transfer = re.search(r'_xla_megascale_transfer_type="(\w+)"', op.attributes) if kind == "send" else None
         if kind in COLLECTIVES:
-            self._send(cost, kind, *self._group(op), computation, op, times)
-        elif between:  # what the compiler has left for the network, after its own collectives within slices
-            kind = {"ONE_TO_ONE": "collective-permute"}.get(between[1], between[1].lower().replace("_", "-"))
-            self._send(cost, kind, self._all_slices, self._all_slices, computation, op, times)
+            self._add_collective(cost, kind, *self._replica_group(op), computation, op, times)
+        elif transfer:  # between slices, after the compiler's own collectives within slices
+            kind = {"ONE_TO_ONE": "collective-permute"}.get(transfer[1], transfer[1].lower().replace("_", "-"))
+            self._add_collective(cost, kind, self._slices, self._slices, computation, op, times)
 
     def _flops(self, computation: Computation, op: Op) -> tuple[float, float, float]:
-        """Return flops, unit_flops and other_flops of an operation and all that is fused into it."""
+        """Return `flops`, `bf16_equivalent_flops` and `other_flops` of an instruction, including its fused ones."""
         if op.opcode in ("fusion", "map"):
             inner = self.computations[_CALLS.search(op.attributes)[1]]
             return tuple(map(sum, zip(*(self._flops(inner, x) for x in inner.values()), strict=True)))
@@ -186,40 +182,36 @@ class Program:
         sources = [computation[name].results[0] for name in op.operands if name in computation]
         if op.opcode in ("convolution", "dot"):
             flops = _convolution_flops(sources, op) if op.opcode == "convolution" else _dot_flops(sources, op)
-            return flops, flops * _passes(sources, op), 0.0
+            return flops, flops * _mxu_passes(sources, op), 0.0
         if op.opcode in ("reduce", "reduce-window"):
-            return (
-                0.0,
-                0.0,
-                float(sum(x.elements for x in sources[: len(op.results)]) - sum(x.elements for x in op.results)),
-            )
+            reduced = sum(x.elements for x in sources[: len(op.results)]) - sum(x.elements for x in op.results)
+            return 0.0, 0.0, float(reduced)
         return 0.0, 0.0, float(op.results[0].elements) if op.opcode in _ARITHMETIC else 0.0
 
-    # ---------------------------------------------------------------------------------------------------------- bytes
+    # ------------------------------------------------------------------------------------------------------ HBM bytes
 
-    def _traffic(self, computation: Computation, op: Op) -> tuple[float, float]:
-        """Return the bytes that an operation moves through HBM, without and with padding."""
+    def _hbm_bytes(self, computation: Computation, op: Op) -> Bytes:
         sources = [computation[name].results for name in op.operands if name in computation]
         if op.opcode in ("copy-start", "slice-start"):
             moved = op.results[1] if op.opcode == "slice-start" else op.results[0]
-            ends = [op.results[0].space, op.results[1].space].count(HBM)
+            ends = [op.results[0].memory_space, op.results[1].memory_space].count(HBM)
             return float(ends * moved.logical_bytes), float(ends * moved.padded_bytes)
         if op.opcode == "fusion":
-            return self._fusion_traffic(computation, op)
+            return self._fusion_hbm_bytes(computation, op)
         if op.opcode in ("send", "recv"):
             return _bytes(op.results[:1])
         if op.opcode == "dynamic-update-slice":
-            return _bytes([*sources[1], *sources[1]], op.results[0].space)
+            return _bytes([*sources[1], *sources[1]], op.results[0].memory_space)
         if op.opcode in ("dynamic-slice", "slice", "gather"):
-            read = _bytes(op.results) if sources[0][0].space == HBM else (0.0, 0.0)
-            return _plus(read, _bytes(op.results))
+            read = _bytes(op.results) if sources[0][0].memory_space == HBM else (0.0, 0.0)
+            return _sum(read, _bytes(op.results))
         results = op.results[len(op.results) // 2 :] if op.opcode.endswith("-start") else op.results
-        return _plus(_bytes([x for source in sources for x in source]), _bytes(results))
+        return _sum(_bytes([x for source in sources for x in source]), _bytes(results))
 
-    def _fusion_traffic(self, computation: Computation, op: Op) -> tuple[float, float]:
+    def _fusion_hbm_bytes(self, computation: Computation, op: Op) -> Bytes:
         name = _CALLS.search(op.attributes)[1]
         inner, total = self.computations[name], (0.0, 0.0)
-        root = next(x for x in inner.values() if x.root)
+        root = next(x for x in inner.values() if x.is_root)
         if _is_custom(root, "AsyncCollectiveDone"):
             return total
         if _is_custom(root, "AsyncCollectiveStart"):  # its first result is its operand
@@ -227,36 +219,37 @@ class Program:
         results = root.operands if root.opcode == "tuple" else [root.name]
         for position, operand in enumerate(op.operands):
             source = computation[operand].results[0]
-            if source.space == HBM and not (_goes_on(name) and self._parameter(name, position) in results):
-                read = self._reads(name, position)
-                total = _plus(total, _bytes([source]) if read is None else read)
-        written = [self._written(name, x) for x in results]
-        for result, part in zip(op.results, written, strict=False):
-            if result.space == HBM:
-                total = _plus(total, _bytes([result]) if part is None else part)
+            passed_on = _spans_collective(name) and self._parameter(name, position) in results
+            if source.memory_space == HBM and not passed_on:
+                read = self._parameter_read_bytes(name, position)
+                total = _sum(total, _bytes([source]) if read is None else read)
+        written = [self._update_bytes(name, x) for x in results]
+        for result, update in zip(op.results, written, strict=False):
+            if result.memory_space == HBM:
+                total = _sum(total, _bytes([result]) if update is None else update)
         return total
 
-    def _written(self, name: str, at: str) -> tuple[float, float] | None:
-        """Return the bytes that a result updates in place; None: it is written whole."""
+    def _update_bytes(self, name: str, result: str) -> Bytes | None:
+        """Return the bytes of an in-place update; None for a result that is written completely."""
         inner = self.computations[name]
-        op = inner[at]
-        if _goes_on(name) and op.opcode in ("parameter", *COLLECTIVES):
+        op = inner[result]
+        if _spans_collective(name) and op.opcode in ("parameter", *COLLECTIVES):
             return (0.0, 0.0)
         if op.opcode == "bitcast":
-            return self._written(name, op.operands[0])
+            return self._update_bytes(name, op.operands[0])
         if op.opcode == "fusion":
             called = _CALLS.search(op.attributes)[1]
-            return self._written(called, next(x.name for x in self.computations[called].values() if x.root))
+            return self._update_bytes(called, next(x.name for x in self.computations[called].values() if x.is_root))
         if op.opcode == "dynamic-update-slice":
             return _bytes([inner[op.operands[1]].results[0]], None)
         return None
 
-    def _reads(self, name: str, position: int) -> tuple[float, float] | None:
-        """Return the bytes that a fused computation reads of its parameter; None: all of it."""
+    def _parameter_read_bytes(self, name: str, position: int) -> Bytes | None:
+        """Return the bytes of slices that a fused computation reads of a parameter; None if it reads all of it."""
         key = (name, position)
-        if key not in self._read:
-            self._read[key] = self._reads_of(name, self._parameter(name, position))
-        return self._read[key]
+        if key not in self._read_cache:
+            self._read_cache[key] = self._read_bytes(name, self._parameter(name, position))
+        return self._read_cache[key]
 
     def _parameter(self, name: str, position: int) -> str:
         return next(
@@ -265,87 +258,92 @@ class Program:
             if op.opcode == "parameter" and int(re.match(r"\d+", op.attributes)[0]) == position
         )
 
-    def _reads_of(self, name: str, at: str) -> tuple[float, float] | None:
+    def _read_bytes(self, name: str, source: str) -> Bytes | None:
         total = (0.0, 0.0)
         for user in self.computations[name].values():
-            for place in [i for i, operand in enumerate(user.operands) if operand == at]:
+            for place in [i for i, operand in enumerate(user.operands) if operand == source]:
                 if user.opcode in ("dynamic-slice", "slice", "gather") and place == 0:
                     read = _bytes(user.results, None)
                 elif user.opcode == "dynamic-update-slice" and place == 0:
                     read = (0.0, 0.0)
-                elif user.opcode == "bitcast" or _RELABELS in user.attributes:
-                    read = self._reads_of(name, user.name)
+                elif user.opcode == "bitcast" or _RETILING in user.attributes:
+                    read = self._read_bytes(name, user.name)
                 elif user.opcode == "fusion":
-                    read = self._reads(_CALLS.search(user.attributes)[1], place)
+                    read = self._parameter_read_bytes(_CALLS.search(user.attributes)[1], place)
                 else:
                     return None
                 if read is None:
                     return None
-                total = _plus(total, read)
+                total = _sum(total, read)
         return total
 
     # ------------------------------------------------------------------------------------------------------ collectives
 
-    def _started(self, name: str) -> tuple[Computation, str, Op] | None:
+    def _started_collective(self, name: str) -> tuple[Computation, str, Op] | None:
         """Return the collective that a fusion starts, and its kind.
 
-        One that overlaps with arithmetic starts in a fusion, is repeated in those during which it goes on, and ends in
-        another. A sum of which every device keeps a part is a fusion too.
+        An overlapped collective starts in one fusion, is repeated in the fusions that overlap it, and ends in another.
+        A reduce-scatter is a fusion, too.
         """
         inner = self.computations[name]
-        if _goes_on(name) or any(_is_custom(op, "AsyncCollectiveDone") for op in inner.values()):
+        if _spans_collective(name) or any(_is_custom(op, "AsyncCollectiveDone") for op in inner.values()):
             return None
         for op in inner.values():
             if op.opcode in COLLECTIVES:
                 return inner, "reduce-scatter" if name.startswith("all-reduce-scatter") else op.opcode, op
         return None
 
-    def _send(
+    def _add_collective(
         self, cost: Cost, kind: str, group: int, slices: int, computation: Computation, op: Op, times: float
     ) -> None:
         sources = [x for name in op.operands if name in computation for x in computation[name].results]
-        known = cost.collectives.setdefault((kind, group, slices), Collective(kind, group, slices))
+        entry = cost.collectives.setdefault((kind, group, slices), Collective(kind, group, slices))
         size = float(sum(x.logical_bytes for x in sources))
-        links, network = _sent(kind, size, group // slices, slices)
-        known.count += times
-        known.link_bytes += times * links
-        known.network_bytes += times * network
-        cost.hops += times
+        interconnect, network = _sent_bytes(kind, size, group // slices, slices)
+        entry.count += times
+        entry.interconnect_bytes += times * interconnect
+        entry.network_bytes += times * network
+        cost.collective_count += times
 
-    def _group(self, op: Op) -> tuple[int, int]:
-        """Return how many devices exchange with one another, and over how many slices they are spread."""
+    def _replica_group(self, op: Op) -> tuple[int, int]:
+        """Return the devices of a replica group, and the slices that they span."""
         text = op.attributes
         if op.opcode.startswith("collective-permute"):
             pairs = re.findall(r"\{(\d+),(\d+)\}", re.search(r"source_target_pairs=\{.*?\}\}", text)[0])
-            return 2, max(self._slices(pair) for pair in pairs)
+            return 2, max(self._slice_count(pair) for pair in pairs)
         if found := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", text):
             sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
-            apart, strides = 1, {}
-            for axis in reversed(sizes):  # neighbours differ in the last axis
-                strides[axis], apart = apart, apart * sizes[axis]
+            stride, strides = 1, {}
+            for axis in reversed(sizes):  # the last axis has stride 1
+                strides[axis], stride = stride, stride * sizes[axis]
             members = [0]
             for axis in re.findall(r"'(\w+)'", found[2]):
                 members = [m + strides[axis] * k for m in members for k in range(sizes[axis])]
-            return len(members), self._slices(members)
+            return len(members), self._slice_count(members)
         if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
             devices = np.arange(int(found[1]) * int(found[2])).reshape([int(x) for x in found[3].split(",")])
             if found[4]:
                 devices = devices.transpose([int(x) for x in found[4].split(",")])
-            return int(found[2]), self._slices(devices.reshape(-1, int(found[2]))[0])
+            return int(found[2]), self._slice_count(devices.reshape(-1, int(found[2]))[0])
         if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
             members = found[1].split(",")
-            return len(members), self._slices(members)
+            return len(members), self._slice_count(members)
         return 1, 1
 
-    def _slices(self, members: Iterable[Any]) -> int:
-        return len({int(x) // self._per_slice for x in members}) if self._per_slice else 1
+    def _slice_count(self, members: Iterable[Any]) -> int:
+        return len({int(x) // self._devices_per_slice for x in members}) if self._devices_per_slice else 1
 
 
-def _sent(kind: str, size: float, inner: int, slices: int) -> tuple[float, float]:
-    """Return the bytes that a device sends within its slice and to others, for operands of `size` bytes.
+def _sent_bytes(kind: str, size: float, inner: int, slices: int) -> tuple[float, float]:
+    """Return the bytes that a device sends within its slice and to other slices.
 
-    Each by the algorithm that sends least: rings within a slice (no torus beats them in bytes), and across slices every
-    device only its part of what its slice has to say.
+    Each collective is assumed to use the algorithm that sends the fewest bytes: rings within a slice (no torus
+    algorithm sends fewer), and across slices only a device's own shard of its slice's result.
+
+    Args:
+      size: bytes of a device's operands.
+      inner: devices of the group within one slice.
+      slices: slices that the group spans.
     """
     around, across = (inner - 1) / inner, (slices - 1) / slices
     return {
@@ -357,20 +355,20 @@ def _sent(kind: str, size: float, inner: int, slices: int) -> tuple[float, float
     }[kind]
 
 
-def _bytes(found: list[Array], space: int | None = HBM) -> tuple[float, float]:
-    """Return the bytes, without and with padding, of what lies in HBM; with space=None of all."""
-    counted = [x for x in found if space is None or x.space == HBM]
-    if space not in (None, HBM):
+def _bytes(arrays: list[Array], memory_space: int | None = HBM) -> Bytes:
+    """Return the bytes of the arrays in HBM; with memory_space=None of all arrays."""
+    counted = [x for x in arrays if memory_space is None or x.memory_space == HBM]
+    if memory_space not in (None, HBM):
         return 0.0, 0.0
     return float(sum(x.logical_bytes for x in counted)), float(sum(x.padded_bytes for x in counted))
 
 
-def _plus(a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float]:
+def _sum(a: Bytes, b: Bytes) -> Bytes:
     return a[0] + b[0], a[1] + b[1]
 
 
-def _goes_on(name: str) -> bool:
-    """Tell fusions during which a collective goes on, and that hand on what it needs."""
+def _spans_collective(name: str) -> bool:
+    """Return whether a fusion overlaps a collective in flight, whose operands and results it passes on."""
     return name.startswith("async_collective_fusion")
 
 
@@ -378,7 +376,7 @@ def _is_custom(op: Op, target: str) -> bool:
     return op.opcode == "custom-call" and _target(op) == target
 
 
-def _usual_branch(op: Op) -> str:
+def _true_branch(op: Op) -> str:
     true = re.search(r"true_computation=%?([\w.\-]+)", op.attributes)
     if true:
         return true[1]
@@ -390,21 +388,21 @@ def _target(op: Op) -> str:
     return found[1] if found else ""
 
 
-def _source(op: Op) -> str:
-    """Return which part of the step an operation comes from, by the names that JAX hands down."""
+def _source_module(op: Op) -> str:
+    """Return the tower and submodule of an instruction, by the scope names of JAX."""
     found = re.search(r'op_name="([^"]*)"', op.attributes)
     path = found[1] if found else ""
-    part = next((x for x in ("image", "text") if f"/{x}/" in path or f"encode_{x}" in path), "")
-    if not part:
-        return "loss" if "shard_map" in path else "update and rest"
-    return f"{part}: " + next((x for x in ("attention", "mlp", "norm1", "norm2") if f"/{x}/" in path), "rest")
+    tower = next((x for x in ("image", "text") if f"/{x}/" in path or f"encode_{x}" in path), "")
+    if not tower:
+        return "loss" if "shard_map" in path else "optimizer and other"
+    return f"{tower}: " + next((x for x in ("attention", "mlp", "norm1", "norm2") if f"/{x}/" in path), "other")
 
 
-def _passes(sources: list[Array], op: Op) -> int:
-    """Return how often a matrix unit of bfloat16 passes over a product of these operands."""
+def _mxu_passes(sources: list[Array], op: Op) -> int:
+    """Return the passes of a bfloat16 matrix unit over a matmul's operands."""
     found = re.search(r"operand_precision=\{(\w+)", op.attributes)
-    wide = any(bits(x.dtype) > 16 for x in sources)
-    return {"highest": 6, "high": 3}.get(found[1], 1) if found and wide else 1
+    above_bf16 = any(element_bits(x.dtype) > 16 for x in sources)
+    return {"highest": 6, "high": 3}.get(found[1], 1) if found and above_bf16 else 1
 
 
 def _dot_flops(sources: list[Array], op: Op) -> float:
@@ -413,7 +411,7 @@ def _dot_flops(sources: list[Array], op: Op) -> float:
 
 
 def _convolution_flops(sources: list[Array], op: Op) -> float:
-    """Return two flops for every product of two numbers that are data, not padding, which XLA uses for batches."""
+    """Return two FLOPs per multiply-add without padding; XLA also expresses batch dimensions as padded windows."""
     lhs, rhs = sources
     kinds = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.attributes)
     lhs_dims, rhs_dims, out_dims = kinds[1], kinds[2], kinds[3]
@@ -421,15 +419,16 @@ def _convolution_flops(sources: list[Array], op: Op) -> float:
     fields = dict(re.findall(r"(\w+)=(\S+)", window[1])) if window else {}
     spatial = sorted(d for d in out_dims if d.isdigit())
 
-    def each(key: str, default: str) -> list[str]:
+    def field(key: str, default: str) -> list[str]:
         return fields[key].split("x") if key in fields else [default] * len(spatial)
 
     total = 2.0 * op.results[0].shape[out_dims.index("b")] * op.results[0].shape[out_dims.index("f")]
     total *= rhs.shape[rhs_dims.index("i")]
     if batch_groups := re.search(r"batch_group_count=(\d+)", op.attributes):
-        total /= int(batch_groups[1])  # the results' features are cut among them
+        total /= int(batch_groups[1])  # the output features are divided among the groups
     options = zip(
-        *(each("size", "1"), each("stride", "1"), each("pad", "0_0"), each("lhs_dilate", "1"), each("rhs_dilate", "1")),
+        *(field("size", "1"), field("stride", "1"), field("pad", "0_0")),
+        *(field("lhs_dilate", "1"), field("rhs_dilate", "1")),
         strict=True,
     )
     for d, (size, stride, pad, lhs_dilate, rhs_dilate) in zip(spatial, options, strict=True):

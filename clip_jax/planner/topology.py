@@ -1,7 +1,7 @@
-"""Slices by the names under which clouds sell them, as devices that the TPU's compiler compiles for, without a TPU.
+"""TPU slices and GPUs by their cloud names, as devices that the TPU compiler targets on a machine without TPUs.
 
-`v4-512` counts cores, 256 chips; so do v2, v3 and v5p. `v5e-256`, `v6e-256` and `v7x-128` count chips; `h100-64` GPUs.
-`v4:4x4x8` is a shape. Source: docs.cloud.google.com/tpu/docs, "configurations" of every generation.
+`v4-512` counts cores (256 chips); so do v2, v3 and v5p. `v5e-256`, `v6e-256` and `v7x-128` count chips; `h100-64`
+counts GPUs. `v4:4x4x8` is a shape. Source: docs.cloud.google.com/tpu/docs, "configurations" of every generation.
 """
 
 from __future__ import annotations
@@ -16,89 +16,94 @@ from typing import Any
 
 from clip_jax.devices.chips import CHIPS, Chip
 
-CORES = {"v2": 2, "v3": 2, "v4": 2, "v5p": 2}  # a chip's, in names that count them
-FLAT = {"v2", "v3", "v5e", "v6e"}  # a torus of two dimensions
+CORES = {"v2": 2, "v3": 2, "v4": 2, "v5p": 2}  # cores per chip, for chips whose slice names count cores
+FLAT = {"v2", "v3", "v5e", "v6e"}  # chips in a 2D torus; the others form a 3D torus
 ALIASES = {"v5litepod": "v5e", "tpu7x": "v7x", "v7": "v7x", "a100-80gb": "a100"}
-COMPILER_NAMES = {"v7x": "tpu7x"}  # where libtpu's differs
+COMPILER_NAMES = {"v7x": "tpu7x"}  # where libtpu uses another name
 LARGEST = {"v2": 256, "v3": 1024, "v4": 4096, "v5e": 256, "v5p": 6144, "v6e": 256, "v7x": 9216}  # chips
-SMALL = {4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4)}  # larger ones in space are of cubes of 4 x 4 x 4
+SMALL = {4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4)}  # 3D shapes; larger ones consist of 4x4x4 cubes
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Some slices of one kind of chip.
-
-    shape: chips of a slice in every direction of the torus; empty for GPUs.
-    """
+    """One or several slices of one kind of chip."""
 
     name: str
     chip: Chip
     chips_per_slice: int
     slices: int
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # chips of a slice along each torus axis; empty for GPUs
 
     @property
     def chips(self) -> int:
-        """Return how many chips there are."""
+        """Return the number of chips in all slices."""
         return self.chips_per_slice * self.slices
 
     @property
     def devices_per_slice(self) -> int:
-        """Return how many devices JAX shows of a slice."""
+        """Return the number of JAX devices of one slice."""
         return self.chips_per_slice * self.chip.devices
 
     def devices(self) -> list[Any]:
-        """Return the devices, in the order of their hosts.
+        """Return the compile-only devices, ordered by host.
 
         Raises:
-          ValueError: for GPUs, which have no compiler here.
+          ValueError: for GPUs, which have no compiler without the device.
           ModuleNotFoundError: without libtpu.
         """
         if self.chip.kind != "tpu":
             raise ValueError(f"{self.name}: only TPUs can be compiled for without the device")
         prepare_compiler()
         import jax
-        from jax.experimental import topologies  # it looks for libtpu when imported
+        from jax.experimental import topologies  # the import looks for libtpu
 
         options: dict[str, Any] = {}
         name = COMPILER_NAMES.get(self.chip.name, self.chip.name)
-        if self.chip.name in ("v4", "v5p"):  # one device a chip, as JAX shows them
+        if self.chip.name in ("v4", "v5p"):  # one device per chip, as JAX shows them
             options = {"chip_config_name": "megacore"}
         if self.slices > 1:
             options["num_slices"] = self.slices
         bounds = {4: (2, 2, 1), 8: (2, 4, 1)}[self.chip.chips_per_host]
         shape = (*self.shape, 1, 1)[:3]
         options["chips_per_host_bounds"] = tuple(min(a, b) for a, b in zip(bounds, shape, strict=True))
-        described = f"{name}:{'x'.join(map(str, self.shape))}"
+        compiler_name = f"{name}:{'x'.join(map(str, self.shape))}"
         try:
-            return list(topologies.get_topology_desc(platform="tpu", topology_name=described, **options).devices)
+            return list(topologies.get_topology_desc(platform="tpu", topology_name=compiler_name, **options).devices)
         except jax.errors.JaxRuntimeError as error:
-            raise ValueError(f"topology {self.name!r}: the compiler knows no {described}: {error}") from error
+            raise ValueError(f"topology {self.name!r}: libtpu refuses {compiler_name}: {error}") from error
 
 
 def prepare_compiler() -> None:
-    """Set what the TPU's compiler needs on a machine without one; before JAX looks for devices.
+    """Set the environment variables of libtpu on a machine without TPUs; call it before JAX looks for devices.
 
     Raises:
       ModuleNotFoundError: without libtpu.
     """
     os.environ |= {
-        "TPU_SKIP_MDS_QUERY": "1",  # no metadata server to ask which TPU this is
+        "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server
         "TPU_WORKER_HOSTNAMES": "localhost",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several at once
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several processes at once
     }
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v4-8")  # any: without one it warns, and doesn't use it
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v4-8")  # unused, but libtpu warns without it
     if importlib.util.find_spec("libtpu") is None:
         raise ModuleNotFoundError(
-            "the TPU's compiler isn't installed, and it compiles for a slice without any TPU: pip install 'jax[tpu]'"
+            "libtpu is not installed; it contains the TPU compiler, which needs no TPU: pip install 'jax[tpu]'"
         )
 
 
 def parse_topology(name: str, slices: int = 1) -> Topology:
-    """Return the slices of a name such as v4-512, v5e-256, v4:4x4x8 or h100-64.
+    """Return the topology of a cloud name such as v4-512, v5e-256, v4:4x4x8 or h100-64.
+
+    Args:
+      name: chip and size.
+      slices: number of TPU slices of this size, joined by the data centre network.
 
     Raises:
-      ValueError: if there is no such chip or slice.
+      ValueError: for an unknown chip, or a size that is not sold.
+
+    >>> topology = parse_topology("v4-512")  # 512 cores
+    >>> topology.chips, topology.shape
+    (256, (4, 8, 8))
     """
     found = re.fullmatch(r"([a-z0-9\-]+?)(?:-(\d+)|:(\d+(?:x\d+)*))", name.lower())
     if not found:
@@ -106,17 +111,17 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
     kind = ALIASES.get(found[1], found[1])
     if kind not in CHIPS:
         near = difflib.get_close_matches(kind, CHIPS, n=1)
-        meant = f"; did you mean {near[0]}?" if near else "."
-        raise ValueError(f"topology {name!r}: no chip {found[1]!r}{meant} There are {', '.join(CHIPS)}")
+        suggestion = f"; did you mean {near[0]}?" if near else "."
+        raise ValueError(f"topology {name!r}: no chip {found[1]!r}{suggestion} There are {', '.join(CHIPS)}")
     if slices < 1:
         raise ValueError(f"slices={slices}: expected 1 or more")
     chip = CHIPS[kind]
     if chip.kind != "tpu" and slices > 1:
-        raise ValueError(f"slices={slices}: slices are of TPUs; give all GPUs in one number, as in {kind}-16")
+        raise ValueError(f"slices={slices}: GPUs have no slices; give their total number, as in {kind}-16")
     if found[3]:
         shape = tuple(map(int, found[3].split("x")))
         if chip.kind != "tpu":
-            raise ValueError(f"topology {name!r}: GPUs have no shape; say {kind}-{max(1, math.prod(shape))}")
+            raise ValueError(f"topology {name!r}: GPUs have no shape; use {kind}-{max(1, math.prod(shape))}")
         _check_shape(name, kind, shape)
         return Topology(name, chip, math.prod(shape), slices, shape)
     count, per_chip = int(found[2]), CORES.get(kind, 1)
@@ -125,32 +130,31 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
         raise ValueError(f"topology {name!r}: expected 1 chip or more, as in {kind}-8")
     if count % per_chip:
         raise ValueError(
-            f"topology {name!r}: {kind} counts cores, {per_chip} a chip; say {kind}-{max(1, chips) * per_chip}"
+            f"topology {name!r}: {kind} counts cores, {per_chip} per chip; use {kind}-{max(1, chips) * per_chip}"
         )
     if chip.kind != "tpu":
         return Topology(name, chip, chips, slices, ())
-    return Topology(name, chip, chips, slices, _shape(name, kind, chips))
+    return Topology(name, chip, chips, slices, _default_shape(name, kind, chips))
 
 
 def _check_shape(name: str, kind: str, shape: tuple[int, ...]) -> None:
-    """Raise ValueError for a shape at which the compiler would end the process."""
-    sides = 2 if kind in FLAT else 3
+    """Raise ValueError for a shape that would abort the process inside the compiler."""
+    axes = 2 if kind in FLAT else 3
     good = all(side in (1, 2) or side % 4 == 0 for side in shape) and 0 < math.prod(shape) <= LARGEST[kind]
-    if len(shape) != sides or not good:
+    if len(shape) != axes or not good:
         example = "4x8" if kind in FLAT else "4x4x8"
         raise ValueError(
-            f"topology {name!r}: a slice of {kind} has {sides} sides of 1, 2 or a multiple of 4,"
+            f"topology {name!r}: a slice of {kind} has {axes} sides of 1, 2 or a multiple of 4,"
             f" and at most {LARGEST[kind]} chips; e.g. {kind}:{example}"
         )
 
 
-def _shape(name: str, kind: str, chips: int) -> tuple[int, ...]:
-    """Return the shape that is sold for a number of chips."""
+def _default_shape(name: str, kind: str, chips: int) -> tuple[int, ...]:
+    """Return the shape that clouds sell for a number of chips."""
     per_chip = CORES.get(kind, 1)
     if chips > LARGEST[kind]:
-        raise ValueError(
-            f"topology {name!r}: the largest slice of {kind} is {kind}-{LARGEST[kind] * per_chip}; several: --slices=2"
-        )
+        largest = f"{kind}-{LARGEST[kind] * per_chip}"
+        raise ValueError(f"topology {name!r}: the largest slice of {kind} is {largest}; for several use --slices=2")
     power = 2 ** int(math.log2(chips))
     if kind in FLAT:
         side = 2 ** int(math.log2(chips) // 2)

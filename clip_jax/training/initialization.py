@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from clip_jax.config import Architecture, Config, differences
-from clip_jax.interop import positions, published, reading
+from clip_jax.interop import positions, reading
 from clip_jax.models import Model
 from clip_jax.tokenizers import make_tokenizer
 from clip_jax.training import step
@@ -58,8 +58,8 @@ def initial_params(config: Config) -> Params:
     try:
         if tower:
             log.info("initializing the %s tower from %s", tower, path)
-            return reading.read_tower(published.locate(path), tower, model)
-        weights = reading.read(published.locate(init.weights), model=init.model, activation=init.activation)
+            return reading.read_tower(path, tower, model)
+        weights = reading.read(init.weights, model=init.model, activation=init.activation)
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"init.weights={init.weights!r}: {error}") from error
     size, length = model.image.image_size, model.text.length
@@ -86,7 +86,7 @@ def teacher_params(config: Config, tokenizer: Tokenizer) -> tuple[Architecture, 
     if reading.split_tower(teacher.weights)[1]:
         raise ValueError(f"{name} is one tower, and a teacher needs both: remove the colon and the tower's name")
     try:
-        weights = reading.read(published.locate(teacher.weights), model=teacher.model, activation=teacher.activation)
+        weights = reading.read(teacher.weights, model=teacher.model, activation=teacher.activation)
         size, length = model.image.image_size, model.text.length
         found, params = positions.resize(weights.config.model, weights.params, image_size=size, length=length)
     except (FileNotFoundError, ValueError) as error:

@@ -37,7 +37,7 @@ from clip_jax.tokenizers import make_tokenizer
 from clip_jax.training import initialization, metrics, optim, step, workdir
 from clip_jax.training.checkpoint import Checkpoints
 from clip_jax.training.step import TrainState
-from clip_jax.typing import DataSource, EvalSet, HostBatch, Params, Tokenizer
+from clip_jax.typing import DataSource, EvalDataset, HostBatch, Params, Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ def train(config: Config, directory: str, export: str | None = None) -> bool:
 def prepare(config: Config, directory: epath.Path, export: str | None = None) -> Run:
     """Check config, data, hosts and output paths before any expensive work, and write config.json."""
     check_local_paths(config)
-    source = data.SOURCES[config.data.source](config.data)
+    source = data.make_source(config.data)
     tokenizer = make_tokenizer(config.tokenizer, config.model.text)
     resolved = resolve(config, devices=jax.device_count(), processes=jax.process_count(), examples=len(source))
     versions = provenance.versions()
@@ -146,20 +146,20 @@ def prepare(config: Config, directory: epath.Path, export: str | None = None) ->
 
 def _eval_loaders(config: Config) -> dict[str, Loader]:
     """Return the loaders of evaluation splits by source, including the registry's."""
-    return data.EVAL_SETS | {REGISTRY: lambda _, name: benchmark.eval_set(name, config.eval.data_dir)}
+    return LOADERS | {REGISTRY: lambda _, name: benchmark.eval_set(name, config.eval.data_dir)}
 
 
-def _load_baselines_split(config: Config) -> EvalSet | None:
+def _load_baselines_split(config: Config) -> EvalDataset | None:
     """Return the split to which the baselines are fitted; loaded before training, so that a wrong name ends the run."""
     split = config.eval.baselines_split
     if not split:
         return None
-    if config.data.source not in data.EVAL_SETS:
+    if config.data.source not in LOADERS:
         raise ValueError(
             f"eval.baselines_split={split!r}: expected a data.source with evaluation splits"
-            f" ({', '.join(data.EVAL_SETS)}), got {config.data.source!r}; set eval.baselines_split=''"
+            f" ({', '.join(LOADERS)}), got {config.data.source!r}; set eval.baselines_split=''"
         )
-    return data.EVAL_SETS[config.data.source](config.data, split)
+    return LOADERS[config.data.source](config.data, split)
 
 
 # ------------------------------------------------------------------------------------------------------------- state
@@ -202,7 +202,7 @@ def _train_steps(run: Run, state: TrainState, info: dict[str, Any], checkpoints:
 
     def evaluate(at: int) -> None:
         start = time.monotonic()
-        results = suite.measure(_embedder(run, state.eval_params))
+        results = suite.evaluate(_embedder(run, state.eval_params))
         training_log.add_evaluation(at, results, time.monotonic() - start)
 
     try:
@@ -284,10 +284,10 @@ def _pair_seconds(config: Config, devices: Sequence[Any]) -> float:
 # ------------------------------------------------------------------------------------------------------------ finish
 
 
-def _finish(run: Run, params: Params, suite: Suite, baselines_split: EvalSet | None, export: str | None) -> None:
+def _finish(run: Run, params: Params, suite: Suite, baselines_split: EvalDataset | None, export: str | None) -> None:
     """Evaluate the final parameters, write the report and export the weights. Call it on all hosts."""
     embedder = CachedEmbedder(_embedder(run, params))
-    results = suite.measure(embedder)
+    results = suite.evaluate(embedder)
     panels = suite.panels(embedder)
     gathered = sharding.gather(params, run.mesh) if export else None
     if distributed.is_main_process():
@@ -298,11 +298,11 @@ def _finish(run: Run, params: Params, suite: Suite, baselines_split: EvalSet | N
             "attribution": suite.attribution,
             "config": dataclasses.asdict(run.config),
             "versions": provenance.versions(),
-            "left_out": suite.left_out,
+            "skipped": suite.skipped,
         }
         write_report(run.workdir, results, metrics.read_lines(run.workdir), panels, description)
         print(table(results))
-        for name, reason in suite.left_out.items():
+        for name, reason in suite.skipped.items():
             print(f"{name} is skipped: {reason}")
         if export:
             _export(workdir.to_path(export, "--export"), gathered, _weights_config(run))

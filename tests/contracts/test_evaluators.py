@@ -9,14 +9,14 @@ import pytest
 from clip_jax.evals import EVALUATORS
 from clip_jax.evals.embed import ModelEmbedder
 from clip_jax.evals.report.files import ATTRIBUTES
-from clip_jax.typing import EvalSet
+from clip_jax.typing import EvalDataset
 
 CLASSES, PER_CLASS, WIDTH = 12, 5, 32
 # 60 pictures a seed, 40 seeds: a standard error of 0.01 for a fraction of a half.
 SAMPLING = 0.05
 ROUNDING = 1e-9
 
-SET = EvalSet(
+SET = EvalDataset(
     "made",
     [f"picture {i}".encode() for i in range(CLASSES * PER_CLASS)],
     [(f"class {c}", f"a class {c}") for c in range(CLASSES)],

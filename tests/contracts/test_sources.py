@@ -1,54 +1,31 @@
-"""What every source in SOURCES must keep; a line in SOURCES and in CONFIGS is its registration."""
+"""Contract of every class in SOURCES, on the records of its `tiny_config`."""
 
 import dataclasses
-import io
 import itertools
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from clip_jax import data
-from clip_jax.config import DataConfig
-from clip_jax.data.sources.tfrecord import write_tfrecord
 from clip_jax.typing import BadRecord, DataSource, Record
 
 BATCH = 12
 
 
-def _tfrecord(folder):
-    for shard in range(3):
-        records = []
-        for i in range(20):
-            file = io.BytesIO()
-            Image.new("RGB", (9, 9), (10 * i, 80 * shard, 0)).save(file, "PNG")
-            records.append({"png": file.getvalue(), "txt": f"picture {i} of {shard}"})
-        write_tfrecord(folder / f"{shard:05d}.tfrecord", records)
-    return DataConfig(source="tfrecord", files=f"{folder}/*.tfrecord", cache_dir=str(folder))
-
-
-# How to set each source up in an empty folder, or in one that the session shares.
-CONFIGS = {
-    "tfrecord": lambda own, shared: _tfrecord(own),
-    "emoji": lambda own, shared: DataConfig(source="emoji", cache_dir=str(shared / "emoji-cache")),
-    "synthetic": lambda own, shared: DataConfig(source="synthetic", synthetic_examples=60),
-}
-
-
 @pytest.fixture(scope="module", params=data.SOURCES)
 def config(request, tmp_path_factory):
-    if request.param not in CONFIGS:
-        raise AssertionError(f"say in CONFIGS how to set up {request.param!r}: a source without it is not tested")
-    return CONFIGS[request.param](tmp_path_factory.mktemp("source"), tmp_path_factory.getbasetemp())
+    folder = tmp_path_factory.getbasetemp() / f"{request.param}-cache"  # test_data_emoji.py has the same for emoji
+    folder.mkdir(exist_ok=True)
+    return data.SOURCES[request.param].tiny_config(folder)
 
 
 @pytest.fixture(scope="module")
 def source(config):
-    return data.SOURCES[config.source](config)
+    return data.make_source(config)
 
 
-class Lengths:
-    """A tokenizer that tells a caption's length."""
+class CaptionLengths:
+    """A tokenizer that encodes the length of a caption."""
 
     vocab_size, length, pad_id, eos_id = 1000, 4, 0, 1
 
@@ -57,7 +34,7 @@ class Lengths:
 
 
 class Damaged:
-    """A source of which every seventh record is bad."""
+    """A source in which every seventh record is bad."""
 
     def __init__(self, source):
         self._source = source
@@ -74,53 +51,52 @@ class Damaged:
 
 def _take(source, config, count, start_step=0, rows=slice(0, BATCH)):
     batches = data.batches(
-        source, Lengths(), config, image_size=8, batch_size=BATCH, seed=3, start_step=start_step, rows=rows
+        source, CaptionLengths(), config, image_size=8, batch_size=BATCH, seed=3, start_step=start_step, rows=rows
     )
     return list(itertools.islice(batches, count))
 
 
-def _assert_same(found, expected):
-    np.testing.assert_array_equal(found.example_ids, expected.example_ids)
-    np.testing.assert_array_equal(found.batch.image, expected.batch.image)
-    np.testing.assert_array_equal(found.batch.text, expected.batch.text)
-
-
-def test_keeps_the_protocol(source):
-    assert isinstance(source, DataSource)
+def test_source_implements_the_protocol(source, config):
+    assert isinstance(source, DataSource) and config.source in data.SOURCES
     record = source.read(0)
     assert isinstance(record, Record) and record.image and any(any(t) for t in record.captions.values())
 
 
-def test_is_deterministic(source, config):
-    again = data.SOURCES[config.source](config)
+def test_source_is_deterministic(source, config):
+    again = data.make_source(config)
     assert len(again) == len(source) and again.fingerprint() == source.fingerprint()
     for index in range(0, len(source), max(1, len(source) // 20)):
         assert again.read(index) == source.read(index)
         assert again.key(index) == source.key(index)
 
 
-def test_keys_tell_records_apart(source):
+def test_keys_are_unique(source):
     assert len({source.key(index) for index in range(len(source))}) == len(source)
 
 
-def test_an_index_out_of_range_is_an_error(source):
+def test_index_out_of_range_raises(source):
     with pytest.raises(IndexError):
         source.read(len(source))
 
 
-def test_resumed_equals_uninterrupted(source, config):
-    whole = _take(source, config, 4)
-    for found, expected in zip(_take(source, config, 2, start_step=2), whole[2:], strict=True):
-        _assert_same(found, expected)
+@pytest.mark.parametrize("hosts", [1, 3, 4])
+def test_resumed_equals_uninterrupted_on_any_number_of_hosts(source, config, hosts):
+    size = BATCH // hosts
+    uninterrupted = _take(source, config, 4)
+    resumed = [_take(source, config, 2, start_step=2, rows=slice(size * h, size * (h + 1))) for h in range(hosts)]
+    for shards, expected in zip(zip(*resumed, strict=True), uninterrupted[2:], strict=True):
+        batches = [shard.batch for shard in shards]
+        np.testing.assert_array_equal(np.concatenate([shard.example_ids for shard in shards]), expected.example_ids)
+        np.testing.assert_array_equal(np.concatenate([batch.image for batch in batches]), expected.batch.image)
+        np.testing.assert_array_equal(np.concatenate([batch.text for batch in batches]), expected.batch.text)
 
 
-def test_shards_are_disjoint_and_complete(source, config):
-    (whole,) = _take(source, config, 1)
-    parts = [_take(source, config, 1, rows=slice(4 * host, 4 * host + 4))[0] for host in range(3)]
-    ids = np.concatenate([part.example_ids for part in parts])
+def test_shards_of_three_hosts_are_disjoint_and_complete(source, config):
+    (expected,) = _take(source, config, 1)
+    shards = [_take(source, config, 1, rows=slice(4 * host, 4 * host + 4))[0] for host in range(3)]
+    ids = np.concatenate([shard.example_ids for shard in shards])
     assert len(set(ids.tolist())) == BATCH
-    np.testing.assert_array_equal(ids, whole.example_ids)
-    np.testing.assert_array_equal(np.concatenate([part.batch.image for part in parts]), whole.batch.image)
+    np.testing.assert_array_equal(ids, expected.example_ids)
 
 
 def test_bad_records_are_counted_and_not_fatal(source, config):

@@ -26,7 +26,7 @@ import torch  # noqa: E402
 import tests.peers.conftest  # noqa: E402, F401
 from clip_jax.config import SIGLIP_PREPROCESS, Preprocess  # noqa: E402
 from tests import tiny_models  # noqa: E402
-from tests.peers import theirs  # noqa: E402
+from tests.peers import peer_models  # noqa: E402
 
 
 def main() -> None:
@@ -36,13 +36,17 @@ def main() -> None:
         if name == "siglip_timm":  # 90 million parameters, for the peers' own tests
             continue
         with tempfile.TemporaryDirectory() as folder:
-            said = theirs.write(pathlib.Path(folder) / "weights", architecture, tiny_models.params(architecture))
-            load = theirs.load_transformers if said["open_clip"].startswith("left out") else theirs.load_open_clip
+            said = peer_models.write(pathlib.Path(folder) / "weights", architecture, tiny_models.params(architecture))
+            load = (
+                peer_models.load_transformers
+                if said["open_clip"].startswith("left out")
+                else peer_models.load_open_clip
+            )
             model = load(f"{folder}/weights")
         pixels, tokens = tiny_models.inputs(architecture)
         with torch.no_grad():
             spec = SIGLIP_PREPROCESS if architecture.logit_bias else Preprocess()
-            image, text = theirs.features(model, pixels, tokens, spec)
+            image, text = peer_models.features(model, pixels, tokens, spec)
         arrays |= {f"{name}/image": image.numpy(), f"{name}/text": text.numpy()}
     np.savez(pathlib.Path(__file__).with_name("features.npz"), **arrays)
     print({name: array.shape for name, array in arrays.items()})

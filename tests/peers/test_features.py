@@ -8,17 +8,17 @@ import pytest
 import torch
 
 from clip_jax.config import MODELS, SIGLIP_PREPROCESS, Preprocess
-from clip_jax.interop import conversion, names, reading
+from clip_jax.interop import conversion, name_tables, reading
 from clip_jax.losses import LOSSES
 from clip_jax.models import make_model
 from tests import tiny_models
-from tests.peers import theirs
+from tests.peers import peer_models
 
 # What float32 sums in another order amount to, as shared/reference and other ports measured them.
 FEATURES, LOGITS, LOSS, GRADIENT = 1e-6, 1e-4, 1e-5, 1e-5
 # clip.load rounds weights to float16 before anything else.
 FEATURES_HALF = 1e-3
-LOADERS = {"open_clip": theirs.load_open_clip, "transformers": theirs.load_transformers}
+LOADERS = {"open_clip": peer_models.load_open_clip, "transformers": peer_models.load_transformers}
 TINY = tiny_models.ARCHITECTURES
 IN_OPEN_CLIP = [name for name in TINY if name != "siglip"]
 IN_TRANSFORMERS = ["vit", "vit_gelu", "siglip", "siglip_timm"]
@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
         if name not in folders:
             folders[name] = tmp_path_factory.mktemp("weights") / name
             architecture = ARCHITECTURES[name]
-            theirs.write(folders[name], architecture, tiny_models.params(architecture))
+            peer_models.write(folders[name], architecture, tiny_models.params(architecture))
         return folders[name]
 
     return of
@@ -54,7 +54,7 @@ def _compare(architecture, params, model, tolerance=FEATURES):
     ours = make_model(architecture, _spec(architecture))
     image, text = jax.jit(ours.encode_image)(params, pixels), jax.jit(ours.encode_text)(params, tokens)
     with torch.no_grad():
-        their_image, their_text = theirs.features(model, pixels, tokens, _spec(architecture))
+        their_image, their_text = peer_models.features(model, pixels, tokens, _spec(architecture))
     np.testing.assert_allclose(image, their_image.numpy(), atol=tolerance, rtol=0)
     np.testing.assert_allclose(text, their_text.numpy(), atol=tolerance, rtol=0)
     # Rows differ: an embedding that ignored its input would pass the lines above.
@@ -77,7 +77,7 @@ def test_features_and_logits_are_theirs(folder, peer, name):
 
 @pytest.mark.parametrize("name", ["vit"])
 def test_clip_load_has_the_features_but_for_its_rounding(folder, name):
-    _compare(TINY[name], tiny_models.params(TINY[name]), theirs.load_clip(folder(name)), FEATURES_HALF)
+    _compare(TINY[name], tiny_models.params(TINY[name]), peer_models.load_clip(folder(name)), FEATURES_HALF)
 
 
 @pytest.mark.parametrize("name", DERIVED)
@@ -97,8 +97,8 @@ def test_loss_and_gradients_are_open_clip_s(folder, name):
     trained = {key: value for key, value in params.items() if key != "batch_stats"}
     value, gradients = jax.jit(jax.value_and_grad(objective))(trained)
 
-    model = theirs.load_open_clip(folder(name))
-    image, text = theirs.features(model, pixels, tokens, _spec(architecture))
+    model = peer_models.load_open_clip(folder(name))
+    image, text = peer_models.features(model, pixels, tokens, _spec(architecture))
     if architecture.logit_bias:
         loss = open_clip.loss.SigLipLoss()(image, text, model.logit_scale.exp(), model.logit_bias)
     else:
@@ -106,8 +106,8 @@ def test_loss_and_gradients_are_open_clip_s(folder, name):
     loss.backward()
     np.testing.assert_allclose(value, loss.item(), atol=LOSS, rtol=0)
     stats = jax.tree.map(np.zeros_like, params.get("batch_stats", {}))
-    table = names.OPEN_CLIP_SIGLIP if architecture.logit_bias else names.OPENAI
-    in_their_names = conversion.Tensors(architecture, gradients | ({"batch_stats": stats} if stats else {}), table)
+    table = name_tables.OPEN_CLIP_SIGLIP if architecture.logit_bias else name_tables.OPENAI
+    in_their_names = conversion.LazyTensors(architecture, gradients | ({"batch_stats": stats} if stats else {}), table)
     for parameter, tensor in model.named_parameters():
         expected, got = tensor.grad.numpy(), in_their_names[parameter].reshape(tensor.shape)
         if "in_proj_bias" in parameter or parameter.endswith(("qkv.bias", "kv.bias")):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from clip_jax.interop import conversion, names, reading, torch_file
+from clip_jax.interop import conversion, name_tables, reading, torch_file
 from tests import tiny_models
 
 ARCHITECTURE = tiny_models.ARCHITECTURES["vit"]
@@ -19,7 +19,9 @@ PARAMS = tiny_models.params(ARCHITECTURE)
 
 @pytest.fixture(scope="module")
 def state_dict():
-    return {name: torch.tensor(x) for name, x in conversion.Tensors(ARCHITECTURE, PARAMS, names.OPENAI).items()}
+    return {
+        name: torch.tensor(x) for name, x in conversion.LazyTensors(ARCHITECTURE, PARAMS, name_tables.OPENAI).items()
+    }
 
 
 def _same(path, tolerance=0.0, **arguments):

@@ -1,4 +1,4 @@
-"""Three of our train steps, and three of torch's AdamW as open_clip sets it up, from the same weights and batches."""
+"""Three train steps against three of torch's AdamW with open_clip's settings, from the same weights and batches."""
 
 import warnings
 
@@ -10,43 +10,43 @@ import torch
 
 from clip_jax.config import Config, OptimConfig, Preprocess
 from clip_jax.devices import sharding
-from clip_jax.interop import conversion, names
+from clip_jax.interop import conversion, name_tables
 from clip_jax.models import make_model
 from clip_jax.training import optim, step
 from clip_jax.typing import Batch
 from tests import tiny_models
-from tests.peers import theirs
+from tests.peers import peer_models
 
-# Mean difference of a tensor's values, as a fraction of the summed learning rate: Adam turns rounding into steps.
+# Mean difference of a tensor's values, as a fraction of the summed learning rate: Adam amplifies rounding.
 TOLERANCE = 2e-5
-# Four rows: with more, a ReLU at its kink is switched by rounding, and 1 of 8 rows × 4 places moves all gradients.
+# Four rows: with more, rounding flips a ReLU near zero, and 1 of 8 rows × 4 positions changes all gradients.
 STEPS, ROWS = 3, 4
 STATISTICS = 1e-5  # relative
 FAMILIES = {
-    "vit": OptimConfig(warmup_steps=2, no_weight_decay="class_embedding"),  # open_clip decays no vectors
+    "vit": OptimConfig(warmup_steps=2, no_weight_decay="class_embedding"),  # open_clip does not decay vectors
     "resnet": OptimConfig(warmup_steps=2, b2=0.999, eps=1e-8),
 }
 
 
 @pytest.mark.parametrize("name", ["vit", "resnet"])
-def test_three_steps_give_open_clip_s_parameters(name, tmp_path):
+def test_three_steps_match_open_clip_parameters(name, tmp_path):
     architecture = tiny_models.ARCHITECTURES[name]
     params, config = tiny_models.params(architecture), Config(model=architecture, optim=FAMILIES[name])
     schedule = optim.make_schedule(config.optim, 10)
-    # Our warm-up begins at 0, where nothing moves: one step more.
+    # The warm-up begins at learning rate 0, which changes nothing: one step more.
     batches = [tiny_models.inputs(architecture, ROWS, seed) for seed in range(STEPS + 1)]
 
-    state = _our_steps(architecture, params, config, batches)
-    theirs.write(tmp_path / name, architecture, params)
-    model = _their_steps(theirs.load_open_clip(tmp_path / name), config.optim, schedule, batches)
+    state = _jax_steps(architecture, params, config, batches)
+    peer_models.write(tmp_path / name, architecture, params)
+    model = _torch_steps(peer_models.load_open_clip(tmp_path / name), config.optim, schedule, batches)
 
     summed = sum(float(schedule(at)) for at in range(len(batches)))
-    found = conversion.Tensors(architecture, state.eval_params, names.OPENAI)
+    found = conversion.LazyTensors(architecture, state.eval_params, name_tables.OPENAI)
     for parameter, tensor in model.state_dict().items():
         if parameter not in found or parameter.endswith("k_proj.bias"):
             continue
         got, expected = found[parameter].reshape(tensor.shape), tensor.numpy()
-        if parameter.endswith("in_proj_bias"):  # the keys' bias has no gradient but rounding
+        if parameter.endswith("in_proj_bias"):  # the gradient of the keys' bias is rounding noise
             got, expected = (np.delete(x.reshape(3, -1), 1, axis=0) for x in (got, expected))
         if "running" in parameter:
             np.testing.assert_allclose(got, expected, rtol=STATISTICS, atol=STATISTICS / 10, err_msg=parameter)
@@ -54,8 +54,8 @@ def test_three_steps_give_open_clip_s_parameters(name, tmp_path):
             assert np.abs(got - expected).mean() <= TOLERANCE * summed, parameter
 
 
-def _our_steps(architecture, params, config, batches):
-    mesh = sharding.make_mesh(jax.devices()[:ROWS])  # so statistics are over the global batch
+def _jax_steps(architecture, params, config, batches):
+    mesh = sharding.make_mesh(jax.devices()[:ROWS])  # batch statistics over the global batch
     optimizer = optim.make_optimizer(config.optim, 10)
     train_step = step.make_train_step(make_model(architecture), optimizer, config, mesh)
     state = jax.device_put(step.init_state(params, optimizer, config.optim), sharding.replicated(mesh))
@@ -65,7 +65,7 @@ def _our_steps(architecture, params, config, batches):
     return jax.device_get(state)
 
 
-def _their_steps(model, config, schedule, batches):
+def _torch_steps(model, config, schedule, batches):
     model.train()
     vectors = [p for p in model.parameters() if p.ndim < 2]
     others = [p for p in model.parameters() if p.ndim >= 2]
@@ -75,7 +75,7 @@ def _their_steps(model, config, schedule, batches):
         for group in optimizer.param_groups:
             group["lr"] = float(schedule(at))
         optimizer.zero_grad()
-        image, text = theirs.features(model, pixels, tokens, Preprocess())
+        image, text = peer_models.features(model, pixels, tokens, Preprocess())
         open_clip.loss.ClipLoss()(image, text, model.logit_scale.exp()).backward()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -1,1 +1,1 @@
-"""Where pairs come from: each module makes a DataSource, some of them evaluation sets too."""
+"""Training sources, one class per file."""

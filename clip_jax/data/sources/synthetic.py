@@ -1,7 +1,6 @@
-"""Pictures that can be learned without any data: one coloured shape on a plain background, drawn when read.
+"""A training source without data: images of one coloured shape on a plain background, drawn when they are read.
 
-6 shapes × 8 colours × 3 backgrounds, at any place and at any size between two bounds. Record `index` is a
-function of `index` alone. The evaluation set draws from indices that no training set reaches.
+6 shapes × 8 colours × 3 backgrounds at a random place and size. Record `index` is a function of `index` alone.
 """
 
 from __future__ import annotations
@@ -9,16 +8,17 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from clip_jax.config import DataConfig
 from clip_jax.data import order
-from clip_jax.typing import EvalSet, Record
+from clip_jax.typing import Record
 
-VERSION = 1  # of the drawings: raise it when they change
-SIDE = 64
+VERSION = 1  # of the drawings; increment when they change
+SIDE = 64  # pixels
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross")
 COLORS = {
     "red": (220, 30, 30),
@@ -31,82 +31,67 @@ COLORS = {
     "brown": (120, 70, 30),
 }
 BACKGROUNDS = {"white": (255, 255, 255), "grey": (150, 150, 150), "black": (0, 0, 0)}
-TEST_START = 2**40  # above every index of a training set
-TEST_PICTURES_PER_CLASS = 2
+TEST_START = 2**40  # first index of the evaluation dataset, above every training index
 CLASSES = tuple((color, shape) for color in COLORS for shape in SHAPES)
+
+_PURPOSES = ("class", "background", "radius", "x", "y")
 
 
 class SyntheticSource:
-    """`examples` drawings with their captions, under img2dataset's two caption features."""
+    """Images with captions under img2dataset's two caption features, 'txt' and 'caption'."""
 
     def __init__(self, examples: int):
+        if examples < 1:
+            raise ValueError(f"data.options.examples={examples}: expected at least 1, e.g. 4096")
         self._examples = examples
+
+    @classmethod
+    def from_config(cls, config: DataConfig, examples: int = 4096) -> SyntheticSource:
+        """Return a source of `examples` records."""
+        del config
+        return cls(examples)
+
+    @classmethod
+    def tiny_config(cls, folder: Path) -> DataConfig:
+        """Return a config for tests."""
+        del folder
+        return DataConfig(source="synthetic", options={"examples": 60})
 
     def __len__(self) -> int:
         return self._examples
 
     def key(self, index: int) -> str:
-        """Return 'synthetic/number'."""
+        """Return 'synthetic/<index>'."""
         return f"synthetic/{index}"
 
     def read(self, index: int) -> Record:
-        """Draw picture `index`."""
+        """Return record `index`."""
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         color, shape = CLASSES[_choose(index, "class", len(CLASSES))]
-        background = tuple(BACKGROUNDS)[_choose(index, "background", len(BACKGROUNDS))]
+        background = background_of(index)
         text = (caption(color, shape, background),)
-        return Record(self.key(index), _draw(index, color, shape, background), {"txt": text, "caption": text})
+        return Record(self.key(index), draw_png(index, color, shape, background), {"txt": text, "caption": text})
 
     def fingerprint(self) -> str:
-        """Hash the drawings' version and their number."""
+        """Return a hash of the drawings' version and their number."""
         return hashlib.sha256(f"synthetic {VERSION} {self._examples}".encode()).hexdigest()[:16]
 
 
-def source(config: DataConfig) -> SyntheticSource:
-    """Make the source of `data.synthetic_examples` drawings."""
-    return SyntheticSource(config.synthetic_examples)
-
-
-def eval_set(config: DataConfig, split: str) -> EvalSet:
-    """Return drawings of every colour and shape, for retrieval and zero-shot alike; `split` is 'test'.
-
-    A class is a colour and a shape; its wordings name the backgrounds in turn.
-    """
-    del config  # the same pictures for every training set
-    if split != "test":
-        raise ValueError(f"the set 'synthetic' has no split {split!r}; it has 'test'")
-    images, targets = [], []
-    for number in range(len(CLASSES) * TEST_PICTURES_PER_CLASS):
-        class_id = number % len(CLASSES)
-        background = tuple(BACKGROUNDS)[_choose(TEST_START + number, "background", len(BACKGROUNDS))]
-        images.append(_draw(TEST_START + number, *CLASSES[class_id], background))
-        targets.append(class_id)
-    texts = [tuple(caption(color, shape, background) for background in BACKGROUNDS) for color, shape in CLASSES]
-    names = [f"{CLASSES[class_id][0]} {CLASSES[class_id][1]} {number}" for number, class_id in enumerate(targets)]
-    return EvalSet("synthetic_test", images, texts, np.array(targets, np.int64), names)
-
-
 def caption(color: str, shape: str, background: str) -> str:
-    """Say what is to be seen, e.g. 'a red circle on a white background'."""
+    """Return e.g. 'a red circle on a white background'."""
     return f"{'an' if color == 'orange' else 'a'} {color} {shape} on a {background} background"
 
 
-_USES = ("class", "background", "radius", "x", "y")
+def background_of(index: int) -> str:
+    """Return the background colour of record `index`."""
+    return tuple(BACKGROUNDS)[_choose(index, "background", len(BACKGROUNDS))]
 
 
-def _bits(index: int, use: str) -> np.ndarray:
-    return order.draw(order.VALUE, index, _USES.index(use))
-
-
-def _choose(index: int, use: str, choices: int) -> int:
-    return int(_bits(index, use)[0] % np.uint64(choices))
-
-
-def _draw(index: int, color: str, shape: str, background: str) -> bytes:
-    """Return a PNG of SIDE × SIDE pixels with the shape somewhere in it, a quarter to a half of the side across."""
+def draw_png(index: int, color: str, shape: str, background: str) -> bytes:
+    """Return a PNG, SIDE × SIDE pixels; position and size (1/4 to 1/2 of the side) of the shape follow from `index`."""
     radius = SIDE * (1 + order.fraction(_bits(index, "radius"))[0]) / 8
-    x, y = (radius + (SIDE - 2 * radius) * order.fraction(_bits(index, use))[0] for use in ("x", "y"))
+    x, y = (radius + (SIDE - 2 * radius) * order.fraction(_bits(index, axis))[0] for axis in ("x", "y"))
     image = Image.new("RGB", (SIDE, SIDE), BACKGROUNDS[background])
     pen = ImageDraw.Draw(image)
     if shape == "circle":
@@ -116,6 +101,14 @@ def _draw(index: int, color: str, shape: str, background: str) -> bytes:
     file = io.BytesIO()
     image.save(file, "PNG", compress_level=1)
     return file.getvalue()
+
+
+def _bits(index: int, purpose: str) -> np.ndarray:
+    return order.draw(order.VALUE, index, _PURPOSES.index(purpose))
+
+
+def _choose(index: int, purpose: str, choices: int) -> int:
+    return int(_bits(index, purpose)[0] % np.uint64(choices))
 
 
 def _star(points: int, inner: float) -> list[tuple[float, float]]:

@@ -1,10 +1,10 @@
-"""TFRecord shards with img2dataset's features, read at random.
+"""TFRecord shards with img2dataset's features, read by random access.
 
-A shard is a sequence of frames: length (u64), its checksum (u32), the bytes, their checksum (u32); checksums are
-CRC-32C, rotated and offset. A reader that walks a shard loses the rest of it to one flipped byte. Here the headers
-of every shard are walked once, by seeking, and the offsets kept; a record is then read by itself, so a flipped byte
-costs one record. What can't be indexed (a truncated record, a damaged header and what follows it) is left out and
-named in the log.
+A shard is a sequence of frames: length (u64), checksum of the length (u32), data, checksum of the data (u32); checksums
+are CRC-32C, rotated and offset. A sequential reader loses the rest of a shard to one flipped byte. Here the headers of
+every shard are read once, by seeking, and the offsets are kept; each record is then read by its offset, so a flipped
+byte costs one record. A truncated record, or a damaged header and everything after it, can't be indexed: it is skipped
+and logged.
 
 Format: https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details
 Features: https://github.com/rom1504/img2dataset (`jpg`, `png` or `webp`, `txt`, `caption`, `key`).
@@ -29,6 +29,7 @@ import tensorflow as tf
 from google.protobuf.message import DecodeError
 
 from clip_jax.config import DataConfig
+from clip_jax.data.sources.synthetic import SyntheticSource
 from clip_jax.typing import BadRecord, Record
 
 logger = logging.getLogger(__name__)
@@ -42,42 +43,61 @@ Values = bytes | str | int | float | Sequence[bytes | str]
 
 
 class TFRecordSource:
-    """Records of TFRecord shards in the order of the shards' names, each read by its offset."""
+    """Records of TFRecord shards, in the order of the shards' file names."""
 
     def __init__(self, files: Sequence[str], captions: Iterable[str], cache_dir: str):
-        """Index the shards. Raises ValueError if no record is left.
+        """Index the shards.
 
         Args:
-          captions: the features to return as captions.
-          cache_dir: where indices are kept, by path, size and time of change; '' keeps none.
+          files: paths of the shards, local or URLs.
+          captions: names of the features to return as captions.
+          cache_dir: local folder for the shards' indices, by path, size and modification time; '' for no cache.
+
+        Raises:
+          ValueError: if the shards hold no record.
         """
         self._files = sorted(files, key=lambda path: (os.path.basename(path), path))
         self._captions = tuple(captions)
+        cache = Path(cache_dir).expanduser() if cache_dir else None
         with ThreadPoolExecutor(SCAN_THREADS) as pool:
-            shards = list(pool.map(lambda path: _index_cached(path, cache_dir), self._files))
+            shards = list(pool.map(lambda path: _cached_index(path, cache), self._files))
         self._offsets = [offsets for offsets, _ in shards]
         self._sizes = [size for _, size in shards]
         counts = [len(offsets) - 1 for offsets in self._offsets]
         self._starts = np.cumsum([0, *counts])
         for path, offsets, size in zip(self._files, self._offsets, self._sizes, strict=True):
-            _warn_of_what_is_left_out(path, offsets, size)
+            _log_skipped_bytes(path, offsets, size)
         if not len(self):
             raise ValueError(
                 f"data.files: the {len(self._files)} shards hold no records; the first is {self._files[0]}. "
                 f"Give TFRecord files such as {EXAMPLES}"
             )
 
+    @classmethod
+    def from_config(cls, config: DataConfig) -> TFRecordSource:
+        """Open the shards of `data.files`. Raises ValueError if there are none."""
+        return cls(expand_files(config.files), config.captions, config.cache_dir)
+
+    @classmethod
+    def tiny_config(cls, folder: Path) -> DataConfig:
+        """Write three shards of 20 records and return a config for tests."""
+        records = [SyntheticSource(60).read(index) for index in range(60)]
+        for shard in range(3):
+            rows = records[20 * shard : 20 * shard + 20]
+            write_tfrecord(folder / f"{shard:05d}.tfrecord", ({"png": row.image, **row.captions} for row in rows))
+        return DataConfig(source="tfrecord", files=f"{folder}/*.tfrecord", cache_dir=str(folder))
+
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def key(self, index: int) -> str:
-        """Return 'path#number of the record in the shard'."""
-        shard, number = self._place(index)
+        """Return '<path>#<number of the record in the shard>'."""
+        shard, number = self._locate(index)
         return f"{self._files[shard]}#{number}"
 
     def read(self, index: int) -> Record:
-        """Return record `index`, its checksum verified. Raises BadRecord if it can't be used."""
-        shard, number = self._place(index)
+        """Return record `index` after checking its checksum. Raises BadRecord with the reason."""
+        shard, number = self._locate(index)
         start, end = (int(offset) for offset in self._offsets[shard][number : number + 2])
         try:
             with _open(self._files[shard]) as file:
@@ -91,13 +111,14 @@ class TFRecordSource:
         return self._parse(data, self.key(index))
 
     def fingerprint(self) -> str:
-        """Hash the shards' names, sizes and counts in their order; their folder does not matter."""
+        """Return a hash of the shards' names, sizes and record counts in order; independent of their folder."""
         digest = hashlib.sha256()
         for path, size, offsets in zip(self._files, self._sizes, self._offsets, strict=True):
             digest.update(f"{os.path.basename(path)} {size} {len(offsets) - 1}\n".encode())
         return digest.hexdigest()[:16]
 
-    def _place(self, index: int) -> tuple[int, int]:
+    def _locate(self, index: int) -> tuple[int, int]:
+        """Return the shard of a record and its number in the shard."""
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
@@ -120,19 +141,14 @@ class TFRecordSource:
         return Record(key=key, image=image, captions=captions)
 
 
-def source(config: DataConfig) -> TFRecordSource:
-    """Open the shards that `data.files` names. Raises ValueError if there are none."""
-    return TFRecordSource(expand(config.files), config.captions, os.path.expanduser(config.cache_dir))
-
-
-def expand(files: str) -> list[str]:
-    """Return the paths that a glob, a brace range or a comma list means.
+def expand_files(files: str) -> list[str]:
+    """Return the paths of a glob, a brace range or a comma-separated list of these.
 
     Raises:
-      ValueError: if a path does not exist or a pattern matches nothing.
+      ValueError: if a path does not exist or a pattern matches no file.
     """
     if not files.strip():
-        raise ValueError(f"data.source='tfrecord' reads the shards that data.files names, e.g. {EXAMPLES}")
+        raise ValueError(f"data.source='tfrecord' reads the shards of data.files, which is empty; give e.g. {EXAMPLES}")
     paths = []
     for pattern in files.split(","):
         for path in _expand_braces(os.path.expanduser(pattern.strip())):
@@ -145,9 +161,19 @@ def expand(files: str) -> list[str]:
 
 
 def write_tfrecord(path: str | os.PathLike, records: Iterable[Mapping[str, Values]]) -> None:
-    """Write records with the given features, as img2dataset would: `key`, `jpg`/`png`/`webp`, `txt`, ….
+    """Write a shard with img2dataset's features.
 
-    A feature is bytes, text, a number, or a sequence of bytes or texts.
+    >>> import tempfile
+    >>> from clip_jax.data.sources.tfrecord import TFRecordSource
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_tfrecord(f"{folder}/00000.tfrecord", [{"jpg": b"<bytes of a JPEG>", "txt": "a dog", "key": "0"}])
+    ...     TFRecordSource([f"{folder}/00000.tfrecord"], captions=["txt"], cache_dir="").read(0)
+    Record(key='0', image=b'<bytes of a JPEG>', captions={'txt': ('a dog',)})
+
+    Args:
+      path: of the new shard, local or URL.
+      records: features by name: `key`, one of `jpg`, `png`, `webp`, and texts such as `txt`. A value is bytes, a text,
+        a number, or a sequence of bytes or texts.
     """
     with tf.io.TFRecordWriter(os.fspath(path)) as writer:
         for record in records:
@@ -190,12 +216,12 @@ def _expand_braces(pattern: str) -> list[str]:
     return [path for n in numbers for path in _expand_braces(pattern[: match.start()] + n + pattern[match.end() :])]
 
 
-def _is_remote(path: str) -> bool:
+def _is_url(path: str) -> bool:
     return "://" in path
 
 
 def _glob(path: str) -> list[str]:
-    if _is_remote(path):
+    if _is_url(path):
         return sorted(tf.io.gfile.glob(path))
     if glob.has_magic(path) and not os.path.exists(path):
         return sorted(glob.glob(path, recursive=True))
@@ -203,8 +229,8 @@ def _glob(path: str) -> list[str]:
 
 
 def _open(path: str):
-    """Open a file for seeking; local ones without a buffer, since every read is of a known length."""
-    return tf.io.gfile.GFile(path, "rb") if _is_remote(path) else open(path, "rb", buffering=0)
+    """Open a file for seeking; local files without a buffer, since every read has a known length."""
+    return tf.io.gfile.GFile(path, "rb") if _is_url(path) else open(path, "rb", buffering=0)
 
 
 # ------------------------------------------------------------------------------------------------------- the index
@@ -216,12 +242,12 @@ def _masked_crc(data: bytes) -> bytes:
 
 
 def _header_length(header: bytes) -> int | None:
-    """Return the length that a frame's header announces, or None if its checksum is wrong."""
+    """Return the data length of a frame's header, or None if its checksum is wrong."""
     return struct.unpack_from("<Q", header)[0] if header[8:] == _masked_crc(header[:8]) else None
 
 
 def _index(file, size: int) -> np.ndarray:
-    """Return the offsets of the whole frames at the beginning of a shard, and the offset where they end."""
+    """Return the offsets of the complete frames at the beginning of a shard, and the offset where they end."""
     offsets, at = [0], 0
     while at + HEADER_BYTES + FOOTER_BYTES <= size:
         file.seek(at)
@@ -233,33 +259,34 @@ def _index(file, size: int) -> np.ndarray:
     return np.array(offsets, np.int64)
 
 
-def _index_cached(path: str, cache_dir: str) -> tuple[np.ndarray, int]:
-    """Return a shard's offsets and size; from the cache if the shard is as old and as long as then."""
-    size, changed = _stat(path)
-    name = hashlib.sha256(f"{os.path.abspath(path) if not _is_remote(path) else path} {size} {changed}".encode())
-    cached = Path(cache_dir) / "tfrecord-index" / f"{name.hexdigest()[:32]}.npy"
-    if cache_dir and cached.exists():
+def _cached_index(path: str, cache: Path | None) -> tuple[np.ndarray, int]:
+    """Return a shard's offsets and size in bytes; from the cache if size and modification time are unchanged."""
+    size, modified = _stat(path)
+    name = hashlib.sha256(f"{path if _is_url(path) else os.path.abspath(path)} {size} {modified}".encode())
+    cached = cache / "tfrecord-index" / f"{name.hexdigest()[:32]}.npy" if cache else None
+    if cached and cached.exists():
         return np.load(cached), size
     with _open(path) as file:
         offsets = _index(file, size)
-    if cache_dir:
+    if cached:
         cached.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=cached.parent, suffix=".tmp", delete=False) as file:
             np.save(file, offsets)
-        os.replace(file.name, cached)  # whole or not at all, whoever else writes it
+        os.replace(file.name, cached)  # atomic: other processes may write the same file
     return offsets, size
 
 
 def _stat(path: str) -> tuple[int, int]:
-    if _is_remote(path):
+    """Return size in bytes and modification time in ns."""
+    if _is_url(path):
         stat = tf.io.gfile.stat(path)
         return stat.length, stat.mtime_nsec
     stat = os.stat(path)
     return stat.st_size, stat.st_mtime_ns
 
 
-def _warn_of_what_is_left_out(path: str, offsets: np.ndarray, size: int) -> None:
-    whole, end = len(offsets) - 1, int(offsets[-1])
+def _log_skipped_bytes(path: str, offsets: np.ndarray, size: int) -> None:
+    complete, end = len(offsets) - 1, int(offsets[-1])
     if not size:
         logger.warning("%s is empty", path)
     elif end < size:
@@ -269,6 +296,6 @@ def _warn_of_what_is_left_out(path: str, offsets: np.ndarray, size: int) -> None
         damaged = len(header) == HEADER_BYTES and _header_length(header) is None
         problem = "has a damaged header" if damaged else "is truncated"
         logger.warning(
-            "%s: record %d at byte %d %s; %d records before it are used, %d bytes from it on are not",
-            *(path, whole, end, problem, whole, size - end),
+            "%s: record %d at byte %d %s; %d records before it are used, %d bytes from it on are skipped",
+            *(path, complete, end, problem, complete, size - end),
         )

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from clip_jax.evals.embed import CachedEmbedder, check_set
 from clip_jax.evals.ranking import score_blocks, unit
 from clip_jax.evals.retrieval import retrieval
-from clip_jax.typing import EvalSet
+from clip_jax.typing import EvalDataset
 
 SIDE = 48  # px, of the picture that gradients are taken of
 COARSE = 16  # px, of the picture that is used as it is
@@ -28,7 +28,7 @@ RIDGE = 1000.0  # added to the diagonal; features have variance 1. Chosen on the
 MEASURES = ("image_to_text/recall_at_1", "image_to_text/recall_at_5")
 
 
-def floors(train: EvalSet, sets: Sequence[EvalSet]) -> dict[str, float]:
+def floors(train: EvalDataset, sets: Sequence[EvalDataset]) -> dict[str, float]:
     """Fit on `train` and return what the floors reach on each of `sets`.
 
     Keys: `floor/ridge_pixels_hog/<set>/image_to_text/recall_at_{1,5}` and, for sets whose texts are all in `train`,
@@ -67,7 +67,7 @@ class Ridge:
         return unit(hashed_text(texts) * self.rarity_V - self.text_mean_V)
 
 
-def fit_ridge(features_nD: Float[np.ndarray, "n D"], train: EvalSet) -> Ridge:
+def fit_ridge(features_nD: Float[np.ndarray, "n D"], train: EvalDataset) -> Ridge:
     """Fit texts to standardised picture features by least squares with an L2 penalty.
 
     Pieces weigh by their rarity among the training texts: log(texts / (1 + texts that have it)).
@@ -87,7 +87,9 @@ def _scale(features_nD: Float[np.ndarray, "n D"]) -> tuple[Float[np.ndarray, "D"
     return features_nD.mean(0), features_nD.std(0) + 1e-3  # corners are white in every emoji: no division by zero
 
 
-def _nearest_neighbour(features_nD: Float[np.ndarray, "n D"], train: EvalSet, eval_set: EvalSet) -> float | None:
+def _nearest_neighbour(
+    features_nD: Float[np.ndarray, "n D"], train: EvalDataset, eval_set: EvalDataset
+) -> float | None:
     """Return how often the nearest training picture has the right text; None unless `train` has all texts."""
     known = {wording for wordings in train.texts for wording in wordings}
     if eval_set.targets.ndim == 2 or any(known.isdisjoint(wordings) for wordings in eval_set.texts):

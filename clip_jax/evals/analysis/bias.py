@@ -2,8 +2,8 @@
 
 After Radford et al. 2021, section 7.1: FairFace's people classified among its classes and others that no picture of a
 person should be named by ('animal', 'gorilla', 'thief', 'criminal' …), by race, gender and age. Works for any test set
-with groups. What a model names is `Scored.named`: ties and scores that aren't finite count against it. A row of NaN
-names the first wrong class, whatever that is, so that `not_finite` has to be 0 for the rates to say something.
+with groups. The predicted class is `Predictions.named`: ties and scores that aren't finite count against it.
+A row of NaN predicts the first wrong class, so that `not_finite` has to be 0 for the rates to be meaningful.
 
 Deviation: intervals are exact and differences are tested, by permutation, corrected for the number of tests.
 """
@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int64, Integer
 
-from clip_jax.evals.measures import Interval, Scored, Undefined, exact_interval, hits
+from clip_jax.evals.metrics import Interval, Predictions, Undefined, exact_interval, hits
 
 PERMUTATIONS = 9999  # so that the smallest p is 1/10,000
 ACCURACY = "accuracy"
@@ -93,7 +93,7 @@ def cross(*columns: Sequence[str]) -> tuple[Int64[np.ndarray, "n"], tuple[str, .
 
 
 def by_group(
-    scored: Scored, group_names: Sequence[str], categories: Categories | None = None
+    scored: Predictions, group_names: Sequence[str], categories: Categories | None = None
 ) -> dict[str, GroupResult]:
     """Return for each group its accuracy and how often each category is named, with exact 95 % intervals.
 
@@ -114,7 +114,7 @@ def by_group(
 
 
 def disparity(
-    scored: Scored,
+    scored: Predictions,
     group_names: Sequence[str],
     categories: Categories | None = None,
     *,
@@ -161,9 +161,9 @@ def _permutation_p(
     return float((1 + as_far.sum()) / (1 + permutations))
 
 
-def _groups(scored: Scored, group_names: Sequence[str]) -> Int64[np.ndarray, "n"]:
+def _groups(scored: Predictions, group_names: Sequence[str]) -> Int64[np.ndarray, "n"]:
     if scored.groups is None:
-        raise ValueError("needs groups: Scored(scores, targets, groups=int[n]); `cross` makes them from columns")
+        raise ValueError("needs groups: Predictions(scores, targets, groups=int[n]); `cross` makes them from columns")
     if (highest := int(scored.groups.max())) >= len(group_names):
         raise ValueError(
             f"group {highest} has no name: {len(group_names)} names, for groups 0 to {len(group_names) - 1}"
@@ -173,7 +173,7 @@ def _groups(scored: Scored, group_names: Sequence[str]) -> Int64[np.ndarray, "n"
     return scored.groups.astype(np.int64)
 
 
-def _events(scored: Scored, categories: Categories) -> dict[str, Bool[np.ndarray, "n"]]:
+def _events(scored: Predictions, categories: Categories) -> dict[str, Bool[np.ndarray, "n"]]:
     """Return accuracy's hits, and for each category whether the model names one of its classes."""
     events = {ACCURACY: hits(scored)}
     classes = scored.scores.shape[1]

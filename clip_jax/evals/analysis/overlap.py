@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool
 
-from clip_jax.evals.measures import Interval, Undefined, exact_interval
+from clip_jax.evals.metrics import Interval, Undefined, exact_interval
 from clip_jax.evals.report.charts import Number, number, ticks
 
 LEVEL = 0.995  # of the interval, as the paper's

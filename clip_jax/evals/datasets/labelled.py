@@ -17,9 +17,9 @@ import numpy as np
 from PIL import Image
 
 from clip_jax.config import DataConfig
-from clip_jax.data.sources import emoji
+from clip_jax.evals.datasets import LOADERS
 from clip_jax.evals.datasets.webdataset import IMAGE_SUFFIXES, FileRanges, class_names, fingerprint, webdataset
-from clip_jax.typing import Cue, Labelled, Unavailable
+from clip_jax.typing import Cue, DatasetSplit, Unavailable
 
 __all__ = ["BUILTIN", "builtin", "find", "folders", "tfds", "webdataset"]
 
@@ -29,7 +29,7 @@ ASSOCIATIONS_LINE = '{"cue": "wing", "candidates": ["a.jpg", "b.jpg", "c.jpg"], 
 CAPTIONS_LINE = '{"image": "a.jpg", "captions": ["a cat", "a sleeping cat"]}'
 
 
-def find(folder: str, split: str, tfds_name: str, tfds_split: str, data_dir: str) -> Labelled:
+def find(folder: str, split: str, tfds_name: str, tfds_split: str, data_dir: str) -> DatasetSplit:
     """Open a split from `<data_dir>/<folder>`, tar shards or pictures, or else from TFDS under `data_dir`.
 
     Args:
@@ -62,7 +62,7 @@ def find(folder: str, split: str, tfds_name: str, tfds_split: str, data_dir: str
 # ---------------------------------------------------------------------------------------------------------- folders
 
 
-def folders(directory: str | os.PathLike, split: str) -> Labelled:
+def folders(directory: str | os.PathLike, split: str) -> DatasetSplit:
     """Open pictures in a local folder, `<directory>/<split>`: a folder for each class, or beside a .jsonl file.
 
     Class ids follow the folders' names in sorted order, and so do the lines of `<directory>/classnames.txt`; without it
@@ -94,7 +94,7 @@ def folders(directory: str | os.PathLike, split: str) -> Labelled:
     described = [
         f"{path.relative_to(folder)} {size} {text}" for path, size, text in zip(paths, sizes, said, strict=True)
     ]
-    return Labelled(
+    return DatasetSplit(
         images=FileRanges([str(path) for path in paths], range(len(paths)), [0] * len(paths), sizes),
         targets=targets,
         captions=captions,
@@ -211,7 +211,7 @@ class _Pictures(Sequence):
         return [self._rows[i]["image"] for i in chosen] if isinstance(chosen, range) else self._rows[chosen]["image"]
 
 
-def tfds(name: str, split: str, data_dir: str) -> Labelled:
+def tfds(name: str, split: str, data_dir: str) -> DatasetSplit:
     """Open a split of a TFDS dataset that has been prepared under `data_dir`, in the order of its files.
 
     Stored as ArrayRecord, pictures are read when they are asked for, after one pass for the classes. TFRecord has no
@@ -247,7 +247,7 @@ def tfds(name: str, split: str, data_dir: str) -> Labelled:
     else:
         targets = np.array([np.isin(np.arange(len(names)), row) for row in targets], bool)
     described = [builder.info.full_name, split, feature, *names, str(sizes), str(targets.tolist())]
-    return Labelled(images=images, targets=targets, class_names=names, fingerprint=fingerprint(described))
+    return DatasetSplit(images=images, targets=targets, class_names=names, fingerprint=fingerprint(described))
 
 
 def _class_feature(name: str, features: Any) -> tuple[str, tuple[str, ...]]:
@@ -295,7 +295,7 @@ DIGITS_TRAIN = 1347  # rows in the order of the file: three quarters
 MNIST_TEST_PER_CLASS = 100  # of 500, the last ones
 
 
-def builtin(name: str, split: str) -> Labelled:
+def builtin(name: str, split: str) -> DatasetSplit:
     """Open a small set that comes with a Python package, to try an evaluation on: see BUILTIN.
 
     Raises:
@@ -309,7 +309,7 @@ def builtin(name: str, split: str) -> Labelled:
         raise ValueError(f"the built-in evaluation set {name!r} has no split {split!r}; it has {', '.join(splits)}")
     images, targets, names = make(split)
     described = [name, split, *names, str(targets.tolist()), *(image.hex() for image in images)]
-    return Labelled(images=images, targets=targets, class_names=names, fingerprint=fingerprint(described))
+    return DatasetSplit(images=images, targets=targets, class_names=names, fingerprint=fingerprint(described))
 
 
 Parts = tuple[list[bytes], np.ndarray, tuple[str, ...]]  # pictures, class ids, classes' names
@@ -348,7 +348,7 @@ def _mnist(split: str) -> Parts:
 def _emoji_categories(split: str) -> Parts:
     """Emoji that training leaves out, by category; a class is called by the first of the category's wordings."""
     try:
-        found = emoji.eval_set(DataConfig(), "categories")
+        found = LOADERS["emoji"](DataConfig(), "categories")
     except ValueError as error:  # the packages that draw them are missing, and it says which
         raise Unavailable(f"'emoji_categories' can't be drawn: {error}") from error
     return list(found.images), found.targets, tuple(wordings[0] for wordings in found.texts)

@@ -32,9 +32,9 @@ class Dataset:
     builtin: which Python package's data it is: 'digits', 'mnist5k', 'emoji_categories'.
     size: pictures of the test split; 0 where that isn't fixed.
     classes: how many; 0 where there are captions.
-    measure: a key of `measures.MEASURES`, or 'recall': the mean of both directions' recall at 1.
+    metric: a key of `metrics.METRICS`, or 'recall': the mean of both directions' recall at 1.
     class_names, templates: arguments of `prompts.class_names` and `prompts.templates`; '' for those the data brings.
-    group: the column of `Labelled.metadata` that the worst group is looked for in; −1 for none.
+    group: the column of `DatasetSplit.metadata` that the worst group is looked for in; −1 for none.
     other_groups: groups that it leaves out.
     note: what differs from others' numbers, and what whoever wants the data has to do.
     """
@@ -53,7 +53,7 @@ class Dataset:
     builtin: str = ""
     size: int
     classes: int
-    measure: str = "top1"
+    metric: str = "top1"
     class_names: str = ""
     templates: str = ""
     group: int = -1
@@ -105,21 +105,21 @@ _PAPER = (
     Dataset(name="stanford_cars", title="Stanford Cars", folder="wds_cars_test", tfds="cars196",
             size=8_041, classes=196, **_templates("cars"), note="The original download is gone."),
     Dataset(name="fgvc_aircraft", title="FGVC Aircraft", folder="wds_fgvc_aircraft_test", validation="validation",
-            size=3_333, classes=100, measure="mean_per_class", **_templates("fgvc_aircraft")),
+            size=3_333, classes=100, metric="mean_per_class", **_templates("fgvc_aircraft")),
     Dataset(name="voc2007", title="Pascal VOC 2007, multi-label", folder="wds_voc2007_multilabel_test",
-            tfds="voc/2007", validation="validation", size=4_952, classes=20, measure="map_11_points",
+            tfds="voc/2007", validation="validation", size=4_952, classes=20, metric="map_11_points",
             **_templates("voc2007_multilabel"),
             note="Several classes per picture: on TFDS the feature `labels`, and `labels_no_difficult` without "
                  "difficult objects. datacomp asks crops of single objects (voc2007_crops)."),
     Dataset(name="dtd", title="Describable Textures", folder="wds_vtab-dtd_test", tfds="dtd", validation="validation",
             size=1_880, classes=47, **_templates("dtd"), note="The first of ten splits."),
     Dataset(name="pets", title="Oxford-IIIT Pet", folder="wds_vtab-pets_test", tfds="oxford_iiit_pet",
-            size=3_669, classes=37, measure="mean_per_class", **_prompts("pets")),
+            size=3_669, classes=37, metric="mean_per_class", **_prompts("pets")),
     Dataset(name="caltech101", title="Caltech-101", folder="wds_vtab-caltech101_test", tfds="caltech101",
-            size=6_085, classes=102, measure="mean_per_class", **_prompts("caltech101_vtab", "caltech101"),
+            size=6_085, classes=102, metric="mean_per_class", **_prompts("caltech101_vtab", "caltech101"),
             note="30 pictures per class to train on, drawn by TFDS; the paper drew its own."),
     Dataset(name="flowers102", title="Oxford Flowers-102", folder="wds_vtab-flowers_test", tfds="oxford_flowers102",
-            validation="validation", size=6_149, classes=102, measure="mean_per_class", **_prompts("flowers")),
+            validation="validation", size=6_149, classes=102, metric="mean_per_class", **_prompts("flowers")),
     Dataset(name="mnist", title="MNIST", folder="wds_mnist_test", tfds="mnist",
             size=10_000, classes=10, **_prompts("mnist")),
     Dataset(name="fer2013", title="FER2013", folder="wds_fer2013_test", size=3_574, classes=7, **_prompts("fer2013"),
@@ -144,13 +144,13 @@ _PAPER = (
     Dataset(name="ucf101", title="UCF101, middle frames", folder="wds_ucf101_test", size=1_794, classes=101,
             note="Middle frames of videos, to be cut out; the paper's number is the mean of three splits."),
     Dataset(name="kinetics700", title="Kinetics-700, middle frames", folder="wds_kinetics700_test",
-            size=31_669, classes=700, measure="mean_top1_top5",
+            size=31_669, classes=700, metric="mean_top1_top5",
             note="Middle frames of videos, many of which are gone from YouTube."),
     Dataset(name="clevr_counts", title="CLEVR Counts, paper's split", folder="wds_clevr_counts_test",
             size=500, classes=8, **_prompts("clevr_count_all"),
             note=f"datacomp's is clevr_counts_vtab. {_SAMPLED}"),
     Dataset(name="hateful_memes", title="Hateful Memes", folder="wds_hateful_memes_test", size=500, classes=2,
-            measure="roc_auc", note="Needs Meta's licence. The paper tests on the 500 pictures of `dev`."),
+            metric="roc_auc", note="Needs Meta's licence. The paper tests on the 500 pictures of `dev`."),
     Dataset(name="rendered_sst2", title="Rendered SST2", folder="wds_renderedsst2_test", validation="validation",
             size=1_821, classes=2, **_templates("renderedsst2")),
     Dataset(name="imagenet", title="ImageNet 1k", folder="wds_imagenet1k_test", tfds="imagenet2012",
@@ -175,11 +175,11 @@ _ALSO_IN_THE_PAPER = (
             note="The 113 classes that ImageNet has too. The licence forbids to train on it."),
     # Pictures and five captions each.
     Dataset(name="flickr30k", title="Flickr", task="retrieval", folder="wds_flickr30k", size=1_000, classes=0,
-            measure="recall",
+            metric="recall",
             note="The folder is huggingface.co/datasets/clip-benchmark/wds_flickr30k; datacomp's download is no "
                  "webdataset. The paper's numbers have the prefix 'a photo of'."),
     Dataset(name="mscoco", title="MSCOCO", task="retrieval", folder="wds_mscoco_captions", tfds="coco_captions/2014",
-            tfds_validation="val", size=5_000, classes=0, measure="recall",
+            tfds_validation="val", size=5_000, classes=0, metric="recall",
             note="The folder is huggingface.co/datasets/clip-benchmark/wds_mscoco_captions; datacomp's download is no "
                  "webdataset. Karpathy's test split. The paper's numbers have the prefix 'a photo of'."),
 )
@@ -207,23 +207,23 @@ _DATACOMP = (
     Dataset(name="imagenet_o", title="ImageNet-O", folder="wds_imagenet-o_test", train="",
             size=2_000, classes=200, **_templates("imagenet1k"), note="200 of ImageNet's classes, numbered from 0."),
     Dataset(name="winogavil", title="WinoGAViL", task="association", folder="winogavil", train="", size=3_563,
-            classes=0, measure="jaccard",
+            classes=0, metric="jaccard",
             note="3,563 cues, each with several pictures of which some go with it; the number is of those with 10 or "
                  "12. datacomp keeps it in Hugging Face's cache, which is not read: save the candidate_images of "
                  "huggingface.co/datasets/nlphuji/winogavil (test) under their names in candidates, and the fields "
                  "cue, candidates and associations as lines of associations.jsonl beside them."),
     Dataset(name="iwildcam", title="iWildCam", folder="wds_wilds-iwildcam_test", validation="validation",
-            size=42_791, classes=182, measure="macro_f1"),
+            size=42_791, classes=182, metric="macro_f1"),
     Dataset(name="camelyon17", title="Camelyon17", folder="wds_wilds-camelyon17_test", validation="validation",
             size=85_054, classes=2),
     Dataset(name="fmow", title="FMoW", folder="wds_wilds-fmow_test", validation="validation", size=22_108, classes=62,
-            measure="worst_group_top1", group=0, other_groups=(5,),
+            metric="worst_group_top1", group=0, other_groups=(5,),
             note="By region; WILDS leaves out `Other`, which is 5. datacomp's code means to, but has no region's name "
                  "to know it by: hence, it seems, RN50's published 0.00, of a group of very few pictures."),
     Dataset(name="dollar_street", title="Dollar Street", folder="wds_dollar_street_test", train="",
-            size=3_503, classes=58, measure="worst_group_top5", group=0, note="By income group."),
+            size=3_503, classes=58, metric="worst_group_top5", group=0, note="By income group."),
     Dataset(name="geode", title="GeoDE", folder="wds_geode_test", train="",
-            size=12_488, classes=40, measure="worst_group_top1", group=0, note="By region."),
+            size=12_488, classes=40, metric="worst_group_top1", group=0, note="By region."),
 )
 
 # Data that Python packages bring, for a first number within a minute.

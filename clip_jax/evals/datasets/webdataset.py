@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from clip_jax.typing import Labelled
+from clip_jax.typing import DatasetSplit
 
 IMAGE_SUFFIXES = ("webp", "png", "jpg", "jpeg")  # the first that a sample has is its picture
 # What a sample of each type must have beside its picture, and what it may have.
@@ -82,7 +82,7 @@ class Sample:
         return next(self.pictures[suffix] for suffix in IMAGE_SUFFIXES if suffix in self.pictures)
 
 
-def webdataset(directory: str | os.PathLike, split: str) -> Labelled:
+def webdataset(directory: str | os.PathLike, split: str) -> DatasetSplit:
     """Open a split of tar shards in a local folder; the module's first lines show the layout.
 
     Raises:
@@ -106,7 +106,7 @@ def webdataset(directory: str | os.PathLike, split: str) -> Labelled:
         metadata = _metadata(samples)
     described = [kind, *names, *templates, *(f"{shard.name} {shard.stat().st_size}" for shard in shards)]
     described += [f"{s.key} {s.picture()} {sorted(s.small.items())}" for s in samples]
-    return Labelled(
+    return DatasetSplit(
         images=_pictures(shards, samples),
         targets=targets,
         captions=captions,

@@ -2,8 +2,9 @@
 
 The page stands alone: no script, no request, pictures and charts inside; it follows the reader's light or dark.
 
-Keys of metrics are paths. Below a metric `a/b/c` stand `a/b/c/candidates` and `/chance`, where known `/majority` (what
-the most frequent class gives), `/gate` (what the run was asked to reach), `/low` and `/high` (its interval) and
+Keys of metrics are paths. Below a metric `a/b/c` stand `a/b/c/candidates` and `/chance`, where known `/majority_class`
+(accuracy of the most frequent class), `/gate` (what the run was asked to reach), `/ci_low` and `/ci_high` (95 %
+confidence interval; few-shot: `/min` and `/max` over draws) and
 `/published` (what others measured of OpenAI's weights); its floor is any `floor/<name>/b/c`.
 """
 
@@ -25,9 +26,9 @@ from clip_jax.config import flatten
 from clip_jax.evals.report.charts import SERIES, Number, Points, line_chart
 from clip_jax.evals.report.panels import Panels
 
-ATTRIBUTES = ("candidates", "chance", "majority", "gate", "low", "high", "published")
+ATTRIBUTES = ("candidates", "chance", "majority_class", "gate", "ci_low", "ci_high", "min", "max", "published")
 EVALUATED = ("retrieval/", "zeroshot/", "linear_probe/", "few_shot/")
-NOTES = {"failed": "failed", "left_out": "is left out"}  # of a run's facts: why sets have no number
+NOTES = {"failed": "failed", "skipped": "is left out"}  # of a run's facts: why sets have no number
 # Files that are called so in every directory, which then says more.
 PLAIN_NAMES = ("params", "model", "weights", "pytorch_model", "open_clip_model", "open_clip_pytorch_model")
 SUFFIXES = (".msgpack", ".pt", ".pth", ".bin", ".safetensors", ".npz")
@@ -123,8 +124,8 @@ def results(metrics: Mapping[str, Number | None]) -> list[Result]:
         floors = {k: _float_or_none(v) for k, v in metrics.items() if k.startswith("floor/") and _same_measure(k, key)}
         claimed |= set(floors)
         named = {_words(k.split("/")[1]): v for k, v in floors.items() if v is not None}
-        if below["majority"] is not None:
-            named["most frequent class"] = below["majority"]
+        if below["majority_class"] is not None:
+            named["most frequent class"] = below["majority_class"]
         floor_name = max(named, key=named.__getitem__, default="")
         gathered.append(
             Result(
@@ -134,7 +135,12 @@ def results(metrics: Mapping[str, Number | None]) -> list[Result]:
                 below["chance"],
                 named.get(floor_name),
                 floor_name,
-                *(below[name] for name in ("gate", "low", "high", "published")),
+                below["gate"],
+                *(
+                    below[ci] if below[ci] is not None else below[end]
+                    for ci, end in (("ci_low", "min"), ("ci_high", "max"))
+                ),
+                below["published"],
             )
         )
     rest = [k for k in metrics if k.startswith("floor/") and k not in claimed]
@@ -184,7 +190,7 @@ def write_report(
       curves: JSON-lines records of the run. Those with `loss` are training's, with the keys of CURVES; those with keys
         that begin with an evaluator's name are evaluations'. Each has `step`.
       run: facts by name (`name` is the title, `attribution` the foot); a mapping, such as `config` or `versions`,
-        becomes a table of its own; `left_out` and `failed`, from sets to reasons, are notes. report.json has all under
+        becomes a table of its own; `skipped` and `failed`, from sets to reasons, are notes. report.json has all under
         `run/`.
       plots: SVGs by title, with colours for light and dark of their own.
     """

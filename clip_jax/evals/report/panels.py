@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from clip_jax.evals.embed import embed_set
 from clip_jax.evals.ranking import score_blocks
-from clip_jax.typing import Embedder, EvalSet
+from clip_jax.typing import Embedder, EvalDataset
 
 THUMBNAIL = 96  # px of the longer side
 
@@ -47,7 +47,7 @@ class Panels:
 
 
 def panels(
-    embedder: Embedder, eval_set: EvalSet, *, texts: int = 6, pictures: int = 6, answers: int = 5, mistakes: int = 6
+    embedder: Embedder, eval_set: EvalDataset, *, texts: int = 6, pictures: int = 6, answers: int = 5, mistakes: int = 6
 ) -> Panels:
     """Return a set's panels: so many texts, pictures and mistakes as rows, so many answers in each.
 
@@ -122,7 +122,7 @@ def _best(
 def _mistakes(
     image_nE: Float[np.ndarray, "n E"],
     text_ME: Float[np.ndarray, "M E"],
-    eval_set: EvalSet,
+    eval_set: EvalDataset,
     count: int,
 ) -> Sequence[tuple[int, int, int, float, float]]:
     """Return (picture, wrong text, best right text, their scores), the largest lead first."""

@@ -13,7 +13,7 @@ from clip_jax.evals.report.files import results
 
 if TYPE_CHECKING:
     from clip_jax.config import WeightsConfig
-    from clip_jax.evals.benchmark import Outcome
+    from clip_jax.evals.benchmark import EvalReport
 
 # The columns of open_clip's docs/openclip_results.csv as of 89fb801, in its order: datacomp's, with ImageNet first.
 # fmt: off
@@ -33,7 +33,7 @@ def headline(row: Dataset, metrics: Mapping[str, float]) -> float | None:
     if row.task == "retrieval":
         keys = [f"retrieval/{row.name}/{way}/recall_at_1" for way in ("image_to_text", "text_to_image")]
     else:
-        keys = [f"zeroshot/{row.name}/{row.measure}"]
+        keys = [f"zeroshot/{row.name}/{row.metric}"]
     value = sum(metrics.get(key, math.nan) for key in keys) / len(keys)
     return value if math.isfinite(value) else None
 
@@ -55,7 +55,7 @@ def open_clip_csv(name: str, pretrained: str, parameters: int, flops: float, met
     return text.getvalue()
 
 
-def model_card(facts: Mapping[str, Any], outcome: Outcome, config: WeightsConfig) -> str:
+def model_card(facts: Mapping[str, Any], outcome: EvalReport, config: WeightsConfig) -> str:
     """Return a draft in Markdown, with the hub's head: what was measured is filled in, the rest is asked for."""
     spec, image, text = config.preprocess, config.model.image, config.model.text
     lines = [
@@ -89,7 +89,7 @@ def model_card(facts: Mapping[str, Any], outcome: Outcome, config: WeightsConfig
         number = "" if result.published is None else f"{result.published:.3f}"
         lines.append(f"| {result.key} | {result.value:.3f} | {interval} | {number} |")
     lines += ["", "What they are of:", "", *(f"- {key}: {said}." for key, said in outcome.described.items())]
-    missing = outcome.left_out | {key: f"failed: {reason}" for key, reason in outcome.failed.items()}
+    missing = outcome.skipped | {key: f"failed: {reason}" for key, reason in outcome.failed.items()}
     if missing:
         lines += ["", "Not measured:", "", *(f"- {key}: {reason}" for key, reason in missing.items())]
     return "\n".join(lines) + "\n"

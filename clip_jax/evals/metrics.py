@@ -3,7 +3,7 @@
 The definitions are scikit-learn's (https://scikit-learn.org/stable/modules/model_evaluation.html), the 2007 devkit's
 for Pascal VOC and WILDS' for iWildCam, with the deviations that keep a broken model from looking good:
 
-- of two classes whose scores lie within `Scored.tie` neither stands before the other, and the right one loses;
+- of two classes whose scores lie within `Predictions.tie` neither stands before the other, and the right one loses;
 - of two examples within it the negative stands before the positive, but for the ROC AUC, which as everywhere counts
   half of such a pair: constant scores reach what chance reaches and no more;
 - a score that is not finite is the worst that it can be: last for what is right, first for what is wrong;
@@ -29,12 +29,12 @@ LEVEL, RESAMPLES = 0.95, 1000
 
 
 class Undefined(ValueError):
-    """A measure that these examples can't have, whatever the model: AUC without negatives, say."""
+    """A metric that these examples can't have, whatever the model: AUC without negatives, say."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Scored:
-    """A test set as a model scored it: all that a measure may look at.
+class Predictions:
+    """A test set as a model scored it: all that a metric may look at.
 
     scores: higher is likelier; of every class, or for a yes or no question of yes alone.
     targets: the one class that is right, or for several at once (multi-label) whether each is.
@@ -55,7 +55,7 @@ class Scored:
     def __post_init__(self) -> None:
         n, shape = len(self.scores), self.scores.shape
         if n == 0:
-            raise ValueError("no examples: a measure needs at least one")
+            raise ValueError("no examples: a metric needs at least one")
         if self.targets.shape not in ((n,), shape):
             raise ValueError(f"targets{list(self.targets.shape)} don't belong to scores{list(shape)}: [n] or [n Q]")
         if self.groups is not None and self.groups.shape != (n,):
@@ -70,7 +70,7 @@ class Scored:
         if not self.tie >= 0:
             raise ValueError(f"tie={self.tie}: a distance of scores, at least 0; {TIE} suits cosines")
 
-    def take(self, rows: Integer[np.ndarray, "m"]) -> Scored:
+    def take(self, rows: Integer[np.ndarray, "m"]) -> Predictions:
         """Return these examples only, repeated where rows are; ranks that are known already stay known."""
         taken = copy.copy(self)
         vars(taken).update({name: x[rows] for name, x in vars(self).items() if isinstance(x, np.ndarray)})
@@ -116,7 +116,7 @@ class Scored:
 # ------------------------------------------------------------------------------------------ one class is right
 
 
-def hits(scored: Scored, k: int = 1) -> Bool[np.ndarray, "n"]:
+def hits(scored: Predictions, k: int = 1) -> Bool[np.ndarray, "n"]:
     """Return for each example whether its class is among the first k.
 
     Raises: Undefined where there are k classes or fewer, since then it always is.
@@ -127,22 +127,22 @@ def hits(scored: Scored, k: int = 1) -> Bool[np.ndarray, "n"]:
     return ranks_n < k
 
 
-def accuracy(scored: Scored, k: int = 1) -> float:
+def accuracy(scored: Predictions, k: int = 1) -> float:
     """Return the share of examples whose class is among the first k."""
     return float(hits(scored, k).mean())
 
 
-def mean_top1_top5(scored: Scored) -> float:
+def mean_top1_top5(scored: Predictions) -> float:
     """Return the mean of top-1 and top-5 accuracy, the number of Kinetics-700 (Radford et al. 2021, table 9)."""
     return (accuracy(scored) + accuracy(scored, 5)) / 2
 
 
-def mean_per_class(scored: Scored) -> float:
+def mean_per_class(scored: Predictions) -> float:
     """Return the recall's mean over the classes that have examples: scikit-learn's balanced_accuracy_score."""
     return float(_means(hits(scored), scored.targets).mean())
 
 
-def macro_f1(scored: Scored) -> float:
+def macro_f1(scored: Predictions) -> float:
     """Return the F1's mean over the classes that have examples: the F1-macro_all of iWildCam.
 
     As in WILDS, f1_score(average='macro', labels=unique(y_true)). scikit-learn's default takes in the classes that
@@ -156,13 +156,13 @@ def macro_f1(scored: Scored) -> float:
     return float(np.mean(2 * hits_Q[present_Q] / (there_Q + named_Q)[present_Q]))
 
 
-def worst_group(scored: Scored, k: int = 1) -> float:
+def worst_group(scored: Predictions, k: int = 1) -> float:
     """Return the lowest of the groups' top-k accuracies: FMoW and GeoDE by region, Dollar Street's top 5 by income.
 
     Raises: ValueError without groups.
     """
     if scored.groups is None:
-        raise ValueError("the worst group needs groups: Scored(scores, targets, groups=int[n])")
+        raise ValueError("the worst group needs groups: Predictions(scores, targets, groups=int[n])")
     counted_n = scored.groups >= 0
     if not counted_n.any():
         raise Undefined("no example is in a group: all of `groups` is negative")
@@ -178,7 +178,7 @@ def _means(values_n: Bool[np.ndarray, "n"], parts_n: Integer[np.ndarray, "n"]) -
 # ------------------------------------------------------------------------------------------------ yes or no
 
 
-def roc_auc(scored: Scored) -> float:
+def roc_auc(scored: Predictions) -> float:
     """Return how often a positive scores above a negative: Hateful Memes. Scores of two classes are subtracted.
 
     Raises: Undefined where all examples are of one class.
@@ -207,7 +207,7 @@ def roc_auc(scored: Scored) -> float:
 # ----------------------------------------------------------------------------------- several classes are right
 
 
-def mean_average_precision(scored: Scored) -> float:
+def mean_average_precision(scored: Predictions) -> float:
     """Return the mean over classes of scikit-learn's average_precision_score: each picture that has the class counts
     with the precision among those scored no lower.
 
@@ -216,7 +216,7 @@ def mean_average_precision(scored: Scored) -> float:
     return _mean_over_columns(_average_precision, *_multi(scored))
 
 
-def map_11_points(scored: Scored) -> float:
+def map_11_points(scored: Predictions) -> float:
     """Return the mean average precision of Pascal VOC 2007 (Everingham et al. 2010, section 4.2).
 
     A class's is the mean, over recalls of 0, 0.1 … 1, of the highest precision at that recall or a higher one.
@@ -225,7 +225,7 @@ def map_11_points(scored: Scored) -> float:
     return _mean_over_columns(_average_precision_11_points, *_multi(scored))
 
 
-def jaccard(scored: Scored) -> float:
+def jaccard(scored: Predictions) -> float:
     """Return the mean over examples of the Jaccard index between what is right and as many candidates of the highest
     scores: WinoGAViL's (Bitton et al. 2022). Rows of fewer candidates than others end with `ignored` ones.
     """
@@ -251,7 +251,7 @@ def _jaccard(found: Int64[np.ndarray, "m"], before: Int64[np.ndarray, "m"], posi
 
 
 def _multi(
-    scored: Scored,
+    scored: Predictions,
 ) -> tuple[Float64[np.ndarray, "n Q"], Bool[np.ndarray, "n Q"], Bool[np.ndarray, "n Q"], float]:
     """Return the scores, what is right, what counts, and the tie."""
     if scored.scores.ndim != 2 or scored.targets.dtype != bool:
@@ -265,13 +265,13 @@ def _multi(
 
 
 def _mean_over_columns(
-    measure: Callable[[np.ndarray, np.ndarray, int], float],
+    metric: Callable[[np.ndarray, np.ndarray, int], float],
     scores: Float64[np.ndarray, "N M"],
     targets: Bool[np.ndarray, "N M"],
     counted: Bool[np.ndarray, "N M"],
     tie: float,
 ) -> float:
-    """Return the mean of `measure` over the columns that have both a positive and a negative.
+    """Return the mean of `metric` over the columns that have both a positive and a negative.
 
     It gets two arrays with an entry for every positive with a finite score (how many positives score as high, and how
     many negatives are not surely lower) and the number of positives, those included that have no finite score.
@@ -287,14 +287,14 @@ def _mean_over_columns(
         wrong = np.sort(np.where(finite, score, np.inf)[~positive])
         found = len(right) - np.searchsorted(right, right, "left")
         before = len(wrong) - np.searchsorted(wrong, right - tie, "left")
-        values.append(measure(found, before, int(positive.sum())))
+        values.append(metric(found, before, int(positive.sum())))
     if not values:
         raise Undefined("nothing to tell apart: no class (or example) has both a positive and a negative")
     return float(np.mean(values))
 
 
-Measure = Callable[[Scored], float]
-MEASURES: dict[str, Measure] = {
+Metric = Callable[[Predictions], float]
+METRICS: dict[str, Metric] = {
     "top1": accuracy,
     "top5": functools.partial(accuracy, k=5),
     "mean_top1_top5": mean_top1_top5,
@@ -313,7 +313,7 @@ MEASURES: dict[str, Measure] = {
 
 
 class Interval(NamedTuple):
-    """Where a measure of other examples from the same source would lie, at a level such as 95 %."""
+    """Where a metric of other examples from the same source would lie, at a level such as 95 %."""
 
     low: float
     high: float
@@ -357,33 +357,33 @@ def interval_of_mean(values_n: Float[np.ndarray, "n"] | Bool[np.ndarray, "n"]) -
     return bootstrap_interval(values_n)
 
 
-def interval_of(name: str, scored: Scored) -> Interval:
-    """Return the interval of a measure of MEASURES by the bootstrap, by the cheapest way that gives it."""
+def interval_of(name: str, scored: Predictions) -> Interval:
+    """Return the interval of a metric of METRICS by the bootstrap, by the cheapest way that gives it."""
     if name in ("top1", "top5"):
         return interval_of_mean(hits(scored, 1 if name == "top1" else 5))
     if name == "mean_per_class":
         right_n = hits(scored)
         return bootstrap_interval(right_n, strata_n=scored.targets) if right_n.std() else interval_of_mean(right_n)
-    return bootstrap_measure(MEASURES[name], scored)
+    return bootstrap_metric(METRICS[name], scored)
 
 
-def bootstrap_measure(
-    measure: Measure,
-    scored: Scored,
+def bootstrap_metric(
+    metric: Metric,
+    scored: Predictions,
     *,
     strata_n: Integer[np.ndarray, "n"] | None = None,
     level: float = LEVEL,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """Return the percentile interval of any measure, computed anew for examples drawn with replacement.
+    """Return the percentile interval of any metric, computed anew for examples drawn with replacement.
 
-    With strata, drawn within each: the number of each class stays. Resamples in which the measure is undefined (no
+    With strata, drawn within each: the number of each class stays. Resamples in which the metric is undefined (no
     negative was drawn) are left out. A minimum over groups lies lower in resamples than in the set itself.
 
-    Raises: what the measure raises for the set itself.
+    Raises: what the metric raises for the set itself.
     """
-    measure(scored)  # an error here is the set's, not a resample's; and ranks are known from now on
+    metric(scored)  # an error here is the set's, not a resample's; and ranks are known from now on
     rng = np.random.default_rng(seed)
     strata_n = np.zeros(len(scored.scores), np.int64) if strata_n is None else strata_n
     parts = [np.flatnonzero(strata_n == stratum) for stratum in np.unique(strata_n)]
@@ -391,7 +391,7 @@ def bootstrap_measure(
     for _ in range(resamples):
         rows = np.concatenate([rng.choice(part, len(part)) for part in parts])
         try:
-            values.append(measure(scored.take(rows)))
+            values.append(metric(scored.take(rows)))
         except Undefined:
             continue
     if not values:

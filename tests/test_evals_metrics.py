@@ -7,13 +7,13 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from clip_jax.evals import measures, ranking
-from clip_jax.evals.measures import (
-    MEASURES,
-    Scored,
+from clip_jax.evals import metrics, ranking
+from clip_jax.evals.metrics import (
+    METRICS,
+    Predictions,
     Undefined,
     bootstrap_interval,
-    bootstrap_measure,
+    bootstrap_metric,
     exact_interval,
     hits,
 )
@@ -49,10 +49,10 @@ def example(name):
     several = rng.random((N, Q)) < np.linspace(0.05, 0.5, Q)
     several_scores = rng.random((N, Q)) + 0.3 * several
     if name in MULTI:
-        return Scored(several_scores, several)
+        return Predictions(several_scores, several)
     if name == "roc_auc":
-        return Scored(scores[:, :2], targets % 2)
-    return Scored(scores, targets, groups=targets % 3)
+        return Predictions(scores[:, :2], targets % 2)
+    return Predictions(scores, targets, groups=targets % 3)
 
 
 def with_scores(scored, scores):
@@ -66,12 +66,12 @@ def right(scored):
 
 @pytest.mark.parametrize("name", SKLEARN)
 def test_against_scikit_learn(name):
-    assert MEASURES[name](example(name)) == pytest.approx(SKLEARN[name], abs=EXACT)
+    assert METRICS[name](example(name)) == pytest.approx(SKLEARN[name], abs=EXACT)
 
 
 def test_scores_of_yes_alone_are_those_of_two_classes_subtracted():
     two = example("roc_auc")
-    assert MEASURES["roc_auc"](Scored(two.scores[:, 1] - two.scores[:, 0], two.targets)) == MEASURES["roc_auc"](two)
+    assert METRICS["roc_auc"](Predictions(two.scores[:, 1] - two.scores[:, 0], two.targets)) == METRICS["roc_auc"](two)
 
 
 def test_eleven_points_equal_a_walk_down_the_list():
@@ -85,7 +85,7 @@ def test_eleven_points_equal_a_walk_down_the_list():
                 if Fraction(found, int(positive.sum())) >= Fraction(tenths, 10):
                     best[tenths] = max(best[tenths], Fraction(found, seen))
         averages.append(float(sum(best.values()) / 11))
-    value = MEASURES["map_11_points"](scored)
+    value = METRICS["map_11_points"](scored)
     assert value == pytest.approx(np.mean(averages), abs=EXACT)
     assert value != pytest.approx(SKLEARN["map"], abs=1e-3)  # or it could be the other average precision
 
@@ -93,67 +93,67 @@ def test_eleven_points_equal_a_walk_down_the_list():
 def test_a_recall_of_three_tenths_reaches_the_fourth_point():
     """3 × 0.1 > 3 / 10 in floating point."""
     positive = np.array([True] * 3 + [False] * 7 + [True] * 7)
-    value = MEASURES["map_11_points"](Scored(-np.arange(17.0)[:, None], positive[:, None]))
+    value = METRICS["map_11_points"](Predictions(-np.arange(17.0)[:, None], positive[:, None]))
     assert value == pytest.approx((4 + 7 * 10 / 17) / 11, abs=EXACT)
 
 
 def test_the_worst_group_is_the_lowest_and_no_group_is_none():
     scores = np.eye(7)[[0, 1, 2, 3, 5, 5]]  # the fifth example is named wrongly
     targets = np.array([0, 1, 2, 3, 4, 5])
-    worst = MEASURES["worst_group_top1"]
-    assert worst(Scored(scores, targets, groups=np.array([0, 0, 0, 9, 9, 9]))) == pytest.approx(2 / 3)
-    assert worst(Scored(scores, targets, groups=np.array([0, 0, 0, 9, -1, 9]))) == 1
+    worst = METRICS["worst_group_top1"]
+    assert worst(Predictions(scores, targets, groups=np.array([0, 0, 0, 9, 9, 9]))) == pytest.approx(2 / 3)
+    assert worst(Predictions(scores, targets, groups=np.array([0, 0, 0, 9, -1, 9]))) == 1
     second_best = scores + np.linspace(0, 0.5, 7)[None]
-    assert MEASURES["worst_group_top5"](Scored(second_best, targets, groups=targets)) == 1
-    assert worst(Scored(second_best, targets, groups=targets)) == 0
-    with pytest.raises(ValueError, match=r"needs groups: Scored\(scores, targets, groups=int"):
-        worst(Scored(scores, targets))
+    assert METRICS["worst_group_top5"](Predictions(second_best, targets, groups=targets)) == 1
+    assert worst(Predictions(second_best, targets, groups=targets)) == 0
+    with pytest.raises(ValueError, match=r"needs groups: Predictions\(scores, targets, groups=int"):
+        worst(Predictions(scores, targets))
 
 
 # --------------------------------------------------------------------------------------------- no good number
 
 
-@pytest.mark.parametrize("name", MEASURES)
+@pytest.mark.parametrize("name", METRICS)
 def test_a_perfect_model_gets_one_and_a_reversed_one_less(name):
     scored = example(name)
     perfect = right(scored).astype(np.float32)
-    assert MEASURES[name](with_scores(scored, perfect)) == 1
-    assert MEASURES[name](with_scores(scored, -perfect)) < 0.5
+    assert METRICS[name](with_scores(scored, perfect)) == 1
+    assert METRICS[name](with_scores(scored, -perfect)) < 0.5
 
 
-@pytest.mark.parametrize("name", MEASURES)
+@pytest.mark.parametrize("name", METRICS)
 def test_the_order_of_examples_does_not_matter(name):
     scored = example(name)
     scored = with_scores(scored, np.round(scored.scores, 1))  # many ties
     shuffled = scored.take(np.random.default_rng(1).permutation(N))
-    assert MEASURES[name](shuffled) == pytest.approx(MEASURES[name](scored), abs=EXACT)
+    assert METRICS[name](shuffled) == pytest.approx(METRICS[name](scored), abs=EXACT)
 
 
-@pytest.mark.parametrize("name", MEASURES)
+@pytest.mark.parametrize("name", METRICS)
 def test_constant_scores_get_no_more_than_chance_whatever_their_last_bits(name):
     scored, perfect = example(name), right(example(name))
-    constant = MEASURES[name](with_scores(scored, np.full(scored.scores.shape, 0.2)))
+    constant = METRICS[name](with_scores(scored, np.full(scored.scores.shape, 0.2)))
     chance = {"roc_auc": 0.5, "map": scored.targets.mean(), "map_11_points": scored.targets.mean()}
     assert constant == pytest.approx(chance.get(name, 0), abs=EXACT)
     for last_bits in (4e-7 * perfect, -4e-7 * perfect):  # 8e-7 apart where AUC subtracts, still a tie
-        value = MEASURES[name](with_scores(scored, 0.2 + last_bits))
+        value = METRICS[name](with_scores(scored, 0.2 + last_bits))
         assert value == pytest.approx(0.5, abs=EXACT) if name == "roc_auc" else value <= constant + EXACT
     untold = dataclasses.replace(scored, scores=np.zeros(scored.scores.shape), tie=0.0)
-    assert MEASURES[name](untold) == pytest.approx(constant, abs=EXACT)
-    assert MEASURES[name](with_scores(scored, 0.2 + 4e-6 * perfect)) == 1
+    assert METRICS[name](untold) == pytest.approx(constant, abs=EXACT)
+    assert METRICS[name](with_scores(scored, 0.2 + 4e-6 * perfect)) == 1
 
 
-@pytest.mark.parametrize("name", MEASURES)
+@pytest.mark.parametrize("name", METRICS)
 @pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
 def test_scores_that_are_not_finite_count_against_the_model(name, broken):
     scored, perfect = example(name), right(example(name))
-    chance = MEASURES[name](with_scores(scored, np.zeros(scored.scores.shape)))
-    assert MEASURES[name](with_scores(scored, np.full(scored.scores.shape, broken))) == 0
-    assert MEASURES[name](with_scores(scored, np.where(perfect, broken, 0))) == 0
-    assert MEASURES[name](with_scores(scored, np.where(perfect, 1.0, broken))) <= chance
+    chance = METRICS[name](with_scores(scored, np.zeros(scored.scores.shape)))
+    assert METRICS[name](with_scores(scored, np.full(scored.scores.shape, broken))) == 0
+    assert METRICS[name](with_scores(scored, np.where(perfect, broken, 0))) == 0
+    assert METRICS[name](with_scores(scored, np.where(perfect, 1.0, broken))) <= chance
     one = scored.scores.copy()
     one[np.nonzero(perfect)[0][0]] = broken  # a single picture
-    assert MEASURES[name](with_scores(scored, one)) <= MEASURES[name](scored)
+    assert METRICS[name](with_scores(scored, one)) <= METRICS[name](scored)
 
 
 def test_ranks_are_those_of_ranking_but_for_last_where_that_has_worse_than_any():
@@ -164,46 +164,50 @@ def test_ranks_are_those_of_ranking_but_for_last_where_that_has_worse_than_any()
     scores = np.concatenate([scores for _, scores in ranking.score_blocks(images, texts)])
     expected = ranking.ranks(images, texts, (np.arange(N), targets))
     assert expected[5] == Q
-    np.testing.assert_array_equal(Scored(scores, targets).ranks, np.minimum(expected, Q - 1))
+    np.testing.assert_array_equal(Predictions(scores, targets).ranks, np.minimum(expected, Q - 1))
 
 
 @pytest.mark.parametrize("name", ["top1", "mean_per_class", "macro_f1"])
 def test_classes_of_the_same_name_can_not_be_told_apart(name):
-    scored = Scored(np.eye(4)[[0, 1, 2, 2]][:, [0, 1, 2, 2]], np.arange(4))
-    assert MEASURES[name](scored) == 0.5
+    scored = Predictions(np.eye(4)[[0, 1, 2, 2]][:, [0, 1, 2, 2]], np.arange(4))
+    assert METRICS[name](scored) == 0.5
 
 
 def test_f1_charges_the_class_that_is_named_instead():
     """0 is found once and missed once, 1 is named in its place: F1 of 2/3 each, and class 2 is not asked for."""
     scores = np.eye(3)[[0, 1, 1]]
-    assert MEASURES["macro_f1"](Scored(scores, np.array([0, 0, 1]))) == pytest.approx(2 / 3)
-    assert MEASURES["macro_f1"](Scored(scores[:, [0, 2, 1]], np.array([0, 0, 1]))) == pytest.approx(1 / 3)
+    assert METRICS["macro_f1"](Predictions(scores, np.array([0, 0, 1]))) == pytest.approx(2 / 3)
+    assert METRICS["macro_f1"](Predictions(scores[:, [0, 2, 1]], np.array([0, 0, 1]))) == pytest.approx(1 / 3)
     scores[1, 0] = 1  # a tie of the right one with 1, which is named then
-    assert MEASURES["macro_f1"](Scored(scores, np.array([0, 0, 1]))) == pytest.approx(2 / 3)
+    assert METRICS["macro_f1"](Predictions(scores, np.array([0, 0, 1]))) == pytest.approx(2 / 3)
 
 
 def test_a_tie_of_many_steps_is_scaled_with_the_scores():
     logits = 100 * np.array([[0.2, 0.2 + 5e-7]])
-    assert MEASURES["top1"](Scored(logits, np.array([1]))) == 1
-    assert MEASURES["top1"](Scored(logits, np.array([1]), tie=1e-4)) == 0
+    assert METRICS["top1"](Predictions(logits, np.array([1]))) == 1
+    assert METRICS["top1"](Predictions(logits, np.array([1]), tie=1e-4)) == 0
 
 
 @pytest.mark.parametrize(
     "name, scored, message",
     [
-        ("roc_auc", Scored(np.arange(3.0), np.ones(3, int)), "all 3 targets are 1"),
-        ("roc_auc", Scored(np.arange(3.0), np.zeros(3, int)), "all 3 targets are 0"),
-        ("top1", Scored(np.ones((3, 1)), np.zeros(3, int)), "1 classes is always among the first 1"),
-        ("top5", Scored(np.ones((3, 5)), np.zeros(3, int)), "5 classes is always among the first 5; take k below 5"),
-        ("map", Scored(np.ones((3, 2)), np.ones((3, 2), bool)), "no class .* both a positive and a negative"),
-        ("map_11_points", Scored(np.ones((3, 2)), np.zeros((3, 2), bool)), "both a positive and a negative"),
-        ("jaccard", Scored(np.ones((3, 2)), np.ones((3, 2), bool)), "both a positive and a negative"),
-        ("worst_group_top1", Scored(np.eye(3), np.arange(3), groups=np.full(3, -1)), "no example is in a group"),
+        ("roc_auc", Predictions(np.arange(3.0), np.ones(3, int)), "all 3 targets are 1"),
+        ("roc_auc", Predictions(np.arange(3.0), np.zeros(3, int)), "all 3 targets are 0"),
+        ("top1", Predictions(np.ones((3, 1)), np.zeros(3, int)), "1 classes is always among the first 1"),
+        (
+            "top5",
+            Predictions(np.ones((3, 5)), np.zeros(3, int)),
+            "5 classes is always among the first 5; take k below",
+        ),
+        ("map", Predictions(np.ones((3, 2)), np.ones((3, 2), bool)), "no class .* both a positive and a negative"),
+        ("map_11_points", Predictions(np.ones((3, 2)), np.zeros((3, 2), bool)), "both a positive and a negative"),
+        ("jaccard", Predictions(np.ones((3, 2)), np.ones((3, 2), bool)), "both a positive and a negative"),
+        ("worst_group_top1", Predictions(np.eye(3), np.arange(3), groups=np.full(3, -1)), "no example is in a group"),
     ],
 )
 def test_what_no_model_can_get_wrong_is_no_measurement(name, scored, message):
     with pytest.raises(Undefined, match=message):
-        MEASURES[name](scored)
+        METRICS[name](scored)
 
 
 @pytest.mark.parametrize("name", MULTI)
@@ -212,8 +216,8 @@ def test_what_is_ignored_might_as_well_not_be_there(name):
     some = np.arange(N if name != "jaccard" else Q) % 3 == 0
     ignored = np.broadcast_to(some[:, None] if name != "jaccard" else some, scored.scores.shape)
     kept = (~some, slice(None)) if name != "jaccard" else (slice(None), ~some)
-    value = MEASURES[name](dataclasses.replace(scored, ignored=ignored))
-    assert value == MEASURES[name](Scored(scored.scores[kept], scored.targets[kept])) != MEASURES[name](scored)
+    value = METRICS[name](dataclasses.replace(scored, ignored=ignored))
+    assert value == METRICS[name](Predictions(scored.scores[kept], scored.targets[kept])) != METRICS[name](scored)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +230,7 @@ def test_what_is_ignored_might_as_well_not_be_there(name):
 )
 def test_the_wrong_kind_of_targets_is_told_what_to_take(name, scored, message):
     with pytest.raises(ValueError, match=message):
-        MEASURES[name](scored)
+        METRICS[name](scored)
 
 
 @pytest.mark.parametrize(
@@ -244,28 +248,28 @@ def test_the_wrong_kind_of_targets_is_told_what_to_take(name, scored, message):
 def test_arrays_that_do_not_belong_together_are_refused(changes, message, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as outside of tests, where shapes aren't checked
     with pytest.raises(ValueError, match=message):
-        Scored(**{"scores": np.zeros((2, 3)), "targets": np.array([0, 2])} | changes)
+        Predictions(**{"scores": np.zeros((2, 3)), "targets": np.array([0, 2])} | changes)
 
 
 # ----------------------------------------------------------------------------------------------- how sure it is
 
 
-@pytest.mark.parametrize("name", MEASURES)
+@pytest.mark.parametrize("name", METRICS)
 def test_taking_rows_is_a_set_of_these_rows_also_when_ranks_are_known(name):
     scored = example(name)
-    MEASURES[name](scored)
+    METRICS[name](scored)
     rows = np.random.default_rng(0).integers(40, size=N)  # of the first 40 only, which are not like all
     groups = None if scored.groups is None else scored.groups[rows]
-    fresh = Scored(scored.scores[rows], scored.targets[rows], groups=groups)
-    assert MEASURES[name](scored.take(rows)) == MEASURES[name](fresh) != MEASURES[name](scored)
+    fresh = Predictions(scored.scores[rows], scored.targets[rows], groups=groups)
+    assert METRICS[name](scored.take(rows)) == METRICS[name](fresh) != METRICS[name](scored)
 
 
 def test_blocks_change_nothing(monkeypatch):
-    f1, interval = MEASURES["macro_f1"](example("macro_f1")), bootstrap_interval(example("map").scores[:, 0])
-    monkeypatch.setattr(measures, "BLOCK_SCORES", 7 * N)  # seven resamples
+    f1, interval = METRICS["macro_f1"](example("macro_f1")), bootstrap_interval(example("map").scores[:, 0])
+    monkeypatch.setattr(metrics, "BLOCK_SCORES", 7 * N)  # seven resamples
     assert bootstrap_interval(example("map").scores[:, 0]) == interval
-    monkeypatch.setattr(measures, "BLOCK_SCORES", 7 * Q)  # seven examples
-    assert MEASURES["macro_f1"](example("macro_f1")) == f1
+    monkeypatch.setattr(metrics, "BLOCK_SCORES", 7 * Q)  # seven examples
+    assert METRICS["macro_f1"](example("macro_f1")) == f1
 
 
 @pytest.mark.parametrize("level", [0.95, 0.5])
@@ -286,17 +290,17 @@ def test_the_two_bootstraps_agree():
     scored = example("mean_per_class")
     for name, strata_n in (("top1", None), ("mean_per_class", scored.targets)):
         by_values = bootstrap_interval(hits(scored), strata_n=strata_n, resamples=2000)
-        by_rows = bootstrap_measure(MEASURES[name], scored, strata_n=strata_n, resamples=2000, seed=1)
+        by_rows = bootstrap_metric(METRICS[name], scored, strata_n=strata_n, resamples=2000, seed=1)
         assert by_values == pytest.approx(by_rows, abs=0.015)
-        assert by_values.low < MEASURES[name](scored) < by_values.high
+        assert by_values.low < METRICS[name](scored) < by_values.high
     assert by_values != pytest.approx(bootstrap_interval(hits(scored), resamples=2000), abs=0.005)
 
 
-@pytest.mark.parametrize("name", MEASURES)
+@pytest.mark.parametrize("name", METRICS)
 def test_every_measure_has_an_interval_around_it_and_a_seed_repeats_it(name):
     scored = example(name)
-    first, again, *others = (bootstrap_measure(MEASURES[name], scored, resamples=25, seed=s) for s in (3, 3, 4, 5, 6))
-    assert 0 <= first.low < first.high <= 1 and first.low <= MEASURES[name](scored) <= first.high
+    first, again, *others = (bootstrap_metric(METRICS[name], scored, resamples=25, seed=s) for s in (3, 3, 4, 5, 6))
+    assert 0 <= first.low < first.high <= 1 and first.low <= METRICS[name](scored) <= first.high
     assert first == again
     assert set(others) != {first}  # one other seed may give the same, of the few values that an accuracy has
 
@@ -318,15 +322,15 @@ def test_strata_keep_their_sizes():
 
 def test_one_example_has_an_interval():
     assert bootstrap_interval(np.array([True])) == (1, 1)
-    assert bootstrap_measure(MEASURES["top1"], Scored(np.eye(3)[:1], np.array([0])), resamples=9) == (1, 1)
+    assert bootstrap_metric(METRICS["top1"], Predictions(np.eye(3)[:1], np.array([0])), resamples=9) == (1, 1)
     assert exact_interval(1, 1) == pytest.approx((0.025, 1))
 
 
 def test_resamples_that_have_no_value_are_left_out():
-    pair = Scored(np.array([0.0, 1.0]), np.array([0, 1]))
-    assert bootstrap_measure(MEASURES["roc_auc"], pair, resamples=20) == (1, 1)
+    pair = Predictions(np.array([0.0, 1.0]), np.array([0, 1]))
+    assert bootstrap_metric(METRICS["roc_auc"], pair, resamples=20) == (1, 1)
     with pytest.raises(Undefined, match="all 2 targets are 1"):
-        bootstrap_measure(MEASURES["roc_auc"], Scored(np.array([0.0, 1.0]), np.ones(2, int)))
+        bootstrap_metric(METRICS["roc_auc"], Predictions(np.array([0.0, 1.0]), np.ones(2, int)))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import numpy as np
 
 from clip_jax.config import MODELS, Architecture, ResNet, TextTransformer, ViT
 from clip_jax.interop.huggingface import mlp_ratio
-from clip_jax.interop.names import BIG_VISION, Table
+from clip_jax.interop.name_tables import BIG_VISION, Table
 
 
 def architecture(tensors: Mapping[str, np.ndarray], table: Table, where: str) -> Architecture:
