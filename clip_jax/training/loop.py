@@ -26,6 +26,7 @@ from clip_jax.devices import distributed, sharding
 from clip_jax.devices.chips import chip_of
 from clip_jax.devices.distributed import Preempted, PreemptionMonitor
 from clip_jax.evals import benchmark
+from clip_jax.evals.datasets import LOADERS
 from clip_jax.evals.embed import CachedEmbedder, ModelEmbedder
 from clip_jax.evals.report.files import table, write_report
 from clip_jax.evals.suite import REGISTRY, Loader, Suite, load_suite
