@@ -221,7 +221,7 @@ class Meter:
     """Means and rates of the steps since the last record."""
 
     def __init__(
-        self, batch_size: int, pair_seconds: float = 0.0, window: Mapping[str, Sequence[float]] | None = None
+        self, batch_size: int, pair_seconds: float = 0.0, window: Mapping[str, Sequence[float | int]] | None = None
     ) -> None:
         """Start the clock.
 

@@ -33,7 +33,7 @@ def to_path(path: str, flag: str) -> epath.Path:
         raise ValueError(f"{flag}={path}: expected a local path, gs:// or s3://, got {error.args[0]}") from error
 
 
-def is_remote(path: os.PathLike[str]) -> bool:
+def is_remote(path: str | os.PathLike[str]) -> bool:
     """Return whether a path is a URL: an object store replaces objects as a whole and cannot append to them."""
     return "://" in os.fspath(path)
 
