@@ -28,7 +28,8 @@ from clip_jax.devices.distributed import Preempted, PreemptionMonitor
 from clip_jax.evals import benchmark
 from clip_jax.evals.datasets import LOADERS
 from clip_jax.evals.embed import CachedEmbedder, ModelEmbedder
-from clip_jax.evals.report.files import table, write_report
+from clip_jax.evals.report.tables import text_table
+from clip_jax.evals.report.writing import write_report
 from clip_jax.evals.suite import REGISTRY, Loader, Suite, load_suite
 from clip_jax.interop.msgpack import write as write_weights
 from clip_jax.models import Model
@@ -293,8 +294,8 @@ def _finish(run: Run, params: Params, suite: Suite, baselines_split: EvalDataset
     gathered = sharding.gather(params, run.mesh) if export else None
     if distributed.is_main_process():
         if baselines_split is not None:
-            results |= suite.floors(baselines_split)
-        results |= suite.gates(run.config.eval)
+            results |= suite.baselines(baselines_split)
+        results |= suite.thresholds(run.config.eval)
         description = {
             "attribution": suite.attribution,
             "config": dataclasses.asdict(run.config),
@@ -302,7 +303,7 @@ def _finish(run: Run, params: Params, suite: Suite, baselines_split: EvalDataset
             "skipped": suite.skipped,
         }
         write_report(run.workdir, results, metrics.read_lines(run.workdir), panels, description)
-        print(table(results))
+        print(text_table(results))
         for name, reason in suite.skipped.items():
             print(f"{name} is skipped: {reason}")
         if export:
