@@ -1,7 +1,7 @@
-"""The shared vocabulary: one alphabet for shapes, and the types that cross module borders.
+"""Types that several packages share, and the axis letters of arrays.
 
-Letters name array axes everywhere: as suffixes (`x_BLD`), in einsum strings (`'BLD,DNK->BLNK'`) and in
-annotations (`Float[Array, "B L D"]`):
+The same letters name axes in suffixes (`x_BLD`), einsum strings (`'BLD,DNK->BLNK'`) and annotations
+(`Float[Array, "B L D"]`):
 
     B  global batch        L  tokens or patches    V  vocabulary
     b  per-device batch    D  width                E  embedding
@@ -20,66 +20,57 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, Int64, PyTree
 
-Params = PyTree  # nested dicts of arrays, or of what stands for them: shapes, shardings
-# A leaf of a dataclass that is a pytree: an array, or whatever `jax.tree.map` puts there (shapes, shardings, None),
-# which is why no annotation can check it.
+Params = PyTree  # nested dicts of arrays, `jax.ShapeDtypeStruct`s or shardings
+# A leaf of a pytree dataclass: an array, or any result of `jax.tree.map` (shape, sharding, None).
 Leaf = Any
 Metrics = dict[str, Array]
 ArrayLike = Array | np.ndarray
 
-SLICE = "slice"  # the mesh's axis between whose parts messages are dear: the data centre's network
+SLICE = "slice"  # mesh axis over TPU slices, which the data center network connects
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Image–text pairs, as they cross from host to device.
+    """Image-text pairs, as transferred from host to device."""
 
-    image: uint8[B H W 3], RGB, 0 to 255, not normalised: a quarter of float32's bytes on the wire.
-    text: int32[B L], token ids, from the start token to padding.
-    mask: bool[B], False for rows that only fill a batch up. Every consumer sees it, so none can forget it.
-    """
-
-    image: Leaf
-    text: Leaf
-    mask: Leaf
+    image: Leaf  # uint8[B H W 3], RGB, not normalized: a quarter of the bytes of float32
+    text: Leaf  # int32[B L], token ids: start token, tokens, end token, padding
+    mask: Leaf  # bool[B], False for padding rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One example as a source stores it: an encoded picture and what is said of it.
-
-    captions: texts by feature name, e.g. `{'name': ('dog face',), 'keyword': ('pet', 'animal')}`.
-    """
+    """One example of a training source."""
 
     key: str
-    image: bytes
-    captions: Mapping[str, tuple[str, ...]]
+    image: bytes  # encoded
+    captions: Mapping[str, tuple[str, ...]]  # by feature, e.g. `{'name': ('dog face',), 'keyword': ('pet', 'animal')}`
 
 
 class BadRecord(ValueError):
-    """A record that can't be used. The message is its reason, in a few words."""
+    """A record that cannot be decoded or has no caption. The message is the reason in a few words."""
 
 
 @runtime_checkable
 class DataSource(Protocol):
-    """A finite set of records with random access, so that any order is a function of integers."""
+    """A finite set of records with random access by index."""
 
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> Record:
-        """Return record `index`; thread-safe. Raises BadRecord with the reason if it is damaged."""
+        """Return a record; thread-safe. Raises BadRecord with the reason if it is damaged."""
 
     def key(self, index: int) -> str:
-        """Name record `index` for a person: file and place. Works for damaged records too."""
+        """Return a record's file and position, for messages; also for damaged records."""
 
     def fingerprint(self) -> str:
-        """Return a short hash that changes when the records or their order change."""
+        """Return a hash of the records and their order."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Replaced:
-    """A record that could not be used, and the one that stands in its place."""
+    """A damaged record and its replacement, by `DataSource.key`."""
 
     key: str
     reason: str
@@ -88,19 +79,16 @@ class Replaced:
 
 @dataclasses.dataclass(frozen=True)
 class HostBatch:
-    """What the pipeline yields on one host: its rows of a global batch, and where they came from.
-
-    example_ids: the source's index of every row, after replacement.
-    """
+    """One host's rows of a global batch."""
 
     batch: Batch
-    example_ids: Int64[np.ndarray, "b"]
+    example_ids: Int64[np.ndarray, "b"]  # indices of the records, after replacement
     replaced: tuple[Replaced, ...]
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Texts to rows of token ids: start, tokens, end, padding."""
+    """Function from texts to rows of token ids: start token, tokens, end token, padding."""
 
     vocab_size: int
     length: int

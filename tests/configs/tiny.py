@@ -1,4 +1,4 @@
-"""The smallest run that has everything: both towers, real decoding, checkpoints, evaluation. Seconds on a CPU."""
+"""Smallest complete run: both towers, image decoding, checkpoints, evaluation. Takes seconds on a CPU."""
 
 from clip_jax.config import default_config
 

@@ -1,4 +1,4 @@
-"""The smallest run, measured on sets of the registry too: one that pip brings, one that isn't there."""
+"""Smallest run with evaluation datasets of the registry: one from a pip package, one that is not available."""
 
 import runpy
 from pathlib import Path
@@ -10,6 +10,6 @@ def get_config(arg=""):
     config.eval.every_steps = 10
     config.eval.tasks = {
         "digits": {"evaluator": "zeroshot", "dataset": "digits"},
-        "little_pictures": {"evaluator": "zeroshot", "dataset": "cifar10"},
+        "little_images": {"evaluator": "zeroshot", "dataset": "cifar10"},
     }
     return config
