@@ -80,10 +80,9 @@ def table(names: Sequence[str], order: Sequence[int] | np.ndarray, similarity: S
 
 def _emoji() -> tuple[list[bytes], list[str]]:
     # Imports TensorFlow.
-    from clip_jax.config import DataConfig
-    from clip_jax.evals.datasets import LOADERS
+    from clip_jax.evals.load import load_dataset
 
-    dataset = LOADERS["emoji"](DataConfig(), "search")
+    dataset = load_dataset("emoji_search")
     return list(dataset.images), list(dataset.image_names)
 
 

@@ -88,7 +88,7 @@ def test_loss_and_gradients_equal_those_of_open_clip(folder, name):
 
     def objective(trained):
         tree = trained | ({"batch_stats": params["batch_stats"]} if "batch_stats" in params else {})
-        loss = LOSSES["sigmoid" if architecture.logit_bias else "softmax"]
+        loss = LOSSES["sigmoid" if architecture.logit_bias else "softmax"]()
         image, text = functions.encode_image(tree, pixels), functions.encode_text(tree, tokens)
         return loss(image, text, jnp.exp(tree["logit_scale"]), tree.get("logit_bias"))[0]
 
