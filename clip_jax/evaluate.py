@@ -60,7 +60,9 @@ _TEMPLATES = flags.DEFINE_string(
     "templates", "", "Templates for all sets: a name or a .json file; else the registry's."
 )
 _CLASS_NAMES = flags.DEFINE_string("class_names", "", "Class names likewise, for a single set.")
-_BASELINES = flags.DEFINE_string("baselines", "", "CSV of standard models, for effective robustness: evals.robustness.")
+_STANDARD_MODELS = flags.DEFINE_string(
+    "standard_models", "", "CSV of standard models, for effective robustness: evals.analysis.robustness."
+)
 _OVERLAP = flags.DEFINE_string("overlap", "", "Directory of the training pictures' hashes, for the task overlap.")
 _TRAIN_FILES = flags.DEFINE_string(
     "train_files", "", "TFRecord shards to hash into --overlap first, if they aren't yet."
@@ -116,6 +118,7 @@ def _evaluate() -> int:
     from clip_jax.devices import distributed, sharding
     from clip_jax.evals import benchmark
     from clip_jax.evals.analysis import robustness
+    from clip_jax.evals.datasets.load import load_split
     from clip_jax.training.follow import follow
 
     wrong = [task for task in _TASKS.value if task not in TASKS]
@@ -124,9 +127,9 @@ def _evaluate() -> int:
     names, options = benchmark.expand(_SUITE.value), _options()
     if not (names and _TASKS.value):
         raise ValueError("--suite and --tasks: name at least one of each, e.g. --suite=smoke --tasks=zeroshot")
-    baselines = robustness.read_points(_BASELINES.value) if _BASELINES.value else {}
-    if baselines:
-        robustness.fit(list(baselines.values()))  # no line goes through some
+    standard_models = robustness.read_standard_models(_STANDARD_MODELS.value) if _STANDARD_MODELS.value else {}
+    if standard_models:
+        robustness.fit(list(standard_models.values()))  # no line goes through some
     distributed.initialize()
     mesh = sharding.make_mesh()
     curves, failed = _lines() if _FOLLOW.value else [], 0
@@ -139,10 +142,10 @@ def _evaluate() -> int:
         facts = _facts(config, params, subject.cache.model)
 
         def write(outcome: EvalReport) -> list[str]:
-            outcome.metrics.update(robustness.summary(outcome.metrics, baselines))
-            return _write(facts, config, outcome, baselines, curves) if distributed.is_main_process() else []
+            outcome.metrics.update(robustness.summary(outcome.metrics, standard_models))
+            return _write(facts, config, outcome, standard_models, curves) if distributed.is_main_process() else []
 
-        load = functools.partial(benchmark.load, data_dir=_DATA_DIR.value)
+        load = functools.partial(load_split, data_dir=_DATA_DIR.value)
         outcome = benchmark.evaluate(subject, names, _TASKS.value, load, options, write)
         failed += len(outcome.failed)
         if not distributed.is_main_process():
@@ -166,7 +169,7 @@ def _evaluate() -> int:
 
 def _name() -> str:
     """Return what is measured, for people."""
-    from clip_jax.evals.report.files import weights_name
+    from clip_jax.evals.report.writing import weights_name
 
     return weights_name(_WEIGHTS.value or _FOLLOW.value)
 
@@ -178,7 +181,7 @@ def _directory() -> pathlib.Path:
 
 def _check_directory(fingerprint: str) -> None:
     """Raise ValueError where the reports' directory is the default and holds those of other weights."""
-    from clip_jax.evals.report.files import check_same_weights
+    from clip_jax.evals.report.writing import check_same_weights
 
     if not _OUT.value:
         check_same_weights(_directory(), _WEIGHTS.value or _FOLLOW.value, fingerprint[:FINGERPRINT])
@@ -211,19 +214,19 @@ def _options() -> Options:
 def _hashes() -> tuple[np.ndarray, ...]:
     if not _OVERLAP.value:
         return ()
-    from clip_jax.evals.analysis import overlap_beam
+    from clip_jax.evals.analysis import hash_shards
 
     if _TRAIN_FILES.value:
         from clip_jax.data.sources.tfrecord import expand_files
 
-        overlap_beam.hash_shards(expand_files(_TRAIN_FILES.value), _OVERLAP.value, _BEAM.value or None)
-    return tuple(overlap_beam.read_hashes(_OVERLAP.value).values())
+        hash_shards.hash_shards(expand_files(_TRAIN_FILES.value), _OVERLAP.value, _BEAM.value or None)
+    return tuple(hash_shards.read_hashes(_OVERLAP.value).values())
 
 
 def _groups() -> tuple[np.ndarray, tuple[str, ...]] | None:
     if not _GROUPS.value:
         return None
-    from clip_jax.evals.analysis.bias import cross
+    from clip_jax.evals.analysis.bias import intersect_groups
 
     with open(_GROUPS.value, newline="", encoding="utf-8") as file:
         table = list(csv.DictReader(file))
@@ -232,7 +235,7 @@ def _groups() -> tuple[np.ndarray, tuple[str, ...]] | None:
     if missing or not columns:
         found = ", ".join(table[0]) if table else "no rows"
         raise ValueError(f"{_GROUPS.value} has no column {missing[0] if missing else ''!r}; it has {found}")
-    return cross(*([row[column] for row in table] for column in columns))
+    return intersect_groups(*([row[column] for row in table] for column in columns))
 
 
 def _read(weights: str) -> tuple[WeightsConfig, Params]:
@@ -315,15 +318,15 @@ def _write(
     facts: Mapping[str, Any],
     config: WeightsConfig,
     outcome: EvalReport,
-    baselines: Mapping[str, tuple[float, float]],
+    standard_models: Mapping[str, tuple[float, float]],
     curves: Sequence[Mapping],
 ) -> list[str]:
     """Write the reports of what was measured so far, each in one step, and return their names."""
-    from clip_jax.evals.report.files import replace, write_report
     from clip_jax.evals.report.tables import model_card, open_clip_csv
+    from clip_jax.evals.report.writing import write_atomically, write_report
 
     directory = _directory()
-    plots, tables = _plots(facts["name"], outcome, baselines), _by_group(outcome)
+    plots, tables = _plots(facts["name"], outcome, standard_models), _by_group(outcome)
     run = {**facts, "measured": outcome.described, "skipped": outcome.skipped, "failed": outcome.failed}
     write_report(directory, outcome.metrics, curves, (), run, plots)
     files = {
@@ -335,15 +338,15 @@ def _write(
         **tables,
     }
     for file, text in files.items():
-        replace(directory / file, text)
+        write_atomically(directory / file, text)
     return ["report.html", "report.json", *files]
 
 
 def _print(outcome: EvalReport, files: Sequence[str]) -> None:
-    from clip_jax.evals.report.files import table
+    from clip_jax.evals.report.tables import text_table
 
     if outcome.metrics:
-        print(table(outcome.metrics))
+        print(text_table(outcome.metrics))
     for key, described in outcome.described.items():
         print(f"{key}: {described}")
     for key, reason in outcome.skipped.items():
@@ -356,18 +359,19 @@ def _print(outcome: EvalReport, files: Sequence[str]) -> None:
         print(f"clip_jax.evaluate: failed, and not measured: {', '.join(outcome.failed)}", file=sys.stderr)
 
 
-def _plots(name: str, outcome: EvalReport, baselines: Mapping[str, tuple[float, float]]) -> dict[str, str]:
+def _plots(name: str, outcome: EvalReport, standard_models: Mapping[str, tuple[float, float]]) -> dict[str, str]:
     """Return by name what can be drawn: effective robustness, overlap."""
-    from clip_jax.evals.analysis import overlap, robustness
+    from clip_jax.evals.analysis import robustness
+    from clip_jax.evals.report.charts import overlap_chart, robustness_chart
 
     plots = {}
     if "robustness/shifts/effective" in outcome.metrics:
-        points = list(baselines.values())
+        points = list(standard_models.values())
         own = (outcome.metrics["zeroshot/imagenet/top1"], outcome.metrics["robustness/shifts/average"])
-        plots["robustness"] = robustness.plot(robustness.fit(points), points, {name: own})
+        plots["robustness"] = robustness_chart(robustness.fit(points), points, {name: own})
     overlaps = {key.split("/")[1]: found for key, found in outcome.details.items() if key.startswith("overlap/")}
     if overlaps:
-        plots["overlap"] = overlap.plot(overlaps)
+        plots["overlap"] = overlap_chart(overlaps)
     return plots
 
 

@@ -1,6 +1,6 @@
-"""Hold a run's report.json against the gates of its config: python tests/check_demo.py runs/emoji/report.json
+"""Checks a run's report.json against the thresholds of its config: python tests/check_demo.py runs/emoji/report.json
 
-Exits with 1 where a gate is missed or none is there. What was left out (the unseen vendor, without npm) is said.
+Exits with 1 if a threshold is missed or there is none. Lists skipped datasets (the unseen vendor, without npm).
 """
 
 import json
@@ -8,20 +8,19 @@ import sys
 
 
 def main(path: str) -> int:
-    """Print every gate with what was reached, and return the exit code."""
+    """Print every threshold with its metric, and return the exit code."""
     with open(path, encoding="utf-8") as file:
         report = json.load(file)
-    gates = {key.removesuffix("/gate"): value for key, value in report.items() if key.endswith("/gate")}
-    failed = not gates
-    for key, gate in gates.items():
-        reached = report.get(key)
-        reached = float("nan") if reached is None else reached
-        passed = reached >= gate  # False for NaN
+    thresholds = {key.removesuffix("/threshold"): v for key, v in report.items() if key.endswith("/threshold")}
+    failed = not thresholds
+    for key, threshold in thresholds.items():
+        value = float("nan") if report.get(key) is None else report[key]
+        passed = value >= threshold  # False for NaN
         failed |= not passed
-        print(f"{'passed' if passed else 'FAILED'}    {key}: {reached:.3f}, gate {gate:.2f}")
+        print(f"{'passed' if passed else 'FAILED'}    {key}: {value:.3f}, threshold {threshold:.2f}")
     for key, reason in report.items():
         if key.startswith("run/skipped."):
-            print(f"left out  {key.removeprefix('run/skipped.')}: {reason}")
+            print(f"skipped   {key.removeprefix('run/skipped.')}: {reason}")
     return int(failed)
 
 

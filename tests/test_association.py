@@ -9,6 +9,7 @@ import pytest
 from clip_jax.evals import benchmark
 from clip_jax.evals.association import association, chance, wording
 from clip_jax.evals.datasets import registry
+from clip_jax.evals.datasets.load import load_split
 from clip_jax.evals.metrics import Undefined
 from clip_jax.typing import Cue, DatasetSplit, Unavailable
 from tests.evaluations import picture
@@ -121,13 +122,13 @@ def test_it_is_asked_as_the_registry_s_set_and_says_what_it_is_of(monkeypatch):
 
 def test_it_is_found_in_its_folder_and_missed_with_what_brings_it(tmp_path):
     row = registry.DATASETS["winogavil"]
-    with pytest.raises(Unavailable, match=r"winogavil/test is no folder(.|\n)*lines of associations\.jsonl"):
-        benchmark.load(row, "test", str(tmp_path))
+    with pytest.raises(Unavailable, match=r"winogavil/test is not a folder(.|\n)*lines of associations\.jsonl"):
+        load_split(row, "test", str(tmp_path))
     folder = tmp_path / "winogavil" / "test"
     folder.mkdir(parents=True)
     for name in "ab":
         (folder / f"{name}.png").write_bytes(picture(ord(name)))
     line = {"cue": "wing", "candidates": ["a.png", "b.png"], "associations": ["b.png"]}
     (folder / "associations.jsonl").write_text(json.dumps(line) + "\n")
-    (found,) = benchmark.load(row, "test", str(tmp_path)).cues
+    (found,) = load_split(row, "test", str(tmp_path)).cues
     assert found.text == "wing" and found.right.tolist() == [False, True]

@@ -287,7 +287,7 @@ def test_of_several_classes_per_picture_there_is_the_11_point_map_alone(monkeypa
     assert "metric map_11_points" in outcome.described["zeroshot/tiny"]
 
 
-GROUPED = dataclasses.replace(ROW, metric="worst_group_top1", group=1, other_groups=(5, 6))
+GROUPED = dataclasses.replace(ROW, metric="worst_group_top1", group_column=1, excluded_groups=(5, 6))
 
 
 def test_the_worst_group_is_looked_for_in_its_column_without_other_groups(monkeypatch):
@@ -299,7 +299,7 @@ def test_the_worst_group_is_looked_for_in_its_column_without_other_groups(monkey
     metrics = evaluate(monkeypatch, WrongInThirds(), GROUPED, parts=parts).metrics
     assert metrics["zeroshot/tiny/worst_group_top1"] == 4 / 5
     assert metrics["zeroshot/tiny/top1"] == 3 / 5
-    everywhere = dataclasses.replace(GROUPED, other_groups=())
+    everywhere = dataclasses.replace(GROUPED, excluded_groups=())
     assert (
         evaluate(monkeypatch, WrongInThirds(), everywhere, parts=parts).metrics["zeroshot/tiny/worst_group_top1"] == 0
     )
@@ -310,7 +310,7 @@ def test_the_worst_group_is_looked_for_in_its_column_without_other_groups(monkey
 @pytest.mark.parametrize("task", PROBES)
 def test_probes_of_a_set_with_groups_end_well(monkeypatch, task):
     """FMoW: measured by its worst group, with a split to train on."""
-    assert benchmark.asks(task, registry.DATASETS["fmow"]) and registry.DATASETS["fmow"].group >= 0
+    assert benchmark.asks(task, registry.DATASETS["fmow"]) and registry.DATASETS["fmow"].group_column >= 0
     groups = np.zeros((40, 2), np.int64)
     parts = {part: dataclasses.replace(found, metadata=groups[: len(found.images)]) for part, found in PARTS.items()}
     outcome = evaluate(monkeypatch, Perfect(), GROUPED, (task,), parts)

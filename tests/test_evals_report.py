@@ -1,4 +1,4 @@
-"""Report, table, charts and panels: complete, safe to open, and the same numbers everywhere."""
+"""Report, table and panels: complete, without external resources, and with equal numbers."""
 
 import base64
 import html.parser
@@ -14,9 +14,12 @@ from PIL import Image
 from clip_jax.evals import ranking
 from clip_jax.evals.analysis import overlap, robustness
 from clip_jax.evals.report import panels as panels_module
-from clip_jax.evals.report.charts import line_chart, number, ticks
-from clip_jax.evals.report.files import page, results, table, write_report
+from clip_jax.evals.report.charts import overlap_chart, robustness_chart
+from clip_jax.evals.report.html import render_page
 from clip_jax.evals.report.panels import panels
+from clip_jax.evals.report.results import results
+from clip_jax.evals.report.tables import text_table
+from clip_jax.evals.report.writing import write_report
 from clip_jax.typing import EvalDataset
 
 KEY = "retrieval/emoji_unseen/image_to_text/recall_at_5"
@@ -24,7 +27,7 @@ METRICS = {
     KEY: 0.3125,
     f"{KEY}/candidates": 180,
     f"{KEY}/chance": 5 / 180,
-    f"{KEY}/gate": 0.28,
+    f"{KEY}/threshold": 0.28,
     "retrieval/emoji_unseen/image_to_text/median_rank": 14.0,
     "retrieval/emoji_unseen/image_to_text/median_rank/candidates": 180,
     "retrieval/emoji_unseen/image_to_text/median_rank/chance": 90.5,
@@ -35,9 +38,9 @@ METRICS = {
     "zeroshot/emoji_categories/top1/candidates": 8,
     "zeroshot/emoji_categories/top1/chance": 0.125,
     "zeroshot/emoji_categories/top1/majority_class": 0.2,
-    "floor/ridge_pixels_hog/emoji_unseen/image_to_text/recall_at_5": 0.361,
-    "floor/nearest_neighbour/emoji_unseen/image_to_text/recall_at_5": 0.1,
-    "floor/ridge_pixels_hog/elsewhere/image_to_text/recall_at_5": 0.5,
+    "baseline/ridge_pixels_hog/emoji_unseen/image_to_text/recall_at_5": 0.361,
+    "baseline/nearest_neighbour/emoji_unseen/image_to_text/recall_at_5": 0.1,
+    "baseline/ridge_pixels_hog/elsewhere/image_to_text/recall_at_5": 0.5,
 }
 CURVES = [
     *(
@@ -58,14 +61,14 @@ RUN = {
 }
 
 
-def png(colour, size=(20, 20)):
+def png(color, size=(20, 20)):
     out = io.BytesIO()
-    Image.new("RGBA", size, colour).save(out, "PNG")
+    Image.new("RGBA", size, color).save(out, "PNG")
     return out.getvalue()
 
 
-class Given:
-    """Pictures by their place in a list, texts likewise."""
+class FakeEmbedder:
+    """Returns given embeddings of images and texts."""
 
     def __init__(self, images, texts, image_nE, text_mE):
         self.rows = dict(zip(images, image_nE, strict=True)) | dict(zip(texts, text_mE, strict=True))
@@ -77,53 +80,59 @@ TEXTS = ["red", "green", "blue", "<script>alert('black')</script>"]
 SET = EvalDataset("emoji_colours", IMAGES, [(t,) for t in TEXTS], np.arange(4), ["rouge", "vert", "bleu", "noir & <b>"])
 
 
-def shown(image_nE=None, text_mE=None, **counts):
+def make_panels(image_nE=None, text_mE=None, **counts):
     eye = np.eye(4)
-    embedder = Given(IMAGES, TEXTS, eye if image_nE is None else image_nE, eye if text_mE is None else text_mE)
+    embedder = FakeEmbedder(IMAGES, TEXTS, eye if image_nE is None else image_nE, eye if text_mE is None else text_mE)
     return panels(embedder, SET, **counts)
 
 
 # ------------------------------------------------------------------------------------------------- numbers
 
 
-def test_results_gather_what_belongs_to_a_metric():
+def test_results_group_metrics_with_their_references():
     by_key = {r.key: r for r in results(METRICS)}
     recall = by_key[KEY]
-    assert (recall.candidates, recall.floor, recall.floor_name, recall.gate) == (180, 0.361, "ridge pixels hog", 0.28)
-    assert recall.passed and by_key["zeroshot/emoji_categories/top1"].floor_name == "most frequent class"
+    assert (recall.candidates, recall.baseline, recall.baseline_name, recall.threshold) == (
+        180,
+        0.361,
+        "ridge pixels hog",
+        0.28,
+    )
+    assert recall.passed and by_key["zeroshot/emoji_categories/top1"].baseline_name == "most frequent class"
     assert (
-        f"{KEY}/chance" not in by_key and "floor/ridge_pixels_hog/emoji_unseen/image_to_text/recall_at_5" not in by_key
+        f"{KEY}/chance" not in by_key
+        and "baseline/ridge_pixels_hog/emoji_unseen/image_to_text/recall_at_5" not in by_key
     )
     assert (
-        by_key["floor/ridge_pixels_hog/elsewhere/image_to_text/recall_at_5"].value == 0.5
-    )  # no metric to stand beside
+        by_key["baseline/ridge_pixels_hog/elsewhere/image_to_text/recall_at_5"].value == 0.5
+    )  # a baseline without its metric
 
 
 @pytest.mark.parametrize("value, passed", [(0.28, True), (0.2799, False), (math.nan, False), (None, False)])
-def test_a_gate_is_passed_at_its_value_and_never_by_nan(value, passed):
-    assert results({KEY: value, f"{KEY}/gate": 0.28})[0].passed is passed
+def test_a_threshold_is_passed_at_its_value_and_never_by_nan(value, passed):
+    assert results({KEY: value, f"{KEY}/threshold": 0.28})[0].passed is passed
 
 
-def test_a_rank_passes_its_gate_from_below():
+def test_ranks_pass_a_threshold_from_below():
     key = "retrieval/s/image_to_text/median_rank"
-    assert [results({key: rank, f"{key}/gate": 10})[0].passed for rank in (9, 11)] == [True, False]
+    assert [results({key: rank, f"{key}/threshold": 10})[0].passed for rank in (9, 11)] == [True, False]
 
 
 def test_the_table_is_aligned_and_complete():
-    lines = table(METRICS).splitlines()
+    lines = text_table(METRICS).splitlines()
     header, rule, *rows = lines
-    assert header.split() == ["metric", "value", "candidates", "chance", "floor", "gate"]
+    assert header.split() == ["metric", "value", "candidates", "chance", "baseline", "threshold"]
     assert set(rule) == {"-"}
     recall = next(line for line in rows if line.startswith(KEY + " "))
     assert recall.split()[1:] == ["0.312", "180", "0.028", "0.361", "0.280", "passed"]
-    for name, cell in (("value", "0.312"), ("candidates", "180"), ("chance", "0.028"), ("floor", "0.361")):
+    for name, cell in (("value", "0.312"), ("candidates", "180"), ("chance", "0.028"), ("baseline", "0.361")):
         assert recall.index(cell) + len(cell) == header.index(name) + len(name)
     assert any("emoji_unseen_de/image_to_text/recall_at_5" in line for line in rows)
     assert not any("emoji_unseen_de/image_to_text/recall_at_1 " in line for line in rows)
 
 
-def test_the_table_has_no_column_of_gates_without_gates():
-    assert "gate" not in table({k: v for k, v in METRICS.items() if not k.endswith("/gate")})
+def test_the_table_has_no_threshold_column_without_thresholds():
+    assert "threshold" not in text_table({k: v for k, v in METRICS.items() if not k.endswith("/threshold")})
 
 
 def test_report_json_is_one_flat_sorted_object_with_null_for_nan(tmp_path):
@@ -140,18 +149,18 @@ def test_report_json_is_one_flat_sorted_object_with_null_for_nan(tmp_path):
     assert {p.name for p in (tmp_path / "new/run").iterdir()} == {"report.json", "report.html"}
 
 
-def test_a_report_read_back_gives_the_same_table(tmp_path):
+def test_a_report_read_from_json_has_the_same_table(tmp_path):
     write_report(tmp_path, METRICS, CURVES, [], RUN)
     found = json.loads((tmp_path / "report.json").read_text())
     metrics = {k: v for k, v in found.items() if not k.startswith("run/")}
-    assert sorted(table(metrics).splitlines()) == sorted(table(METRICS).splitlines())
+    assert sorted(text_table(metrics).splitlines()) == sorted(text_table(METRICS).splitlines())
 
 
 # ---------------------------------------------------------------------------------------------------- the page
 
 
 class Outline(html.parser.HTMLParser):
-    """Tags with their attributes, and whether they are balanced."""
+    """Tags with their attributes; asserts that they are balanced."""
 
     VOID = {"meta", "img", "br"}
 
@@ -178,10 +187,10 @@ class Outline(html.parser.HTMLParser):
 
 @pytest.fixture(scope="module")
 def outline():
-    return Outline(page(METRICS, CURVES, [shown()], RUN))
+    return Outline(render_page(METRICS, CURVES, [make_panels()], RUN))
 
 
-def test_the_page_asks_for_nothing_and_runs_nothing(outline):
+def test_the_page_has_no_external_resources_and_no_scripts(outline):
     for tag, attributes in outline.tags:
         assert tag not in {"script", "link", "iframe", "object", "embed", "base"}
         assert not any(name.startswith("on") for name in attributes)
@@ -190,124 +199,100 @@ def test_the_page_asks_for_nothing_and_runs_nothing(outline):
     assert "url(" not in "".join(outline.words) and "@import" not in "".join(outline.words)
 
 
-def test_captions_are_escaped(outline):
+def test_texts_are_escaped(outline):
     assert any("<script>alert('black')</script>" in text for text in outline.words)  # as text, after decoding
     assert any("noir & <b>" in text for text in outline.words)
 
 
-def test_the_page_shows_numbers_floors_gates_languages_config_and_what_is_left_out(outline):
+def test_the_page_has_numbers_baselines_thresholds_languages_config_and_skipped_datasets(outline):
     text = " ".join(" ".join(outline.words).split())
-    for expected in ("0.312", "gate 0.280 · floor 0.361 · chance 0.028", "✓ gate passed", "ridge pixels hog", "German"):
+    for expected in (
+        "0.312",
+        "threshold 0.280 · baseline 0.361 · chance 0.028",
+        "✓ threshold passed",
+        "ridge pixels hog",
+        "German",
+    ):
         assert expected in text
-    for expected in ("model.image.widths", "0.10.2", "emoji vendor is left out: npm is missing", "2013441"):
+    for expected in ("model.image.widths", "0.10.2", "emoji vendor skipped: npm is missing", "2013441"):
         assert expected in text
     assert "nan" not in text.lower().split()
 
 
-def test_curves_become_charts_and_languages_stay_out_of_them(outline):
+def test_curves_have_charts_without_languages(outline):
     titles = [attributes["aria-label"] for tag, attributes in outline.tags if tag == "svg"]
     assert titles[:4] == ["Loss", "Contrastive accuracy in the batch", "Logit scale", "Learning rate"]
     assert titles[4:] == ["image → text recall@5, held out"]
-    captions = page(METRICS, CURVES, [], RUN).split("<figcaption>")
+    captions = render_page(METRICS, CURVES, [], RUN).split("<figcaption>")
     assert "emoji unseen</span>" in captions[-1] and "emoji unseen de" not in captions[-1]
 
 
-def test_a_run_without_curves_panels_or_results_still_has_a_page():
-    Outline(page({}, [], [], {}))
-
-
-# ------------------------------------------------------------------------------------------------------ charts
-
-
-@pytest.mark.parametrize(
-    "low, high", [(0, 1), (0.2, 0.31), (13, 87), (-3, 5), (1e-5, 5e-4), (0, 12_345), (7, 7), (0, 0)]
-)
-def test_ticks_are_round_and_enclose_the_values(low, high):
-    found = ticks(low, high, 4)
-    assert found[0] <= low and found[-1] >= high and 2 <= len(found) <= 7
-    steps = np.diff(found)
-    np.testing.assert_allclose(steps, steps[0], rtol=1e-6)
-    assert float(f"{steps[0]:.2g}") == pytest.approx(steps[0])
-
-
-def test_numbers_are_short():
-    assert [number(x) for x in (0, 0.25, 3e-5, 1500, 20_000, 1.5e6)] == ["0", "0.25", "3e-05", "1,500", "20k", "1.5M"]
-
-
-def test_a_line_ends_where_values_are_not_finite():
-    svg = line_chart({"loss": [(1, 3.0), (2, 2.0), (3, math.nan), (4, 1.0), (5, 0.5), (6, math.inf), (7, 0.1)]}, "Loss")
-    assert svg.count("<polyline") == 2 and svg.count("<circle") == 1
-    assert "nan" not in svg and "inf" not in svg
-    assert line_chart({"loss": [(1, math.nan)]}, "Loss") == "" == line_chart({}, "Loss")
-
-
-def test_lines_stay_inside_the_picture_and_are_thinned():
-    svg = line_chart({"loss": [(x, math.sin(x)) for x in range(5000)]}, "Loss")
-    points = [tuple(map(float, p.split(","))) for p in re.search(r'points="([^"]+)"', svg)[1].split()]
-    assert len(points) <= 600
-    assert all(0 <= x <= 480 and 0 <= y <= 200 for x, y in points)
+def test_a_run_without_curves_panels_and_results_has_a_page():
+    Outline(render_page({}, [], [], {}))
 
 
 # ------------------------------------------------------------------------------------------------------ panels
 
 
-def test_answers_are_the_best_in_order_with_the_right_ones_marked():
+def test_matches_are_sorted_and_correct_ones_are_marked():
     texts = np.array([[0.9, 0.4, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
-    row = shown(text_mE=texts).text_to_image[0]
+    row = make_panels(text_mE=texts).text_to_image[0]
     assert row.query.text == "red"
-    assert [m.text for m in row.answers][:2] == ["rouge", "vert"]
-    assert [m.right for m in row.answers] == [True, False, False, False]
-    assert row.answers[0].score == pytest.approx(0.9 / math.hypot(0.9, 0.4), rel=1e-5)
+    assert [m.text for m in row.matches][:2] == ["rouge", "vert"]
+    assert [m.correct for m in row.matches] == [True, False, False, False]
+    assert row.matches[0].score == pytest.approx(0.9 / math.hypot(0.9, 0.4), rel=1e-5)
 
 
-def test_the_worst_mistake_is_the_one_furthest_ahead_of_the_right_text():
+def test_mistakes_are_sorted_by_lead_over_the_correct_text():
     images = np.eye(4)
-    images[1] = [0.75, 0.66, 0, 0]  # says red, but green is nearly as near
-    images[2] = [0.6, 0.55, -0.58, 0]  # says red with a lower score, and blue is far
-    found = shown(image_nE=images).mistakes
+    images[1] = [0.75, 0.66, 0, 0]  # predicts red, with a small lead over green
+    images[2] = [0.6, 0.55, -0.58, 0]  # predicts red with a lower score and a large lead over blue
+    found = make_panels(image_nE=images).mistakes
     assert [row.query.text for row in found] == ["bleu", "vert"]
-    assert [(m.text, m.right) for m in found[0].answers] == [("red", False), ("blue", True)]
-    assert found[0].answers[0].score > found[0].answers[1].score
-    assert shown().mistakes == ()
+    assert [(m.text, m.correct) for m in found[0].matches] == [("red", False), ("blue", True)]
+    assert found[0].matches[0].score > found[0].matches[1].score
+    assert make_panels().mistakes == ()
 
 
-def test_the_worst_mistakes_are_found_across_blocks(monkeypatch):
+def test_mistakes_do_not_depend_on_the_block_size(monkeypatch):
     images = np.eye(4)[[0, 1, 0, 2]] + 0.1
-    whole = shown(image_nE=images, mistakes=1)
+    whole = make_panels(image_nE=images, mistakes=1)
     monkeypatch.setattr(ranking, "BLOCK_SCORES", 1)
-    # By their words: a query's score is NaN, which equals nothing.
-    assert repr(shown(image_nE=images, mistakes=1).mistakes) == repr(whole.mistakes) != repr(())
+    # Compared by repr: scores of queries are NaN.
+    assert repr(make_panels(image_nE=images, mistakes=1).mistakes) == repr(whole.mistakes) != repr(())
 
 
-def test_queries_stand_at_even_distances():
-    assert [row.query.text for row in shown(texts=2, pictures=3).text_to_image] == ["red", TEXTS[3]]
-    assert len(shown(pictures=3).image_to_text) == 3 and len(shown(answers=2).image_to_text[0].answers) == 2
+def test_queries_are_evenly_spaced():
+    assert [row.query.text for row in make_panels(texts=2, images=3).text_to_image] == ["red", TEXTS[3]]
+    assert len(make_panels(images=3).image_to_text) == 3 and len(make_panels(matches=2).image_to_text[0].matches) == 2
 
 
-def test_a_nan_model_gets_a_page_that_says_so():
-    broken = shown(image_nE=np.full((4, 4), np.nan))
-    assert all(row.answers == () for row in broken.image_to_text) and broken.mistakes == ()
-    assert "no finite score" in page(METRICS, [], [broken], RUN)
+def test_the_page_of_a_nan_model_has_no_scores():
+    broken = make_panels(image_nE=np.full((4, 4), np.nan))
+    assert all(row.matches == () for row in broken.image_to_text) and broken.mistakes == ()
+    assert "no finite score" in render_page(METRICS, [], [broken], RUN)
 
 
 def test_thumbnails_are_small_and_keep_transparency():
     uri = panels_module.thumbnail(png((255, 0, 0, 0), (400, 100)))
     kind, data = uri.split(",")
-    picture = Image.open(io.BytesIO(base64.b64decode(data)))
-    assert kind == "data:image/webp;base64" and picture.size == (96, 24) and picture.mode == "RGBA"
+    image = Image.open(io.BytesIO(base64.b64decode(data)))
+    assert kind == "data:image/webp;base64" and image.size == (96, 24) and image.mode == "RGBA"
 
 
 @pytest.mark.parametrize("kind", ["robustness", "overlap"])
-def test_plots_stand_in_the_page_in_its_colours_light_and_dark(tmp_path, kind):
+def test_plots_use_the_colors_of_the_page_in_light_and_dark_mode(tmp_path, kind):
     svg = {
-        "robustness": lambda: robustness.plot(robustness.Baseline(1.0, -0.5, 2), [(0.6, 0.5)], {"<mine>": (0.7, 0.6)}),
-        "overlap": lambda: overlap.plot({"<mine>": overlap.analyse(np.arange(9) % 2 == 0, np.arange(9) < 3)}),
+        "robustness": lambda: robustness_chart(
+            robustness.LinearFit(1.0, -0.5, 2), [(0.6, 0.5)], {"<mine>": (0.7, 0.6)}
+        ),
+        "overlap": lambda: overlap_chart({"<mine>": overlap.analyze_overlap(np.arange(9) % 2 == 0, np.arange(9) < 3)}),
     }[kind]()
     write_report(tmp_path, METRICS, CURVES, [], RUN, {kind: svg})
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert svg in text and f"<h2>{kind.capitalize()}</h2>" in text and kind not in page(METRICS, CURVES, [], RUN)
+    assert svg in text and f"<h2>{kind.capitalize()}</h2>" in text and kind not in render_page(METRICS, CURVES, [], RUN)
     style = text.partition("<style>")[2].partition("</style>")[0]
-    # Of the page's `:root` and of the plot's rules: what is light stands before the first @media, what is dark inside.
+    # Page: the first `:root` is light, the second dark. Plot: light colors precede @media, dark ones are inside.
     light, dark = (set(re.findall(r"--\w[\w-]*: (#\w+)", part)) for part in re.findall(r":root \{(.*?)\}", style, re.S))
     before, inside = (
         set(re.findall(r"#[0-9a-f]{6}", p)) for p in re.split(r"@media ?\(prefers-color-scheme: ?dark\)", svg)

@@ -12,7 +12,7 @@ import pytest
 
 from clip_jax.config import MODELS, WeightsConfig
 from clip_jax.evals.datasets.registry import DATASETS
-from clip_jax.evals.report.files import check_same_weights, weights_name
+from clip_jax.evals.report.writing import check_same_weights, weights_name
 from clip_jax.interop import msgpack
 from tests import tiny_models
 from tests.evaluations import damage, picture, report, run, start, write_classes
@@ -109,9 +109,9 @@ def test_sets_that_are_not_here_are_listed_with_what_brings_them(weights, tmp_pa
     ((printed, _),) = run(f"--weights={weights}", f"--out={out}", f"--data_dir={data}", "--cache_dir=", *sets)
     skipped = {key: value for key, value in report(out).items() if key.startswith("run/skipped")}
     reasons = {
-        "zeroshot/birdsnap": f"{data}/wds_birdsnap_test/test is no folder",
-        "linear_probe/birdsnap": f"{data}/wds_birdsnap_test/test is no folder",
-        "retrieval/flickr30k": f"{data}/wds_flickr30k/test is no folder",
+        "zeroshot/birdsnap": f"{data}/wds_birdsnap_test/test is not a folder",
+        "linear_probe/birdsnap": f"{data}/wds_birdsnap_test/test is not a folder",
+        "retrieval/flickr30k": f"{data}/wds_flickr30k/test is not a folder",
         "zeroshot/winogavil": "as lines of associations.jsonl beside them",  # the registry's note
     }
     assert set(skipped) == {f"run/skipped.{key}" for key in reasons}

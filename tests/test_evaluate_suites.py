@@ -81,7 +81,7 @@ def test_robustness_of_tiny_imagenets(weights, model, tmp_path):
     standard = [("small", 0.5, 0.2), ("middle", 0.6, 0.3), ("large", 0.8, 0.5)]
     lines = [",".join(["model", *columns]), *(",".join(map(str, [n, x, *[y] * 5])) for n, x, y in standard)]
     baselines.write_text("\n".join(lines) + "\n")
-    flags = ("--suite=robustness", f"--baselines={baselines}")
+    flags = ("--suite=robustness", f"--standard_models={baselines}")
     found, row, page = evaluated(weights, tmp_path / "data", tmp_path / "out", *flags)
     for name, accuracy in accuracies.items():
         assert found[f"zeroshot/{name}/top1"] == accuracy

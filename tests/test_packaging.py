@@ -171,12 +171,12 @@ T2 = "retrieval/emoji_unseen_vendor/image_to_text/recall_at_1"
 @pytest.mark.parametrize(
     ("report", "code"),
     [
-        ({T1: 0.28, f"{T1}/gate": 0.28}, 0),
-        ({T1: 0.27, f"{T1}/gate": 0.28}, 1),
-        ({T1: 0.28, f"{T1}/gate": 0.28, T2: 0.19, f"{T2}/gate": 0.2}, 1),
-        ({T1: 0.28, f"{T1}/gate": 0.28, "run/skipped.emoji_unseen_vendor": "npm is not installed"}, 0),
-        ({T1: None, f"{T1}/gate": 0.28}, 1),  # null is what report.json has for NaN
-        ({f"{T1}/gate": 0.28}, 1),
+        ({T1: 0.28, f"{T1}/threshold": 0.28}, 0),
+        ({T1: 0.27, f"{T1}/threshold": 0.28}, 1),
+        ({T1: 0.28, f"{T1}/threshold": 0.28, T2: 0.19, f"{T2}/threshold": 0.2}, 1),
+        ({T1: 0.28, f"{T1}/threshold": 0.28, "run/skipped.emoji_unseen_vendor": "npm is not installed"}, 0),
+        ({T1: None, f"{T1}/threshold": 0.28}, 1),  # null is what report.json has for NaN
+        ({f"{T1}/threshold": 0.28}, 1),
         ({T1: 0.28}, 1),
     ],
 )

@@ -17,9 +17,10 @@ from clip_jax.devices import distributed
 from clip_jax.devices.distributed import DATA_ERRORS
 from clip_jax.evals import prompts
 from clip_jax.evals.analysis import bias, overlap
-from clip_jax.evals.analysis.duplicates import hash_pictures, nearest_hash
+from clip_jax.evals.analysis.near_duplicates import hash_images, nearest_hash
 from clip_jax.evals.association import MANY, association
-from clip_jax.evals.datasets.registry import DATASETS, SUITES, Dataset, published
+from clip_jax.evals.datasets.load import load_split
+from clip_jax.evals.datasets.registry import DATASETS, SUITES, Dataset, published_results
 from clip_jax.evals.few_shot import SHOTS, few_shot
 from clip_jax.evals.linear_probe import Examples, search
 from clip_jax.evals.metrics import METRICS, Metric, Predictions, Undefined, hits
@@ -40,7 +41,7 @@ from clip_jax.evals.retrieval import retrieval
 from clip_jax.evals.zeroshot import classified, measured
 from clip_jax.typing import DatasetSplit, EvalDataset, Unavailable
 
-__all__ = ["TASKS", "Options", "EvalReport", "Question", "Subject", "asks", "eval_set", "evaluate", "expand", "load"]
+__all__ = ["TASKS", "Options", "EvalReport", "Question", "Subject", "asks", "eval_set", "evaluate", "expand"]
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class EvalReport(NamedTuple):
 
     metrics: as evaluators return them: `<task>/<set>/<measure>` and what stands below.
     described: what the numbers are of.
-    details: an `overlap.Overlap`, or `bias.rows` by group.
+    details: an `overlap.Overlap`, or `bias.table_rows` by group.
     skipped: why there is no number: the set is not here, or can't be measured so.
     failed: what went wrong where there should be one: what is here is damaged.
     """
@@ -124,20 +125,6 @@ def _ask(task: str, question: Question, outcome: EvalReport) -> None:
         outcome.details[key] = answer.detail
 
 
-def load(row: Dataset, part: str, data_dir: str) -> DatasetSplit:
-    """Read a part of a set. Raises Unavailable where it is not on this machine."""
-    from clip_jax.evals.datasets import labelled
-
-    if row.builtin:
-        return labelled.builtin(row.builtin, part)
-    if not data_dir:
-        raise Unavailable("the directory that evaluation data lies in isn't given: --data_dir, or eval.data_dir")
-    try:
-        return labelled.find(row.folder, row.split(part), row.tfds, row.split(part, tfds=True), data_dir)
-    except Unavailable as error:
-        raise Unavailable(f"{error}\n{row.note}".rstrip()) from error
-
-
 def eval_set(name: str, data_dir: str, options: Options = Options()) -> EvalDataset:  # noqa: B008 (frozen)
     """Return a set's test split as evaluators see it, for the training loop: `zeroshot` or `retrieval` by its row.
 
@@ -147,7 +134,7 @@ def eval_set(name: str, data_dir: str, options: Options = Options()) -> EvalData
     """
     check_name("a set", name, DATASETS)
     row = DATASETS[name]
-    split = whole_split(row, load(row, "test", data_dir))
+    split = whole_split(row, load_split(row, "test", data_dir))
     return as_captions(row, split, options) if row.task == "retrieval" else as_classes(row, split, options)[0]
 
 
@@ -203,7 +190,7 @@ def _linear_probe(question: Question) -> Answer:
 
 def _few_shot(question: Question) -> Answer:
     row, test = question.dataset, question.test()
-    if row.group >= 0:
+    if row.group_column >= 0:
         raise Unavailable(f"{row.metric} of few shots is not measured: draws are by class, not by group")
     if np.ndim(question.part("train").targets) == 2:
         raise Unavailable("of several classes per picture there are no shots per class")
@@ -237,9 +224,9 @@ def _overlap(question: Question) -> Answer:
     if not options.hashes:
         raise Unavailable("the hashes of the training source are missing: give --overlap")
     scored, described, split, _ = _classified(question)
-    distances_n, _ = nearest_hash(hash_pictures(split.images), options.hashes)
-    found = overlap.analyse(hits(scored), distances_n <= options.max_distance, question.asked)
-    names = ("share", "accuracy", "accuracy_clean", "accuracy_overlapping", "gain", "p_corrected")
+    distances_n, _ = nearest_hash(hash_images(split.images), options.hashes)
+    found = overlap.analyze_overlap(hits(scored), distances_n <= options.max_distance, question.asked)
+    names = ("fraction", "accuracy", "accuracy_clean", "accuracy_overlapping", "gain", "p_corrected")
     metrics = {f"overlap/{row.name}/{name}": float(getattr(found, name)) for name in names}
     hashed = sum(map(len, options.hashes))
     said = f"top-1; near-duplicates among {hashed:,} training pictures differ in {options.max_distance} bits at most"
@@ -267,7 +254,7 @@ def _bias(question: Question) -> Answer:
     metrics = {f"bias/{row.name}/{name}/accuracy": result.accuracy.value for name, result in by_group.items()}
     for event, found in apart.items():
         metrics |= {f"bias/{row.name}/{event}_{part}": getattr(found, part) for part in ("difference", "p_corrected")}
-    return Answer(metrics, described, bias.rows(by_group))
+    return Answer(metrics, described, bias.table_rows(by_group))
 
 
 TASKS: dict[str, Callable[[Question], Answer]] = {
@@ -312,13 +299,13 @@ def _training(question: Question) -> tuple[Examples, Examples, str]:
 
 def _chosen_by(row: Dataset) -> Metric:
     """Return what probes are chosen by: the set's own measure, or top-1 where that needs groups."""
-    return METRICS["top1" if row.group >= 0 else row.metric]
+    return METRICS["top1" if row.group_column >= 0 else row.metric]
 
 
 def _published(key: str, architecture: str, row: Dataset, metrics: dict[str, float]) -> dict[str, float]:
     """Return the published number of OpenAI's weights below the set's own measure: open_clip's, else the paper's."""
     task, name = key.split("/")
-    numbers = {number.source: number.value / 100 for number in published(name, architecture)}
+    numbers = {number.source: number.value / 100 for number in published_results(name, architecture)}
     value = numbers.get("open_clip", numbers.get("paper"))
     own = f"{key}/{row.metric}"
     return {f"{own}/published": value} if task == "zeroshot" and value is not None and own in metrics else {}

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int64, UInt64
 from clip_jax.devices import distributed
 from clip_jax.devices.distributed import DATA_ERRORS
 from clip_jax.evals import prompts
-from clip_jax.evals.analysis.duplicates import MAX_DISTANCE
+from clip_jax.evals.analysis.near_duplicates import MAX_DISTANCE
 from clip_jax.evals.association import wording
 from clip_jax.evals.datasets.registry import Dataset
 from clip_jax.evals.feature_cache import FeatureCache
@@ -205,8 +205,10 @@ def _found(read: Callable[[str], tuple], users: str, registered: str, stored: tu
 
 def groups_of(row: Dataset, split: DatasetSplit) -> Int64[np.ndarray, "n"] | None:
     """Return the groups that the registry's measure looks at, −1 for those that it leaves out; None for none."""
-    if row.group < 0:
+    if row.group_column < 0:
         return None
     if split.metadata is None:
         raise Unavailable(f"{row.metric} needs the groups of its metadata (.npy), and none were found")
-    return np.where(np.isin(split.metadata[:, row.group], row.other_groups), -1, split.metadata[:, row.group])
+    return np.where(
+        np.isin(split.metadata[:, row.group_column], row.excluded_groups), -1, split.metadata[:, row.group_column]
+    )

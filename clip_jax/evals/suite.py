@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 from clip_jax.config import DataConfig, EvalConfig
 from clip_jax.evals import EVALUATORS
-from clip_jax.evals.analysis.baselines import floors
+from clip_jax.evals.analysis.baselines import baselines
 from clip_jax.evals.report.panels import Panels, panels
 from clip_jax.evals.retrieval import retrieval
 from clip_jax.typing import Embedder, EvalDataset, Evaluator, Unavailable
@@ -33,13 +33,17 @@ class Suite:
         """Return the metrics of all sets."""
         return {k: v for evaluator, eval_set in self.sets.values() for k, v in evaluator(embedder, eval_set).items()}
 
-    def floors(self, fitted_on: EvalDataset) -> dict[str, float]:
+    def baselines(self, fitted_on: EvalDataset) -> dict[str, float]:
         """Return what is reached without learning a representation, on the retrieval sets."""
-        return floors(fitted_on, self._retrieval_sets())
+        return baselines(fitted_on, self._retrieval_sets())
 
-    def gates(self, config: EvalConfig) -> dict[str, float]:
-        """Return what is asked of metrics as `<metric>/gate`, but for sets that are left out."""
-        return {f"{key}/gate": gate for key, gate in config.thresholds.items() if key.split("/")[1] not in self.skipped}
+    def thresholds(self, config: EvalConfig) -> dict[str, float]:
+        """Return what is asked of metrics as `<metric>/threshold`, but for sets that are left out."""
+        return {
+            f"{key}/threshold": value
+            for key, value in config.thresholds.items()
+            if key.split("/")[1] not in self.skipped
+        }
 
     def panels(self, embedder: Embedder) -> list[Panels]:
         """Return the pictures for a report, of the first two retrieval sets."""

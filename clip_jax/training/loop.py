@@ -28,7 +28,8 @@ from clip_jax.devices.distributed import Preempted, PreemptionMonitor
 from clip_jax.evals import benchmark
 from clip_jax.evals.datasets import LOADERS
 from clip_jax.evals.embed import CachedEmbedder, ModelEmbedder
-from clip_jax.evals.report.files import table, write_report
+from clip_jax.evals.report.tables import text_table
+from clip_jax.evals.report.writing import write_report
 from clip_jax.evals.suite import REGISTRY, Loader, Suite, load_suite
 from clip_jax.interop import positions, reading
 from clip_jax.interop.msgpack import write as write_weights
@@ -362,8 +363,8 @@ def _finish(run: Run, checkpoints: Checkpoints, suite: Suite, export: str | None
     if distributed.is_main_process():
         if run.config.eval.baselines_split:
             fitted_on = LOADERS[run.config.data.source](run.config.data, run.config.eval.baselines_split)
-            measured |= suite.floors(fitted_on)
-        measured |= suite.gates(run.config.eval)
+            measured |= suite.baselines(fitted_on)
+        measured |= suite.thresholds(run.config.eval)
         described = {
             "attribution": suite.attribution,
             "config": dataclasses.asdict(run.config),
@@ -371,7 +372,7 @@ def _finish(run: Run, checkpoints: Checkpoints, suite: Suite, export: str | None
             "skipped": suite.skipped,
         }
         write_report(run.workdir, measured, metrics.read_lines(run.workdir), panels, described)
-        print(table(measured))
+        print(text_table(measured))
         for name, reason in suite.skipped.items():
             print(f"{name} is left out: {reason}")
         if export:

@@ -8,7 +8,7 @@ import pytest
 
 from clip_jax.evals import EVALUATORS
 from clip_jax.evals.embed import ModelEmbedder
-from clip_jax.evals.report.files import ATTRIBUTES
+from clip_jax.evals.report.results import REFERENCES
 from clip_jax.typing import EvalDataset
 
 CLASSES, PER_CLASS, WIDTH = 12, 5, 32
@@ -51,7 +51,7 @@ def noise(*name):
 
 def values(metrics):
     """Return the metrics themselves, without what stands below them."""
-    return {k: v for k, v in metrics.items() if k.rpartition("/")[2] not in ATTRIBUTES}
+    return {k: v for k, v in metrics.items() if k.rpartition("/")[2] not in REFERENCES}
 
 
 def better(metrics, key):

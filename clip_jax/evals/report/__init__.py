@@ -1,1 +1,1 @@
-"""Reports: tables, charts, HTML."""
+"""Reports of training and evaluation runs: JSON, HTML, tables, charts."""

@@ -1,60 +1,30 @@
-"""Line charts as inline SVG that follows the page's colours, for reports that load nothing.
+"""SVG charts of reports: line charts, effective robustness, overlap with the training data.
 
-Colours are CSS variables of the page (`--ink`, `--faint`, `--series-1` …), so one chart serves light and dark.
+Line charts use the CSS variables of the page (`--ink`, `--faint`, `--series-1` …). The other two are also saved as
+separate files and define the same colors themselves, for light and dark mode.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
-Number = int | float  # under test annotations are executed, and an int is no float there
+from clip_jax.evals.analysis.overlap import Overlap
+from clip_jax.evals.analysis.robustness import LinearFit, expit, logit
+
+Number = int | float  # annotations are executed in tests, where an int is not a float
 Points = Sequence[tuple[Number, Number]]
+Span = tuple[Number, Number]
 
-WIDTH, HEIGHT = 480, 200
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 26  # margins for the ticks' texts
-SERIES = 6  # colours that the page has
-MAX_POINTS = 600  # of a line: beyond what 480 px can show
-
-
-def line_chart(series: Mapping[str, Points], title: str) -> str:
-    """Return an SVG of lines by name over one x axis, gaps where a value is not finite; '' if nothing is left."""
-    finite = [p for points in series.values() for p in points if math.isfinite(p[0]) and math.isfinite(p[1])]
-    if not finite:
-        return ""
-    x_ticks, y_ticks = ticks(*_span(p[0] for p in finite), 5), ticks(*_span(p[1] for p in finite), 4)
-    x_low, x_high = _span(p[0] for p in finite)
-    y_low, y_high = min(y_ticks), max(y_ticks)
-
-    def place(x: Number, y: Number) -> tuple[float, float]:
-        across = (x - x_low) / ((x_high - x_low) or 1) * (WIDTH - LEFT - RIGHT)
-        up = (y - y_low) / ((y_high - y_low) or 1) * (HEIGHT - TOP - BOTTOM)
-        return round(LEFT + across, 1), round(HEIGHT - BOTTOM - up, 1)
-
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">']
-    for value in y_ticks:
-        _, y = place(x_low, value)
-        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}" stroke="var(--faint)"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{y + 4}" text-anchor="end">{number(value)}</text>')
-    for value in x_ticks:
-        if x_low <= value <= x_high:
-            x, _ = place(value, y_low)
-            parts.append(f'<text x="{x}" y="{HEIGHT - 6}" text-anchor="middle">{number(value)}</text>')
-    for index, points in enumerate(series.values()):
-        colour = f"var(--series-{index % SERIES + 1})"
-        for run in _finite_runs(_thinned(points)):
-            placed = [place(x, y) for x, y in run]
-            if len(placed) == 1:
-                parts.append(f'<circle cx="{placed[0][0]}" cy="{placed[0][1]}" r="3" fill="{colour}"/>')
-            else:
-                line = " ".join(f"{x},{y}" for x, y in placed)
-                parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.75"/>')
-    return "".join([*parts, "</svg>"])
+SERIES = 6  # number of series colors of the page
+MAX_POINTS = 600  # of a line; a chart is 480 pixels wide
 
 
 def ticks(low: Number, high: Number, about: int) -> list[float]:
-    """Return round numbers, some `about` of them, the first at or below `low`, the last at or above `high`."""
+    """Return about `about` round numbers, the first at or below `low`, the last at or above `high`."""
     if high <= low:
         high = low + (abs(low) or 1)
     rough = (high - low) / about
@@ -64,8 +34,8 @@ def ticks(low: Number, high: Number, about: int) -> list[float]:
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 
-def number(value: Number) -> str:
-    """Write a tick's value: `0.25`, `1,500`, `20k`, `3e-05`."""
+def format_tick(value: Number) -> str:
+    """Return a tick label: `0.25`, `1,500`, `20k`, `3e-05`."""
     if value and abs(value) < 1e-3:
         return f"{value:.1e}".replace(".0e", "e")
     if abs(value) >= 1e4:
@@ -75,16 +45,75 @@ def number(value: Number) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def _span(values: Iterable[Number]) -> tuple[Number, Number]:
+@dataclasses.dataclass(frozen=True)
+class _Axes:
+    """A plot area: the spans of the data, and the area's edges in pixels."""
+
+    x: Span
+    y: Span
+    left: Number
+    right: Number
+    top: Number
+    bottom: Number
+
+    def pixel(self, x: Number, y: Number) -> tuple[float, float]:
+        """Return the pixel of a data point."""
+        across = (x - self.x[0]) / ((self.x[1] - self.x[0]) or 1) * (self.right - self.left)
+        up = (y - self.y[0]) / ((self.y[1] - self.y[0]) or 1) * (self.bottom - self.top)
+        return round(self.left + across, 1), round(self.bottom - up, 1)
+
+    def y_tick(self, y: Number, value: Number, *, text: Mapping[str, str] | None = None, **line: str) -> str:
+        """Return a horizontal grid line at `y`, labeled with `value`."""
+        _, py = self.pixel(self.x[0], y)
+        grid = _tag("line", **line, x1=self.left, x2=self.right, y1=py, y2=py)
+        return grid + _tag("text", format_tick(value), **text or {}, x=self.left - 8, y=py + 4, text_anchor="end")
+
+
+def _tag(name: str, body: str = "", **attributes: object) -> str:
+    """Return an SVG element; the attributes `class_` and `text_anchor` are written `class` and `text-anchor`."""
+    listed = "".join(f' {key.rstrip("_").replace("_", "-")}="{value}"' for key, value in attributes.items())
+    return f"<{name}{listed}>{body}</{name}>" if body else f"<{name}{listed}/>"
+
+
+# -------------------------------------------------------------------------------------------------- line charts
+
+
+def line_chart(series: Mapping[str, Points], title: str) -> str:
+    """Return an SVG of named lines over a common x axis, '' without finite values.
+
+    Lines have gaps at values that are not finite.
+    """
+    finite = [p for points in series.values() for p in points if math.isfinite(p[0]) and math.isfinite(p[1])]
+    if not finite:
+        return ""
+    width, height = 480, 200
+    x, y = _span(p[0] for p in finite), _span(p[1] for p in finite)
+    x_ticks, y_ticks = ticks(*x, 5), ticks(*y, 4)
+    axes = _Axes(x, (min(y_ticks), max(y_ticks)), left=52, right=width - 12, top=12, bottom=height - 26)
+    parts = [axes.y_tick(value, value, stroke="var(--faint)") for value in y_ticks]
+    for value in x_ticks:
+        if x[0] <= value <= x[1]:
+            px, _ = axes.pixel(value, axes.y[0])
+            parts.append(_tag("text", format_tick(value), x=px, y=height - 6, text_anchor="middle"))
+    for index, points in enumerate(series.values()):
+        color = f"var(--series-{index % SERIES + 1})"
+        for run in _finite_runs(points[:: max(1, -(-len(points) // MAX_POINTS))]):
+            pixels = [axes.pixel(*point) for point in run]
+            if len(pixels) == 1:
+                parts.append(_tag("circle", cx=pixels[0][0], cy=pixels[0][1], r=3, fill=color))
+            else:
+                line = " ".join(f"{px},{py}" for px, py in pixels)
+                parts.append(_tag("polyline", points=line, fill="none", stroke=color, stroke_width=1.75))
+    return _tag("svg", "".join(parts), viewBox=f"0 0 {width} {height}", role="img", aria_label=html.escape(title))
+
+
+def _span(values: Iterable[Number]) -> Span:
     values = list(values)
     return min(values), max(values)
 
 
-def _thinned(points: Points) -> Points:
-    return points[:: max(1, -(-len(points) // MAX_POINTS))]
-
-
 def _finite_runs(points: Points) -> list[list[tuple[Number, Number]]]:
+    """Split a line at points that are not finite."""
     runs: list[list[tuple[Number, Number]]] = [[]]
     for x, y in points:
         if math.isfinite(x) and math.isfinite(y):
@@ -92,3 +121,227 @@ def _finite_runs(points: Points) -> list[list[tuple[Number, Number]]]:
         elif runs[-1]:
             runs.append([])
     return [run for run in runs if run]
+
+
+# ----------------------------------------------------------------------------------------- effective robustness
+
+_ROBUSTNESS_STYLE = (
+    ".robustness{--paper:#fdfdfc;--ink:#1d1d1f;--soft:#6e6e73;--faint:#e6e6e9;--series-1:#3451d1;--series-2:#d9822b}"
+    "@media(prefers-color-scheme:dark){.robustness{--paper:#131316;--ink:#ececf0;--soft:#9a9aa3;--faint:#313138;"
+    "--series-1:#8ea2ff;--series-2:#f0a860}}"
+    ".robustness text{font:11px system-ui,sans-serif;fill:var(--soft)}.robustness .name{fill:var(--ink)}"
+)
+_ACCURACY_TICKS = (0.001, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)
+# Pixels: minimum distance of ticks, height of a line of text, width of a letter.
+_TICK_GAP, _LINE_HEIGHT, _LETTER = 28, 12, 7
+
+
+def robustness_chart(fit: LinearFit, points: Points, models: Mapping[str, tuple[Number, Number]]) -> str:
+    """Draw accuracy under distribution shift against ImageNet accuracy on logit axes (Radford et al. 2021, figure 13).
+
+    Args:
+      fit: drawn as a line, with the ideal y = x.
+      points: (ImageNet accuracy, accuracy under shift) of standard models, drawn as gray dots.
+      models: the same by name, drawn as dots with their names.
+
+    Returns:
+      A stand-alone SVG.
+
+    Raises:
+      ValueError: for accuracies of 0 or 1, which have no logit, or without points and models.
+    """
+    all_points = [*points, *models.values()]
+    if not all_points:
+        raise ValueError("nothing to plot: pass (ImageNet accuracy, accuracy under shift) of standard models or models")
+    width, height = 480, 360
+    x_n, y_n = [logit(x) for x, _ in all_points], [logit(y) for _, y in all_points]
+    # The y axis includes the range of x: the ideal line is always visible, and with it the robustness gap.
+    axes = _Axes(_with_margin(x_n), _with_margin([*y_n, *x_n]), left=52, right=width - 12, top=12, bottom=height - 44)
+    ideal = {"stroke": "var(--soft)", "stroke_dasharray": "4 4"}
+    fitted = {"stroke": "var(--series-2)", "stroke_width": 1.75}
+    parts = [
+        _tag("style", _ROBUSTNESS_STYLE),
+        _tag("rect", width=width, height=height, fill="var(--paper)"),
+        *_logit_grid(axes, width, height),
+        _clipped_line(axes, 1.0, 0.0, class_="ideal", **ideal),
+        _clipped_line(axes, fit.slope, fit.intercept, class_="fit", **fitted),
+    ]
+    for row, (text, stroke) in enumerate((("ideal", ideal), (f"fit of {fit.n} standard models", fitted))):
+        x, y = axes.left + 12, axes.top + 12 + 16 * row
+        parts += [_tag("line", x1=x, x2=x + 18, y1=y, y2=y, **stroke), _tag("text", text, x=x + 24, y=y + 4)]
+    for point in points:
+        cx, cy = axes.pixel(*map(logit, point))
+        parts.append(_tag("circle", class_="standard", cx=cx, cy=cy, r=3, fill="var(--soft)", fill_opacity=".6"))
+    return _tag(
+        "svg",
+        "".join([*parts, *_named_dots(axes, fit, models, width)]),
+        xmlns="http://www.w3.org/2000/svg",
+        class_="robustness",
+        viewBox=f"0 0 {width} {height}",
+        role="img",
+        aria_label="Accuracy under distribution shift against accuracy on ImageNet",
+    )
+
+
+def _clipped_line(axes: _Axes, slope: float, intercept: float, **attributes: object) -> str:
+    """Return the part of a line inside the axes, '' if there is none."""
+    ends = [axes.x[0], axes.x[1]]
+    if slope:
+        crossings = sorted((y - intercept) / slope for y in axes.y)
+        ends = [max(ends[0], crossings[0]), min(ends[1], crossings[1])]
+    if ends[0] >= ends[1] or (not slope and not axes.y[0] <= intercept <= axes.y[1]):
+        return ""
+    (x1, y1), (x2, y2) = (axes.pixel(x, slope * x + intercept) for x in ends)
+    return _tag("line", x1=x1, y1=y1, x2=x2, y2=y2, **attributes)
+
+
+def _logit_grid(axes: _Axes, width: int, height: int) -> list[str]:
+    """Return grid lines, tick labels in percent, and the names of the axes."""
+    parts = []
+    for value in _logit_ticks(axes.y, (axes.bottom - axes.top) / _TICK_GAP):
+        parts.append(axes.y_tick(logit(value), 100 * value, text={"class_": "y"}, stroke="var(--faint)"))
+    for value in _logit_ticks(axes.x, (axes.right - axes.left) / _TICK_GAP):
+        x, _ = axes.pixel(logit(value), axes.y[0])
+        parts.append(_tag("line", x1=x, x2=x, y1=axes.top, y2=axes.bottom, stroke="var(--faint)"))
+        parts.append(_tag("text", format_tick(100 * value), class_="x", x=x, y=axes.bottom + 16, text_anchor="middle"))
+    middle = (axes.top + axes.bottom) / 2
+    parts.append(_tag("text", "ImageNet (%)", x=(axes.left + axes.right) / 2, y=height - 8, text_anchor="middle"))
+    rotated = f"translate(14 {middle}) rotate(-90)"
+    return [*parts, _tag("text", "under shift (%)", transform=rotated, text_anchor="middle")]
+
+
+def _named_dots(axes: _Axes, fit: LinearFit, models: Mapping[str, tuple[Number, Number]], width: int) -> list[str]:
+    """Return a dot and a name for every model. Names that would overlap are moved down."""
+    parts, free = [], 0.0
+    pixels = sorted((*axes.pixel(logit(x), logit(y)), name) for name, (x, y) in models.items())
+    for cx, cy, name in sorted(pixels, key=lambda mark: mark[1]):
+        points = 100 * fit.effective_robustness(*models[name])
+        text, free = html.escape(name), max(cy + 4, free)
+        x, anchor = (cx + 7, "start") if cx + 7 + _LETTER * len(name) < width else (cx - 7, "end")
+        title = _tag("title", f"{text}: {points:+.1f} points of effective robustness")
+        parts.append(_tag("circle", title, class_="model", cx=cx, cy=cy, r=4, fill="var(--series-1)"))
+        parts.append(_tag("text", text, class_="name", x=f"{x:.1f}", y=f"{free:.1f}", text_anchor=anchor))
+        free += _LINE_HEIGHT
+    return parts
+
+
+def _with_margin(logits: Sequence[float]) -> Span:
+    low, high = min(logits), max(logits)
+    margin = 0.08 * (high - low) or 0.5
+    return low - margin, high + margin
+
+
+def _logit_ticks(span: Span, most: float) -> list[float]:
+    """Return at most `most` round accuracies in a span of logits, from _ACCURACY_TICKS if three of them are inside."""
+    low, high = expit(span[0]), expit(span[1])
+    inside = [value for value in _ACCURACY_TICKS if low <= value <= high]
+    if len(inside) < 3:
+        inside = [value for value in ticks(low, high, 5) if low <= value <= high and 0 < value < 1]
+    kept: list[float] = []
+    for value in inside:
+        if not kept or logit(value) - logit(kept[-1]) >= (span[1] - span[0]) / most:
+            kept.append(value)
+    return kept
+
+
+# ------------------------------------------------------------------------------- overlap with the training data
+
+# Literal colors, not CSS variables: SVG viewers without CSS variables show the light colors.
+_OVERLAP_STYLE = """
+.overlap text { font: 12px system-ui, sans-serif; fill: #6e6e73 } .overlap .name { fill: #1d1d1f }
+.overlap .grid { stroke: #e6e6e9 } .overlap .zero { stroke: #6e6e73 } .overlap .plain { fill: #5b6472; stroke: #5b6472 }
+.overlap .marked { fill: #3451d1; stroke: #3451d1 }
+@media (prefers-color-scheme: dark) {
+.overlap text { fill: #9a9aa3 } .overlap .name { fill: #ececf0 }
+.overlap .grid { stroke: #313138 } .overlap .zero { stroke: #9a9aa3 } .overlap .plain { fill: #a3acb9; stroke: #a3acb9 }
+.overlap .marked { fill: #8ea2ff; stroke: #8ea2ff } }
+"""
+_PANEL_WIDTH, _PANEL_HEIGHT = 480, 320  # pixels
+
+
+class _Point(NamedTuple):
+    """A circle with its interval. Units: x in percent, the others in points of accuracy. Marked ones have a name."""
+
+    name: str
+    x: Number
+    y: Number
+    low: Number
+    high: Number
+    marked: bool
+    title: str
+
+
+def overlap_chart(overlaps: Mapping[str, Overlap]) -> str:
+    """Draw the effect of overlap on accuracy against the fraction of overlap (Radford et al. 2021, figure 17).
+
+    Left panel: accuracy on overlapping minus on clean examples with its interval, for datasets with any overlap; marked
+    where the interval excludes 0. Right panel: accuracy on all minus on clean examples; marked where significant after
+    Bonferroni correction. The numbers are the tooltip of a circle.
+
+    Returns:
+      A stand-alone SVG.
+
+    Raises:
+      ValueError: without overlaps.
+    """
+    if not overlaps:
+        raise ValueError("nothing to plot: pass overlaps by dataset name, {'cifar10': analyze_overlap(…), …}")
+    left, right = [], []
+    for name, overlap in overlaps.items():
+        x, gain, title = 100 * overlap.fraction, 100 * overlap.gain, _overlap_title(name, overlap)
+        if overlap.overlapping:
+            low, high = (100 * end for end in overlap.interval)
+            left.append(_Point(name, x, 100 * overlap.difference, low, high, low > 0 or high < 0, title))
+        right.append(_Point(name, x, gain, gain, gain, overlap.significant, title))
+    x_ticks = ticks(0, max(point.x for point in right), 5)
+    panels = [
+        _overlap_panel(left, x_ticks, "Accuracy on overlapping − on clean examples, points", 0),
+        _overlap_panel(right, x_ticks, "Accuracy on all − on clean examples, points", _PANEL_WIDTH),
+    ]
+    return _tag(
+        "svg",
+        _tag("style", _OVERLAP_STYLE) + "".join(panels),
+        xmlns="http://www.w3.org/2000/svg",
+        viewBox=f"0 0 {2 * _PANEL_WIDTH} {_PANEL_HEIGHT}",
+        class_="overlap",
+        role="img",
+        aria_label="Accuracy by overlap with the training source",
+    )
+
+
+def _overlap_panel(points: Sequence[_Point], x_ticks: Sequence[Number], title: str, shift: int) -> str:
+    """Draw one panel, `shift` pixels to the right."""
+    y_ticks = ticks(min([0, *(p.low for p in points)]), max([0, *(p.high for p in points)]), 5)
+    axes = _Axes(
+        (x_ticks[0], x_ticks[-1]),
+        (y_ticks[0], y_ticks[-1]),
+        left=shift + 56,
+        right=shift + _PANEL_WIDTH - 16,
+        top=34,
+        bottom=_PANEL_HEIGHT - 44,
+    )
+    middle = shift + (56 + _PANEL_WIDTH - 16) / 2
+    parts = [_tag("text", title, class_="name", x=axes.left, y=axes.top - 16)]
+    parts += [axes.y_tick(value, value, class_="grid" if value else "zero") for value in y_ticks]
+    for value in x_ticks:
+        x, _ = axes.pixel(value, 0)
+        parts.append(_tag("text", format_tick(value), x=x, y=axes.bottom + 18, text_anchor="middle"))
+    parts.append(_tag("text", "Overlapping examples, %", x=middle, y=_PANEL_HEIGHT - 8, text_anchor="middle"))
+    for point in sorted(points, key=lambda point: point.marked):  # marked ones on top
+        (x, y), (_, low), (_, high) = (axes.pixel(point.x, value) for value in (point.y, point.low, point.high))
+        kind = "marked" if point.marked else "plain"
+        if low != high:
+            parts.append(_tag("line", class_=kind, x1=x, x2=x, y1=low, y2=high))
+        parts.append(_tag("circle", _tag("title", html.escape(point.title)), class_=kind, cx=x, cy=y, r=4))
+        if point.marked:
+            side, anchor = (8, "start") if x < middle else (-8, "end")
+            parts.append(_tag("text", html.escape(point.name), class_="name", x=x + side, y=y - 6, text_anchor=anchor))
+    return "".join(parts)
+
+
+def _overlap_title(name: str, overlap: Overlap) -> str:
+    return (
+        f"{name}: {overlap.overlapping:,} of {overlap.n:,} overlap ({overlap.fraction:.1%}); "
+        f"accuracy {overlap.accuracy:.1%}, clean {overlap.accuracy_clean:.1%}, "
+        f"overlapping {overlap.accuracy_overlapping:.1%}; corrected p {overlap.p_corrected:.2g}"
+    )

@@ -1,4 +1,4 @@
-"""Pictures of what a model does: answers to texts and pictures taken evenly from a set, and its worst mistakes."""
+"""Qualitative examples for a report: retrieved texts and images of evenly spaced queries, and the largest errors."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from clip_jax.evals.embed import embed_set
 from clip_jax.evals.ranking import score_blocks
 from clip_jax.typing import Embedder, EvalDataset
 
-THUMBNAIL = 96  # px of the longer side
+THUMBNAIL = 96  # pixels, the longer side
 
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """One answer, or one query, where `score` is NaN: a text, a picture as a data URI, or both."""
+    """A candidate or a query: text, image (data URI), or both. `score` is the cosine similarity, NaN for a query."""
 
     text: str
     image: str
     score: float
-    right: bool
+    correct: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A query and its answers, best first."""
+    """A query and its matches, best first."""
 
     query: Match
-    answers: tuple[Match, ...]
+    matches: tuple[Match, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Panels:
-    """What a report shows of one set. `mistakes` answer with the text that was chosen, then the right one."""
+    """Examples of one dataset. The matches of `mistakes` are the predicted text and the correct one."""
 
     name: str
     text_to_image: tuple[Row, ...]
@@ -47,70 +47,62 @@ class Panels:
 
 
 def panels(
-    embedder: Embedder, eval_set: EvalDataset, *, texts: int = 6, pictures: int = 6, answers: int = 5, mistakes: int = 6
+    embedder: Embedder, dataset: EvalDataset, *, texts: int = 6, images: int = 6, matches: int = 5, mistakes: int = 6
 ) -> Panels:
-    """Return a set's panels: so many texts, pictures and mistakes as rows, so many answers in each.
+    """Return the examples of a dataset.
 
-    Queries stand at even distances in the set: nobody picked them. Mistakes are those pictures whose best wrong text is
-    ahead of the right one by most. Give the CachedEmbedder that the metrics used, and nothing is embedded twice.
+    Args:
+      embedder: pass the CachedEmbedder that computed the metrics to reuse its embeddings.
+      texts, images: number of queries, evenly spaced in the dataset.
+      matches: number of candidates per query.
+      mistakes: number of images whose best incorrect text has the largest lead over the best correct text.
     """
-    image_nE, text_ME = embed_set(embedder, eval_set)
+    image_nE, text_ME = embed_set(embedder, dataset)
 
-    def shown(score: float, right: bool, *, text: int | None = None, image: int | None = None) -> Match:
-        name = eval_set.image_names[image] if image is not None and len(eval_set.image_names) else ""
-        said = eval_set.texts[text][0] if text is not None else name
-        return Match(said, "" if image is None else thumbnail(eval_set.images[image]), score, right)
+    def match(score: float, correct: bool, *, text: int | None = None, image: int | None = None) -> Match:
+        name = dataset.image_names[image] if image is not None and len(dataset.image_names) else ""
+        caption = dataset.texts[text][0] if text is not None else name
+        return Match(caption, "" if image is None else thumbnail(dataset.images[image]), score, correct)
 
-    asked_t = _evenly(eval_set.asked_texts(), texts)
+    text_ids = _evenly_spaced(dataset.asked_texts(), texts)
+    best_images = _best(text_ME[text_ids], image_nE, matches)
     text_rows = [
-        Row(shown(math.nan, True, text=t), tuple(shown(s, bool(right_n[i]), image=i) for i, s in best))
-        for t, right_n, best in zip(
-            asked_t.tolist(),
-            eval_set.right_images(asked_t),
-            _best(text_ME[asked_t], image_nE, answers),
-            strict=True,
-        )
+        Row(match(math.nan, True, text=t), tuple(match(s, bool(correct_n[i]), image=i) for i, s in best))
+        for t, correct_n, best in zip(text_ids.tolist(), dataset.right_images(text_ids), best_images, strict=True)
     ]
-    asked_p = _evenly(np.arange(len(image_nE)), pictures)
+    image_ids = _evenly_spaced(np.arange(len(image_nE)), images)
+    best_texts = _best(image_nE[image_ids], text_ME, matches)
     image_rows = [
-        Row(shown(math.nan, True, image=i), tuple(shown(s, bool(right_M[t]), text=t) for t, s in best))
-        for i, right_M, best in zip(
-            asked_p.tolist(),
-            eval_set.right_texts(asked_p),
-            _best(image_nE[asked_p], text_ME, answers),
-            strict=True,
-        )
+        Row(match(math.nan, True, image=i), tuple(match(s, bool(correct_M[t]), text=t) for t, s in best))
+        for i, correct_M, best in zip(image_ids.tolist(), dataset.right_texts(image_ids), best_texts, strict=True)
     ]
     mistake_rows = [
-        Row(
-            shown(math.nan, True, image=i),
-            (shown(said_score, False, text=t), shown(right_score, True, text=right)),
-        )
-        for i, t, right, said_score, right_score in _mistakes(image_nE, text_ME, eval_set, mistakes)
+        Row(match(math.nan, True, image=i), (match(score, False, text=t), match(correct_score, True, text=correct)))
+        for i, t, correct, score, correct_score in _mistakes(image_nE, text_ME, dataset, mistakes)
     ]
-    return Panels(eval_set.name, tuple(text_rows), tuple(image_rows), tuple(mistake_rows))
+    return Panels(dataset.name, tuple(text_rows), tuple(image_rows), tuple(mistake_rows))
 
 
 def thumbnail(encoded: bytes) -> str:
-    """Return a picture as a data URI of at most THUMBNAIL px, transparency kept."""
+    """Return an image as a WebP data URI of at most THUMBNAIL pixels, with its transparency."""
     from PIL import Image
 
-    picture = Image.open(io.BytesIO(encoded))
-    picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    image = Image.open(io.BytesIO(encoded))
+    image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
     out = io.BytesIO()
-    picture.save(out, "WEBP", quality=80, method=4)
+    image.save(out, "WEBP", quality=80, method=4)
     return "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode()
 
 
-def _evenly(items: np.ndarray, count: int) -> np.ndarray:
+def _evenly_spaced(items: np.ndarray, count: int) -> np.ndarray:
     return items[np.unique(np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int))]
 
 
 def _best(
     queries_NE: Float[np.ndarray, "N E"], candidates_ME: Float[np.ndarray, "M E"], count: int
 ) -> list[list[tuple[int, float]]]:
-    """Return for each query the best candidates with their scores; those without a score are left out."""
+    """Return (candidate, score) of the best candidates of each query, without NaN scores."""
     result = []
     for _, scores_nM in score_blocks(queries_NE, candidates_ME):
         for scores_M in scores_nM:
@@ -120,21 +112,18 @@ def _best(
 
 
 def _mistakes(
-    image_nE: Float[np.ndarray, "n E"],
-    text_ME: Float[np.ndarray, "M E"],
-    eval_set: EvalDataset,
-    count: int,
+    image_nE: Float[np.ndarray, "n E"], text_ME: Float[np.ndarray, "M E"], dataset: EvalDataset, count: int
 ) -> Sequence[tuple[int, int, int, float, float]]:
-    """Return (picture, wrong text, best right text, their scores), the largest lead first."""
+    """Return (image, best incorrect text, best correct text, their scores), the largest lead first."""
     found: list[tuple[float, int, int, int, float, float]] = []
     for rows, scores_bM in score_blocks(image_nE, text_ME):
-        right_bM, scores_bM = eval_set.right_texts(rows), np.nan_to_num(scores_bM, nan=-np.inf)
-        wrong_bM, best_bM = np.where(right_bM, -np.inf, scores_bM), np.where(right_bM, scores_bM, -np.inf)
-        said_b, right_b = wrong_bM.argmax(1), best_bM.argmax(1)
-        said_score_b, right_score_b = wrong_bM.max(1), best_bM.max(1)
-        lead_b = np.where(np.isfinite(right_score_b), said_score_b - np.nan_to_num(right_score_b), -np.inf)
+        correct_bM, scores_bM = dataset.right_texts(rows), np.nan_to_num(scores_bM, nan=-np.inf)
+        wrong_bM, right_bM = np.where(correct_bM, -np.inf, scores_bM), np.where(correct_bM, scores_bM, -np.inf)
+        wrong_b, right_b = wrong_bM.argmax(1), right_bM.argmax(1)
+        wrong_score_b, right_score_b = wrong_bM.max(1), right_bM.max(1)
+        lead_b = np.where(np.isfinite(right_score_b), wrong_score_b - np.nan_to_num(right_score_b), -np.inf)
         for j in np.argsort(-lead_b)[:count]:
             if lead_b[j] > 0:
-                scores = float(said_score_b[j]), float(right_score_b[j])
-                found.append((lead_b[j], rows.start + int(j), int(said_b[j]), int(right_b[j]), *scores))
+                scores = float(wrong_score_b[j]), float(right_score_b[j])
+                found.append((lead_b[j], rows.start + int(j), int(wrong_b[j]), int(right_b[j]), *scores))
     return [entry[1:] for entry in sorted(found, reverse=True)[:count]]

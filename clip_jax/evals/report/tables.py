@@ -1,4 +1,4 @@
-"""Numbers for elsewhere: a row of open_clip's table of results, and the draft of a model card."""
+"""Results as text: console table, row of open_clip's results table, draft of a model card."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from clip_jax.evals.datasets.registry import DATASETS, SUITES, Dataset
-from clip_jax.evals.report.files import results
+from clip_jax.evals.report.charts import Number
+from clip_jax.evals.report.results import format_count, language, results
 
 if TYPE_CHECKING:
     from clip_jax.config import WeightsConfig
@@ -28,8 +29,36 @@ _ORDER = (
 _AVERAGE = "Average perf. on 38 datasets"
 
 
+def text_table(metrics: Mapping[str, Number | None]) -> str:
+    """Return the metrics as an aligned table: metric, value, candidates, chance, baseline.
+
+    The columns interval, published and threshold exist where a metric has them. A dataset whose name ends in a language
+    code gets a single row, image-to-text recall@5; report.json has all of its metrics.
+    """
+    rows = [r for r in results(metrics) if not language(r.dataset) or r.measure == "image_to_text/recall_at_5"]
+    columns = {
+        "metric": [r.key for r in rows],
+        "value": [r.format(r.value) for r in rows],
+        "interval": [r.interval for r in rows],
+        "candidates": [format_count(r.candidates) for r in rows],
+        "chance": [r.format(r.chance) for r in rows],
+        "baseline": [r.format(r.baseline) for r in rows],
+        "published": ["" if r.published is None else r.format(r.published) for r in rows],
+        "threshold": [
+            "" if r.threshold is None else f"{r.format(r.threshold)} {'passed' if r.passed else 'MISSED'}" for r in rows
+        ],
+    }
+    for optional in ("interval", "published", "threshold"):
+        if not any(columns[optional]):
+            del columns[optional]
+    lines = [tuple(columns), *zip(*columns.values(), strict=True)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    aligned = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
+    return "\n".join([aligned[0], "-" * max(map(len, aligned)), *aligned[1:]])
+
+
 def headline(row: Dataset, metrics: Mapping[str, float]) -> float | None:
-    """Return the one number of a set, as datacomp takes it, or None if it was not measured or is not finite."""
+    """Return a dataset's main metric as datacomp defines it, or None if it is missing or not finite."""
     if row.task == "retrieval":
         keys = [f"retrieval/{row.name}/{way}/recall_at_1" for way in ("image_to_text", "text_to_image")]
     else:
@@ -39,9 +68,13 @@ def headline(row: Dataset, metrics: Mapping[str, float]) -> float | None:
 
 
 def open_clip_csv(name: str, pretrained: str, parameters: int, flops: float, metrics: Mapping[str, float]) -> str:
-    """Return head and row in open_clip's columns, then those of our other sets; empty where there is no number.
+    """Return a header and a row with the columns of open_clip's table, then one column per other evaluated dataset.
 
-    The average is there where all of its 38 sets have one. flops: of one picture and one text.
+    Args:
+      flops: of one image and one text.
+
+    Returns:
+      CSV text. Cells without a value are empty; so is the average, unless all of its 38 datasets have a value.
     """
     others = [key for key in DATASETS if key not in _ORDER and headline(DATASETS[key], metrics) is not None]
     values = {DATASETS[key].title: headline(DATASETS[key], metrics) for key in (*_ORDER, *others)}
@@ -55,8 +88,8 @@ def open_clip_csv(name: str, pretrained: str, parameters: int, flops: float, met
     return text.getvalue()
 
 
-def model_card(facts: Mapping[str, Any], outcome: EvalReport, config: WeightsConfig) -> str:
-    """Return a draft in Markdown, with the hub's head: what was measured is filled in, the rest is asked for."""
+def model_card(run: Mapping[str, Any], report: EvalReport, config: WeightsConfig) -> str:
+    """Return a draft of a Hugging Face model card in Markdown: measured values, and placeholders for the rest."""
     spec, image, text = config.preprocess, config.model.image, config.model.text
     lines = [
         "---",
@@ -66,30 +99,30 @@ def model_card(facts: Mapping[str, Any], outcome: EvalReport, config: WeightsCon
         "license: # fill in",
         "---",
         "",
-        f"# {facts['name']}",
+        f"# {run['name']}",
         "",
-        f"A CLIP (Radford et al. 2021): `{facts['architecture']}`, {facts['parameters']:,} parameters, pictures of"
-        f" {image.image_size} px, texts of {text.length} tokens. Pixels: {spec.resize}, {spec.interpolation}, mean"
-        f" {spec.mean}, standard deviation {spec.std}. Source: {config.source or 'fill in'}.",
+        f"A CLIP model (Radford et al. 2021): `{run['architecture']}`, {run['parameters']:,} parameters, images of"
+        f" {image.image_size} px, texts of {text.length} tokens. Preprocessing: {spec.resize}, {spec.interpolation},"
+        f" mean {spec.mean}, standard deviation {spec.std}. Source: {config.source or 'fill in'}.",
         "",
-        "## Intended use, data, limits",
+        "## Intended use, data, limitations",
         "",
-        "Fill in: what it was trained on and under which licences, what it is for and what it is not for, which groups"
-        " of people and languages the data leaves out (`clip_jax.evals.analysis.bias` measures by group).",
+        "Fill in: training data and its licenses, intended and out-of-scope uses, groups of people and languages that"
+        " the data does not represent (`clip_jax.evals.analysis.bias` evaluates by group).",
         "",
         "## Evaluation",
         "",
-        "Fractions with intervals at 95 %; for few-shot the range of the draws. Ties count against the model.",
+        "Fractions with 95 % confidence intervals; few-shot: range over draws. Ties count as errors.",
         "",
-        "| set and measure | value | interval | published |",
+        "| dataset and measure | value | interval | published |",
         "|---|--:|--:|--:|",
     ]
-    for result in results(outcome.metrics):
+    for result in results(report.metrics):
         interval = f"{result.low:.3f} to {result.high:.3f}" if result.low is not None else ""
-        number = "" if result.published is None else f"{result.published:.3f}"
-        lines.append(f"| {result.key} | {result.value:.3f} | {interval} | {number} |")
-    lines += ["", "What they are of:", "", *(f"- {key}: {said}." for key, said in outcome.described.items())]
-    missing = outcome.skipped | {key: f"failed: {reason}" for key, reason in outcome.failed.items()}
+        published = "" if result.published is None else f"{result.published:.3f}"
+        lines.append(f"| {result.key} | {result.value:.3f} | {interval} | {published} |")
+    lines += ["", "Evaluation setup:", "", *(f"- {key}: {setup}." for key, setup in report.described.items())]
+    missing = report.skipped | {key: f"failed: {reason}" for key, reason in report.failed.items()}
     if missing:
-        lines += ["", "Not measured:", "", *(f"- {key}: {reason}" for key, reason in missing.items())]
+        lines += ["", "Not evaluated:", "", *(f"- {key}: {reason}" for key, reason in missing.items())]
     return "\n".join(lines) + "\n"

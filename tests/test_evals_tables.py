@@ -1,4 +1,4 @@
-"""A row of open_clip's table and a model card: each number in its place, and none where there is none."""
+"""A row of open_clip's results table, and the model card: complete, in order, empty cells for missing results."""
 
 import csv
 import dataclasses
@@ -16,7 +16,7 @@ from clip_jax.evals.report.tables import model_card, open_clip_csv
 from clip_jax.models.flops import forward_flops
 from tests.tiny_benchmark import PROBES, ROW, WrongInThirds, evaluate
 
-# The head of https://github.com/mlfoundations/open_clip/blob/89fb801/docs/openclip_results.csv.
+# The header of https://github.com/mlfoundations/open_clip/blob/89fb801/docs/openclip_results.csv.
 FIRST = ["name", "pretrained", "params (M)", "FLOPs (B)"]
 AVERAGE = "Average perf. on 38 datasets"
 # fmt: off
@@ -31,10 +31,10 @@ OPEN_CLIP = [
 
 
 def _all_measured():
-    """Return metrics of every set of datacomp, each another, and what stands in its column."""
-    metrics, column = {}, {}
-    for place, name in enumerate(registry.SUITES["datacomp"]):
-        row, value = registry.DATASETS[name], (1 + place) / 39
+    """Return distinct metrics of every datacomp dataset, and the expected value of each column."""
+    metrics, columns = {}, {}
+    for index, name in enumerate(registry.SUITES["datacomp"]):
+        row, value = registry.DATASETS[name], (1 + index) / 39
         if row.task == "retrieval":
             metrics |= {
                 f"retrieval/{name}/image_to_text/recall_at_1": value + 0.01,
@@ -42,8 +42,8 @@ def _all_measured():
             }
         else:
             metrics[f"zeroshot/{name}/{row.metric}"] = value
-        column[row.title] = value
-    return metrics, column
+        columns[row.title] = value
+    return metrics, columns
 
 
 def _read(text):
@@ -51,27 +51,27 @@ def _read(text):
     return row
 
 
-def test_the_row_for_open_clip_has_its_columns_in_its_order():
+def test_columns_and_their_order_equal_open_clip_s_table():
     assert len(OPEN_CLIP) == len(registry.SUITES["datacomp"]) == 38
-    metrics, column = _all_measured()
+    metrics, columns = _all_measured()
     text = open_clip_csv("vit_b32", "weights.pt", 151_277_313, sum(forward_flops(MODELS["vit_b32"])), metrics)
     assert text.splitlines()[0].split(",") == [*FIRST, AVERAGE, *OPEN_CLIP]
     row = _read(text)
     assert (row["name"], row["pretrained"]) == ("vit_b32", "weights.pt")
-    assert (row["params (M)"], row["FLOPs (B)"]) == ("151.28", "14.78")  # as in its table for ViT-B-32
-    assert {title: row[title] for title in OPEN_CLIP} == {title: f"{column[title]:.4f}" for title in OPEN_CLIP}
+    assert (row["params (M)"], row["FLOPs (B)"]) == ("151.28", "14.78")  # as for ViT-B-32 in open_clip's table
+    assert {title: row[title] for title in OPEN_CLIP} == {title: f"{columns[title]:.4f}" for title in OPEN_CLIP}
 
 
-def test_the_average_has_four_digits_too():
-    metrics, column = _all_measured()
-    assert _read(open_clip_csv("a", "b", 1, 1e7, metrics))[AVERAGE] == f"{sum(column.values()) / 38:.4f}"
+def test_the_average_has_four_digits():
+    metrics, columns = _all_measured()
+    assert _read(open_clip_csv("a", "b", 1, 1e7, metrics))[AVERAGE] == f"{sum(columns.values()) / 38:.4f}"
 
 
 @pytest.mark.parametrize("missing", ["zeroshot/geode/worst_group_top1", "retrieval/mscoco/text_to_image/recall_at_1"])
-def test_the_average_is_there_only_where_all_38_are(missing):
-    metrics, column = _all_measured()
+def test_the_average_requires_all_38_results(missing):
+    metrics, columns = _all_measured()
     np.testing.assert_allclose(
-        float(_read(open_clip_csv("a", "b", 1, 1e7, metrics))[AVERAGE]), sum(column.values()) / 38, atol=5e-5
+        float(_read(open_clip_csv("a", "b", 1, 1e7, metrics))[AVERAGE]), sum(columns.values()) / 38, atol=5e-5
     )
     title = registry.DATASETS[missing.split("/")[1]].title
     without = {key: value for key, value in metrics.items() if key != missing}
@@ -81,11 +81,11 @@ def test_the_average_is_there_only_where_all_38_are(missing):
         assert sum(row[title] != "" for title in OPEN_CLIP) == 37
 
 
-def test_other_sets_follow_and_what_is_no_headline_stands_nowhere():
+def test_other_datasets_follow_with_their_main_metric_only():
     metrics = {
         "zeroshot/digits/top1": 0.5,
         "zeroshot/digits/top5": 0.75,
-        "zeroshot/pets/top1": 0.25,  # whose own measure is the mean per class
+        "zeroshot/pets/top1": 0.25,  # its main metric is mean_per_class
         "linear_probe/cifar10/top1": 0.875,
     }
     row = _read(open_clip_csv("a", "b", 1, 1e7, metrics))
@@ -99,30 +99,30 @@ def test_other_sets_follow_and_what_is_no_headline_stands_nowhere():
     }
 
 
-def test_the_model_card_has_every_number_what_it_is_of_and_what_is_missing(monkeypatch):
+def test_the_model_card_has_all_metrics_their_setup_and_missing_datasets(monkeypatch):
     architecture = MODELS["emoji"]
     row = dataclasses.replace(ROW, name="cifar10")
-    outcome = evaluate(monkeypatch, WrongInThirds(), row, ("zeroshot", *PROBES), architecture="vit_b32")
-    outcome = EvalReport(
-        outcome.metrics, outcome.described, {}, {"zeroshot/pets": "not on this machine"}, {"zeroshot/dtd": "0.tar ends"}
+    report = evaluate(monkeypatch, WrongInThirds(), row, ("zeroshot", *PROBES), architecture="vit_b32")
+    report = EvalReport(
+        report.metrics, report.described, {}, {"zeroshot/pets": "not on this machine"}, {"zeroshot/dtd": "0.tar ends"}
     )
-    facts = {"name": "mine", "architecture": "emoji", "parameters": 3_497_567}
-    card = model_card(facts, outcome, WeightsConfig(architecture))
+    run = {"name": "mine", "architecture": "emoji", "parameters": 3_497_567}
+    card = model_card(run, report, WeightsConfig(architecture))
     assert card.startswith("---\n") and "# mine\n" in card and "3,497,567 parameters" in card
     rows = {
         cells[0]: cells[1:]
         for line in card.splitlines()
-        if (cells := line.strip("| ").split(" | "))[0] in outcome.metrics
+        if (cells := line.strip("| ").split(" | "))[0] in report.metrics
     }
     attributes = ("candidates", "chance", "majority_class", "ci_low", "ci_high", "min", "max", "published")
-    numbers = {key for key in outcome.metrics if key.rpartition("/")[2] not in attributes}
+    numbers = {key for key in report.metrics if key.rpartition("/")[2] not in attributes}
     assert set(rows) == numbers and {"zeroshot/cifar10/top1", "few_shot/cifar10/1_shot"} <= numbers
     for key, (value, interval, *_) in rows.items():
-        assert value == f"{outcome.metrics[key]:.3f}"
-        low, high = ("min", "max") if key.startswith("few_shot") else ("ci_low", "ci_high")
-        ends = (outcome.metrics[f"{key}/{end}"] for end in (low, high))
-        assert interval.rstrip(" |") == "{:.3f} to {:.3f}".format(*ends)
-    assert rows["zeroshot/cifar10/top1"][2].strip(" |") == f"{outcome.metrics['zeroshot/cifar10/top1/published']:.3f}"
-    for key, said in itertools.chain(outcome.described.items(), outcome.skipped.items()):
-        assert f"- {key}: {said}" in card
+        assert value == f"{report.metrics[key]:.3f}"
+        ends = ("min", "max") if key.startswith("few_shot") else ("ci_low", "ci_high")
+        low, high = (report.metrics[f"{key}/{end}"] for end in ends)
+        assert interval.rstrip(" |") == f"{low:.3f} to {high:.3f}"
+    assert rows["zeroshot/cifar10/top1"][2].strip(" |") == f"{report.metrics['zeroshot/cifar10/top1/published']:.3f}"
+    for key, setup in itertools.chain(report.described.items(), report.skipped.items()):
+        assert f"- {key}: {setup}" in card
     assert "- zeroshot/dtd: failed: 0.tar ends" in card

