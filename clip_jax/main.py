@@ -93,9 +93,7 @@ def _check_names(config: configs.Config) -> None:
     from clip_jax.evals.datasets import LOADERS
     from clip_jax.evals.datasets.registry import DATASETS
     from clip_jax.evals.suite import REGISTRY
-    from clip_jax.losses import LOSSES
 
-    configs.check_name("loss.name", config.loss.name, LOSSES)
     configs.check_name("data.source", config.data.source, SOURCES)
     for name, task in config.eval.tasks.items():
         configs.check_name(f"eval.tasks.{name}.evaluator", task.evaluator, EVALUATORS)

@@ -200,8 +200,3 @@ class Embedder(Protocol):
 
 # (embedder, eval set) -> {'retrieval/<set>/image_to_text/recall_at_1': fraction, …}
 Evaluator = Callable[[Embedder, EvalDataset], dict[str, float]]
-
-# (image_embeddings_bE, text_embeddings_bE, logit_scale, logit_bias, axis, ids) -> (scalar, metrics); `axis` names the
-# mesh axes that the batch is sharded over, as inside `jax.shard_map`, or is None on one device; `ids`, of images and of
-# texts, say which of them match, where it is not row by row.
-Loss = Callable[..., tuple[Float[Array, ""], Metrics]]

@@ -78,8 +78,8 @@ def resolve(config: Config, *, devices: int, processes: int = 1, examples: int |
             re.compile(pattern)
         except re.error as error:
             raise ValueError(f"optim.{key}={pattern!r} is no regular expression ({error}); e.g. '^image/'") from error
-    if config.loss.name == "sigmoid" and not config.model.logit_bias:
-        raise ValueError("loss.name='sigmoid' has a bias that the model lacks: set model.logit_bias=True")
+    if config.loss.needs_logit_bias and not config.model.logit_bias:
+        raise ValueError(f"loss.name={config.loss.name!r} has a bias that the model lacks: set model.logit_bias=True")
     teacher = config.teacher
     if teacher.model:
         check_name("teacher.model", teacher.model, MODELS)

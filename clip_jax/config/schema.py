@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Literal
 
+from clip_jax.losses import ContrastiveLoss, SoftmaxLoss
 from clip_jax.models.architecture import Architecture, Preprocess
 
 
@@ -83,18 +84,6 @@ class DataConfig:
     max_bad_fraction: float = 0.01  # of the records read so far: above it, the run ends and names some
     decode_threads: int = 0  # 0: as many as cores
     prefetch_batches: int = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class LossConfig:
-    """The objective."""
-
-    name: str = "softmax"  # a name in clip_jax.losses.LOSSES
-    logit_scale_init: float = 1 / 0.07
-    logit_scale_max: float = 100.0
-    logit_bias_init: float = -10.0  # of models with a logit bias
-    # What images of other pairs are to a caption of the same tokens: templates and classes as captions make many.
-    equal_captions: Literal["negatives", "positives"] = "negatives"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,7 +210,7 @@ class Config:
     tokenizer: TokenizerConfig = TokenizerConfig()
     preprocess: Preprocess = Preprocess()
     data: DataConfig = DataConfig()
-    loss: LossConfig = LossConfig()
+    loss: ContrastiveLoss = SoftmaxLoss()  # the class that LOSSES has for loss.name
     init: InitConfig = InitConfig()
     teacher: TeacherConfig = TeacherConfig()
     optim: OptimConfig = OptimConfig()
