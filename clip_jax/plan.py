@@ -23,7 +23,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from clip_jax import config as configs
-from clip_jax.command import given_config, parse_flags
+from clip_jax.command import checked_config, parse_flags
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -151,7 +151,7 @@ def _search(options: types.SimpleNamespace, config: configs.Config | None, topol
 def _config(given: ConfigDict | None) -> configs.Config:
     if given is None:
         raise ValueError("give --config, e.g. --config=configs/vit_l14.py, or --loss_only")
-    return given_config(given)
+    return checked_config(given)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from clip_jax.config.build import (
     to_json,
 )
 from clip_jax.config.models import MODELS, SIGLIP_PREPROCESS, name_of, preprocess_of, siglip_image, tokenizer_of
-from clip_jax.config.resolve import Resolved, resolve
+from clip_jax.config.resolve import Resolved, check_local_path, check_local_paths, resolve
 from clip_jax.config.schema import (
     AugmentConfig,
     CheckpointConfig,
@@ -66,6 +66,8 @@ __all__ = [
     "WeightsConfig",
     "build",
     "check",
+    "check_local_path",
+    "check_local_paths",
     "check_name",
     "default_config",
     "differences",
