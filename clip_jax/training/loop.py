@@ -140,7 +140,9 @@ def prepare(config: Config, directory: epath.Path, export: str | None = None) ->
             workdir.check_outputs(directory, export)
             workdir.write_config(directory, config)
     mesh = sharding.make_mesh(fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
-    optimizer = optim.make_optimizer(config.optim, resolved.total_steps, seed=config.train.seed)
+    optimizer = optim.make_optimizer(
+        config.optim, resolved.total_steps, architecture=config.model, seed=config.train.seed
+    )
     model = step.model_from_config(config, mesh)
     return Run(resolved, mesh, source, tokenizer, model, optimizer, directory, PreemptionMonitor())
 
