@@ -76,7 +76,6 @@ def train(config: Config, directory: str, export: str | None = None) -> bool:
     """Train, evaluate, write the report and export the weights; resumes from the checkpoints in `directory`.
 
     Args:
-      config: config of the run.
       directory: workdir of the run, a local path or a URL that all hosts can reach.
       export: msgpack file for the final weights, a local path or a URL.
 
