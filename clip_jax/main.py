@@ -96,16 +96,14 @@ def _check_names(config: configs.Config) -> None:
     """Raise ValueError for a name that is not in its registry."""
     from clip_jax.data import SOURCES
     from clip_jax.evals import EVALUATORS
-    from clip_jax.evals.datasets import LOADERS
     from clip_jax.evals.datasets.registry import DATASETS
-    from clip_jax.evals.suite import REGISTRY
 
     configs.check_name("data.source", config.data.source, SOURCES)
     for name, task in config.eval.tasks.items():
         configs.check_name(f"eval.tasks.{name}.evaluator", task.evaluator, EVALUATORS)
-        configs.check_name(f"eval.tasks.{name}.source", task.source, [*LOADERS, REGISTRY])
-        if task.source == REGISTRY:
-            configs.check_name(f"eval.tasks.{name}.split", task.split, DATASETS)
+        configs.check_name(f"eval.tasks.{name}.dataset", task.dataset, DATASETS)
+    if config.eval.baselines_dataset:
+        configs.check_name("eval.baselines_dataset", config.eval.baselines_dataset, DATASETS)
 
 
 def _exit(code: int, message: str, *, with_traceback: bool = False) -> NoReturn:

@@ -99,86 +99,88 @@ class Tokenizer(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalDataset:
-    """Pictures with the texts or classes that are right for them.
-
-    images: encoded pictures (PNG, JPEG, WebP).
-    texts: the candidates, captions or classes; several wordings of one are averaged as embeddings.
-    targets: for every image the index in `texts` that is right, or for several at once whether each is.
-    image_names: what a report writes under a picture.
-    attribution: what the licences of the pictures ask to be said where they are shown.
-    groups: which part of the set an image is of, for the worst of them; negative for none.
-    metric: the main metric, a name in `clip_jax.evals.metrics.METRICS`; retrieval has recall.
-    """
-
-    name: str
-    images: Sequence[bytes]
-    texts: Sequence[tuple[str, ...]]
-    targets: Int64[np.ndarray, "n"] | Bool[np.ndarray, "n M"]
-    image_names: Sequence[str] = ()
-    attribution: str = ""
-    groups: Int64[np.ndarray, "n"] | None = None
-    metric: str = "top1"
-
-    def right_pairs(self) -> tuple[Int64[np.ndarray, "m"], Int64[np.ndarray, "m"]]:
-        """Return the images and the texts of all pairs that belong together."""
-        return np.nonzero(self.targets) if self.targets.ndim == 2 else (np.arange(len(self.targets)), self.targets)
-
-    def right_texts(self, images: slice | Int64[np.ndarray, "m"]) -> Bool[np.ndarray, "m M"]:
-        """Tell of these images which texts are right."""
-        targets = self.targets[images]
-        return targets if targets.ndim == 2 else targets[:, None] == np.arange(len(self.texts))
-
-    def asked_texts(self) -> Int64[np.ndarray, "m"]:
-        """Return the texts that an image belongs to."""
-        return np.flatnonzero(self.targets.any(0)) if self.targets.ndim == 2 else np.unique(self.targets)
-
-    def right_images(self, texts: Int64[np.ndarray, "m"]) -> Bool[np.ndarray, "m n"]:
-        """Tell of these texts for which images they are right."""
-        return self.targets[:, texts].T if self.targets.ndim == 2 else texts[:, None] == self.targets
-
-
-@dataclasses.dataclass(frozen=True)
 class Cue:
-    """A cue (WinoGAViL): a word, its candidate images (indices into `DatasetSplit.images`), the correct ones."""
+    """A cue of an association dataset (WinoGAViL): a word, its candidate images, and the associated ones."""
 
     text: str
-    candidates: Int64[np.ndarray, "m"]
-    right: Bool[np.ndarray, "m"]
+    candidates: Int64[np.ndarray, "m"]  # indices of images
+    associated: Bool[np.ndarray, "m"]
 
 
 @dataclasses.dataclass(frozen=True)
 class DatasetSplit:
-    """A split of an evaluation dataset as it is stored: pictures, and what is right of each.
+    """A split of an evaluation dataset as stored."""
 
-    images: encoded pictures (PNG, JPEG, WebP), read when they are asked for.
-    targets: of each picture its class, or for several classes at once whether each is right; None for captions.
-    captions: of each picture its captions, one or more; empty where classes are asked for.
-    cues: of associations, which share their pictures; empty elsewhere.
-    class_names, templates: as the data brings them, in the order of class ids; empty where it doesn't.
-    metadata: whole numbers that each picture comes with, such as a region or an income group.
-    fingerprint: a short hash that changes when what is stored changes.
-    """
-
-    images: Sequence[bytes]
+    images: Sequence[bytes]  # encoded (PNG, JPEG, WebP), read on access
+    # Class ids, or bool[n Q] for several classes per image; None for captions and cues.
     targets: Int64[np.ndarray, "n"] | Bool[np.ndarray, "n Q"] | None
-    captions: Sequence[tuple[str, ...]] = ()
-    class_names: tuple[str, ...] = ()
+    captions: Sequence[tuple[str, ...]] = ()  # one or more per image; empty for classes
+    class_names: tuple[str, ...] = ()  # by class id; empty if not stored with the data
     templates: tuple[str, ...] = ()
-    metadata: Int64[np.ndarray, "n F"] | None = None
-    fingerprint: str = ""
-    cues: Sequence[Cue] = ()
+    metadata: Int64[np.ndarray, "n F"] | None = None  # e.g. region or income group
+    fingerprint: str = ""  # hash of the content, the key of cached features
+    cues: Sequence[Cue] = ()  # of association datasets
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalDataset:
+    """The test split of an evaluation dataset, with candidate texts, as evaluators get it."""
+
+    name: str  # in metric keys: `<evaluator>/<name>/<metric>`
+    images: Sequence[bytes]  # encoded (PNG, JPEG, WebP), read on access
+    # Candidate captions, or the prompts of each class or cue, whose embeddings are averaged.
+    texts: Sequence[tuple[str, ...]]
+    # Index of the correct text of each image, or bool[n M] for several correct texts; None for cues.
+    targets: Int64[np.ndarray, "n"] | Bool[np.ndarray, "n M"] | None
+    image_names: Sequence[str] = ()  # captions in reports
+    attribution: str = ""  # text that the images' licenses require
+    groups: Int64[np.ndarray, "n"] | None = None  # group ids of worst-group metrics; negative: ignored
+    metric: str = "top1"  # main metric: a key of `clip_jax.evals.metrics.METRICS`, or 'recall'
+    class_names: Sequence[tuple[str, ...]] = ()  # names of each class, without templates
+    cues: Sequence[Cue] = ()  # of association datasets; `texts` has the prompts of each
+    load_split: Callable[[str], DatasetSplit] | None = None  # loads 'train' or 'validation'
+    description: str = ""  # size, classes, metric
+    prompts: str = ""  # source of the class names and templates
+    missing_texts: str = ""  # reason why `texts` is empty
+    classes: int = 0  # number of classes; 0: one per text
+
+    @property
+    def num_classes(self) -> int:
+        return self.classes or len(self.texts)
+
+    def split(self, name: str) -> DatasetSplit:
+        """Load the 'train' or 'validation' split. Raises Unavailable if there is none on this machine."""
+        if self.load_split is None:
+            raise Unavailable(f"{self.name} has no {name} split")
+        return self.load_split(name)
+
+    def positive_pairs(self) -> tuple[Int64[np.ndarray, "m"], Int64[np.ndarray, "m"]]:
+        """Return the image indices and the text indices of all matching pairs."""
+        return np.nonzero(self.targets) if self.targets.ndim == 2 else (np.arange(len(self.targets)), self.targets)
+
+    def positive_texts(self, images: slice | Int64[np.ndarray, "m"]) -> Bool[np.ndarray, "m M"]:
+        """Return for the given images which texts match."""
+        targets = self.targets[images]
+        return targets if targets.ndim == 2 else targets[:, None] == np.arange(len(self.texts))
+
+    def positive_images(self, texts: Int64[np.ndarray, "m"]) -> Bool[np.ndarray, "m n"]:
+        """Return for the given texts which images match."""
+        return self.targets[:, texts].T if self.targets.ndim == 2 else texts[:, None] == self.targets
+
+    def query_texts(self) -> Int64[np.ndarray, "m"]:
+        """Return the indices of the texts that match at least one image."""
+        return np.flatnonzero(self.targets.any(0)) if self.targets.ndim == 2 else np.unique(self.targets)
 
 
 class Unavailable(RuntimeError):
-    """An evaluation set that can't be had on this machine. The message says why and how to get it."""
+    """A dataset, split or prompt set is not on this machine. The message has the reason and how to get it."""
 
 
 @runtime_checkable
 class Embedder(Protocol):
-    """The only view of a model that evaluators have, so a fake one can test them.
+    """A model as evaluators see it. Embedders of models with features also have `features(images) -> float[n D]`.
 
-    Rows are unit vectors, or NaN where the model gave NaN; the number of rows is the number of inputs.
+    Embeddings are unit vectors, or NaN where the model's output is not finite; there is one row per input.
     """
 
     def image(self, images: Sequence[bytes]) -> Float[np.ndarray, "n E"]: ...
@@ -186,5 +188,18 @@ class Embedder(Protocol):
     def text(self, texts: Sequence[str]) -> Float[np.ndarray, "m E"]: ...
 
 
-# (embedder, eval set) -> {'retrieval/<set>/image_to_text/recall_at_1': fraction, …}
-Evaluator = Callable[[Embedder, EvalDataset], dict[str, float]]
+class EvalResult(dict[str, float]):
+    """Metrics of an evaluator, with a one-line description of the method and data for tables and plots.
+
+    >>> EvalResult({"zeroshot/cifar10/top1": 0.5}, "80 templates")["zeroshot/cifar10/top1"]
+    0.5
+    """
+
+    def __init__(self, metrics: Mapping[str, float], description: str = "", detail: Any = None):
+        super().__init__(metrics)
+        self.description = description
+        self.detail = detail
+
+
+# (embedder, dataset, **options) -> {'zeroshot/<dataset>/top1': fraction, …}, a dict or an EvalResult
+Evaluator = Callable[..., dict[str, float]]

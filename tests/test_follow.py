@@ -16,7 +16,7 @@ from clip_jax.evals.datasets.registry import DATASETS
 from clip_jax.training import metrics
 from clip_jax.training.follow import follow
 from tests import runs
-from tests.evaluations import damage, picture, report, run, write_classes
+from tests.evaluations import damage, png_image, report, run, write_classes
 
 STEPS = [7, 14, 20]
 
@@ -79,13 +79,18 @@ def test_damaged_checkpoint_is_skipped_and_not_renamed(copy):
 def test_command_evaluates_every_checkpoint_and_reports_failed_datasets(finished, tmp_path):
     classes = tuple(f"thing {class_id}" for class_id in range(10))
     folder = tmp_path / "data" / DATASETS["cifar10"].folder
-    write_classes(folder, [picture(row) for row in range(10)], list(range(10)), classes)
+    write_classes(folder, [png_image(row) for row in range(10)], list(range(10)), classes)
     damage(tmp_path / "data", "cifar10")
-    flags = (f"--follow={finished}", "--suite=digits,cifar10", f"--data_dir={tmp_path}/data", f"--out={tmp_path}/out")
+    flags = (
+        f"--follow={finished}",
+        "--datasets=digits,cifar10",
+        f"--data_dir={tmp_path}/data",
+        f"--out={tmp_path}/out",
+    )
     run(*flags, code=3, tiny=True)
     lines = [json.loads(line) for line in (tmp_path / "out/evaluations.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == STEPS and all("zeroshot/digits/top1" in line for line in lines)
-    assert "picture 1: " in report(tmp_path / "out")["run/failed.zeroshot/cifar10"]
+    assert "image 1: " in report(tmp_path / "out")["run/failed.zeroshot/cifar10"]
     run(*flags, tiny=True)  # all are evaluated
     assert len((tmp_path / "out/evaluations.jsonl").read_text().splitlines()) == len(lines)
 

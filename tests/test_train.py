@@ -149,10 +149,10 @@ def test_unwritable_workdir_is_refused_before_the_first_step(tiny, tmp_path, dir
         loop.train(tiny, directory.format(tmp_path))
 
 
-def test_missing_baselines_split_is_refused_before_the_first_step(tiny):
-    config = _changed(_changed(tiny, "eval", baselines_split="train"), "data", source="tfrecord")
-    with pytest.raises(ValueError, match="eval.baselines_split='train': expected a data.source with evaluation splits"):
-        loop._load_baselines_split(config)
+def test_missing_baselines_dataset_is_refused_before_the_first_step(tiny):
+    for name, message in (("train", "is none of"), ("cifar10", "expected the directory of the evaluation data")):
+        with pytest.raises(ValueError, match=message):
+            loop._load_baselines_dataset(_changed(tiny, "eval", baselines_dataset=name))
 
 
 def test_threshold_without_a_task_is_refused(tiny):

@@ -179,26 +179,22 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalTask:
-    """One evaluator on one set."""
+    """An evaluator and a dataset."""
 
-    evaluator: str = "retrieval"  # a name in clip_jax.evals.EVALUATORS
-    # A name in clip_jax.evals.datasets.LOADERS, or 'registry' with `split` a name in evals.datasets.registry.DATASETS.
-    source: str = "emoji"
-    split: str = "unseen_concepts"
+    evaluator: str = "retrieval"  # key of clip_jax.evals.EVALUATORS
+    dataset: str = "emoji_unseen_concepts"  # key of clip_jax.evals.datasets.registry.DATASETS
+    options: Mapping[str, object] = dataclasses.field(default_factory=dict)  # keyword arguments of the evaluator
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """What is measured during the run and at its end; a task's key is the set's name in the report."""
+    """Evaluation during training and at its end. A task's key is the dataset's name in metrics."""
 
     every_steps: int = 0  # 0: at the end only
-    batch_size: int = 512
-    data_dir: str = ""  # where sets of the source 'registry' lie: webdataset folders, class folders, TFDS
-    # A split of the training source: what is not learned, measured beside the model, is fitted on it. Empty: nothing.
-    baselines_split: str = ""
-    thresholds: Mapping[str, float] = dataclasses.field(
-        default_factory=dict
-    )  # what the report asks of a metric, by its key
+    batch_size: int = 512  # images or texts per batch, over all devices
+    data_dir: str = ""  # directory of stored datasets: webdataset folders, class folders, TFDS
+    baselines_dataset: str = ""  # key of DATASETS that the baselines are fitted to; '': no baselines
+    thresholds: Mapping[str, float] = dataclasses.field(default_factory=dict)  # required values, by metric key
     tasks: Mapping[str, EvalTask] = dataclasses.field(default_factory=dict)
 
 

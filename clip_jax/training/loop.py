@@ -25,12 +25,11 @@ from clip_jax.config import Config, Resolved, WeightsConfig, check_local_paths, 
 from clip_jax.devices import distributed, sharding
 from clip_jax.devices.chips import chip_of
 from clip_jax.devices.distributed import Preempted, PreemptionMonitor
-from clip_jax.evals import benchmark
-from clip_jax.evals.datasets import LOADERS
 from clip_jax.evals.embed import CachedEmbedder, ModelEmbedder
+from clip_jax.evals.load import LoadOptions, load_dataset
 from clip_jax.evals.report.tables import text_table
 from clip_jax.evals.report.writing import write_report
-from clip_jax.evals.suite import REGISTRY, Loader, Suite, load_suite
+from clip_jax.evals.suite import Suite, load_suite
 from clip_jax.interop.msgpack import write as write_weights
 from clip_jax.models import Model
 from clip_jax.models.flops import training_flops
@@ -39,7 +38,7 @@ from clip_jax.tokenizers import make_tokenizer
 from clip_jax.training import initialization, metrics, optim, step, workdir
 from clip_jax.training.checkpoint import Checkpoints
 from clip_jax.training.step import TrainState
-from clip_jax.typing import DataSource, EvalDataset, HostBatch, Params, Tokenizer
+from clip_jax.typing import DataSource, EvalDataset, HostBatch, Params, Tokenizer, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -95,8 +94,8 @@ def train(config: Config, directory: str, export: str | None = None) -> bool:
         keep_every_steps=config.checkpoint.keep_every_steps,
     )
     try:
-        suite = load_suite(config.eval, config.data, _eval_loaders(config))
-        baselines_split = _load_baselines_split(config)
+        suite = load_suite(config.eval, config.data)
+        baselines_dataset = _load_baselines_dataset(config)
         state, info = _restored_or_initial_state(run, checkpoints)
         attempts = 0
         while int(state.step) < run.total_steps:
@@ -110,7 +109,7 @@ def train(config: Config, directory: str, export: str | None = None) -> bool:
             # The checkpoint on disk is evaluated and exported. If it is damaged, an older one is restored here, and
             # the missing steps are trained again.
             state, info = _restored_or_initial_state(run, checkpoints)
-        _finish(run, state.eval_params, suite, baselines_split, export)
+        _finish(run, state.eval_params, suite, baselines_dataset, export)
     except Preempted:
         checkpoints.close()
         return False
@@ -145,22 +144,15 @@ def prepare(config: Config, directory: epath.Path, export: str | None = None) ->
     return Run(resolved, mesh, source, tokenizer, model, optimizer, directory, PreemptionMonitor())
 
 
-def _eval_loaders(config: Config) -> dict[str, Loader]:
-    """Return the loaders of evaluation splits by source, including the registry's."""
-    return LOADERS | {REGISTRY: lambda _, name: benchmark.eval_set(name, config.eval.data_dir)}
-
-
-def _load_baselines_split(config: Config) -> EvalDataset | None:
-    """Return the split to which the baselines are fitted; loaded before training, so that a wrong name ends the run."""
-    split = config.eval.baselines_split
-    if not split:
+def _load_baselines_dataset(config: Config) -> EvalDataset | None:
+    """Return the dataset that the baselines are fitted to; loaded before training, so that an error ends the run."""
+    name = config.eval.baselines_dataset
+    if not name:
         return None
-    if config.data.source not in LOADERS:
-        raise ValueError(
-            f"eval.baselines_split={split!r}: expected a data.source with evaluation splits"
-            f" ({', '.join(LOADERS)}), got {config.data.source!r}; set eval.baselines_split=''"
-        )
-    return LOADERS[config.data.source](config.data, split)
+    try:
+        return load_dataset(name, LoadOptions(config.eval.data_dir, data=config.data))
+    except Unavailable as error:
+        raise ValueError(f"eval.baselines_dataset={name!r}: {error}; '' for a run without baselines") from error
 
 
 # ------------------------------------------------------------------------------------------------------------- state
@@ -285,15 +277,15 @@ def _pair_seconds(config: Config, devices: Sequence[Any]) -> float:
 # ------------------------------------------------------------------------------------------------------------ finish
 
 
-def _finish(run: Run, params: Params, suite: Suite, baselines_split: EvalDataset | None, export: str | None) -> None:
+def _finish(run: Run, params: Params, suite: Suite, baselines_dataset: EvalDataset | None, export: str | None) -> None:
     """Evaluate the final parameters, write the report and export the weights. Call it on all hosts."""
     embedder = CachedEmbedder(_embedder(run, params))
     results = suite.evaluate(embedder)
     panels = suite.panels(embedder)
     gathered = sharding.gather(params, run.mesh) if export else None
     if distributed.is_main_process():
-        if baselines_split is not None:
-            results |= suite.baselines(baselines_split)
+        if baselines_dataset is not None:
+            results |= suite.baselines(baselines_dataset)
         results |= suite.thresholds(run.config.eval)
         description = {
             "attribution": suite.attribution,
@@ -324,6 +316,7 @@ def _embedder(run: Run, params: Params) -> ModelEmbedder:
         put=functools.partial(sharding.to_global, mesh=run.mesh),
         out_sharding=sharding.replicated(run.mesh),
         on_batch=run.preemption.check,
+        image_features=run.model.image_features,
     )
 
 

@@ -23,5 +23,5 @@ def get_config(arg=""):
     config.optim.ema_decay = 0.9
     config.checkpoint.every_steps = 7
     config.eval.every_steps = 20
-    config.eval.tasks = {"shapes": {"evaluator": "retrieval", "source": "synthetic", "split": "test"}}
+    config.eval.tasks = {"shapes": {"evaluator": "retrieval", "dataset": "synthetic"}}
     return config
