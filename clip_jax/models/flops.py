@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from clip_jax.models.architecture import Architecture, TextTransformer, ViT
+from clip_jax.models.architecture import Architecture
 from clip_jax.models.clip import make_model
 
 
@@ -115,9 +115,7 @@ def forward_flops(architecture: Architecture) -> tuple[float, float]:
     image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
     text = jax.ShapeDtypeStruct((1, length), jnp.int32)
     image_flops, text_flops = count(model.encode_image, params, image), count(model.encode_text, params, text)
-    if isinstance(architecture.image, ViT) and architecture.image.pool == "class":
-        image_flops += _mlp_flops(architecture.image, (size // architecture.image.patch_size) ** 2)
-    return image_flops, text_flops + _mlp_flops(architecture.text, length - 1)
+    return image_flops + architecture.image.uncounted_flops, text_flops + architecture.text.uncounted_flops
 
 
 def training_flops(architecture: Architecture, frozen_towers: Collection[str] = ()) -> float:
@@ -128,8 +126,3 @@ def training_flops(architecture: Architecture, frozen_towers: Collection[str] = 
     """
     times = (1 if tower in frozen_towers else 3 for tower in ("image", "text"))
     return sum(n * forward for n, forward in zip(times, forward_flops(architecture), strict=True))
-
-
-def _mlp_flops(tower: ViT | TextTransformer, positions: int) -> float:
-    """Return the FLOPs of a block after attention at some positions: the output projection and the MLP's two layers."""
-    return 2.0 * positions * (tower.width**2 + 2 * tower.width * int(tower.width * tower.mlp_ratio))

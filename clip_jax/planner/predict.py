@@ -274,7 +274,7 @@ def _check_no_teacher(config: Config) -> None:
 def lower_step(config: Config, mesh: Mesh, total_steps: int) -> tuple[jax.stages.Lowered, Any, Batch]:
     """Return the lowered training step for the devices of a mesh, and its abstract state and batch."""
     model = step.model_from_config(config, mesh)
-    optimizer = optim.make_optimizer(config.optim, total_steps)
+    optimizer = optim.make_optimizer(config.optim, total_steps, architecture=config.model)
     state, batch = step.abstract_state(model, optimizer, config, mesh), abstract_batch(config, mesh)
     train_step = step.make_train_step(model, optimizer, config, mesh)
     return train_step.lower(state, batch), state, batch
@@ -356,7 +356,7 @@ def plan_by_datasheet(config: Config, topology: Topology) -> Plan:
     local = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=rows), mesh=MeshConfig())
     local_mesh, fsdp = sharding.make_mesh(jax.devices("cpu")[:1]), config.mesh.fsdp
     global_mesh = AbstractMesh((1, chips // fsdp, fsdp, 1), sharding.AXES)
-    optimizer = optim.make_optimizer(config.optim, resolved.total_steps)
+    optimizer = optim.make_optimizer(config.optim, resolved.total_steps, architecture=config.model)
     state = step.abstract_state(step.model_from_config(local, local_mesh), optimizer, config, global_mesh)
     parameters, state_bytes = sharding.shard_bytes(state.params), sharding.shard_bytes(state)
     batch, activations = sharding.shard_bytes(abstract_batch(local, local_mesh)), saved_bytes(local, local_mesh)
