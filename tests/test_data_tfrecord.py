@@ -241,6 +241,12 @@ def test_index_is_cached_until_the_shard_changes(shard, tmp_path, monkeypatch):
     assert len(scans) == 1
 
 
+def test_cache_dir_may_start_with_a_tilde(shard, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    _open(shard, cache_dir="~/cache")
+    assert len(list((tmp_path / "cache/tfrecord-index").glob("*.npy"))) == 1
+
+
 def test_truncation_is_logged_again_with_a_cached_index(shard, tmp_path, caplog):
     shard.write_bytes(shard.read_bytes()[:-1])
     for _ in range(2):

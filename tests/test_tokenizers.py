@@ -18,7 +18,7 @@ from clip_jax.config import TextTransformer, TokenizerConfig
 from clip_jax.tokenizers import ClipBPE, HuggingFace, SentencePiece, make_tokenizer
 from clip_jax.tokenizers import bpe as bpe_module
 from clip_jax.tokenizers.bpe import MAX_VOCAB_SIZE, clean
-from clip_jax.tokenizers.rows import CLEAN
+from clip_jax.tokenizers.file_tokenizer import CLEAN
 from tests.tiny_tokenizers import sentencepiece_model, siglip_model, tokenizer_json
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden/clip_bpe.json").read_text())["rows"]
