@@ -153,7 +153,9 @@ def lowered(mesh, batch, shape):
     """Return the program of an attention on a mesh, before compilation."""
     batch_sharding = sharding.batch_sharding(mesh)
     size = (batch, shape.tokens, shape.heads * shape.head_dim)
-    x = jax.ShapeDtypeStruct(size, jnp.bfloat16, sharding=batch_sharding)
+    divides = batch % sharding.batch_shards(mesh) == 0
+    x_sharding = batch_sharding if divides else sharding.replicated(mesh)
+    x = jax.ShapeDtypeStruct(size, jnp.bfloat16, sharding=x_sharding)
     f = functools.partial(attend, heads=shape.heads, batch_sharding=batch_sharding)
     return jax.jit(f).lower(x, x, x).as_text()
 

@@ -33,7 +33,7 @@ REPLACED = (
     (r"gs://bucket/", ""),
     (r"(?<=[=' ])/(data|my)/|^/(data|my)/", r"\1\2/"),
     (r"\{00000\.\.\d+\}", "{00000..00001}"),
-    (r"--suite=smoke", "--suite=digits"),
+    (r"--datasets=smoke", "--datasets=digits"),
     (r"--weights=vit_l14\b", "--weights=runs/mine/params.msgpack"),
 )
 
@@ -64,7 +64,7 @@ def runnable(words):
         if module == "clip_jax.plan":
             words.append("--config.train.batch_size=512")
     if "--follow=runs/mine" in words:
-        words = [re.sub(r"--suite=.*", "--suite=digits", word) for word in words]
+        words = [re.sub(r"--datasets=.*", "--datasets=digits", word) for word in words]
     return words
 
 

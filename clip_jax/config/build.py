@@ -19,6 +19,7 @@ import ml_collections
 from clip_jax.config import ranges
 from clip_jax.config.models import MODELS, preprocess_of, tokenizer_of
 from clip_jax.config.schema import Config
+from clip_jax.losses import LOSSES, ContrastiveLoss
 from clip_jax.models.towers import TOWERS, Tower
 
 
@@ -134,6 +135,8 @@ def build(hint: Any, value: Any, path: str = "") -> Any:
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if isinstance(hint, type) and issubclass(hint, Tower):
         return _build_tower(hint, value, path)
+    if hint is ContrastiveLoss:
+        return _build_loss(value, path)
     if dataclasses.is_dataclass(hint):
         return _build_dataclass(hint, value, path)
     if origin is Literal:
@@ -160,6 +163,13 @@ def _build_tower(base: type[Tower], value: Any, path: str) -> Tower:
     if kind not in towers:
         raise ValueError(f"{path}.kind={kind!r} is none of {', '.join(map(repr, towers))}")
     return _build_dataclass(towers[kind], value, path)
+
+
+def _build_loss(value: Any, path: str) -> ContrastiveLoss:
+    """Return the loss whose class is registered for the mapping's `name`, softmax without one."""
+    name = value.get("name", "softmax") if isinstance(value, Mapping) else "softmax"
+    check_name(f"{path}.name", name, LOSSES)
+    return _build_dataclass(LOSSES[name], value, path)
 
 
 def _build_dataclass(cls: type, value: Any, path: str) -> Any:

@@ -100,6 +100,6 @@ def runlocal(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         ),
         mesh=MeshConfig(),
         checkpoint=CheckpointConfig(every_steps=20),
-        eval=EvalConfig(every_steps=20, tasks={"shapes": EvalTask("retrieval", "synthetic", "test")}),
+        eval=EvalConfig(every_steps=20, tasks={"shapes": EvalTask("retrieval", "synthetic")}),
     )
     return to_config_dict(tiny)

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Literal
 
+from clip_jax.losses import ContrastiveLoss, SoftmaxLoss
 from clip_jax.models.architecture import Architecture, Preprocess
 
 
@@ -76,18 +77,6 @@ class DataConfig:
     max_bad_fraction: float = 0.01  # bad records / records read; above it the run stops and lists some of them
     decode_threads: int = 0  # 0: one per core
     prefetch_batches: int = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class LossConfig:
-    """Training loss."""
-
-    name: str = "softmax"  # a name in clip_jax.losses.LOSSES
-    logit_scale_init: float = 1 / 0.07
-    logit_scale_max: float = 100.0
-    logit_bias_init: float = -10.0  # only for models with `logit_bias`
-    # How images of other pairs with the same tokens count. Class names and templates as captions often repeat.
-    equal_captions: Literal["negatives", "positives"] = "negatives"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,26 +174,23 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalTask:
-    """One evaluator on one dataset."""
+    """An evaluator and a dataset."""
 
-    evaluator: str = "retrieval"  # a name in clip_jax.evals.EVALUATORS
-    # A name in clip_jax.evals.datasets.LOADERS, or 'registry' with `split` a name in evals.datasets.registry.DATASETS.
-    source: str = "emoji"
-    split: str = "unseen_concepts"  # split of the source; for 'registry', the dataset's name
+    evaluator: str = "retrieval"  # key of clip_jax.evals.EVALUATORS
+    dataset: str = "emoji_unseen_concepts"  # key of clip_jax.evals.datasets.registry.DATASETS
+    options: Mapping[str, object] = dataclasses.field(default_factory=dict)  # keyword arguments of the evaluator
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation during and after training."""
+    """Evaluation during training and at its end. A task's key is the dataset's name in metrics."""
 
-    every_steps: int = 0  # 0: only after the last step
-    batch_size: int = 512
-    data_dir: str = ""  # folder of the registry's datasets: webdataset folders, class folders, TFDS
-    # Split of the training source on which baselines without learned representation are fitted; empty: no baselines.
-    baselines_split: str = ""
-    # Minimum (maximum, for ranks) of a metric, by the metric's name; reports show passed or missed.
-    thresholds: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    tasks: Mapping[str, EvalTask] = dataclasses.field(default_factory=dict)  # by the dataset's name in the report
+    every_steps: int = 0  # 0: at the end only
+    batch_size: int = 512  # images or texts per batch, over all devices
+    data_dir: str = ""  # directory of stored datasets: webdataset folders, class folders, TFDS
+    baselines_dataset: str = ""  # key of DATASETS that the baselines are fitted to; '': no baselines
+    thresholds: Mapping[str, float] = dataclasses.field(default_factory=dict)  # required values, by metric key
+    tasks: Mapping[str, EvalTask] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +201,7 @@ class Config:
     tokenizer: TokenizerConfig = TokenizerConfig()
     preprocess: Preprocess = Preprocess()
     data: DataConfig = DataConfig()
-    loss: LossConfig = LossConfig()
+    loss: ContrastiveLoss = SoftmaxLoss()  # the class that LOSSES has for loss.name
     init: InitConfig = InitConfig()
     teacher: TeacherConfig = TeacherConfig()
     optim: OptimConfig = OptimConfig()

@@ -100,14 +100,17 @@ def _batches(source, tokenizer, config, image_size, batch_size, seed, start_step
         dataset = dataset.rebatch(host_batch_size).prefetch(config.prefetch_batches)
         repair = _Repair(source, config, fetch, prepare)
         iterator = dataset.with_options(_options(config)).as_numpy_iterator()
-        while True:
-            try:
-                arrays = next(iterator)
-            except tf.errors.OpError:
-                if errors:  # the exception that Python raised; TensorFlow's has only its text
-                    raise errors[0] from None
-                raise
-            yield repair(*arrays)
+        try:
+            while True:
+                try:
+                    arrays = next(iterator)
+                except tf.errors.OpError:
+                    if errors:  # the exception that Python raised; TensorFlow's has only its text
+                        raise errors[0] from None
+                    raise
+                yield repair(*arrays)
+        finally:
+            del iterator  # ends TensorFlow's reads before the pool, which would refuse them with a traceback, ends
 
 
 def _positions(start_step: int, batch_size: int, first_row: int, host_batch_size: int) -> tf.data.Dataset:
@@ -339,8 +342,7 @@ class _Repair:
                 continue
             if prepared := self._prepare_one(candidate, epoch):
                 return candidate, *prepared
-            if not self._bad_reason(candidate):
-                self._log_bad(candidate, UNSTABLE)
+            self._bad_reason(candidate)  # logs it
         raise ValueError(
             f"none of {MAX_ATTEMPTS} records could replace {self._source.key(example)}: {self._first_reasons()}."
             f" The source has {len(self._source)} records; check data.files and data.captions"
