@@ -25,7 +25,6 @@ def count(function: Callable, *args: Any, padding: bool = True) -> float:
     (predicate true), a Pallas kernel as its own cost estimate, and a `shard_map` body once per device.
 
     Args:
-      function: a function of arrays.
       *args: arrays or `jax.ShapeDtypeStruct`.
       padding: whether multiplications with a convolution's padding count. Published figures count them, XLA does not.
 
@@ -87,13 +86,7 @@ def valid_positions(
     """Return the number of (kernel element, output element) pairs of one dimension that read input and not padding.
 
     Args:
-      input_size: elements of the input.
-      kernel_size: elements of the kernel.
-      output_size: elements of the output.
-      stride: window stride.
       low: padding before the first element.
-      lhs_dilation: dilation of the input.
-      rhs_dilation: dilation of the kernel.
 
     >>> valid_positions(4, 3, 4, stride=1, low=1, lhs_dilation=1, rhs_dilation=1)  # of 12, 2 read padding
     10
@@ -129,7 +122,6 @@ def training_flops(architecture: Architecture, frozen_towers: Collection[str] = 
     """Return the FLOPs of a training step per image-text pair: one forward pass and a backward pass of twice its cost.
 
     Args:
-      architecture: the model.
       frozen_towers: of 'image' and 'text', the towers without a trained parameter, which have no backward pass.
     """
     times = (1 if tower in frozen_towers else 3 for tower in ("image", "text"))

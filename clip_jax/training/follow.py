@@ -37,7 +37,6 @@ def follow(
     `workdir` is only read. A checkpoint that the run removes before it is read is skipped. Call it on all hosts.
 
     Args:
-      workdir: workdir of the run.
       mesh: mesh of the evaluation, which may differ from the run's.
       evaluate: function of step, config of the weights, and evaluation parameters (the EMA, if there is one).
       evaluated: steps to skip.

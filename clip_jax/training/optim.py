@@ -58,8 +58,6 @@ def make_optimizer(
     scalars and Adafactor's second moment, which are float32.
 
     Args:
-      config: name and hyperparameters.
-      total_steps: length of the schedule.
       architecture: the model, whose towers order their layers; required for `layer_decay` < 1.
       seed: seed of stochastic rounding; the random bits are a function of seed and step.
 
@@ -180,8 +178,6 @@ def apply_updates(params: Params, updates: Params, key: jax.Array) -> Params:
     """Return `params + updates` in the dtypes of `params`; sums in half precision are rounded stochastically.
 
     Args:
-      params: float32 or half precision.
-      updates: float32.
       key: PRNG key of this step.
     """
     leaves, structure = jax.tree.flatten(params)
@@ -290,7 +286,6 @@ def weight_decay_mask(params: Params, no_weight_decay: str = "") -> PyTree[bool]
     Gains and biases are recognized by name: parameters stacked over layers have another number of axes.
 
     Args:
-      params: arrays or shapes.
       no_weight_decay: regular expression; parameters whose path matches, e.g. 'text/token_embedding', are not decayed.
 
     >>> weight_decay_mask({"mlp": {"kernel": 1, "bias": 1}})
