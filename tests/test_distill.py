@@ -32,8 +32,7 @@ from clip_jax.losses import SoftmaxLoss, distillation_loss, ring, tiles
 from clip_jax.losses.distill import dense_distillation
 from clip_jax.models import make_model
 from clip_jax.tokenizers import make_tokenizer
-from clip_jax.training import dry_run, metrics, optim, step
-from clip_jax.training import loop as train
+from clip_jax.training import dry_run, initialization, loop, metrics, optim, step
 from clip_jax.typing import Batch
 from tests import runs, tiny_models
 from tests.tpu import collectives, shapes, v4_mesh
@@ -252,11 +251,11 @@ def test_teacher_parameters_are_inputs_of_the_program_not_constants():
 
 
 def _run(tmp_path, architecture=RESNET, weights=None, **teacher):
-    """Write a teacher's weights; return the model that `teaching_weights` reads from them, and the parameters."""
+    """Write a teacher's weights; return the model that `teacher_params` reads from them, and the parameters."""
     params = tiny_models.params(architecture)
     msgpack.write(tmp_path / "t.msgpack", params, weights or WeightsConfig(architecture))
     config = Config(model=VIT, teacher=TeacherConfig(str(tmp_path / "t.msgpack"), **teacher))
-    return train.teaching_weights(config, make_tokenizer(config.tokenizer, VIT.text)), params
+    return initialization.teacher_params(config, make_tokenizer(config.tokenizer, VIT.text)), params
 
 
 def test_a_teacher_may_be_of_another_family_and_is_resized_to_the_run(tmp_path):
@@ -305,13 +304,13 @@ def test_a_teacher_with_another_merge_table_is_refused_with_an_example(tmp_path)
 def test_missing_or_single_tower_teacher_weights_are_refused(weights, message):
     config = Config(model=VIT, teacher=TeacherConfig(weights))
     with pytest.raises(ValueError, match=message):
-        train.teaching_weights(config, make_tokenizer(config.tokenizer, VIT.text))
+        initialization.teacher_params(config, make_tokenizer(config.tokenizer, VIT.text))
 
 
 @pytest.mark.parametrize(
     ("teacher", "message"),
     [
-        ({"weight": 2.0}, "teacher.weight=2.0 is of a teacher, and there is none: set teacher.weights"),
+        ({"weight": 2.0}, "teacher.weight=2.0 has no effect without a teacher: set teacher.weights"),
         ({"weights": "t.pt", "model": "vit_b23"}, "teacher.model='vit_b23' is none of .* did you mean 'vit_b32'"),
     ],
 )
@@ -331,8 +330,8 @@ def test_a_run_with_a_teacher_exports_only_the_student(tmp_path):
         train=dataclasses.replace(config.train, total_steps=6, text_capacity=1.0),
         eval=EvalConfig(),
     )
-    assert train.train(config, str(tmp_path / "run"), str(tmp_path / "out.msgpack"))
+    assert loop.train(config, str(tmp_path / "run"), str(tmp_path / "out.msgpack"))
     lines = [line for line in metrics.read_lines(epath.Path(tmp_path / "run")) if "loss" in line]
     assert len(lines) == 6 and all(line["distill/kl"] > 0 for line in lines)
     assert reading.read(tmp_path / "out.msgpack").config.model == architecture
-    assert f"learns from:         {config.teacher.weights}, weight 0.5\n" in dry_run.describe(config, epath.Path("x"))
+    assert f"teacher:             {config.teacher.weights}, weight 0.5\n" in dry_run.describe(config, epath.Path("x"))
