@@ -42,7 +42,7 @@ OWNERS = {
 CONFIG_IMPORTS = {"clip_jax.config", "ml_collections", "__future__"}
 CATCH_ALLS = {"utils", "util", "common", "helpers", "misc"}
 MAX_LINES = 450  # of a file
-MAX_FUNCTION_LINES = 80
+MAX_FUNCTION_LINES = 80  # without the docstring
 
 
 # --------------------------------------------------------------------------------------------------- the rules
@@ -117,8 +117,12 @@ def lengths(path, source, tree):
     if (lines := source.count("\n")) > MAX_LINES:
         yield f"{path}: {lines} lines, at most {MAX_LINES}"
     for node in ast.walk(tree):
-        is_function = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
-        if is_function and (lines := node.end_lineno - node.lineno + 1) > MAX_FUNCTION_LINES:
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        documentation = node.body[0] if ast.get_docstring(node, clean=False) else None
+        lines = node.end_lineno - node.lineno + 1
+        lines -= documentation.end_lineno - documentation.lineno + 1 if documentation else 0
+        if lines > MAX_FUNCTION_LINES:
             yield f"{path}:{node.lineno}: {node.name} has {lines} lines, at most {MAX_FUNCTION_LINES}"
 
 
@@ -240,7 +244,8 @@ def test_vocabulary_exceptions_are_used_and_have_reasons():
         files = [path for path in vocabulary.checked_files() if path.startswith(prefix)]
         assert files, prefix
         if word:
-            assert any(word in (ROOT / path).read_text(encoding="utf-8").lower() for path in files), (prefix, word)
+            texts = [(ROOT / path).read_text(encoding="utf-8").lower() for path in files]
+            assert any(re.search(rf"(?:{word})", text) for text in texts), (prefix, word)
 
 
 @pytest.mark.parametrize("heavy", ["tensorflow", "orbax", "flax", "torch"])
