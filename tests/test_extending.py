@@ -69,10 +69,10 @@ def test_examples_train_on_eight_devices_evaluate_and_export(folder, tmp_path):
         f"--export={weights}",
     ]
     printed = run(main, folder, devices=8)
-    assert re.search(r"pairwise/shapes/accuracy +[01]\.\d+", printed)
+    assert re.search(r"pairwise/shapes/auc +[01]\.\d+", printed)
     evaluate = ["-m", "clip_jax.evaluate", f"--weights={weights}", f"--out={tmp_path}/report", "--cache_dir="]
     evaluate += ["--modules=my_tower,my_evaluator", "--evaluators=pairwise", "--datasets=digits"]
-    assert re.search(r"pairwise/digits/accuracy +[01]\.\d+", run(evaluate, folder))
+    assert re.search(r"pairwise/digits/auc +[01]\.\d+", run(evaluate, folder))
     code = f"""
 import my_format, my_tower, clip_jax
 from clip_jax.interop.convert import convert

@@ -147,9 +147,10 @@ def test_classes_that_share_an_embedding_are_never_an_advantage(name):
     merged = Fake(lambda c, n: one_hot(c // 2), lambda c: one_hot(c // 2))
     paired = evaluate(name, merged)
     assert all(gain(paired, key) <= gain(perfect, key) for key in compared(paired))
-    if merged.uses_texts:
-        first = next(key for key in compared(paired) if key.endswith(("recall_at_1", "top1", "accuracy")))
-        assert paired[first] == 0  # every image is as near to another class
+    at_one = [key for key in compared(paired) if key.endswith(("recall_at_1", "top1", "accuracy"))]
+    assert at_one or name not in ("zeroshot", "retrieval", "overlap", "bias")
+    if merged.uses_texts and at_one:
+        assert paired[at_one[0]] == 0  # every image is as near to another class
 
 
 @every
