@@ -112,7 +112,7 @@ def test_sets_that_are_not_here_are_listed_with_what_brings_them(weights, tmp_pa
         "zeroshot/birdsnap": f"{data}/wds_birdsnap_test/test is not a folder",
         "linear_probe/birdsnap": f"{data}/wds_birdsnap_test/test is not a folder",
         "retrieval/flickr30k": f"{data}/wds_flickr30k/test is not a folder",
-        "zeroshot/winogavil": "as lines of associations.jsonl beside them",  # the registry's note
+        "zeroshot/winogavil": "as lines of associations.jsonl in the same folder",  # the registry's note
     }
     assert set(skipped) == {f"run/skipped.{key}" for key in reasons}
     assert not [key for key in report(out) if not key.startswith("run/")]
