@@ -39,7 +39,7 @@ class Dataset:
     builtin: str = ""  # name in `builtin.BUILTIN`, if a Python package contains the data
     size: int  # images in the test split (association: cues); 0 if not fixed
     classes: int  # number of classes; 0 without classes
-    metric: str = "top1"  # key of `metrics.metricS`, or 'recall': mean of both directions' recall@1
+    metric: str = "top1"  # key of `metrics.METRICS`, or 'recall': mean of both directions' recall@1
     class_names: str = ""  # argument of `prompts.class_names`; '' for the dataset's own class names
     templates: str = ""  # argument of `prompts.templates`; '' for the dataset's own templates
     group_column: int = -1  # column of `DatasetSplit.metadata` with the groups of worst-group metrics; -1 for none
