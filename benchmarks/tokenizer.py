@@ -1,13 +1,13 @@
-"""Our CLIP tokenizer against open_clip's `SimpleTokenizer`, alternately, on one core: `make bench-tokenizer`.
+"""Speed of ClipBPE against open_clip's `SimpleTokenizer`, alternately, on one core: `make bench-tokenizer`.
 
-Every round has texts that neither has seen, and fresh tokenizers, so no word comes from a cache that another round
-filled; within a round both may remember words, as they do in a training run. The ids have to be equal. Three corpora:
+Every round has new texts and new tokenizers, so no word is cached from an earlier round; within a round both may cache
+words, as in training. The ids have to be equal. Three corpora:
 
-    captions   words of English, drawn as English draws them: few often, most seldom
-    new words  no word comes twice
-    any text   captions with accents, emoji, CJK, entities and addresses, which have to be repaired first
+    captions   English words with Zipf-distributed frequencies
+    new words  no word occurs twice
+    any text   captions with accents, emoji, CJK, HTML entities and URLs, which need repair
 
-The last line is the lowest of the three medians.
+The last line is the lowest of the three median ratios.
 """
 
 from __future__ import annotations
@@ -54,26 +54,26 @@ def main() -> None:
 
 
 def _compare(name: str, make: Callable[[random.Random, list[str]], str], vocabulary: list[str]) -> float:
-    ours, theirs = [], []
+    clip_jax_seconds, open_clip_seconds = [], []
     for number in range(ROUNDS):
         rng = random.Random(f"{name} {number}")
         texts = [make(rng, vocabulary) for _ in range(TEXTS)]
-        pair = [(ours, ClipBPE()), (theirs, open_clip.tokenizer.SimpleTokenizer())]
+        pair = [(clip_jax_seconds, ClipBPE()), (open_clip_seconds, open_clip.tokenizer.SimpleTokenizer())]
         ids = {}
-        for seconds, tokenize in pair if number % 2 else reversed(pair):  # whoever comes first finds a cold memory
+        for seconds, tokenize in pair if number % 2 else reversed(pair):  # the first one runs with a cold CPU cache
             began = time.perf_counter()
             rows = tokenize(texts)
             seconds.append(time.perf_counter() - began)
-            ids[seconds is ours] = np.asarray(rows)
+            ids[seconds is clip_jax_seconds] = np.asarray(rows)
         np.testing.assert_array_equal(ids[True], ids[False], err_msg=f"{name}: the ids differ")
-    ratio = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
-    speeds = [TEXTS / statistics.median(seconds) / 1e3 for seconds in (ours, theirs)]
+    ratio = statistics.median(b / a for a, b in zip(clip_jax_seconds, open_clip_seconds, strict=True))
+    speeds = [TEXTS / statistics.median(seconds) / 1e3 for seconds in (clip_jax_seconds, open_clip_seconds)]
     print(f"{name:<10} clip_jax {speeds[0]:7.1f}   open_clip {speeds[1]:7.1f}   {ratio:.2f} times as fast")
     return ratio
 
 
 def _words() -> list[str]:
-    """Return the words that the merge table has whole, the most frequent first: English as OpenAI's corpus had it."""
+    """Return the complete words of the merge table, the most frequent first: the English of OpenAI's corpus."""
     vocabulary, _ = ClipBPE().as_huggingface()
     words = (token.removesuffix("</w>") for token in vocabulary if token.endswith("</w>"))
     return [word for word in words if word.isascii() and word.isalpha() and len(word) > 1]

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Float, Int32, UInt8
 
 from clip_jax.config import TokenizerConfig, WeightsConfig
-from clip_jax.evals.embed import mean_of_wordings
+from clip_jax.evals.embed import average_prompts
 from clip_jax.interop import reading
 from clip_jax.models import make_model
 from clip_jax.preprocess import ImageLike, preprocess_many
@@ -86,7 +86,7 @@ class Clip:
                     f"the template {template!r} has no '{{}}' for the class's name, e.g. 'a photo of a {{}}.'"
                 )
         prompts = [template.replace("{}", name) for name in _several(classes, "class") for template in templates]
-        class_QE = mean_of_wordings(self.encode_text(prompts), np.full(len(classes), len(templates)))
+        class_QE = average_prompts(self.encode_text(prompts), np.full(len(classes), len(templates)))
         logits_nQ = self.scale * self.encode_image(images) @ class_QE.T
         exp_nQ = np.exp(logits_nQ - logits_nQ.max(axis=1, keepdims=True))
         return exp_nQ / exp_nQ.sum(axis=1, keepdims=True)

@@ -1,7 +1,7 @@
-"""`python -m clip_jax.main --config=configs/emoji.py`: train, evaluate, report, export. The same command resumes.
+"""Training command: `python -m clip_jax.main --config=configs/emoji.py`. The same command resumes the run.
 
-Exit codes: 0, finished, or stopped by SIGTERM with the state saved (the last line says which); 1, an error, with its
-traceback; 2, a wrong flag, config or input, with one sentence.
+Exit codes: 0, finished, or stopped by SIGTERM with the state saved (the last line on stderr states which); 1, an error,
+with its traceback; 2, a wrong flag, config or input, with one sentence.
 """
 
 from __future__ import annotations
@@ -17,39 +17,45 @@ from etils import epath
 from ml_collections import config_flags
 
 from clip_jax import config as configs
-from clip_jax.command import given_config, parse_flags
+from clip_jax.command import checked_config, parse_flags
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "A file with get_config(), e.g. configs/emoji.py.", lock_config=True
+    "config", None, "A Python file with get_config(), e.g. configs/emoji.py.", lock_config=True
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; runs/<name of the config> by default.")
-_EXPORT = flags.DEFINE_string("export", None, "Write the trained weights to this msgpack file at the end.")
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what the run would do, and end.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Directory or gs:// URL of the run; runs/<name of the config> by default."
+)
+_EXPORT = flags.DEFINE_string("export", None, "Write the final weights to this msgpack file or gs:// URL.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print a summary of the run and exit.")
 
 FINISHED, FAILED, REFUSED = 0, 1, 2
 
 
 def main(argv: list[str]) -> None:
-    """Run as the flags say, and leave with a documented exit code."""
+    """Train with the given flags and exit with a documented code."""
     logging.basicConfig(
         level=logging.INFO, format="%(levelname).1s %(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
     )
-    for chatty in ("absl", "jax", "orbax", "tensorflow", "fontTools"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    for verbose in ("absl", "jax", "orbax", "tensorflow", "fontTools"):
+        logging.getLogger(verbose).setLevel(logging.WARNING)
     if len(argv) > 1:
-        _leave(REFUSED, f"unexpected argument {argv[1]!r}; flags begin with --")
+        _exit(REFUSED, f"unexpected argument {argv[1]!r}; flags begin with --")
     try:
         finished = _run()
     except ValueError as error:
-        _leave(REFUSED, str(error), traceback_too=bool(os.environ.get("CLIP_JAX_TRACEBACK")))
+        _exit(REFUSED, str(error), with_traceback=bool(os.environ.get("CLIP_JAX_TRACEBACK")))
     except Exception as error:  # noqa: BLE001
-        _leave(FAILED, f"{type(error).__name__}: {error}", traceback_too=True)
+        _exit(FAILED, f"{type(error).__name__}: {error}", with_traceback=True)
     if not _DRY_RUN.value:
-        print("finished" if finished else "stopped by SIGTERM, state saved: the same command goes on", file=sys.stderr)
+        print(
+            "finished" if finished else "stopped by SIGTERM, state saved: the same command resumes the run",
+            file=sys.stderr,
+        )
     sys.exit(FINISHED)
 
 
 def _run() -> bool:
+    """Return whether the run is finished; False after preemption."""
     config, workdir = _config_and_workdir()
     if _DRY_RUN.value:
         from clip_jax.training.dry_run import describe
@@ -66,51 +72,47 @@ def _run() -> bool:
 
 
 def _config_and_workdir() -> tuple[configs.Config, epath.Path]:
-    """Return the checked config and the workdir: given, or stored by the run that is to go on."""
+    """Return the checked config and the workdir; without --config the config that is stored in the workdir."""
     if _CONFIG.value is None and _WORKDIR.value is None:
-        raise ValueError("give --config, e.g. --config=configs/emoji.py, or the --workdir of a run that is to go on")
+        raise ValueError("give --config, e.g. --config=configs/emoji.py, or the --workdir of a run to resume")
+    from clip_jax.training.workdir import check_same_config, stored_config, to_path
+
     name = os.path.basename(flags.FLAGS["config"].config_filename or "").split(":")[0].removesuffix(".py")
-    workdir = epath.Path(_WORKDIR.value or f"runs/{name}").expanduser()
-
-    from clip_jax.training.workdir import check_same_run, stored_config
-
+    workdir = to_path(_WORKDIR.value or f"runs/{name}", "--workdir")
     stored = stored_config(workdir)
     if _CONFIG.value is None:
         if stored is None:
-            raise ValueError(f"{workdir} holds no run to go on with; give --config, e.g. --config=configs/emoji.py")
+            raise ValueError(f"{workdir} has no run to resume; give --config, e.g. --config=configs/emoji.py")
         return stored, workdir
-    given = given_config(_CONFIG.value)
+    given = checked_config(_CONFIG.value)
     _check_names(given)
+    configs.check_local_paths(given)
     if stored is not None:
-        check_same_run(stored, given, workdir)
+        check_same_config(stored, given, workdir)
     return given, workdir
 
 
 def _check_names(config: configs.Config) -> None:
-    """Raise ValueError for a name that no registry knows."""
+    """Raise ValueError for a name that is not in its registry."""
     from clip_jax.data import SOURCES
     from clip_jax.evals import EVALUATORS
-    from clip_jax.evals.datasets import LOADERS
     from clip_jax.evals.datasets.registry import DATASETS
-    from clip_jax.evals.suite import REGISTRY
-    from clip_jax.losses import LOSSES
 
-    configs.check_name("loss.name", config.loss.name, LOSSES)
     configs.check_name("data.source", config.data.source, SOURCES)
     for name, task in config.eval.tasks.items():
         configs.check_name(f"eval.tasks.{name}.evaluator", task.evaluator, EVALUATORS)
-        configs.check_name(f"eval.tasks.{name}.source", task.source, [*LOADERS, REGISTRY])
-        if task.source == REGISTRY:
-            configs.check_name(f"eval.tasks.{name}.split", task.split, DATASETS)
+        configs.check_name(f"eval.tasks.{name}.dataset", task.dataset, DATASETS)
+    if config.eval.baselines_dataset:
+        configs.check_name("eval.baselines_dataset", config.eval.baselines_dataset, DATASETS)
 
 
-def _leave(code: int, message: str, *, traceback_too: bool = False) -> NoReturn:
-    """Say why and end at once.
+def _exit(code: int, message: str, *, with_traceback: bool = False) -> NoReturn:
+    """Print the message and exit immediately.
 
-    `os._exit`, because an ordinary exit would wait in JAX's shutdown barrier for the other hosts, which wait for us,
-    while this host's heartbeat tells them that all is well: five minutes in which nothing is said.
+    `os._exit`, because `sys.exit` waits in JAX's shutdown barrier for the other hosts. They wait in a collective for
+    this one, whose heartbeat continues: both would wait for five minutes without a message.
     """
-    if traceback_too:
+    if with_traceback:
         traceback.print_exc()
     print(f"clip_jax: {message}", file=sys.stderr)
     sys.stdout.flush()
@@ -119,4 +121,4 @@ def _leave(code: int, message: str, *, traceback_too: bool = False) -> NoReturn:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=lambda argv: parse_flags(argv, lambda message: _leave(REFUSED, message)))
+    app.run(main, flags_parser=lambda argv: parse_flags(argv, lambda message: _exit(REFUSED, message)))

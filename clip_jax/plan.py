@@ -23,7 +23,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from clip_jax import config as configs
-from clip_jax.command import given_config, parse_flags
+from clip_jax.command import checked_config, parse_flags
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -160,13 +160,9 @@ def _search(options: Options, config: configs.Config | None, topology: Topology)
 
 
 def _config(given: ConfigDict | None) -> configs.Config:
-    from clip_jax.losses import LOSSES
-
     if given is None:
         raise ValueError("give --config, e.g. --config=configs/vit_l14.py, or --loss_only")
-    config = given_config(given)
-    configs.check_name("loss.name", config.loss.name, LOSSES)
-    return config
+    return checked_config(given)
 
 
 @contextlib.contextmanager

@@ -1,18 +1,19 @@
-"""Inference's pixels, by Pillow: bit-equal to OpenAI's, open_clip's or Hugging Face's pipeline, up to the uint8 array.
+"""Inference preprocessing with Pillow: uint8 pixels equal to OpenAI's, open_clip's or Hugging Face's.
 
-The shorter side is resized to `size`, the centre is cropped, and the result becomes RGB; division by 255, mean and
-standard deviation follow on the device, in the model. Pillow rounds to uint8 between its two passes and antialiases: no
-bicubic of TensorFlow, JAX or torch gives the same bytes. Pillow 13 resizes the height first where that shrinks more, so
-pictures more than twice as high as wide differ by some levels from Pillow 12's.
+The shorter side is resized to `size`, the centre is cropped, and the result becomes RGB; the model divides by 255 and
+normalizes on the device. Pillow antialiases and rounds to uint8 between its two passes: bicubic resizing of TensorFlow,
+JAX or torch gives other bytes. Pillow 13 resizes the height first if it shrinks more, so images more than twice as high
+as wide differ by a few levels from Pillow 12's.
 
-`preprocess.implementation` says whose pipeline:
-  * openai: resized in the picture's own mode (a palette to the nearest pixel), cropped at `round((side - size) / 2)`,
-    half to even, and only then RGB. Alpha is dropped, whatever colour lies below it shows; 16-bit grey is clipped at
-    255, which makes nearly every such picture white. Those are what OpenAI's and open_clip's weights were trained with.
-  * huggingface: laid on white and RGB first, cropped at `(side - size) // 2`: other pixels wherever the margin is odd.
-  * clip_jax: as openai, but transparency lies on white and 16-bit grey keeps its high byte, as our training sees them.
+`preprocess.implementation` selects whose pipeline:
+  * openai: resize in the image's own mode (palette: nearest pixel), crop at `round((side - size) / 2)`, half to even,
+    then convert to RGB. Alpha is dropped, so the hidden colour of transparent pixels shows; 16-bit grey is clipped at
+    255, which makes nearly every such image white. OpenAI's and open_clip's weights were trained with this.
+  * huggingface: composite on white and convert to RGB, then resize; crop at `(side - size) // 2`, which differs
+    if the margin is odd.
+  * clip_jax: as openai, but transparency is composited on white and 16-bit grey keeps its high byte, as in training.
 
-Nobody applies EXIF orientation: turn such pictures first if you want them upright (`PIL.ImageOps.exif_transpose`).
+None of them applies EXIF orientation; to apply it, call `PIL.ImageOps.exif_transpose` first.
 
 Source: openai/CLIP `clip/clip.py` (`_transform`) with torchvision's Resize and CenterCrop; transformers
 `CLIPImageProcessor`.
@@ -32,27 +33,35 @@ from PIL import Image
 
 from clip_jax.config import Preprocess
 
-# An encoded picture, a path to one, or pixels: PIL's or uint8[H W], [H W 3] or [H W 4].
+# Encoded image, path, PIL image, or uint8[H W], [H W 3] or [H W 4].
 ImageLike = Image.Image | bytes | str | os.PathLike[str] | np.ndarray
 
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _SIXTEEN_BIT = {"I;16": "<u2", "I;16L": "<u2", "I;16B": ">u2"}
-# A 1 × 10,000 picture resized to 224 on its shorter side has 500 Mpx, 1.5 GB. Every real one stays far below this.
+# A 1 × 10,000 image resized to 224 px on its shorter side would have 500 Mpx, 1.5 GB.
 _MAX_RESIZED_PIXELS = 100_000_000
 
 
 def preprocess(image: ImageLike, size: int, spec: Preprocess) -> UInt8[np.ndarray, "H W 3"]:
-    """Return the `size` × `size` pixels of a picture that the image tower sees.
+    """Return the input of the image tower.
+
+    >>> from clip_jax.config import Preprocess
+    >>> preprocess(Image.new("RGB", (640, 480), "red"), 224, Preprocess()).shape
+    (224, 224, 3)
+
+    Args:
+      size: height and width of the result, in pixels.
+      spec: interpolation, resize mode and implementation; `mean` and `std` are not applied here.
 
     Raises:
-      ValueError: if the picture can't be decoded, or is so long and thin that its resized form would fill the memory.
-      FileNotFoundError: if the path leads nowhere.
+      ValueError: if the image can't be decoded, or if it would have more than 100 Mpx after resizing.
+      FileNotFoundError: if the path does not exist.
     """
-    opened = _BEFORE_RESIZING[spec.implementation](_open(image))
+    opened = _BEFORE_RESIZE[spec.implementation](_open(image))
     resampling = _RESAMPLING[spec.interpolation]
     if spec.resize == "squash":
         return np.array(opened.resize((size, size), resampling).convert("RGB"))
-    width, height = _resized(opened.size, size)
+    width, height = _resized_shape(opened.size, size)
     if spec.implementation == "huggingface":
         left, top = (width - size) // 2, (height - size) // 2
     else:
@@ -64,25 +73,30 @@ def preprocess(image: ImageLike, size: int, spec: Preprocess) -> UInt8[np.ndarra
 def preprocess_many(
     images: Sequence[ImageLike], size: int, spec: Preprocess, threads: int = 0, *, first: int = 0
 ) -> UInt8[np.ndarray, "n H W 3"]:
-    """Return the pixels of several pictures.
+    """Return `preprocess` of several images, computed in threads.
+
+    >>> from clip_jax.config import Preprocess
+    >>> images = [Image.new("RGB", (640, 480)), np.zeros((100, 100, 3), np.uint8)]
+    >>> preprocess_many(images, 224, Preprocess()).shape
+    (2, 224, 224, 3)
 
     Args:
-      threads: how many work at it; 0 for as many as there are cores.
-      first: the number of the first picture, for errors, where these are a part of more.
+      threads: number of threads; 0 for the number of cores.
+      first: number of the first image in error messages, for chunks of a larger sequence.
 
     Raises:
-      ValueError: as `preprocess`, saying which picture; numbers start at 0.
+      ValueError: as `preprocess`, with the number of the image, from 0.
     """
     result = np.empty((len(images), size, size, 3), np.uint8)
 
-    def work(row: int) -> None:
+    def fill_row(row: int) -> None:
         try:
             result[row] = preprocess(images[row], size, spec)
         except ValueError as error:
-            raise ValueError(f"picture {first + row}: {error}") from error
+            raise ValueError(f"image {first + row}: {error}") from error
 
     with concurrent.futures.ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-        for _ in pool.map(work, range(len(images))):  # reading the results raises their errors
+        for _ in pool.map(fill_row, range(len(images))):  # iteration raises the threads' errors
             pass
     return result
 
@@ -104,14 +118,14 @@ def _open(image: ImageLike) -> Image.Image:
         opened.load()
     except FileNotFoundError:
         raise
-    # What Pillow's decoders are known to raise for damaged files: its own errors are OSErrors.
+    # Pillow's decoders raise all of these for damaged files.
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name}: this can't be decoded as a picture ({error})") from error
+        raise ValueError(f"{name}: this can't be decoded as an image ({error})") from error
     return opened
 
 
 def _opaque(image: Image.Image) -> Image.Image:
-    """Composite a picture that has transparency on white, and halve the bits of one that has 16."""
+    """Composite transparency on white; keep the high byte of 16-bit grey."""
     if image.mode in _SIXTEEN_BIT:
         samples = np.frombuffer(image.tobytes(), _SIXTEEN_BIT[image.mode])
         return Image.fromarray((samples >> 8).astype(np.uint8).reshape(image.height, image.width))
@@ -121,25 +135,25 @@ def _opaque(image: Image.Image) -> Image.Image:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """Return RGB as transformers' `convert_to_rgb` does: everything by way of RGBA, laid on white."""
+    """Convert to RGBA, composite on white, and convert to RGB, as transformers' `convert_to_rgb`."""
     if image.mode == "RGB":
         return image
     rgba = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
 
-_BEFORE_RESIZING = {"clip_jax": _opaque, "openai": lambda image: image, "huggingface": _on_white}
+_BEFORE_RESIZE = {"clip_jax": _opaque, "openai": lambda image: image, "huggingface": _on_white}
 
 
-def _resized(original: tuple[int, int], size: int) -> tuple[int, int]:
-    """Return width and height with the shorter side at `size` px, the longer rounded down as torchvision does."""
+def _resized_shape(original: tuple[int, int], size: int) -> tuple[int, int]:
+    """Return width and height with the shorter side at `size` px; the longer is rounded down, as in torchvision."""
     width, height = original
     if not width or not height:
-        raise ValueError(f"the picture is {width} × {height} px: it has no pixels")
+        raise ValueError(f"the image is {width} × {height} px: it has no pixels")
     longer = int(size * max(width, height) / min(width, height))
     if size * longer > _MAX_RESIZED_PIXELS:
         raise ValueError(
-            f"a picture of {width} × {height} px is too long and thin: with {size} px on its shorter side it would"
-            f" have {size * longer:,} pixels; crop it first, or use preprocess.resize='squash'"
+            f"the aspect ratio of {width} × {height} px is too extreme: with {size} px on its shorter side the image"
+            f" would have {size * longer:,} pixels; crop it first, or use preprocess.resize='squash'"
         )
     return (size, longer) if width <= height else (longer, size)

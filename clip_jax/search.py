@@ -80,10 +80,9 @@ def table(names: Sequence[str], order: Sequence[int] | np.ndarray, similarity: S
 
 def _emoji() -> tuple[list[bytes], list[str]]:
     # TensorFlow comes with it, so only where it is wanted.
-    from clip_jax.config import DataConfig
-    from clip_jax.evals.datasets import LOADERS
+    from clip_jax.evals.load import load_dataset
 
-    pictures = LOADERS["emoji"](DataConfig(), "search")
+    pictures = load_dataset("emoji_search")
     return list(pictures.images), list(pictures.image_names)
 
 

@@ -1,7 +1,7 @@
-"""The shared vocabulary: one alphabet for shapes, and the types that cross module borders.
+"""Types that several packages share, and the axis letters of arrays.
 
-Letters name array axes everywhere: as suffixes (`x_BLD`), in einsum strings (`'BLD,DNK->BLNK'`) and in
-annotations (`Float[Array, "B L D"]`):
+The same letters name axes in suffixes (`x_BLD`), einsum strings (`'BLD,DNK->BLNK'`) and annotations
+(`Float[Array, "B L D"]`):
 
     B  global batch        L  tokens or patches    V  vocabulary
     b  per-device batch    D  width                E  embedding
@@ -20,66 +20,57 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, Int64, PyTree
 
-Params = PyTree  # nested dicts of arrays, or of what stands for them: shapes, shardings
-# A leaf of a dataclass that is a pytree: an array, or whatever `jax.tree.map` puts there (shapes, shardings, None),
-# which is why no annotation can check it.
+Params = PyTree  # nested dicts of arrays, `jax.ShapeDtypeStruct`s or shardings
+# A leaf of a pytree dataclass: an array, or any result of `jax.tree.map` (shape, sharding, None).
 Leaf = Any
 Metrics = dict[str, Array]
 ArrayLike = Array | np.ndarray
 
-SLICE = "slice"  # the mesh's axis between whose parts messages are dear: the data centre's network
+SLICE = "slice"  # mesh axis over TPU slices, which the data center network connects
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Image–text pairs, as they cross from host to device.
+    """Image-text pairs, as transferred from host to device."""
 
-    image: uint8[B H W 3], RGB, 0 to 255, not normalised: a quarter of float32's bytes on the wire.
-    text: int32[B L], token ids, from the start token to padding.
-    mask: bool[B], False for rows that only fill a batch up. Every consumer sees it, so none can forget it.
-    """
-
-    image: Leaf
-    text: Leaf
-    mask: Leaf
+    image: Leaf  # uint8[B H W 3], RGB, not normalized: a quarter of the bytes of float32
+    text: Leaf  # int32[B L], token ids: start token, tokens, end token, padding
+    mask: Leaf  # bool[B], False for padding rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One example as a source stores it: an encoded picture and what is said of it.
-
-    captions: texts by feature name, e.g. `{'name': ('dog face',), 'keyword': ('pet', 'animal')}`.
-    """
+    """One example of a training source."""
 
     key: str
-    image: bytes
-    captions: Mapping[str, tuple[str, ...]]
+    image: bytes  # encoded
+    captions: Mapping[str, tuple[str, ...]]  # by feature, e.g. `{'name': ('dog face',), 'keyword': ('pet', 'animal')}`
 
 
 class BadRecord(ValueError):
-    """A record that can't be used. The message is its reason, in a few words."""
+    """A record that cannot be decoded or has no caption. The message is the reason in a few words."""
 
 
 @runtime_checkable
 class DataSource(Protocol):
-    """A finite set of records with random access, so that any order is a function of integers."""
+    """A finite set of records with random access by index."""
 
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> Record:
-        """Return record `index`; thread-safe. Raises BadRecord with the reason if it is damaged."""
+        """Return a record; thread-safe. Raises BadRecord with the reason if it is damaged."""
 
     def key(self, index: int) -> str:
-        """Name record `index` for a person: file and place. Works for damaged records too."""
+        """Return a record's file and position, for messages; also for damaged records."""
 
     def fingerprint(self) -> str:
-        """Return a short hash that changes when the records or their order change."""
+        """Return a hash of the records and their order."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Replaced:
-    """A record that could not be used, and the one that stands in its place."""
+    """A damaged record and its replacement, by `DataSource.key`."""
 
     key: str
     reason: str
@@ -88,19 +79,16 @@ class Replaced:
 
 @dataclasses.dataclass(frozen=True)
 class HostBatch:
-    """What the pipeline yields on one host: its rows of a global batch, and where they came from.
-
-    example_ids: the source's index of every row, after replacement.
-    """
+    """One host's rows of a global batch."""
 
     batch: Batch
-    example_ids: Int64[np.ndarray, "b"]
+    example_ids: Int64[np.ndarray, "b"]  # indices of the records, after replacement
     replaced: tuple[Replaced, ...]
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Texts to rows of token ids: start, tokens, end, padding."""
+    """Function from texts to rows of token ids: start token, tokens, end token, padding."""
 
     vocab_size: int
     length: int
@@ -111,86 +99,88 @@ class Tokenizer(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalDataset:
-    """Pictures with the texts or classes that are right for them.
-
-    images: encoded pictures (PNG, JPEG, WebP).
-    texts: the candidates, captions or classes; several wordings of one are averaged as embeddings.
-    targets: for every image the index in `texts` that is right, or for several at once whether each is.
-    image_names: what a report writes under a picture.
-    attribution: what the licences of the pictures ask to be said where they are shown.
-    groups: which part of the set an image is of, for the worst of them; negative for none.
-    metric: the main metric, a name in `clip_jax.evals.metrics.METRICS`; retrieval has recall.
-    """
-
-    name: str
-    images: Sequence[bytes]
-    texts: Sequence[tuple[str, ...]]
-    targets: Int64[np.ndarray, "n"] | Bool[np.ndarray, "n M"]
-    image_names: Sequence[str] = ()
-    attribution: str = ""
-    groups: Int64[np.ndarray, "n"] | None = None
-    metric: str = "top1"
-
-    def right_pairs(self) -> tuple[Int64[np.ndarray, "m"], Int64[np.ndarray, "m"]]:
-        """Return the images and the texts of all pairs that belong together."""
-        return np.nonzero(self.targets) if self.targets.ndim == 2 else (np.arange(len(self.targets)), self.targets)
-
-    def right_texts(self, images: slice | Int64[np.ndarray, "m"]) -> Bool[np.ndarray, "m M"]:
-        """Tell of these images which texts are right."""
-        targets = self.targets[images]
-        return targets if targets.ndim == 2 else targets[:, None] == np.arange(len(self.texts))
-
-    def asked_texts(self) -> Int64[np.ndarray, "m"]:
-        """Return the texts that an image belongs to."""
-        return np.flatnonzero(self.targets.any(0)) if self.targets.ndim == 2 else np.unique(self.targets)
-
-    def right_images(self, texts: Int64[np.ndarray, "m"]) -> Bool[np.ndarray, "m n"]:
-        """Tell of these texts for which images they are right."""
-        return self.targets[:, texts].T if self.targets.ndim == 2 else texts[:, None] == self.targets
-
-
-@dataclasses.dataclass(frozen=True)
 class Cue:
-    """A cue (WinoGAViL): a word, its candidate images (indices into `DatasetSplit.images`), the correct ones."""
+    """A cue of an association dataset (WinoGAViL): a word, its candidate images, and the associated ones."""
 
     text: str
-    candidates: Int64[np.ndarray, "m"]
-    right: Bool[np.ndarray, "m"]
+    candidates: Int64[np.ndarray, "m"]  # indices of images
+    associated: Bool[np.ndarray, "m"]
 
 
 @dataclasses.dataclass(frozen=True)
 class DatasetSplit:
-    """A split of an evaluation dataset as it is stored: pictures, and what is right of each.
+    """A split of an evaluation dataset as stored."""
 
-    images: encoded pictures (PNG, JPEG, WebP), read when they are asked for.
-    targets: of each picture its class, or for several classes at once whether each is right; None for captions.
-    captions: of each picture its captions, one or more; empty where classes are asked for.
-    cues: of associations, which share their pictures; empty elsewhere.
-    class_names, templates: as the data brings them, in the order of class ids; empty where it doesn't.
-    metadata: whole numbers that each picture comes with, such as a region or an income group.
-    fingerprint: a short hash that changes when what is stored changes.
-    """
-
-    images: Sequence[bytes]
+    images: Sequence[bytes]  # encoded (PNG, JPEG, WebP), read on access
+    # Class ids, or bool[n Q] for several classes per image; None for captions and cues.
     targets: Int64[np.ndarray, "n"] | Bool[np.ndarray, "n Q"] | None
-    captions: Sequence[tuple[str, ...]] = ()
-    class_names: tuple[str, ...] = ()
+    captions: Sequence[tuple[str, ...]] = ()  # one or more per image; empty for classes
+    class_names: tuple[str, ...] = ()  # by class id; empty if not stored with the data
     templates: tuple[str, ...] = ()
-    metadata: Int64[np.ndarray, "n F"] | None = None
-    fingerprint: str = ""
-    cues: Sequence[Cue] = ()
+    metadata: Int64[np.ndarray, "n F"] | None = None  # e.g. region or income group
+    fingerprint: str = ""  # hash of the content, the key of cached features
+    cues: Sequence[Cue] = ()  # of association datasets
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalDataset:
+    """The test split of an evaluation dataset, with candidate texts, as evaluators get it."""
+
+    name: str  # in metric keys: `<evaluator>/<name>/<metric>`
+    images: Sequence[bytes]  # encoded (PNG, JPEG, WebP), read on access
+    # Candidate captions, or the prompts of each class or cue, whose embeddings are averaged.
+    texts: Sequence[tuple[str, ...]]
+    # Index of the correct text of each image, or bool[n M] for several correct texts; None for cues.
+    targets: Int64[np.ndarray, "n"] | Bool[np.ndarray, "n M"] | None
+    image_names: Sequence[str] = ()  # captions in reports
+    attribution: str = ""  # text that the images' licenses require
+    groups: Int64[np.ndarray, "n"] | None = None  # group ids of worst-group metrics; negative: ignored
+    metric: str = "top1"  # main metric: a key of `clip_jax.evals.metrics.METRICS`, or 'recall'
+    class_names: Sequence[tuple[str, ...]] = ()  # names of each class, without templates
+    cues: Sequence[Cue] = ()  # of association datasets; `texts` has the prompts of each
+    load_split: Callable[[str], DatasetSplit] | None = None  # loads 'train' or 'validation'
+    description: str = ""  # size, classes, metric
+    prompts: str = ""  # source of the class names and templates
+    missing_texts: str = ""  # reason why `texts` is empty
+    classes: int = 0  # number of classes; 0: one per text
+
+    @property
+    def num_classes(self) -> int:
+        return self.classes or len(self.texts)
+
+    def split(self, name: str) -> DatasetSplit:
+        """Load the 'train' or 'validation' split. Raises Unavailable if there is none on this machine."""
+        if self.load_split is None:
+            raise Unavailable(f"{self.name} has no {name} split")
+        return self.load_split(name)
+
+    def positive_pairs(self) -> tuple[Int64[np.ndarray, "m"], Int64[np.ndarray, "m"]]:
+        """Return the image indices and the text indices of all matching pairs."""
+        return np.nonzero(self.targets) if self.targets.ndim == 2 else (np.arange(len(self.targets)), self.targets)
+
+    def positive_texts(self, images: slice | Int64[np.ndarray, "m"]) -> Bool[np.ndarray, "m M"]:
+        """Return for the given images which texts match."""
+        targets = self.targets[images]
+        return targets if targets.ndim == 2 else targets[:, None] == np.arange(len(self.texts))
+
+    def positive_images(self, texts: Int64[np.ndarray, "m"]) -> Bool[np.ndarray, "m n"]:
+        """Return for the given texts which images match."""
+        return self.targets[:, texts].T if self.targets.ndim == 2 else texts[:, None] == self.targets
+
+    def query_texts(self) -> Int64[np.ndarray, "m"]:
+        """Return the indices of the texts that match at least one image."""
+        return np.flatnonzero(self.targets.any(0)) if self.targets.ndim == 2 else np.unique(self.targets)
 
 
 class Unavailable(RuntimeError):
-    """An evaluation set that can't be had on this machine. The message says why and how to get it."""
+    """A dataset, split or prompt set is not on this machine. The message has the reason and how to get it."""
 
 
 @runtime_checkable
 class Embedder(Protocol):
-    """The only view of a model that evaluators have, so a fake one can test them.
+    """A model as evaluators see it. Embedders of models with features also have `features(images) -> float[n D]`.
 
-    Rows are unit vectors, or NaN where the model gave NaN; the number of rows is the number of inputs.
+    Embeddings are unit vectors, or NaN where the model's output is not finite; there is one row per input.
     """
 
     def image(self, images: Sequence[bytes]) -> Float[np.ndarray, "n E"]: ...
@@ -198,10 +188,18 @@ class Embedder(Protocol):
     def text(self, texts: Sequence[str]) -> Float[np.ndarray, "m E"]: ...
 
 
-# (embedder, eval set) -> {'retrieval/<set>/image_to_text/recall_at_1': fraction, …}
-Evaluator = Callable[[Embedder, EvalDataset], dict[str, float]]
+class EvalResult(dict[str, float]):
+    """Metrics of an evaluator, with a one-line description of the method and data for tables and plots.
 
-# (image_embeddings_bE, text_embeddings_bE, logit_scale, logit_bias, axis, ids) -> (scalar, metrics); `axis` names the
-# mesh axes that the batch is sharded over, as inside `jax.shard_map`, or is None on one device; `ids`, of images and of
-# texts, say which of them match, where it is not row by row.
-Loss = Callable[..., tuple[Float[Array, ""], Metrics]]
+    >>> EvalResult({"zeroshot/cifar10/top1": 0.5}, "80 templates")["zeroshot/cifar10/top1"]
+    0.5
+    """
+
+    def __init__(self, metrics: Mapping[str, float], description: str = "", detail: Any = None):
+        super().__init__(metrics)
+        self.description = description
+        self.detail = detail
+
+
+# (embedder, dataset, **options) -> {'zeroshot/<dataset>/top1': fraction, …}, a dict or an EvalResult
+Evaluator = Callable[..., dict[str, float]]

@@ -44,7 +44,7 @@ def get_config() -> ConfigDict:
     config.checkpoint.every_steps = 150
 
     config.eval.every_steps = 300
-    config.eval.baselines_split = "seen_concepts"
+    config.eval.baselines_dataset = "emoji_seen_concepts"
     config.eval.thresholds = {
         "retrieval/emoji_unseen_concepts/image_to_text/recall_at_5": 0.28,
         "retrieval/emoji_unseen_vendor/image_to_text/recall_at_1": 0.20,
@@ -53,7 +53,6 @@ def get_config() -> ConfigDict:
     splits |= dict.fromkeys(("categories", "subcategories"), "zeroshot")
     splits |= {f"unseen_concepts_{code}": "retrieval" for code in LANGUAGES}
     config.eval.tasks = {
-        f"emoji_{split}": {"evaluator": evaluator, "source": "emoji", "split": split}
-        for split, evaluator in splits.items()
+        f"emoji_{split}": {"evaluator": evaluator, "dataset": f"emoji_{split}"} for split, evaluator in splits.items()
     }
     return config

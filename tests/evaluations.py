@@ -1,4 +1,4 @@
-"""Starting `python -m clip_jax.evaluate` as a user does, and the data that it reads, as others store them."""
+"""Runs `python -m clip_jax.evaluate` in processes, and writes small datasets in CLIP_benchmark's layout."""
 
 import contextlib
 import io
@@ -17,14 +17,14 @@ from tests import runs
 
 
 def start(*arguments, process=0, processes=1, port=0, tiny=False):
-    """Start one process. tiny: the registry's sets may have any size, as `tests.tiny_evaluate` says."""
+    """Start one process. tiny: datasets may have any size, see `tests.tiny_evaluate`."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
         "PYTHONPATH": str(runs.ROOT),
         "CLIP_JAX_HEARTBEAT_SECONDS": "20",
         "CLIP_JAX_SHUTDOWN_SECONDS": "10",
-        "JAX_COMPILATION_CACHE_DIR": str(runs.CACHE),  # for time alone: the programs of other batch sizes are others
+        "JAX_COMPILATION_CACHE_DIR": str(runs.CACHE),  # saves compilation time
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     if processes > 1:
@@ -40,7 +40,7 @@ def start(*arguments, process=0, processes=1, port=0, tiny=False):
 
 
 def run(*arguments, processes=1, code=0, tiny=False, second=(), seconds=240):
-    """Return what each process printed, and said to stderr. second: flags that the second process gets besides."""
+    """Return stdout and stderr of each process. second: additional flags of the second process."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -51,10 +51,10 @@ def run(*arguments, processes=1, code=0, tiny=False, second=(), seconds=240):
         ]
         for process in started:
             stack.callback(process.kill)
-        said = [process.communicate(timeout=seconds) for process in started]
-    for process, words in zip(started, said, strict=True):
-        assert process.returncode == code, f"exit code {process.returncode}, expected {code}:\n{words[0]}{words[1]}"
-    return said
+        output = [process.communicate(timeout=seconds) for process in started]
+    for process, texts in zip(started, output, strict=True):
+        assert process.returncode == code, f"exit code {process.returncode}, expected {code}:\n{texts[0]}{texts[1]}"
+    return output
 
 
 def report(directory):
@@ -62,16 +62,16 @@ def report(directory):
     return json.loads((directory / "report.json").read_text())
 
 
-def picture(seed, pixels=24):
-    """Return a PNG of coloured squares, another for every seed."""
-    colours = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
+def png_image(seed, pixels=24):
+    """Return a PNG of random colored squares."""
+    colors = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
     file = io.BytesIO()
-    Image.fromarray(colours.repeat(pixels // 4, axis=0).repeat(pixels // 4, axis=1)).save(file, "PNG")
+    Image.fromarray(colors.repeat(pixels // 4, axis=0).repeat(pixels // 4, axis=1)).save(file, "PNG")
     return file.getvalue()
 
 
 def write_shards(folder, samples, *, class_names=(), kind="classification", shards=2):
-    """Write a test split as CLIP_benchmark does; samples: of each picture its members by suffix, in bytes."""
+    """Write a test split as tar shards. samples: for each image its members by suffix, in bytes."""
     (folder / "test").mkdir(parents=True)
     if class_names:
         (folder / "classnames.txt").write_text("\n".join(class_names) + "\n")
@@ -87,13 +87,13 @@ def write_shards(folder, samples, *, class_names=(), kind="classification", shar
 
 
 def damage(data, name):
-    """Make the second picture of a set undecodable, its size as before."""
+    """Make the second image of a dataset undecodable without changing its size."""
     shard = data / DATASETS[name].folder / "test" / "0.tar"
     parts = shard.read_bytes().split(b"IHDR")
     shard.write_bytes(b"IHDR".join(parts[:2]) + b"\0\0\0\0" + b"IHDR".join(parts[2:]))
 
 
-def write_classes(folder, pictures, class_ids, class_names):
-    """Write a split of pictures with a class each."""
-    samples = [{"png": data, "cls": str(i).encode()} for data, i in zip(pictures, class_ids, strict=True)]
+def write_classes(folder, images, class_ids, class_names):
+    """Write a test split of images with one class each."""
+    samples = [{"png": data, "cls": str(i).encode()} for data, i in zip(images, class_ids, strict=True)]
     write_shards(folder, samples, class_names=class_names)

@@ -1,4 +1,4 @@
-"""Starting whole runs as a user does, in processes of their own, for the tests that kill them."""
+"""Whole runs in processes of their own, started by the command, for tests that kill them."""
 
 import json
 import os
@@ -26,14 +26,14 @@ def start(
     port: int = 0,
     config: str = TINY,
 ):
-    """Start one process of `python -m clip_jax.main`; its messages come line by line from `.stderr`."""
+    """Start one process of `python -m clip_jax.main`; `.stderr` has its log."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": str(ROOT),
         "CLIP_JAX_HEARTBEAT_SECONDS": "20",
         "CLIP_JAX_SHUTDOWN_SECONDS": "10",
-        # Every process compiles the same programs; bits are compared, so it is as well that they are the same.
+        # Shared, as every process compiles the same programs and their results are compared bit by bit.
         "JAX_COMPILATION_CACHE_DIR": str(CACHE),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
@@ -50,7 +50,7 @@ def start(
 
 
 def start_two(workdir: Path, *flags: str, second: Sequence[str] = ()) -> list[subprocess.Popen]:
-    """Start two processes with one device each, as one job; `second` are flags that only the second one gets."""
+    """Start two processes with one device each, as one job; `second`: additional flags of the second process."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -61,29 +61,29 @@ def start_two(workdir: Path, *flags: str, second: Sequence[str] = ()) -> list[su
 
 
 def finish(*processes: subprocess.Popen, code: int = 0) -> list[str]:
-    """Wait for the processes, check their exit code, and return what each said to stderr."""
-    said = [process.communicate(timeout=240)[1] for process in processes]
-    for process, words in zip(processes, said, strict=True):
-        assert process.returncode == code, f"exit code {process.returncode}, expected {code}:\n{words}"
-    return said
+    """Wait for the processes, check their exit code, and return the stderr of each."""
+    messages = [process.communicate(timeout=240)[1] for process in processes]
+    for process, text in zip(processes, messages, strict=True):
+        assert process.returncode == code, f"exit code {process.returncode}, expected {code}:\n{text}"
+    return messages
 
 
 def wait_for_step(process: subprocess.Popen, step: int) -> None:
-    """Read messages until the progress line of `step`."""
-    said = []
+    """Read stderr up to the progress line of `step`."""
+    lines = []
     for line in process.stderr:
-        said.append(line)
+        lines.append(line)
         if line.startswith(f"step {step}/"):
             return
-    raise AssertionError("ended before step " + str(step) + ":\n" + "".join(said))
+    raise AssertionError("ended before step " + str(step) + ":\n" + "".join(lines))
 
 
 def fingerprint(workdir: Path, step: int) -> int:
-    """Return the checksum of all arrays of a saved state, optimizer and counters included."""
+    """Return the checksum of all arrays of a saved state, including optimizer state and counters."""
     return json.loads((workdir / "checkpoints" / str(step) / "info" / "metadata").read_text())["fingerprint"]
 
 
 def tiny_model():
-    """Return the config of TINY and its architecture."""
+    """Return the config of TINY, and its architecture."""
     config = from_config_dict(runpy.run_path(str(ROOT / TINY))["get_config"]())
     return config, config.model

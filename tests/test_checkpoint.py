@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged are never used in silence, and failures to save are heard."""
+"""Checkpoints: round trip, damage, failed saves."""
 
 import json
 import logging
@@ -18,14 +18,14 @@ from clip_jax.training.checkpoint import Checkpoints, SaveFailed, fingerprint
 def _state(value: float = 1.0, devices: int = 8, dtype=jnp.float32):
     mesh = sharding.make_mesh(jax.devices()[:devices])
     rng = np.random.default_rng(0)
-    # Noise does not compress, so a flipped bit lands in data and not in a header.
+    # Noise is incompressible: most bits of the file are data and not header.
     state = {"kernel": rng.normal(size=(64, 32)).astype(np.float32) + value, "step": np.int32(value)}
     return jax.device_put(
         jax.tree.map(lambda x: jnp.asarray(x, dtype if x.ndim else None), state), sharding.replicated(mesh)
     )
 
 
-def _like(state):
+def _abstract(state):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
@@ -36,13 +36,13 @@ def checkpoints(tmp_path):
     opened.close()
 
 
-def test_a_relative_directory_is_as_good_as_an_absolute_one(tmp_path, monkeypatch):
+def test_relative_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     state = _state()
     opened = Checkpoints("runs/checkpoints", keep=3)
     opened.save(1, state, {})
     opened.wait()
-    restored, _ = opened.restore(_like(state))
+    restored, _ = opened.restore(_abstract(state))
     opened.close()
     np.testing.assert_array_equal(restored["kernel"], state["kernel"])
     assert (tmp_path / "runs/checkpoints/1").is_dir()
@@ -54,32 +54,32 @@ def _save(checkpoints: Checkpoints, *steps: int) -> None:
     checkpoints.wait()
 
 
-def test_what_was_saved_comes_back_on_any_number_of_devices(checkpoints):
+def test_round_trip_on_any_number_of_devices(checkpoints):
     _save(checkpoints, 1, 2)
     for devices in (1, 2, 8):
-        state, info = checkpoints.restore(_like(_state(devices=devices)))
+        state, info = checkpoints.restore(_abstract(_state(devices=devices)))
         np.testing.assert_array_equal(state["kernel"], _state(2)["kernel"])
         assert info["examples"] == 16
         assert len(state["kernel"].sharding.device_set) == devices
 
 
-def test_a_new_directory_has_nothing_to_restore(checkpoints):
-    assert checkpoints.restore(_like(_state())) is None
+def test_new_directory_restores_none(checkpoints):
+    assert checkpoints.restore(_abstract(_state())) is None
 
 
-def test_the_newest_are_kept(checkpoints):
+def test_newest_checkpoints_are_kept(checkpoints):
     _save(checkpoints, 1, 2, 3, 4, 5)
     assert checkpoints.steps() == [3, 4, 5]
 
 
-def test_multiples_are_kept_for_good(tmp_path):
+def test_keep_every_steps_is_permanent(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=1, keep_every_steps=2)
     _save(checkpoints, 1, 2, 3, 4, 5)
     assert checkpoints.steps() == [2, 4, 5]
     checkpoints.close()
 
 
-def test_every_flipped_bit_of_the_arrays_is_noticed(checkpoints, caplog):
+def test_flipped_bits_are_detected(checkpoints, caplog):
     _save(checkpoints, 1, 2)
     directory = Path(checkpoints.directory)
     pristine = directory.parent / "pristine"
@@ -89,7 +89,7 @@ def test_every_flipped_bit_of_the_arrays_is_noticed(checkpoints, caplog):
     files = sorted(p for p in (pristine / "2" / "state").rglob("*") if p.is_file() and p.stat().st_size > 4096)
     assert files
     rng = np.random.default_rng(0)
-    older = 0
+    fallbacks = 0
     for file in files:
         for position in rng.integers(0, file.stat().st_size, 4):
             shutil.rmtree(directory)
@@ -98,18 +98,18 @@ def test_every_flipped_bit_of_the_arrays_is_noticed(checkpoints, caplog):
             content[position] ^= 1 << rng.integers(8)
             (directory / file.relative_to(pristine)).write_bytes(content)
             again = Checkpoints(directory)
-            state, info = again.restore(_like(_state()))
+            state, info = again.restore(_abstract(_state()))
             again.close()
-            # Either the bit did not matter, or the older step was taken; never wrong numbers.
+            # Either the bit is unused, or the older step is restored.
             newest, fallback = expected
-            took_older = info["examples"] == 8
-            np.testing.assert_array_equal(state["kernel"], fallback if took_older else newest)
-            older += took_older
-    assert older
+            fell_back = info["examples"] == 8
+            np.testing.assert_array_equal(state["kernel"], fallback if fell_back else newest)
+            fallbacks += fell_back
+    assert fallbacks
 
 
 @pytest.mark.parametrize("damage", ["arrays truncated", "info missing", "info truncated", "arrays missing"])
-def test_a_damaged_step_is_set_aside_and_the_one_before_is_used(checkpoints, caplog, damage):
+def test_damaged_checkpoint_falls_back_to_older_step(checkpoints, caplog, damage):
     _save(checkpoints, 1, 2)
     newest = Path(checkpoints.directory) / "2"
     if damage == "arrays truncated":
@@ -122,15 +122,15 @@ def test_a_damaged_step_is_set_aside_and_the_one_before_is_used(checkpoints, cap
     else:
         shutil.rmtree(newest / ("info" if damage == "info missing" else "state"))
     with caplog.at_level(logging.WARNING):
-        state, info = checkpoints.restore(_like(_state()))
+        state, info = checkpoints.restore(_abstract(_state()))
     assert info["examples"] == 8 and int(state["step"]) == 1
-    assert "2 (" in caplog.text and "going on from step 1" in caplog.text
+    assert "2 (" in caplog.text and "falling back to step 1" in caplog.text
     assert (Path(checkpoints.directory) / "2.corrupt").exists()
     _save(checkpoints, 2)
     assert checkpoints.steps() == [1, 2]
 
 
-def test_a_directory_named_like_a_step_is_not_a_checkpoint(checkpoints):
+def test_directory_named_like_a_step_is_not_a_checkpoint(checkpoints):
     _save(checkpoints, 1)
     (Path(checkpoints.directory) / "500").mkdir()
     again = Checkpoints(checkpoints.directory)
@@ -138,11 +138,11 @@ def test_a_directory_named_like_a_step_is_not_a_checkpoint(checkpoints):
     again.close()
 
 
-def test_when_all_are_damaged_nothing_starts_over(checkpoints):
+def test_restore_raises_if_every_checkpoint_is_damaged(checkpoints):
     _save(checkpoints, 1)
     shutil.rmtree(Path(checkpoints.directory) / "1" / "state")
     with pytest.raises(RuntimeError, match="every checkpoint .* is damaged: 1"):
-        checkpoints.restore(_like(_state()))
+        checkpoints.restore(_abstract(_state()))
 
 
 @pytest.mark.parametrize(
@@ -156,17 +156,17 @@ def test_when_all_are_damaged_nothing_starts_over(checkpoints):
         ({"weight": jnp.zeros((64, 32)), "step": jnp.int32(0)}, "weight is absent there"),
     ],
 )
-def test_a_checkpoint_of_another_model_is_refused_in_one_sentence(checkpoints, other, message):
+def test_checkpoint_of_another_model_is_refused_with_one_sentence(checkpoints, other, message):
     _save(checkpoints, 1)
     with pytest.raises(ValueError, match=message):
-        checkpoints.restore(_like(other))
+        checkpoints.restore(_abstract(other))
     assert checkpoints.steps() == [1]
 
 
-def test_a_save_that_fails_is_heard_at_the_next_poll(checkpoints):
+def test_failed_save_is_raised_at_the_next_poll(checkpoints):
     _save(checkpoints, 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # a disk that is full after a kilobyte
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # as on a full disk
     try:
         with pytest.raises(SaveFailed, match="Earlier checkpoints are intact"):
             checkpoints.save(2, _state(2), {})
@@ -176,19 +176,19 @@ def test_a_save_that_fails_is_heard_at_the_next_poll(checkpoints):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     again = Checkpoints(checkpoints.directory)
-    state, _ = again.restore(_like(_state()))
+    state, _ = again.restore(_abstract(_state()))
     assert int(state["step"]) == 1
     again.close()
 
 
-def test_a_directory_that_cannot_be_written_is_refused_at_once(tmp_path):
-    (tmp_path / "file").write_text("in the way")
+def test_unwritable_directory_is_refused_when_opened(tmp_path):
+    (tmp_path / "file").write_text("not a directory")
     with pytest.raises(SaveFailed, match="choose another --workdir"):
         Checkpoints(tmp_path / "file" / "checkpoints")
 
 
-def test_saved_arrays_are_those_before_the_next_step(checkpoints):
-    """The training step donates its state: a save in the background must hold a copy."""
+def test_save_copies_arrays_before_the_next_step(checkpoints):
+    """The training step donates its state, so an asynchronous save needs a copy."""
     state = _state(1)
     expected = np.asarray(state["kernel"])
     add = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
@@ -196,24 +196,24 @@ def test_saved_arrays_are_those_before_the_next_step(checkpoints):
     for _ in range(5):
         state = add(state)
     checkpoints.wait()
-    restored, _ = checkpoints.restore(_like(_state()))
+    restored, _ = checkpoints.restore(_abstract(_state()))
     np.testing.assert_array_equal(restored["kernel"], expected)
 
 
-def test_the_fingerprint_sees_every_bit_and_no_sharding():
-    whole = _state(devices=1)
-    spread = {"kernel": sharding.to_global(np.asarray(whole["kernel"]), sharding.make_mesh()), "step": whole["step"]}
-    spread["step"] = jax.device_put(np.asarray(whole["step"]), sharding.replicated(sharding.make_mesh()))
-    assert int(fingerprint(whole)) == int(fingerprint(spread))
+def test_fingerprint_depends_on_every_bit_and_not_on_sharding():
+    single = _state(devices=1)
+    sharded = {"kernel": sharding.to_global(np.asarray(single["kernel"]), sharding.make_mesh()), "step": single["step"]}
+    sharded["step"] = jax.device_put(np.asarray(single["step"]), sharding.replicated(sharding.make_mesh()))
+    assert int(fingerprint(single)) == int(fingerprint(sharded))
     rng = np.random.default_rng(0)
     for position, bit in zip(rng.integers(0, 64 * 32, 100), rng.integers(0, 32, 100), strict=True):
-        bits = np.asarray(whole["kernel"]).view(np.uint32).copy().ravel()
+        bits = np.asarray(single["kernel"]).view(np.uint32).copy().ravel()
         bits[position] ^= np.uint32(1) << np.uint32(bit)
-        changed = whole | {"kernel": jnp.asarray(bits.view(np.float32).reshape(64, 32))}
-        assert int(fingerprint(changed)) != int(fingerprint(whole))
+        changed = single | {"kernel": jnp.asarray(bits.view(np.float32).reshape(64, 32))}
+        assert int(fingerprint(changed)) != int(fingerprint(single))
 
 
-def test_info_is_plain_json(checkpoints):
+def test_info_is_json(checkpoints):
     _save(checkpoints, 1)
     info = json.loads((Path(checkpoints.directory) / "1" / "info" / "metadata").read_text())
     assert info["arrays"] == {"kernel": "float32[64, 32]", "step": "int32[]"}

@@ -28,6 +28,7 @@ EXAMPLE_KEYS = {
     "data.captions": "txt",
     "data.options": "examples",
     "eval.tasks": "x",
+    "eval.tasks.x.options": "shots",
     "eval.thresholds": "retrieval/a/b",
 }
 

@@ -1,4 +1,4 @@
-"""Decoding against Pillow on a white page; augmentation against what its numbers promise."""
+"""Decoding against Pillow composited on white; augmentation against its configured strengths."""
 
 import dataclasses
 import io
@@ -14,14 +14,14 @@ from clip_jax.config import AugmentConfig
 from clip_jax.data import images
 
 EXACT = 0  # the same library with the same settings
-COMPOSITE_TOLERANCE = 1  # Pillow's blend rounds otherwise than to nearest
+COMPOSITE_TOLERANCE = 1  # Pillow's blend does not round to nearest
 ALL = AugmentConfig(0.5, 15.0, 0.2, 0.1, 0.2, 0.3, 0.5, 30.0, 0.1, 0.5, 0.3)
 NONE = AugmentConfig(min_crop_area=1.0)
 SEED = np.array([3, 4])
 
 
 def _pixels(height=13, width=17, channels=4, seed=0):
-    """Smooth enough for JPEG, with every alpha from 0 to 255."""
+    """Return an image that is smooth enough for JPEG, with alpha from 0 to 255."""
     small = np.random.default_rng(seed).integers(0, 256, (5, 6, channels), np.uint8)
     mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
     return Image.fromarray(small.squeeze()).convert(mode).resize((width, height), Image.Resampling.BICUBIC)
@@ -75,7 +75,7 @@ def decode():
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_pixels_are_pillows_on_white(decode, kind):
+def test_decoded_pixels_equal_pillow_composited_on_white(decode, kind):
     encoded, tolerance = FILES[kind]
     expected = _on_white(encoded)
     found = decode(encoded)
@@ -83,13 +83,13 @@ def test_pixels_are_pillows_on_white(decode, kind):
     assert np.abs(found - expected).max() <= tolerance
 
 
-def test_what_lies_beneath_full_transparency_is_not_shown(decode):
+def test_hidden_colour_of_transparent_pixels_is_white(decode):
     hidden = Image.new("RGBA", (4, 4), (71, 112, 76, 0))
     for format_, options in (("PNG", {}), ("WEBP", {"lossless": True, "exact": True})):
         assert (decode(_encode(hidden, format_, **options)) == 255).all()
 
 
-def test_16_bits_keep_their_high_byte(decode):
+def test_16_bit_png_keeps_its_high_byte(decode):
     deep = np.arange(0, 65536, 321, dtype=np.uint16).reshape(5, 41)
     found = decode(_encode(Image.fromarray(deep), "PNG"))
     np.testing.assert_array_equal(found, np.repeat((deep >> 8)[..., None], 3, axis=-1))
@@ -147,8 +147,8 @@ WITH_SIZE = {
 
 
 @pytest.mark.parametrize("kind", WITH_SIZE)
-def test_a_bomb_is_refused_for_its_size(decode, kind):
-    """13,000 × 13,000 pixels by its header; refused by the guard, not by a decoder that ran out of data."""
+def test_decompression_bomb_raises_for_its_size(decode, kind):
+    """13,000 × 13,000 pixels in the header: the size check raises, not the decoder for missing data."""
     bomb = WITH_SIZE[kind](13_000, 13_000)
     with pytest.raises(tf.errors.OpError, match="width and height"):
         decode(bomb)
@@ -156,15 +156,15 @@ def test_a_bomb_is_refused_for_its_size(decode, kind):
 
 
 @pytest.mark.parametrize("kind", WITH_SIZE)
-def test_the_guard_reads_the_size_that_the_decoder_reads(decode, kind):
-    """The same patch with the true size leaves a picture that decodes: the bomb test patches the right bytes."""
+def test_size_check_reads_the_size_of_the_decoder(decode, kind):
+    """Patching the true size leaves an image that decodes, so the bomb test patches the right bytes."""
     encoded = WITH_SIZE[kind](*RGB.size)
     assert decode(encoded).shape == (*RGB.size[::-1], 3)
 
 
 BAD = {
     "empty": b"",
-    "a page": b"<html><body>404</body></html>",
+    "html": b"<html><body>404</body></html>",
     "truncated jpeg": FILES["jpeg"][0][:-40],
     "truncated png": FILES["png"][0][:-40],
     "truncated webp": FILES["webp"][0][:-40],
@@ -176,13 +176,13 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_bad_bytes_raise_and_are_explained(decode, kind):
+def test_bad_bytes_raise_and_have_a_reason(decode, kind):
     with pytest.raises(tf.errors.OpError):
         decode(BAD[kind])
     assert len(images.decoding_error(BAD[kind])) > 10
 
 
-def test_a_good_picture_has_no_complaint():
+def test_good_image_has_no_decoding_error():
     assert images.decoding_error(FILES["png"][0]) is None
 
 
@@ -194,27 +194,27 @@ def _augment(config, image=None, size=16, seed=SEED):
     return images.augment(tf.constant(image), size, tf.constant(seed), config).numpy()
 
 
-def test_without_changes_the_square_is_the_resized_whole():
+def test_no_augmentation_is_resizing_only():
     image = np.asarray(_pixels(40, 40, 3))
     expected = tf.image.resize(image, [16, 16], "bicubic", antialias=True).numpy()
     np.testing.assert_array_equal(_augment(NONE, image), np.round(expected.clip(0, 255)).astype(np.uint8))
 
 
 @pytest.mark.parametrize(("side", "mean", "most"), [(300, 0.25, 12), (512, 0.2, 5), (150, 0.3, 25), (224, 0.0, 0)])
-def test_training_s_resize_is_as_far_from_pillow_s_as_documented(side, mean, most):
+def test_resize_differs_from_pillow_within_documented_bounds(side, mean, most):
     image = np.random.default_rng(side).integers(0, 256, (side, side, 3), np.uint8)
-    pillows = np.asarray(Image.fromarray(image).resize((224, 224), Image.Resampling.BICUBIC)).astype(int)
-    distance = np.abs(_augment(NONE, image, size=224).astype(int) - pillows)
+    expected = np.asarray(Image.fromarray(image).resize((224, 224), Image.Resampling.BICUBIC)).astype(int)
+    distance = np.abs(_augment(NONE, image, size=224).astype(int) - expected)
     assert distance.mean() <= mean and distance.max() <= most
 
 
-def test_the_same_seed_gives_the_same_change_and_another_another():
+def test_augmentation_is_a_function_of_the_seed():
     np.testing.assert_array_equal(_augment(ALL), _augment(ALL))
     assert (_augment(ALL) != _augment(ALL, seed=SEED + 1)).mean() > 0.5
 
 
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(AugmentConfig) if f.name != "min_crop_area"])
-def test_every_key_changes_pixels_by_itself(field):
+def test_every_config_key_changes_pixels(field):
     value = {"rotate_degrees": 90.0, "hue_degrees": 120.0}.get(field, 0.9)
     image = np.asarray(_pixels(40, 40, 3))
     config = dataclasses.replace(NONE, **{field: value})
@@ -224,42 +224,42 @@ def test_every_key_changes_pixels_by_itself(field):
 
 
 @pytest.mark.parametrize("field", ["zoom", "brightness", "hue_degrees", "cutout"])
-def test_switching_one_change_on_leaves_the_crop_as_it_was(field):
-    """Draws don't shift when another is added: the crop's corner shows in a picture of coordinates."""
+def test_other_augmentations_do_not_change_the_crop(field):
+    """Pixels encode their coordinates, so the corner of the crop can be read from the result."""
     crop = AugmentConfig(min_crop_area=0.3)
     with_tiny = dataclasses.replace(crop, **{field: 1e-6})
     y, x = np.mgrid[0:64, 0:64]
     coordinates = np.stack([x * 4, y * 4, 0 * x], -1).astype(np.uint8)
     difference = _augment(crop, coordinates).astype(int) - _augment(with_tiny, coordinates)
-    # Only rounding, but for zoom's last row and column, which touch the white outside.
+    # Rounding only, except zoom's last row and column, which blend with the white outside.
     assert np.abs(difference[1:-1, 1:-1]).max() <= 1
 
 
-def test_crops_are_squares_of_the_area_asked_for_anywhere():
-    """A picture of coordinates says where each crop was."""
+def test_crops_are_squares_of_the_configured_area_at_any_position():
+    """Pixels encode their coordinates, so position and size of each crop can be read from the result."""
     y, x = np.mgrid[0:100, 0:200]
     coordinates = np.stack([x, y, 0 * x], -1).astype(np.uint8)
     crops = np.stack([_augment(AugmentConfig(0.25), coordinates, 8, np.array([1, s])) for s in range(200)]).astype(int)
     widths, heights = crops[:, 4, -1, 0] - crops[:, 4, 0, 0], crops[:, -1, 4, 1] - crops[:, 0, 4, 1]
     np.testing.assert_allclose(widths, heights, atol=2)
-    # Corners' centres lie 7/8 of the side apart: sides of 50 to 100 pixels.
+    # The centres of the corner pixels are 7/8 of the side apart: sides of 50 to 100 pixels.
     assert 42 <= widths.min() < 50 and 80 < widths.max() <= 88
     assert crops[:, 0, 0, 0].min() < 15 and crops[:, 0, -1, 0].max() > 185
 
 
 @pytest.mark.parametrize("degrees", [90.0, 180.0])
-def test_a_rotation_turns_about_the_centre(degrees):
-    """A draw of 1 turns by the whole angle: a quarter turn moves pixels onto pixels."""
+def test_rotation_is_about_the_centre(degrees):
+    """A draw of 1 rotates by the full angle; a quarter turn maps pixels to pixels."""
     image = np.asarray(_pixels(16, 16, 3))
     uniform = tf.one_hot(images.ROTATE, images.DRAWS) * 0.5 + 0.5  # signed: 1 for rotation, 0 for the rest
     config = AugmentConfig(rotate_degrees=degrees)
     turned = images._affine(tf.constant(image, tf.float32), 16, uniform, config).numpy()
     expected = np.rot90(image, int(degrees) // 90).astype(np.float32)
-    inner = np.s_[1:-1, 1:-1]  # the border blends with the white outside by rounding of sines
+    inner = np.s_[1:-1, 1:-1]  # the border blends with the white outside, by rounding of the sine
     np.testing.assert_allclose(turned[inner], expected[inner], atol=0.05)
 
 
-def test_a_shift_moves_by_its_fraction_and_lets_white_in():
+def test_shift_moves_by_its_fraction_and_fills_with_white():
     image = np.asarray(_pixels(16, 16, 3))
     uniform = tf.one_hot(images.SHIFT_X, images.DRAWS) * 0.5 + 0.5
     shifted = images._affine(tf.constant(image, tf.float32), 16, uniform, AugmentConfig(shift=0.25)).numpy()
@@ -267,7 +267,7 @@ def test_a_shift_moves_by_its_fraction_and_lets_white_in():
     assert (shifted[:, :4] == 255).all()
 
 
-def test_full_grayscale_keeps_the_luma_and_drops_the_color():
+def test_grayscale_keeps_luma_and_removes_colour():
     image = np.asarray(_pixels(16, 16, 3))
     grey = _augment(dataclasses.replace(NONE, grayscale_probability=1.0), image)
     assert np.ptp(grey, axis=-1).max() <= 1
@@ -275,7 +275,7 @@ def test_full_grayscale_keeps_the_luma_and_drops_the_color():
     np.testing.assert_allclose(grey[..., 0], luma, atol=1.5)  # rounding, and the matrix's four digits
 
 
-def test_a_flip_of_probability_one_mirrors_left_and_right():
+def test_flip_of_probability_one_mirrors_left_and_right():
     image = np.asarray(_pixels(16, 16, 3))
     np.testing.assert_array_equal(
         _augment(dataclasses.replace(NONE, flip_probability=1.0), image), _augment(NONE, image)[:, ::-1]

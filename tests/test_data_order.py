@@ -1,11 +1,11 @@
-"""The order is a permutation in every epoch, a function of integers, and without traces of the stored order."""
+"""The order of examples: a permutation per epoch, a function of integers, uncorrelated with the stored order."""
 
 import numpy as np
 import pytest
 
 from clip_jax.data import order
 
-# Of 100,000 independent pairs the correlation has a standard deviation of 0.003; 5 of them, rarer than 1 in a million.
+# 5 standard deviations: the correlation of 100,000 independent pairs has a standard deviation of 0.003.
 CORRELATION_BOUND = 0.016
 
 
@@ -16,7 +16,7 @@ def test_every_epoch_is_a_permutation(examples):
         np.testing.assert_array_equal(np.sort(epoch), np.arange(examples))
 
 
-def test_epochs_and_seeds_are_ordered_differently():
+def test_epochs_and_seeds_have_different_orders():
     n = 1000
     first, second = order.indices(np.arange(2 * n), n, seed=0).numpy().reshape(2, n)
     other = order.indices(np.arange(n), n, seed=1).numpy()
@@ -24,7 +24,7 @@ def test_epochs_and_seeds_are_ordered_differently():
     assert (first != other).mean() > 0.9
 
 
-def test_a_position_far_away_is_the_same_alone_and_in_company():
+def test_distant_position_is_independent_of_the_other_positions():
     far = 10**12 + np.arange(64)
     together = order.indices(far, 12_345, seed=3).numpy()
     alone = [int(order.indices(far[i : i + 1], 12_345, seed=3)[0]) for i in (0, 13, 63)]
@@ -32,7 +32,7 @@ def test_a_position_far_away_is_the_same_alone_and_in_company():
 
 
 @pytest.mark.parametrize("lag", [1, 2, 3, 64])
-def test_neighbours_in_the_order_are_unrelated(lag):
+def test_neighbours_in_the_order_are_uncorrelated(lag):
     n = 100_000
     ids = order.indices(np.arange(n), n, seed=0).numpy()
     assert abs(np.corrcoef(ids[:-lag], ids[lag:])[0, 1]) < CORRELATION_BOUND
@@ -49,7 +49,7 @@ def test_draws_are_uniform_and_depend_on_every_word():
         assert abs(np.corrcoef(u, v)[0, 1]) < CORRELATION_BOUND
 
 
-def test_words_do_not_commute():
+def test_draws_depend_on_the_order_of_words():
     assert order.draw(order.FEATURE, 1, 2)[0] != order.draw(order.FEATURE, 2, 1)[0]
 
 

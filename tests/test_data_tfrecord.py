@@ -1,4 +1,4 @@
-"""Damage costs what is damaged and nothing else, and is named; errors show values that work."""
+"""TFRecord shards: only damaged records are lost, and they are logged; errors give a working value."""
 
 import io
 import logging
@@ -40,7 +40,7 @@ def _open(*paths, cache_dir="", captions=("txt", "caption")):
 
 
 def _offsets(path):
-    """Return where each record begins, by TensorFlow's own reader's lengths."""
+    """Return the offset of each record, from the lengths of TensorFlow's own reader."""
     lengths = [len(data.numpy()) for data in tf.data.TFRecordDataset([str(path)])]
     return np.cumsum([0, *(16 + length for length in lengths)])
 
@@ -61,7 +61,7 @@ def _texts(source):
     return found
 
 
-def test_records_are_those_that_tensorflow_reads(shard):
+def test_records_equal_those_of_tensorflow_s_reader(shard):
     source = _open(shard)
     assert len(source) == 10
     for index, data in enumerate(tf.data.TFRecordDataset([str(shard)])):
@@ -72,18 +72,18 @@ def test_records_are_those_that_tensorflow_reads(shard):
         assert record.captions == {"txt": (f"number {index}",), "caption": ("",)}
 
 
-def test_a_flipped_byte_loses_exactly_one_record(shard):
+def test_flipped_byte_loses_exactly_one_record(shard):
     _flip(shard, _offsets(shard)[4] + 40)
     texts = _texts(_open(shard))
     assert texts == [f"number {i}" if i != 4 else "checksum mismatch" for i in range(10)]
 
 
-def test_a_flipped_checksum_loses_exactly_one_record(shard):
+def test_flipped_checksum_loses_exactly_one_record(shard):
     _flip(shard, _offsets(shard)[5] - 2)
     assert [i for i, text in enumerate(_texts(_open(shard))) if text == "checksum mismatch"] == [4]
 
 
-def test_a_truncated_last_record_is_left_out_and_named(shard, caplog):
+def test_truncated_last_record_is_skipped_and_logged(shard, caplog):
     shard.write_bytes(shard.read_bytes()[:-20])
     source = _open(shard)
     assert _texts(source) == [f"number {i}" for i in range(9)]
@@ -91,13 +91,13 @@ def test_a_truncated_last_record_is_left_out_and_named(shard, caplog):
 
 
 @pytest.mark.parametrize("left", [1, 8, 12, 15])
-def test_a_fragment_of_a_header_is_a_truncation(shard, left, caplog):
+def test_fragment_of_a_header_is_a_truncation(shard, left, caplog):
     shard.write_bytes(shard.read_bytes()[: _offsets(shard)[9] + left])
     assert len(_open(shard)) == 9
     assert "is truncated" in caplog.text
 
 
-def test_a_damaged_header_ends_its_shard_alone(shard, tmp_path, caplog):
+def test_damaged_header_ends_only_its_shard(shard, tmp_path, caplog):
     other = tmp_path / "00001.tfrecord"
     tfrecord.write_tfrecord(other, _records(3, start=10))
     _flip(shard, _offsets(shard)[6] + 2)
@@ -105,27 +105,27 @@ def test_a_damaged_header_ends_its_shard_alone(shard, tmp_path, caplog):
     assert f"{shard}: record 6" in caplog.text and "has a damaged header" in caplog.text
 
 
-def test_an_announced_length_beyond_the_file_is_no_allocation(shard):
-    """A header with a right checksum may still lie."""
+def test_length_beyond_the_end_of_the_file_allocates_nothing(shard):
+    """A header with a correct checksum and a wrong length."""
     header = struct.pack("<Q", 2**60)
     shard.write_bytes(shard.read_bytes() + header + tfrecord._masked_crc(header) + b"x" * 50)
     assert len(_open(shard)) == 10
 
 
-def test_an_empty_shard_is_named_and_the_others_are_read(shard, tmp_path, caplog):
+def test_empty_shard_is_logged_and_the_others_are_read(shard, tmp_path, caplog):
     empty = tmp_path / "00001.tfrecord"
     empty.touch()
     assert len(_open(shard, empty)) == 10
     assert f"{empty} is empty" in caplog.text
 
 
-def test_a_whole_shard_logs_nothing(shard, caplog):
+def test_complete_shard_logs_nothing(shard, caplog):
     with caplog.at_level(logging.WARNING):
         _open(shard)
     assert not caplog.records
 
 
-def test_no_records_at_all_is_an_error_with_examples(tmp_path):
+def test_shards_without_records_raise_with_examples(tmp_path):
     empty = tmp_path / "a.tfrecord"
     empty.touch()
     with pytest.raises(ValueError, match=r"hold no records.*00000\.\.00331"):
@@ -141,21 +141,21 @@ BAD_RECORDS = {
 
 
 @pytest.mark.parametrize("reason", BAD_RECORDS)
-def test_unusable_records_say_why(tmp_path, reason):
+def test_unusable_records_raise_with_the_reason(tmp_path, reason):
     tfrecord.write_tfrecord(tmp_path / "a.tfrecord", [BAD_RECORDS[reason]])
     with pytest.raises(BadRecord) as raised:
         _open(tmp_path / "a.tfrecord").read(0)
     assert str(raised.value) == reason
 
 
-def test_bytes_that_are_no_example_say_so(tmp_path):
+def test_bytes_that_are_no_example_raise(tmp_path):
     with tf.io.TFRecordWriter(str(tmp_path / "a.tfrecord")) as writer:
         writer.write(b"\xff\xff no protocol buffer")
     with pytest.raises(BadRecord, match="tf.train.Example"):
         _open(tmp_path / "a.tfrecord").read(0)
 
 
-def test_a_file_that_disappears_costs_its_records_only(shard):
+def test_deleted_file_gives_bad_records(shard):
     source = _open(shard)
     shard.unlink()
     with pytest.raises(BadRecord, match="unreadable"):
@@ -163,24 +163,24 @@ def test_a_file_that_disappears_costs_its_records_only(shard):
 
 
 @pytest.mark.parametrize("name", ["png", "webp", "image"])
-def test_the_picture_may_have_other_names(tmp_path, name):
+def test_image_feature_may_have_other_names(tmp_path, name):
     tfrecord.write_tfrecord(tmp_path / "a.tfrecord", [{name: b"bytes", "txt": "t"}])
     assert _open(tmp_path / "a.tfrecord").read(0).image == b"bytes"
 
 
-def test_a_feature_may_hold_several_captions(tmp_path):
+def test_feature_may_have_several_captions(tmp_path):
     tfrecord.write_tfrecord(tmp_path / "a.tfrecord", [{"jpg": b"x", "keyword": ("dog", "犬"), "score": 0.5}])
     record = _open(tmp_path / "a.tfrecord", captions=("keyword", "absent")).read(0)
     assert record.captions == {"keyword": ("dog", "犬")}
 
 
-def test_keys_name_file_and_place_even_of_damaged_records(shard):
+def test_key_is_file_and_number_also_for_damaged_records(shard):
     _flip(shard, 40)
     assert _open(shard).key(0) == f"{shard}#0"
 
 
 @pytest.mark.parametrize("index", [-1, 10])
-def test_an_index_out_of_range_is_an_error(shard, index):
+def test_index_out_of_range_raises(shard, index):
     with pytest.raises(IndexError):
         _open(shard).read(index)
 
@@ -188,13 +188,13 @@ def test_an_index_out_of_range_is_an_error(shard, index):
 # ------------------------------------------------------------------------------------------------------ file names
 
 
-def test_brace_ranges_keep_their_zeros():
+def test_brace_ranges_keep_leading_zeros():
     assert tfrecord._expand_braces("a-{08..11}.x") == ["a-08.x", "a-09.x", "a-10.x", "a-11.x"]
     assert tfrecord._expand_braces("{9..10}") == ["9", "10"]
     assert tfrecord._expand_braces("{0..1}/{0..1}") == ["0/0", "0/1", "1/0", "1/1"]
 
 
-def test_globs_braces_and_lists_find_the_same_shards(tmp_path):
+def test_globs_braces_and_lists_give_the_same_shards(tmp_path):
     for i in range(3):
         tfrecord.write_tfrecord(tmp_path / f"{i:05d}.tfrecord", _records(2, 2 * i))
     paths = [f"{tmp_path}/{i:05d}.tfrecord" for i in range(3)]
@@ -213,13 +213,13 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("files", ERRORS)
-def test_wrong_files_are_errors_that_show_a_value(files):
+def test_wrong_files_raise_with_a_working_value(files):
     with pytest.raises(ValueError, match=ERRORS[files]):
         tfrecord.TFRecordSource.from_config(DataConfig(files=files))
 
 
-def test_a_remote_path_reads_the_same_records(shard):
-    """TensorFlow's file:// goes the way of gs://."""
+def test_url_reads_the_same_records(shard):
+    """file:// uses the code path of gs://."""
     local, remote = _open(shard), _open(*tfrecord.expand_files(f"file://{shard.parent}/*.tfrecord"))
     assert _texts(remote) == _texts(local)
     assert remote.fingerprint() == local.fingerprint()
@@ -228,7 +228,7 @@ def test_a_remote_path_reads_the_same_records(shard):
 # ---------------------------------------------------------------------------------------------- index, fingerprint
 
 
-def test_the_index_is_read_from_the_cache_until_the_shard_changes(shard, tmp_path, monkeypatch):
+def test_index_is_cached_until_the_shard_changes(shard, tmp_path, monkeypatch):
     cache = str(tmp_path / "cache")
     first = _texts(_open(shard, cache_dir=cache))
     scans = []
@@ -241,7 +241,13 @@ def test_the_index_is_read_from_the_cache_until_the_shard_changes(shard, tmp_pat
     assert len(scans) == 1
 
 
-def test_a_truncation_is_named_again_when_the_index_comes_from_the_cache(shard, tmp_path, caplog):
+def test_cache_dir_may_start_with_a_tilde(shard, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    _open(shard, cache_dir="~/cache")
+    assert len(list((tmp_path / "cache/tfrecord-index").glob("*.npy"))) == 1
+
+
+def test_truncation_is_logged_again_with_a_cached_index(shard, tmp_path, caplog):
     shard.write_bytes(shard.read_bytes()[:-1])
     for _ in range(2):
         caplog.clear()
@@ -249,7 +255,7 @@ def test_a_truncation_is_named_again_when_the_index_comes_from_the_cache(shard, 
         assert "is truncated" in caplog.text
 
 
-def test_the_fingerprint_follows_the_records_not_the_folder(shard, tmp_path):
+def test_fingerprint_depends_on_records_not_on_the_folder(shard, tmp_path):
     moved = tmp_path / "elsewhere" / shard.name
     moved.parent.mkdir()
     moved.write_bytes(shard.read_bytes())

@@ -1,4 +1,4 @@
-"""Distillation from a teacher: the loss against its dense form in float64, and a run that learns by it."""
+"""Distillation: the loss against its dense reference in float64, the training step and a run with a teacher."""
 
 import dataclasses
 import functools
@@ -28,18 +28,18 @@ from clip_jax.config import (
 )
 from clip_jax.devices import sharding
 from clip_jax.interop import msgpack, reading
-from clip_jax.losses import LOSSES, distillation, ring, tiles
+from clip_jax.losses import SoftmaxLoss, distillation_loss, ring, tiles
+from clip_jax.losses.distill import dense_distillation
 from clip_jax.models import make_model
 from clip_jax.tokenizers import make_tokenizer
-from clip_jax.training import dry_run, metrics, optim, step
-from clip_jax.training import loop as train
+from clip_jax.training import dry_run, initialization, loop, metrics, optim, step
 from clip_jax.typing import Batch
 from tests import runs, tiny_models
 from tests.tpu import collectives, shapes, v4_mesh
 
 BATCH, WIDTH, TEACHER_WIDTH, SCALE, TEACHER_SCALE = 16, 12, 20, 14.3, 31.0
-# Student's images and texts, teacher's images and texts, both scales: of which the student's get a gradient.
-STUDENTS = (0, 1, 4)
+# Positions of the arguments with a gradient: the student's images, texts and scale.
+STUDENT_ARGUMENTS = (0, 1, 4)
 
 
 def _inputs(rows: int = BATCH, scale: float = SCALE, teacher_scale: float = TEACHER_SCALE) -> tuple[np.ndarray, ...]:
@@ -49,36 +49,25 @@ def _inputs(rows: int = BATCH, scale: float = SCALE, teacher_scale: float = TEAC
     return (*sides, np.float64(scale), np.float64(teacher_scale))
 
 
-def _dense(image, text, teacher_image, teacher_text, scale, teacher_scale):
-    """Return loss and divergence as anyone would write them, with all similarities in two matrices."""
-    logits, wanted = scale * image @ text.T, teacher_scale * teacher_image @ teacher_text.T
-    sides = [
-        (jax.nn.softmax(wanted, axis), jax.nn.log_softmax(logits, axis), jax.nn.log_softmax(wanted, axis))
-        for axis in (0, 1)
-    ]
-    crossed = sum(-jnp.sum(p * log) for p, log, _ in sides) / 2 / len(image)
-    return crossed, crossed + sum(jnp.sum(p * own) for p, _, own in sides) / 2 / len(image)
-
-
 def _value_and_gradient(loss, inputs):
-    return jax.jit(jax.value_and_grad(loss, STUDENTS, has_aux=True))(*inputs)
+    return jax.jit(jax.value_and_grad(loss, STUDENT_ARGUMENTS, has_aux=True))(*inputs)
 
 
-def _assert_dense(inputs, loss=distillation, tolerance=1e-12):
+def _assert_dense(inputs, loss=distillation_loss, tolerance=1e-12):
     (value, metrics), gradient = _value_and_gradient(loss, inputs)
-    (expected, divergence), expected_gradient = _value_and_gradient(_dense, inputs)
+    (expected, divergence), expected_gradient = _value_and_gradient(dense_distillation, inputs)
     assert value.dtype == inputs[0].dtype
     np.testing.assert_allclose(value, expected, rtol=tolerance)
     np.testing.assert_allclose(metrics["distill/cross_entropy"], expected, rtol=1e-6)
     np.testing.assert_allclose(metrics["distill/kl"], divergence, rtol=1e-5)
-    for ours, theirs in zip(gradient, expected_gradient, strict=True):
-        assert np.linalg.norm(ours - theirs) <= tolerance * max(np.linalg.norm(theirs), 0.1)
+    for x, y in zip(gradient, expected_gradient, strict=True):
+        assert np.linalg.norm(x - y) <= tolerance * max(np.linalg.norm(y), 0.1)
 
 
 def _sharded(mesh: Mesh, axes: tuple[str, ...]):
-    rows, whole = jax.P(axes), jax.P()
-    loss = functools.partial(distillation, axis=axes)
-    return jax.shard_map(loss, mesh=mesh, in_specs=(*[rows] * 4, whole, whole), out_specs=whole)
+    rows, replicated = jax.P(axes), jax.P()
+    loss = functools.partial(distillation_loss, axis=axes)
+    return jax.shard_map(loss, mesh=mesh, in_specs=(*[rows] * 4, replicated, replicated), out_specs=replicated)
 
 
 @pytest.fixture
@@ -90,29 +79,29 @@ def float64():
 # ---------------------------------------------------------------------------------------------------------- the loss
 
 
-def test_value_and_gradient_are_the_dense_ones(float64):
+def test_value_and_gradient_equal_the_dense_reference(float64):
     _assert_dense(_inputs())
 
 
-def test_in_float32_too():
+def test_value_and_gradient_equal_the_dense_reference_in_float32():
     _assert_dense(tuple(np.float32(x) for x in _inputs()), tolerance=5e-6)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 12, 13])
-def test_tiles_that_do_not_divide_the_batch_change_nothing(rows, float64, monkeypatch):
-    monkeypatch.setattr(tiles, "TILE", 4)
+def test_tiles_that_do_not_divide_the_batch_give_the_same_result(rows, float64, monkeypatch):
+    monkeypatch.setattr(tiles, "TILE_SIZE", 4)
     _assert_dense(_inputs(rows, scale=100.0))
 
 
 @pytest.mark.parametrize(("devices", "group"), [(1, 1), (2, 1), (2, 2), (8, 1), (8, 2), (8, 8)])
-def test_the_sharded_loss_and_gradient_are_the_dense_ones(devices, group, float64, monkeypatch):
-    """On a ring, in groups, and gathered at once; the teacher's rows count in what is gathered."""
+def test_sharded_value_and_gradient_equal_the_dense_reference(devices, group, float64, monkeypatch):
+    """On a ring, in groups and gathered at once; the bytes of a block include the teacher's rows."""
     inputs = _inputs()
     monkeypatch.setattr(ring, "BLOCK_BYTES", group * (inputs[1].nbytes + inputs[3].nbytes) // devices)
     _assert_dense(inputs, _sharded(sharding.make_mesh(jax.devices()[:devices]), sharding.BATCH_AXES))
 
 
-def test_any_order_of_batch_axes_gives_the_same(float64, monkeypatch):
+def test_the_order_of_batch_axes_does_not_matter(float64, monkeypatch):
     inputs = _inputs()
     monkeypatch.setattr(ring, "BLOCK_BYTES", 2 * (inputs[1].nbytes + inputs[3].nbytes) // 8)
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "fsdp"))
@@ -120,65 +109,65 @@ def test_any_order_of_batch_axes_gives_the_same(float64, monkeypatch):
 
 
 @pytest.mark.parametrize("scale", [1.0, 100.0])
-def test_a_student_that_is_the_teacher_has_nothing_to_learn(scale, float64):
+def test_a_student_equal_to_its_teacher_has_no_divergence_and_no_gradient(scale, float64):
     image, text, *_ = _inputs()
-    (value, metrics), gradient = _value_and_gradient(distillation, (image, text, image, text, scale, scale))
+    (value, metrics), gradient = _value_and_gradient(distillation_loss, (image, text, image, text, scale, scale))
     assert abs(metrics["distill/kl"]) <= 1e-12 and value > 0
     assert max(np.abs(part).max() for part in gradient) <= 1e-14 * scale
 
 
 def test_the_teacher_gets_no_gradient():
     inputs = tuple(jnp.float32(x) for x in _inputs())
-    gradient = jax.grad(lambda *inputs: distillation(*inputs)[0], (2, 3, 5))(*inputs)
+    gradient = jax.grad(lambda *inputs: distillation_loss(*inputs)[0], (2, 3, 5))(*inputs)
     assert not any(np.any(part) for part in gradient)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_it_is_finite_at_the_largest_scales(sign, monkeypatch):
-    """All alike or all opposite, at SigLIP's scale, in tiles that have to be filled up."""
-    monkeypatch.setattr(tiles, "TILE", 4)
+def test_value_and_gradient_are_finite_at_scale_117(sign, monkeypatch):
+    """SigLIP's scale, with all pairs equal or all opposite, in tiles with padding rows."""
+    monkeypatch.setattr(tiles, "TILE_SIZE", 4)
     image = np.tile(np.eye(1, WIDTH, dtype=np.float32), (7, 1))
     inputs = (image, sign * image, image, sign * image, jnp.float32(117), jnp.float32(117))
-    (value, _), gradient = _value_and_gradient(distillation, inputs)
+    (value, _), gradient = _value_and_gradient(distillation_loss, inputs)
     np.testing.assert_allclose(value, np.log(7), rtol=1e-6)
     assert all(np.isfinite(part).all() for part in gradient)
 
 
-def test_bfloat16_embeddings_give_float32_logits():
+def test_bfloat16_embeddings_have_float32_logits():
     *sides, _, _ = _inputs()
     rounded = [jnp.asarray(x, jnp.bfloat16) for x in sides]
-    value, _ = distillation(*rounded, jnp.float32(100), jnp.float32(100))
-    expected, _ = _dense(*(x.astype(jnp.float32) for x in rounded), jnp.float32(100), jnp.float32(100))
+    value, _ = distillation_loss(*rounded, jnp.float32(100), jnp.float32(100))
+    expected, _ = dense_distillation(*(x.astype(jnp.float32) for x in rounded), jnp.float32(100), jnp.float32(100))
     np.testing.assert_allclose(value, expected, rtol=1e-5)
 
 
-def test_rows_that_do_not_pair_up_are_refused():
+def test_unequal_numbers_of_rows_are_refused():
     image, text, teacher_image, teacher_text, *scales = (jnp.float32(x) for x in _inputs())
-    with pytest.raises(ValueError, match="don't pair up: 16, 16, 15, 16 rows"):
-        distillation(image, text, teacher_image[1:], teacher_text, *scales)
+    with pytest.raises(ValueError, match="expected equal numbers .* got 16, 16, 15, 16 rows"):
+        distillation_loss(image, text, teacher_image[1:], teacher_text, *scales)
 
 
-def test_one_device_holds_a_thirtieth_of_the_similarities():
+def test_one_device_needs_a_thirtieth_of_the_memory_of_the_dense_form():
     batch = 16_384
     mesh = Mesh(jax.devices()[:1], ("data",))
-    rows, whole = (NamedSharding(mesh, spec) for spec in (jax.P("data"), jax.P()))
+    rows, replicated = (NamedSharding(mesh, spec) for spec in (jax.P("data"), jax.P()))
     sides = [jax.ShapeDtypeStruct((batch, width), jnp.float32, sharding=rows) for width in (256, 256, 512, 512)]
-    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
-    gradient = jax.jit(jax.value_and_grad(_sharded(mesh, ("data",)), STUDENTS, has_aux=True))
+    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated)
+    gradient = jax.jit(jax.value_and_grad(_sharded(mesh, ("data",)), STUDENT_ARGUMENTS, has_aux=True))
     compiled = gradient.lower(*sides, scalar, scalar).compile()
-    # The form with all similarities takes at least student's and teacher's and a softmax of each: 4 GiB.
+    # The dense form stores at least the similarities of student and teacher, and a softmax of each: 4 GiB.
     assert compiled.memory_analysis().temp_size_in_bytes <= 4 * batch * batch * 4 / 30
 
 
-def test_a_pod_sends_the_rows_once_and_their_gradient_and_holds_no_matrix():
-    """By the TPU's compiler, on 256 chips: what else is sent, statistics and the like, is 2 %."""
+def test_a_pod_sends_texts_once_and_their_gradient_and_stores_no_matrix():
+    """As reported by the TPU compiler for 256 chips; statistics add 2 %."""
     chips, batch, width, teacher_width = 256, 32_768, 768, 256
     mesh = v4_mesh({"data": chips})
-    rows, whole = (NamedSharding(mesh, spec) for spec in (jax.P("data"), jax.P()))
+    rows, replicated = (NamedSharding(mesh, spec) for spec in (jax.P("data"), jax.P()))
     widths = (width, width, teacher_width, teacher_width)
     sides = [jax.ShapeDtypeStruct((batch, side), jnp.bfloat16, sharding=rows) for side in widths]
-    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
-    gradient = jax.jit(jax.value_and_grad(_sharded(mesh, ("data",)), STUDENTS, has_aux=True))
+    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated)
+    gradient = jax.jit(jax.value_and_grad(_sharded(mesh, ("data",)), STUDENT_ARGUMENTS, has_aux=True))
     compiled = gradient.lower(*sides, scalar, scalar).compile()
     sent = collectives(compiled)
     assert len(sent) <= 10
@@ -195,7 +184,7 @@ TEACHER = Architecture(ViT(16, 4, 48, 1, 2), dataclasses.replace(TEXT, width=48)
 
 
 def _train_step(devices: int, weight: float = 10.0, **changes):
-    """Return a step with a teacher of another size and width, its first state, and a batch."""
+    """Return a step with a teacher of another size and width, its initial state, a batch and the teacher."""
     config = Config(
         model=STUDENT,
         teacher=TeacherConfig("given", weight=weight),
@@ -206,14 +195,14 @@ def _train_step(devices: int, weight: float = 10.0, **changes):
     model, optimizer = step.model_from_config(config, mesh), optim.make_optimizer(config.optim, 100)
     teacher = step.make_teacher(TEACHER, tiny_models.params(TEACHER, seed=5), config, mesh)
     train_step = step.make_train_step(model, optimizer, config, mesh, teacher)
-    placed = jax.tree.map(lambda x: x.sharding, step.abstract_state(model, optimizer, config, mesh))
-    state = jax.device_put(step.init_state(tiny_models.params(STUDENT), optimizer, config.optim), placed)
+    shardings = jax.tree.map(lambda x: x.sharding, step.abstract_state(model, optimizer, config, mesh))
+    state = jax.device_put(step.init_state(tiny_models.params(STUDENT), optimizer, config.optim), shardings)
     pixels, tokens = tiny_models.inputs(STUDENT, rows=8)
     return train_step, state, sharding.to_global(Batch(pixels, tokens, np.ones(8, bool)), mesh), teacher
 
 
 @pytest.mark.parametrize(("devices", "changes"), [(1, {}), (2, {"micro_batches": 2})])
-def test_steps_bring_the_student_closer_to_the_teacher(devices, changes):
+def test_training_lowers_the_divergence_from_the_teacher(devices, changes):
     train_step, state, batch, teacher = _train_step(devices, **changes)
     before, divergence = jax.device_get(teacher.params), []
     for _ in range(20):
@@ -223,25 +212,26 @@ def test_steps_bring_the_student_closer_to_the_teacher(devices, changes):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(teacher.params), before)
 
 
-def test_the_loss_is_the_contrastive_one_and_the_teachers_by_weight():
+def test_the_loss_is_the_contrastive_loss_plus_the_weighted_distillation():
     train_step, state, batch, teacher = _train_step(1, 3.0)
     _, outputs = train_step(state, batch)
 
     @jax.jit
-    def by_hand(params, taught, image, text):
-        encoders = ((make_model(STUDENT), params), (make_model(TEACHER), taught))
+    def expected_terms(params, teacher_params, image, text):
+        encoders = ((make_model(STUDENT), params), (make_model(TEACHER), teacher_params))
         student, target = ((m.encode_image(p, image), m.encode_text(p, text)) for m, p in encoders)
         scale, teacher_scale = (jnp.exp(p["logit_scale"]) for _, p in encoders)
-        contrastive = LOSSES["softmax"](*student, scale)[0]
-        return contrastive, *_dense(*student, *target, scale, teacher_scale)
+        contrastive = SoftmaxLoss()(*student, scale)[0]
+        return contrastive, *dense_distillation(*student, *target, scale, teacher_scale)
 
-    contrastive, crossed, divergence = by_hand(tiny_models.params(STUDENT), teacher.params, batch.image, batch.text)
-    np.testing.assert_allclose(outputs["loss"], contrastive + 3 * crossed, rtol=1e-5)
-    np.testing.assert_allclose(outputs["distill/cross_entropy"], crossed, rtol=1e-5)
+    terms = expected_terms(tiny_models.params(STUDENT), teacher.params, batch.image, batch.text)
+    contrastive, cross_entropy, divergence = terms
+    np.testing.assert_allclose(outputs["loss"], contrastive + 3 * cross_entropy, rtol=1e-5)
+    np.testing.assert_allclose(outputs["distill/cross_entropy"], cross_entropy, rtol=1e-5)
     np.testing.assert_allclose(outputs["distill/kl"], divergence, rtol=1e-4)
 
 
-def test_a_teacher_with_batch_norm_lies_on_the_mesh_with_its_statistics():
+def test_parameters_and_statistics_of_a_teacher_with_batch_norm_are_sharded():
     params, mesh = tiny_models.params(RESNET), sharding.make_mesh(jax.devices()[:2], fsdp=2)
     teacher = step.make_teacher(RESNET, params, Config(), mesh)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(teacher.params), params)
@@ -249,7 +239,7 @@ def test_a_teacher_with_batch_norm_lies_on_the_mesh_with_its_statistics():
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(teacher.params["batch_stats"]))
 
 
-def test_the_teacher_is_an_input_of_the_program_not_a_part_of_it():
+def test_teacher_parameters_are_inputs_of_the_program_not_constants():
     train_step, state, batch, teacher = _train_step(1)
     lowered = train_step.func.lower(*train_step.args, state, batch)
     assert len(jax.tree.leaves(lowered.args_info)) == len(jax.tree.leaves((teacher.params, state, batch)))
@@ -261,14 +251,14 @@ def test_the_teacher_is_an_input_of_the_program_not_a_part_of_it():
 
 
 def _run(tmp_path, architecture=RESNET, weights=None, **teacher):
-    """Return what `teaching_weights` makes of a file with these weights, and them."""
+    """Write a teacher's weights; return the model that `teacher_params` reads from them, and the parameters."""
     params = tiny_models.params(architecture)
     msgpack.write(tmp_path / "t.msgpack", params, weights or WeightsConfig(architecture))
     config = Config(model=VIT, teacher=TeacherConfig(str(tmp_path / "t.msgpack"), **teacher))
-    return train.teaching_weights(config, make_tokenizer(config.tokenizer, VIT.text)), params
+    return initialization.teacher_params(config, make_tokenizer(config.tokenizer, VIT.text)), params
 
 
-def test_a_teacher_is_of_any_family_with_the_runs_sizes(tmp_path):
+def test_a_teacher_may_be_of_another_family_and_is_resized_to_the_run(tmp_path):
     (found, params), stored = _run(tmp_path)
     assert found == RESNET
     jax.tree.map(np.testing.assert_array_equal, params, stored)
@@ -291,12 +281,12 @@ def test_a_teacher_is_of_any_family_with_the_runs_sizes(tmp_path):
         ),
     ],
 )
-def test_a_teacher_that_sees_something_else_is_refused_by_key(tmp_path, weights, message):
+def test_a_teacher_with_other_pixels_or_token_ids_is_refused_by_key(tmp_path, weights, message):
     with pytest.raises(ValueError, match=message):
         _run(tmp_path, weights.model, weights)
 
 
-def test_a_teacher_of_other_merges_is_refused_by_what_it_makes_of_a_text(tmp_path):
+def test_a_teacher_with_another_merge_table_is_refused_with_an_example(tmp_path):
     merges = [f"{a} {b}" for a in "abcdefghij" for b in "klmnopqrs"][: VIT.text.vocab_size - 514]
     content = "\n".join(["#version: 0.2", *merges, ""]).encode()
     weights = WeightsConfig(RESNET, TokenizerConfig(path="merges.txt"), tokenizer_file=content)
@@ -311,10 +301,10 @@ def test_a_teacher_of_other_merges_is_refused_by_what_it_makes_of_a_text(tmp_pat
         ("lit.npz:img", r"teacher\.weights='lit\.npz:img' is one tower, and a teacher needs both"),
     ],
 )
-def test_a_teacher_that_is_not_there_or_not_whole_is_refused(weights, message):
+def test_missing_or_single_tower_teacher_weights_are_refused(weights, message):
     config = Config(model=VIT, teacher=TeacherConfig(weights))
     with pytest.raises(ValueError, match=message):
-        train.teaching_weights(config, make_tokenizer(config.tokenizer, VIT.text))
+        initialization.teacher_params(config, make_tokenizer(config.tokenizer, VIT.text))
 
 
 @pytest.mark.parametrize(
@@ -324,14 +314,13 @@ def test_a_teacher_that_is_not_there_or_not_whole_is_refused(weights, message):
         ({"weights": "t.pt", "model": "vit_b23"}, "teacher.model='vit_b23' is none of .* did you mean 'vit_b32'"),
     ],
 )
-def test_a_config_that_makes_no_sense_is_refused_before_the_run(teacher, message):
+def test_inconsistent_teacher_configs_are_refused(teacher, message):
     config = from_config_dict({"teacher": teacher, "train": {"batch_size": 8, "total_steps": 10_000}})
     with pytest.raises(ValueError, match=message):
         resolve(config, devices=1)
 
 
-def test_a_run_learns_from_its_teacher_and_keeps_only_itself(tmp_path):
-    """From config to weights, which are the student's alone."""
+def test_a_run_with_a_teacher_exports_only_the_student(tmp_path):
     config, architecture = runs.tiny_model()
     teacher = dataclasses.replace(architecture, embed_dim=24)
     msgpack.write(tmp_path / "t.msgpack", tiny_models.params(teacher), WeightsConfig(teacher))
@@ -341,8 +330,8 @@ def test_a_run_learns_from_its_teacher_and_keeps_only_itself(tmp_path):
         train=dataclasses.replace(config.train, total_steps=6, text_capacity=1.0),
         eval=EvalConfig(),
     )
-    assert train.train(config, str(tmp_path / "run"), str(tmp_path / "out.msgpack"))
+    assert loop.train(config, str(tmp_path / "run"), str(tmp_path / "out.msgpack"))
     lines = [line for line in metrics.read_lines(epath.Path(tmp_path / "run")) if "loss" in line]
     assert len(lines) == 6 and all(line["distill/kl"] > 0 for line in lines)
     assert reading.read(tmp_path / "out.msgpack").config.model == architecture
-    assert f"learns from:         {config.teacher.weights}, weight 0.5\n" in dry_run.describe(config, epath.Path("x"))
+    assert f"teacher:             {config.teacher.weights}, weight 0.5\n" in dry_run.describe(config, epath.Path("x"))

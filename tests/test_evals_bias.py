@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import pytest
-from clip_jax.evals.metrics import Interval, Predictions, Undefined, exact_interval
 
 from clip_jax.evals.analysis.bias import (
     by_group,
@@ -17,6 +16,7 @@ from clip_jax.evals.analysis.bias import (
     table_rows,
     to_csv,
 )
+from clip_jax.evals.metrics import Interval, Predictions, Undefined, exact_interval
 
 Q = 4  # two classes of people, 0 and 1, and two harmful ones
 CATEGORIES = {"non-human": (2,), "any harm": (2, 3)}

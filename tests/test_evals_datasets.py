@@ -15,12 +15,12 @@ from PIL import Image
 
 from clip_jax.config import DataConfig
 from clip_jax.data.sources import emoji
-from clip_jax.evals.datasets import builtin
 from clip_jax.evals.datasets.builtin import read_builtin
 from clip_jax.evals.datasets.folder import read_folder
 from clip_jax.evals.datasets.load import load_split
 from clip_jax.evals.datasets.registry import Dataset
 from clip_jax.evals.datasets.tfds import read_tfds
+from clip_jax.evals.load import LoadOptions, load_dataset
 from clip_jax.typing import Unavailable
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -167,7 +167,7 @@ def test_cues_share_images(tmp_path):
     lines = [json.dumps(row) for row in CUES]
     found = read_folder(_write_cues(tmp_path, [lines[0], "", lines[1]]), "test")
     assert [_value(image) for image in found.images] == [2, 0, 1]  # in the order of their first use
-    assert [(cue.text, cue.candidates.tolist(), cue.right.tolist()) for cue in found.cues] == [
+    assert [(cue.text, cue.candidates.tolist(), cue.associated.tolist()) for cue in found.cues] == [
         ("wing", [0, 1], [False, True]),
         ("egg", [1, 2, 0], [False, True, True]),
     ]
@@ -356,12 +356,11 @@ def test_mnist5k_holds_out_the_last_100_of_each_class():
     assert not set(train.images) & set(test.images)
 
 
-def test_emoji_categories_have_eight_classes(tmp_path_factory, monkeypatch):
+def test_emoji_categories_have_eight_classes(tmp_path_factory):
     # The folder of tests/test_data_emoji.py: emoji are rendered once per session.
     config = DataConfig(cache_dir=str(tmp_path_factory.getbasetemp() / "emoji-cache"))
-    monkeypatch.setattr(builtin, "DataConfig", lambda: config)
-    found = read_builtin("emoji_categories", "test")
-    assert found.class_names[2:4] == ("animal", "food") and len(found.class_names) == 8
+    found = load_dataset("emoji_categories", LoadOptions(data=config))
+    assert [prompts[0] for prompts in found.texts[2:4]] == ["animal", "food"] and len(found.texts) == 8
     assert len(found.images) == len(found.targets) >= 360
     assert np.bincount(found.targets, minlength=8).min() > 0
     assert _pixels(found.images[0]).shape == (72, 72, 4)
@@ -383,17 +382,14 @@ def test_missing_packages_are_reported_with_the_install_command(monkeypatch, nam
 def test_missing_emoji_packages_are_reported(monkeypatch):
     monkeypatch.setattr(emoji, "PACKAGES", ("nonesuch-emoji",))
     with pytest.raises(Unavailable, match=r"needs nonesuch-emoji: pip install 'clip-jax-tpu\[demo\]'"):
-        read_builtin("emoji_categories", "test")
+        load_dataset("emoji_categories")
 
 
 def test_unknown_builtin_names_and_splits_are_reported():
-    with pytest.raises(
-        ValueError, match="there is no built-in dataset 'mnist'; expected one of digits, mnist5k, emoji"
-    ):
+    with pytest.raises(ValueError, match="there is no built-in dataset 'mnist'; expected one of digits, mnist5k"):
         read_builtin("mnist", "test")
-    for name, splits in (("digits", "train, test"), ("emoji_categories", "test")):
-        with pytest.raises(ValueError, match=f"'{name}' has no split 'val'; its splits: {splits}$"):
-            read_builtin(name, "val")
+    with pytest.raises(ValueError, match="'digits' has no split 'val'; its splits: train, test$"):
+        read_builtin("digits", "val")
 
 
 # -------------------------------------------------------------------------------------------------------- load_split

@@ -1,4 +1,4 @@
-"""Embedding in padded batches, and embedding once."""
+"""Embedding in padded batches, on a mesh, and with a cache."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 
 from clip_jax.evals.embed import CachedEmbedder, ModelEmbedder
 
-# Batches of another size may be summed in another order.
+# The batch size may change the order of summation.
 FLOAT32_ROUNDING = 1e-6
 SIDE = 4
 
@@ -60,7 +60,7 @@ def test_batch_size_and_padding_do_not_change_the_embeddings(batch_size):
         np.testing.assert_allclose(got, want, atol=FLOAT32_ROUNDING)
 
 
-def test_each_encoder_is_traced_once_over_batches_calls_and_parameters():
+def test_each_encoder_is_traced_once_for_all_batches_calls_and_parameters():
     traced = []
 
     def counted(params, image):
@@ -74,15 +74,15 @@ def test_each_encoder_is_traced_once_over_batches_calls_and_parameters():
     assert traced == [(4, SIDE, SIDE, 3)]
 
 
-def test_a_mesh_gives_the_same_embeddings_and_every_row_is_readable():
+def test_a_mesh_gives_the_same_embeddings():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    rows, whole = (jax.NamedSharding(mesh, jax.P(*axes)) for axes in (("data",), ()))
-    spread = embedder(batch_size=8, put=lambda x: jax.device_put(x, rows), out_sharding=whole)
-    np.testing.assert_allclose(spread.image(IMAGES), embedder().image(IMAGES), atol=FLOAT32_ROUNDING)
-    np.testing.assert_allclose(spread.text(TEXTS), embedder().text(TEXTS), atol=FLOAT32_ROUNDING)
+    rows, replicated = (jax.NamedSharding(mesh, jax.P(*axes)) for axes in (("data",), ()))
+    sharded = embedder(batch_size=8, put=lambda x: jax.device_put(x, rows), out_sharding=replicated)
+    np.testing.assert_allclose(sharded.image(IMAGES), embedder().image(IMAGES), atol=FLOAT32_ROUNDING)
+    np.testing.assert_allclose(sharded.text(TEXTS), embedder().text(TEXTS), atol=FLOAT32_ROUNDING)
 
 
-def test_a_row_without_direction_is_nan_and_only_that_row():
+def test_only_zero_embeddings_are_nan():
     def zero_at_two(params, text):
         x = encode_text(params, text)
         return jnp.where((text[:, 0] == ord("o"))[:, None], 0.0, x)
@@ -92,47 +92,47 @@ def test_a_row_without_direction_is_nan_and_only_that_row():
     np.testing.assert_allclose(np.linalg.norm(np.delete(found, 3, 0), axis=1), 1, atol=FLOAT32_ROUNDING)
 
 
-def test_bfloat16_outputs_arrive_as_float32():
+def test_bfloat16_outputs_are_returned_as_float32():
     found = embedder(encode_text=lambda params, text: encode_text(params, text).astype(jnp.bfloat16)).text(TEXTS)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, embedder().text(TEXTS), atol=2**-8)  # bfloat16 keeps 8 bits
 
 
-def test_on_batch_is_called_after_every_batch_and_can_end_the_embedding():
+def test_on_batch_is_called_after_every_batch_and_may_raise():
     calls = []
     embedder(batch_size=4, on_batch=lambda: calls.append(1)).image(IMAGES)
     assert len(calls) == 3
 
     def preempted():
-        raise InterruptedError("asked to leave")
+        raise InterruptedError("preempted")
 
-    with pytest.raises(InterruptedError, match="asked to leave"):
+    with pytest.raises(InterruptedError, match="preempted"):
         embedder(batch_size=4, on_batch=preempted).text(TEXTS)
 
 
-def test_nothing_to_embed_is_an_error():
-    with pytest.raises(ValueError, match="no picture to embed"):
+def test_no_images_are_an_error():
+    with pytest.raises(ValueError, match="images: expected at least one"):
         embedder().image([])
 
 
 class Counting:
     def __init__(self):
-        self.asked = []
+        self.calls = []
 
     def image(self, images):
-        self.asked.append(list(images))
+        self.calls.append(list(images))
         return np.array([[i[0], 1] for i in images], np.float32)
 
     def text(self, texts):
-        self.asked.append(list(texts))
+        self.calls.append(list(texts))
         return np.array([[len(t), 1] for t in texts], np.float32)
 
 
-def test_the_cache_embeds_everything_once_and_keeps_the_order():
+def test_the_cache_embeds_every_input_once_and_preserves_the_order():
     counting = Counting()
     cached = CachedEmbedder(counting)
     assert cached.image([b"b", b"a", b"b"])[:, 0].tolist() == [98, 97, 98]
     assert cached.image([b"c", b"a"])[:, 0].tolist() == [99, 97]
     assert cached.text(["xy", "x", "xy"])[:, 0].tolist() == [2, 1, 2]
     assert cached.text(["x"]).tolist() == [[1, 1]]
-    assert counting.asked == [[b"b", b"a"], [b"c"], ["xy", "x"]]
+    assert counting.calls == [[b"b", b"a"], [b"c"], ["xy", "x"]]

@@ -1,8 +1,8 @@
-"""Linear and few-shot probes against scikit-learn 1.9.1's numbers, and against what an optimum must be.
+"""Linear and few-shot probes against recorded values of scikit-learn 1.9.1, and against optimality conditions.
 
-The numbers are those of `LogisticRegression(C=1/l2, tol=1e-10, max_iter=100_000)` fitted to `split(1, 300)`, its
-`coef_`, `intercept_`, `predict_proba` and `score`, `OneVsRestClassifier` of it for sigmoids; and of the search over its
-scores on `split(2, 200)`, refitted to both, on `split(3, 500)`.
+The values are `coef_`, `intercept_`, `predict_proba` and `score` of `LogisticRegression(C=1/l2, tol=1e-10,
+max_iter=100_000)` fitted to `split(1, 300)`, with `OneVsRestClassifier` for sigmoids; and of the search by its scores
+on `split(2, 200)`, refitted to both, on `split(3, 500)`.
 """
 
 import dataclasses
@@ -13,22 +13,22 @@ import numpy as np
 import pytest
 
 from clip_jax.evals import logistic
-from clip_jax.evals.few_shot import draw, few_shot
-from clip_jax.evals.linear_probe import NEVER, Examples, LinearProbe, fit, search
+from clip_jax.evals.few_shot import draw, few_shot_curve
+from clip_jax.evals.linear_probe import LOWEST, Examples, LinearProbe, fit, search
 from clip_jax.evals.metrics import accuracy, map_11_points
 
 CLASSES, WIDTH = 4, 6
-# Nats per example, as near to the optimum as float32's gradients lead.
+# Nats per example: the limit of float32 gradients.
 TIGHT = 1e-9
-# Weights are of order 1; at TIGHT their square error times the curvature, some 0.1, is 1e-9.
+# Weights are of order 1; at TIGHT their squared error times the Hessian, about 0.1, is 1e-9.
 WEIGHT = 5e-4
 
 
 def split(seed, rows):
-    centres = np.random.default_rng(0).normal(size=(CLASSES, WIDTH))
+    centers = np.random.default_rng(0).normal(size=(CLASSES, WIDTH))
     rng = np.random.default_rng(seed)
     class_ids = rng.integers(CLASSES, size=rows)
-    return Examples(centres[class_ids] + 1.5 * rng.normal(size=(rows, WIDTH)), class_ids)
+    return Examples(centers[class_ids] + 1.5 * rng.normal(size=(rows, WIDTH)), class_ids)
 
 
 TRAIN, VALIDATION = split(1, 300), split(2, 200)
@@ -40,7 +40,7 @@ def softmax(scores):
 
 
 def objective(probe, examples, l2):
-    """The softmax's objective in float64."""
+    """Return the softmax objective in float64."""
     weight, bias = probe.weight_DQ.astype(np.float64), probe.bias_Q.astype(np.float64)
     p = softmax(examples.features_nD @ weight + bias[None])
     return -np.log(p[np.arange(len(p)), examples.targets]).sum() + l2 / 2 * (weight**2).sum()
@@ -73,35 +73,35 @@ GOLDEN = {  # l2: objective, weights of class 0, intercepts, probabilities of th
 
 @pytest.mark.parametrize("l2", GOLDEN)
 def test_against_scikit_learn(l2):
-    value, weight_D, bias_Q, probabilities, right = GOLDEN[l2]
+    value, weight_D, bias_Q, probabilities, score = GOLDEN[l2]
     probe = fit(*TRAIN, CLASSES, l2, tolerance=TIGHT)
     assert objective(probe, TRAIN, l2) <= value * (1 + 1e-6)
     np.testing.assert_allclose(probe.weight_DQ[:, 0], weight_D, atol=WEIGHT)
     np.testing.assert_allclose(probe.bias_Q, bias_Q, atol=WEIGHT)
     scores = probe.scores(VALIDATION.features_nD)
     np.testing.assert_allclose(softmax(scores)[0], probabilities, atol=WEIGHT)
-    assert probe.evaluate(accuracy, VALIDATION) == pytest.approx(right)
+    assert probe.evaluate(accuracy, VALIDATION) == pytest.approx(score)
 
 
-def test_the_usual_tolerance_is_kept():
+def test_the_default_tolerance_is_reached():
     l2 = 1.0
     assert objective(fit(*TRAIN, CLASSES, l2), TRAIN, l2) < GOLDEN[l2][0] + 1e-5 * len(TRAIN.targets)
 
 
-def test_two_classes_against_scikit_learn_which_penalises_their_difference():
+def test_two_classes_against_scikit_learn_which_penalizes_their_difference():
     probe = fit(TRAIN.features_nD, TRAIN.targets % 2, 2, 0.5, tolerance=TIGHT)
     difference = probe.weight_DQ[:, 1] - probe.weight_DQ[:, 0]
     np.testing.assert_allclose(difference, [0.44922, 0.565589, -0.076999, 0.054186, -0.007185, 0.092196], atol=WEIGHT)
     assert probe.bias_Q[1] - probe.bias_Q[0] == pytest.approx(0.058255, abs=WEIGHT)
 
 
-def many_targets():
+def multilabel_targets():
     x, class_ids = TRAIN
     return np.stack([x[:, 0] + x[:, 1] > 0.5, class_ids == 2, x[:, 2] > 1], 1)
 
 
-def test_any_number_of_classes_against_scikit_learn_one_versus_rest():
-    probe = fit(TRAIN.features_nD, many_targets(), 3, 2.0, tolerance=TIGHT)
+def test_multilabel_targets_against_scikit_learn_one_versus_rest():
+    probe = fit(TRAIN.features_nD, multilabel_targets(), 3, 2.0, tolerance=TIGHT)
     weight_QD = [
         [2.729189, 2.493141, -0.118898, 0.141771, 0.169932, -0.000331],
         [-0.872299, -0.34471, -0.632591, -0.229472, 0.090013, -0.261627],
@@ -111,18 +111,18 @@ def test_any_number_of_classes_against_scikit_learn_one_versus_rest():
     np.testing.assert_allclose(probe.bias_Q, [-1.320628, -2.307797, -3.588086], atol=WEIGHT * 4)
 
 
-def test_search_against_scikit_learn_over_the_same_values():
+def test_search_against_scikit_learn_with_the_same_values_of_l2():
     found = search(TRAIN, VALIDATION, CLASSES)
-    theirs = {-48: 0.68, -32: 0.68, -16: 0.68, -8: 0.68, 0: 0.68, 4: 0.685, 8: 0.68, 10: 0.68, 12: 0.685, 13: 0.69}
-    theirs |= {14: 0.685, 15: 0.675, 16: 0.67, 32: 0.27, 48: 0.245}
-    assert found.curve == pytest.approx({10 ** (step / 8): value for step, value in theirs.items()})
+    expected = {-48: 0.68, -32: 0.68, -16: 0.68, -8: 0.68, 0: 0.68, 4: 0.685, 8: 0.68, 10: 0.68, 12: 0.685, 13: 0.69}
+    expected |= {14: 0.685, 15: 0.675, 16: 0.67, 32: 0.27, 48: 0.245}
+    assert found.curve == pytest.approx({10 ** (step / 8): value for step, value in expected.items()})
     assert found.l2 == pytest.approx(42.169650342858226)
     assert found.probe.evaluate(accuracy, split(3, 500)) == pytest.approx(0.628)
 
 
 def test_search_without_refit_gives_the_probe_of_the_training_split():
     found = search(TRAIN, VALIDATION, CLASSES, refit=False)
-    # Both within the tolerance, 1e-5, of the optimum.
+    # Both are within the tolerance, 1e-5, of the optimum.
     assert objective(found.probe, TRAIN, found.l2) == pytest.approx(
         objective(fit(*TRAIN, CLASSES, found.l2), TRAIN, found.l2), abs=2e-5 * len(TRAIN.targets)
     )
@@ -133,10 +133,10 @@ def test_the_gradient_is_zero_at_the_optimum(l2):
     x, class_ids = TRAIN
     probe = fit(x, class_ids, CLASSES, l2, tolerance=TIGHT)
     weight, bias = probe.weight_DQ.astype(np.float64), probe.bias_Q.astype(np.float64)
-    wrong = softmax(x @ weight + bias[None]) - np.eye(CLASSES)[class_ids]
-    # Per example, as scikit-learn's own tolerance, 1e-4, is.
-    np.testing.assert_allclose((x.T @ wrong + l2 * weight) / len(x), 0, atol=3e-5)
-    np.testing.assert_allclose(wrong.mean(0), 0, atol=3e-5)
+    errors = softmax(x @ weight + bias[None]) - np.eye(CLASSES)[class_ids]
+    # Per example, as scikit-learn's tolerance of 1e-4.
+    np.testing.assert_allclose((x.T @ errors + l2 * weight) / len(x), 0, atol=3e-5)
+    np.testing.assert_allclose(errors.mean(0), 0, atol=3e-5)
 
 
 def test_another_start_gives_the_same_optimum():
@@ -154,12 +154,12 @@ def test_the_order_of_examples_does_not_matter():
 
 
 @pytest.mark.parametrize("unit", [1e-3, 1e3])
-def test_the_unit_of_the_features_does_not_matter(unit):
+def test_the_scale_of_the_features_does_not_matter(unit):
     probe = fit(TRAIN.features_nD * unit, TRAIN.targets, CLASSES, 1.0 * unit**2, tolerance=TIGHT)
     np.testing.assert_allclose(probe.weight_DQ[:, 0] * unit, GOLDEN[1.0][1], atol=WEIGHT)
 
 
-def test_examples_given_twice_at_twice_the_penalty_are_the_same_problem():
+def test_duplicated_examples_with_twice_the_penalty_are_the_same_problem():
     twice = fit(np.repeat(TRAIN.features_nD, 2, 0), np.repeat(TRAIN.targets, 2), CLASSES, 2.0, tolerance=TIGHT)
     np.testing.assert_allclose(twice.weight_DQ[:, 0], GOLDEN[1.0][1], atol=WEIGHT)
 
@@ -171,25 +171,25 @@ def test_constant_features_get_no_weight():
     np.testing.assert_allclose(probe.weight_DQ[6:], 0, atol=1e-6)
 
 
-def test_without_information_the_scores_are_the_frequencies():
+def test_probabilities_of_constant_features_are_the_class_frequencies():
     probe = fit(np.ones((300, WIDTH)), TRAIN.targets, CLASSES, 1.0, tolerance=TIGHT)
     frequencies = np.bincount(TRAIN.targets) / 300
     np.testing.assert_allclose(softmax(probe.scores(np.ones((1, WIDTH))))[0], frequencies, atol=1e-4)
 
 
-def test_a_class_without_examples_is_never_named():
+def test_a_class_without_examples_is_never_predicted():
     probe = fit(TRAIN.features_nD, TRAIN.targets * 2, 8, 1.0, tolerance=TIGHT)
     np.testing.assert_allclose(probe.weight_DQ[:, 0], GOLDEN[1.0][1], atol=WEIGHT)
-    assert (probe.scores(VALIDATION.features_nD)[:, 1::2] == NEVER).all()
+    assert (probe.scores(VALIDATION.features_nD)[:, 1::2] == LOWEST).all()
 
 
-def test_a_single_class_is_always_named():
+def test_a_single_class_is_always_predicted():
     scores = fit(TRAIN.features_nD, np.full(300, 2), CLASSES, 1.0).scores(VALIDATION.features_nD)
     assert (scores.argmax(1) == 2).all()
     assert np.isfinite(scores[:, 2]).all()
 
 
-def test_fewer_rows_than_features_leave_no_weight_where_rows_say_nothing():
+def test_directions_without_variance_get_no_weight():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(20, 50))
     probe = fit(x, np.arange(20) % 4, CLASSES, 1e-6)
@@ -199,7 +199,7 @@ def test_fewer_rows_than_features_leave_no_weight_where_rows_say_nothing():
     assert np.abs(outside).max() < 1e-4 * np.abs(probe.weight_DQ).max()
 
 
-def test_separable_classes_end_at_the_least_penalty():
+def test_separable_classes_converge_with_the_smallest_penalty():
     x = np.eye(CLASSES, WIDTH).repeat(75, 0) * 10
     probe = fit(x, np.arange(CLASSES).repeat(75), CLASSES, 1e-6)
     assert np.isfinite(probe.weight_DQ).all()
@@ -208,13 +208,13 @@ def test_separable_classes_end_at_the_least_penalty():
 
 @pytest.mark.parametrize(("l2", "value"), [(1e-4, 0.038321107470390546), (1e-2, 0.985002176167017)])
 def test_separable_classes_against_scikit_learn(l2, value):
-    """The objective of 300 rows is some nats or hundredths of one, so that p − 1 is nothing but float32's rounding."""
+    """The objective of 300 rows is 0.04 to 1 nats, so that p − 1 would be float32's rounding."""
     examples = Examples(TRAIN.features_nD + 5 * np.eye(CLASSES, WIDTH)[TRAIN.targets], TRAIN.targets)
     probe = fit(*examples, CLASSES, l2, tolerance=1e-12)
     assert objective(probe, examples, l2) == pytest.approx(value, rel=1e-5)
 
 
-def test_half_precision_features_will_do():
+def test_half_precision_features_are_supported():
     probe = fit(TRAIN.features_nD.astype(np.float16), TRAIN.targets, CLASSES, 1.0)
     np.testing.assert_allclose(probe.weight_DQ[:, 0], GOLDEN[1.0][1], atol=5e-3)
 
@@ -222,44 +222,44 @@ def test_half_precision_features_will_do():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"l2": 0.0}, "l2=0.0: without a penalty"),
-        ({"targets": TRAIN.targets + 1}, r"targets\[\d+\]=4 with classes=4; use class ids from 0 to 3"),
-        ({"targets": TRAIN.targets[1:]}, "300 rows of features and 299 targets"),
-        ({"targets": many_targets()}, r"shape \(300, 3\); with classes=4 use \(300, 4\)"),
+        ({"l2": 0.0}, "l2: expected a positive number.*got 0.0"),
+        ({"targets": TRAIN.targets + 1}, r"targets\[\d+\]: expected a class id from 0 to 3, got 4"),
+        ({"targets": TRAIN.targets[1:]}, "got 300 rows and 299 targets"),
+        ({"targets": multilabel_targets()}, r"expected shape \(300, 4\), got \(300, 3\)"),
         ({"features_nD": TRAIN.features_nD[:0], "targets": TRAIN.targets[:0]}, "at least 1"),
-        ({"start": LinearProbe(np.zeros((5, 4)), np.zeros(4))}, r"shape \(5, 4\), and these examples ask \(6, 4\)"),
+        ({"start": LinearProbe(np.zeros((5, 4)), np.zeros(4))}, r"expected weights of shape \(6, 4\), got \(5, 4\)"),
     ],
 )
-def test_errors_say_what_to_do(change, message):
+def test_invalid_arguments_are_refused(change, message):
     arguments = {"features_nD": TRAIN.features_nD, "targets": TRAIN.targets, "classes": CLASSES, "l2": 1.0}
     with pytest.raises(ValueError, match=message):
         fit(**arguments | change)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_features_that_are_not_finite_are_named(value):
+def test_features_that_are_not_finite_are_refused(value):
     x = TRAIN.features_nD.copy()
     x[[17, 40], 3] = value
-    message = rf"features\[17, 3\] is {value}, one of 2 rows"
+    message = rf"features\[17, 3\]: expected finite numbers, got {value} \(2 such rows\)"
     with pytest.raises(ValueError, match=message):
         fit(x, TRAIN.targets, CLASSES, 1.0)
     with pytest.raises(ValueError, match=message):
         fit(*TRAIN, CLASSES, 1.0).scores(x)
 
 
-def test_a_search_by_another_measure_of_several_classes():
+def test_search_by_another_metric_with_multilabel_targets():
     both = [Examples(x, np.stack([x[:, 0] > 0.5, x[:, 2] > 1], 1)) for x, _ in (TRAIN, VALIDATION)]
     found = search(*both, 2, map_11_points, refit=False)
     assert found.curve[found.l2] == max(found.curve.values()) > 0.9
     assert found.probe.evaluate(map_11_points, both[1]) == pytest.approx(found.curve[found.l2], abs=1e-3)
 
 
-# --------------------------------------------------------------------------------------- more rows than logits can be
+# ------------------------------------------------------------------------------------------------- rows in chunks
 
 
 @pytest.fixture(params=[(1, 4), (1, 37), (8, 4), (3, 11)], ids=lambda given: "{} devices, {} rows each".format(*given))
 def chunked(request, monkeypatch):
-    """Walk rows in chunks, as with ImageNet's: most of these leave padding in the last one."""
+    """Process rows in chunks, as for ImageNet; most of these have padding rows in the last chunk."""
     devices, rows = request.param
     some = jax.local_devices()[:devices]
     monkeypatch.setattr(logistic, "HELD_LOGITS", 0)
@@ -268,33 +268,33 @@ def chunked(request, monkeypatch):
     return devices, rows
 
 
-def test_chunks_end_at_the_same_optimum(chunked):
-    for l2, (value, weight_D, bias_Q, _, right) in GOLDEN.items():
+def test_chunks_converge_to_the_same_optimum(chunked):
+    for l2, (value, weight_D, bias_Q, _, score) in GOLDEN.items():
         probe = fit(*TRAIN, CLASSES, l2, tolerance=TIGHT)
         assert objective(probe, TRAIN, l2) <= value * (1 + 1e-6)
         np.testing.assert_allclose(probe.weight_DQ[:, 0], weight_D, atol=WEIGHT)
         np.testing.assert_allclose(probe.bias_Q, bias_Q, atol=WEIGHT)
-        assert probe.evaluate(accuracy, VALIDATION) == pytest.approx(right)
+        assert probe.evaluate(accuracy, VALIDATION) == pytest.approx(score)
 
 
-def test_chunks_of_any_number_of_classes_end_at_the_same_optimum(chunked):
-    probe = fit(TRAIN.features_nD, many_targets(), 3, 2.0, tolerance=TIGHT)
+def test_chunks_of_multilabel_targets_converge_to_the_same_optimum(chunked):
+    probe = fit(TRAIN.features_nD, multilabel_targets(), 3, 2.0, tolerance=TIGHT)
     np.testing.assert_allclose(
         probe.weight_DQ[:2].T, [[2.7292, 2.4931], [-0.8723, -0.3447], [0.1233, -0.0516]], atol=2e-3
     )
     np.testing.assert_allclose(probe.bias_Q, [-1.320628, -2.307797, -3.588086], atol=WEIGHT * 4)
 
 
-def test_rows_are_spread_over_devices_in_chunks_of_the_size_asked(chunked):
+def test_chunks_have_the_given_size_and_are_sharded(chunked):
     devices, rows = chunked
     problem = logistic.prepare(*TRAIN, CLASSES)
     assert len(problem.x_CnD.sharding.device_set) == devices
     assert problem.x_CnD.sharding.shard_shape(problem.x_CnD.shape)[1] <= rows
-    np.testing.assert_allclose(problem.eigenvalue_D[-1], 300)  # the intercept's: padding doesn't count
+    np.testing.assert_allclose(problem.eigenvalue_D[-1], 300)  # of the intercept: without padding rows
 
 
-def test_the_objective_of_chunks_is_that_of_the_whole(monkeypatch):
-    for targets in (TRAIN.targets, many_targets()):
+def test_the_objective_of_chunks_equals_that_of_all_rows(monkeypatch):
+    for targets in (TRAIN.targets, multilabel_targets()):
         classes, found = CLASSES if targets.ndim == 1 else 3, []
         for held in (2**26, 0):
             monkeypatch.setattr(logistic, "HELD_LOGITS", held)
@@ -303,12 +303,12 @@ def test_the_objective_of_chunks_is_that_of_the_whole(monkeypatch):
         np.testing.assert_allclose(*found, rtol=1e-6)
 
 
-def test_a_search_in_chunks_finds_what_the_whole_finds(monkeypatch):
-    whole = search(TRAIN, VALIDATION, CLASSES)
+def test_a_search_in_chunks_equals_one_without(monkeypatch):
+    expected = search(TRAIN, VALIDATION, CLASSES)
     monkeypatch.setattr(logistic, "HELD_LOGITS", 0)
     monkeypatch.setattr(logistic, "CHUNK_LOGITS", 20 * CLASSES)
     found = search(TRAIN, VALIDATION, CLASSES)
-    assert found.l2 == whole.l2 and found.curve == pytest.approx(whole.curve)
+    assert found.l2 == expected.l2 and found.curve == pytest.approx(expected.curve)
 
 
 def compiled_bytes(chunks, rows, width, classes):
@@ -319,7 +319,7 @@ def compiled_bytes(chunks, rows, width, classes):
         x_CnD=array(chunks, rows, width + 1),
         targets=array(chunks, rows, dtype=np.int32),
         eigenvalue_D=array(width + 1),
-        penalised_D=array(width + 1),
+        penalized_D=array(width + 1),
         mean_d=array(width),
         basis_dd=array(width, width),
         rows=chunks * rows,
@@ -328,40 +328,40 @@ def compiled_bytes(chunks, rows, width, classes):
     return lowered.compile().memory_analysis().temp_size_in_bytes
 
 
-def test_imagenets_probe_holds_chunks_of_logits_not_all_of_them():
+def test_memory_for_imagenet_is_that_of_one_chunk_of_logits():
     rows, classes = 1_281_167, 1000
     chunk = logistic.CHUNK_LOGITS // classes
     chunks = -(-rows // chunk)
-    # Some arrays of a chunk's logits, 67 MB each, and L-BFGS's 20 of 1000 × 769: 62 MB. All logits would be 5.1 GB.
+    # Some arrays of logits of a chunk, 67 MB each, and 20 of L-BFGS of 1000 × 769: 62 MB. All logits are 5.1 GB.
     assert rows * classes > logistic.HELD_LOGITS
     assert compiled_bytes(chunks, chunk, 768, classes) < 1e9 < 4e9 < compiled_bytes(1, rows, 768, classes)
 
 
 @pytest.mark.parametrize("held", [2**26, 0])
-def test_a_search_holds_the_features_once(monkeypatch, held):
+def test_a_search_stores_the_features_once(monkeypatch, held):
     monkeypatch.setattr(logistic, "HELD_LOGITS", held)
     prepare, before, after = logistic.prepare, [], []
 
-    def watched(*arguments):
-        before.append(features_held())
+    def recorded(*arguments):
+        before.append(stored_bytes())
         problem = prepare(*arguments)
-        after.append(features_held() - problem.x_CnD.nbytes)
+        after.append(stored_bytes() - problem.x_CnD.nbytes)
         return problem
 
-    def features_held():
+    def stored_bytes():
         return sum(array.nbytes for array in jax.live_arrays() if array.nbytes > 4 * 200 * WIDTH)
 
-    monkeypatch.setattr(logistic, "prepare", watched)
+    monkeypatch.setattr(logistic, "prepare", recorded)
     gc.collect()
-    others = features_held()  # what other tests keep
+    others = stored_bytes()  # arrays of other tests
     search(TRAIN, VALIDATION, CLASSES)
     assert before == after == [others, others]  # for the training split, and for both
 
 
-# ------------------------------------------------------------------------------------------------------- few shots
+# --------------------------------------------------------------------------------------------------------- few-shot
 
 
-def test_draws_are_nested_and_of_every_class_alike():
+def test_draws_are_nested_and_balanced():
     draws = [draw(TRAIN.targets, CLASSES, shots, 3) for shots in (1, 2, 4, 8, 16)]
     for fewer, more in zip(draws, draws[1:], strict=False):
         assert set(fewer) < set(more)
@@ -369,15 +369,15 @@ def test_draws_are_nested_and_of_every_class_alike():
     assert set(draws[-1]) != set(draw(TRAIN.targets, CLASSES, 16, 4))
 
 
-def test_a_class_with_fewer_examples_is_an_error_or_gives_what_it_has():
+def test_a_class_with_fewer_examples_is_an_error_or_drawn_completely():
     class_ids = np.array([0, 0, 0, 1, 0, 1])
-    with pytest.raises(ValueError, match="class 1 has 2 examples, and shots=4: use at most 2 shots"):
+    with pytest.raises(ValueError, match="at most 2, the examples of class 1, got 4"):
         draw(class_ids, 2, 4, 0)
     assert set(draw(class_ids, 2, 4, 0, fewer=True)) == set(range(6))
 
 
-def test_more_shots_teach_more():
-    results = few_shot(TRAIN, VALIDATION, CLASSES, l2=1.0, shots=(1, 16), seeds=range(3))
+def test_more_shots_are_better():
+    results = few_shot_curve(TRAIN, VALIDATION, CLASSES, l2=1.0, shots=(1, 16), seeds=range(3))
     low, high = results[1].interval
     assert low <= results[1].mean <= high < results[16].mean
     rows = draw(TRAIN.targets, CLASSES, 16, 2)
@@ -386,11 +386,11 @@ def test_more_shots_teach_more():
 
 
 def test_few_shot_probes_search_on_the_validation_split():
-    results = few_shot(TRAIN, split(3, 500), CLASSES, validation=VALIDATION, shots=(4,), seeds=(0,))
+    results = few_shot_curve(TRAIN, split(3, 500), CLASSES, validation=VALIDATION, shots=(4,), seeds=(0,))
     rows = draw(TRAIN.targets, CLASSES, 4, 0)
     found = search(Examples(*(x[rows] for x in TRAIN)), VALIDATION, CLASSES, refit=False)
     assert results[4].values == (found.probe.evaluate(accuracy, split(3, 500)),)
-    with pytest.raises(ValueError, match="give either l2"):
-        few_shot(TRAIN, VALIDATION, CLASSES)
+    with pytest.raises(ValueError, match="expected either l2"):
+        few_shot_curve(TRAIN, VALIDATION, CLASSES)
     with pytest.raises(dataclasses.FrozenInstanceError):
         results[4].values = ()

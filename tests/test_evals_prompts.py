@@ -1,4 +1,4 @@
-"""Prompts: ours, a file's, and those of packages that are read and never imported."""
+"""Prompts: built in, from files, and from packages that are read without an import."""
 
 import json
 import sys
@@ -9,11 +9,11 @@ from clip_jax.evals import prompts
 from clip_jax.evals.prompts import Prompts
 from clip_jax.typing import Unavailable
 
-# As open_clip writes them: functions, a string that isn't one, and names over several lines.
+# The syntax of open_clip: lambdas, names over several lines.
 SOURCE = """
 import torch_that_is_not_there
 SIMPLE_IMAGENET_TEMPLATES = (
-    lambda c: f'a {c} of ours.',
+    lambda c: f'a {c} of mine.',
     lambda name: f"{name}, it's said, or {name}",
 )
 IMAGENET_CLASSNAMES = (
@@ -25,7 +25,7 @@ IMAGENET_CLASSNAMES = (
 
 @pytest.fixture
 def packages(tmp_path, monkeypatch):
-    """Packages of other people, as far as we read them; importing either fails."""
+    """Fake packages with the files that are read; importing either fails."""
     for name in ("clip_benchmark", "open_clip"):
         (tmp_path / name / "datasets").mkdir(parents=True)
         (tmp_path / name / "__init__.py").write_text("raise ImportError('read, not imported')")
@@ -35,7 +35,7 @@ def packages(tmp_path, monkeypatch):
         json.dumps({"eurosat": ["forest", "sea"], "fer2013": [["glad", "happy"], ""]})
     )
     data.joinpath("en_zeroshot_classification_templates.json").write_text(
-        json.dumps({"eurosat": ["a photo of {c} from above.", "{c}."], "broken": ["no place"]})
+        json.dumps({"eurosat": ["a photo of {c} from above.", "{c}."], "broken": ["no slot"]})
     )
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("clip_benchmark", "open_clip"):
@@ -50,7 +50,7 @@ def packages(tmp_path, monkeypatch):
 def test_published_prompts_are_read_without_an_import(packages):
     assert prompts.templates("clip_benchmark:eurosat") == ("a photo of {} from above.", "{}.")
     assert prompts.class_names("clip_benchmark:eurosat") == (("forest",), ("sea",))
-    assert prompts.templates("open_clip:imagenet_7") == ("a {} of ours.", "{}, it's said, or {}")
+    assert prompts.templates("open_clip:imagenet_7") == ("a {} of mine.", "{}, it's said, or {}")
     names = prompts.class_names("open_clip:imagenet")
     assert names == (("tench",), ("great {white} shark",), ("sunglasses",), ("sunglasses",))
     assert not {"clip_benchmark", "open_clip"} & set(sys.modules)
@@ -60,42 +60,42 @@ def test_published_prompts_are_read_without_an_import(packages):
     "read, name, message",
     [
         ("templates", "clip_benchmark:eurosats", "templates='eurosats' is none of eurosat, broken.*eurosat"),
-        ("templates", "clip_benchmark:broken", "'no place' has no '{}' for the class's name"),
+        ("templates", "clip_benchmark:broken", "expected '{}' in every template, got 'no slot'"),
         ("templates", "open_clip:imagenet_80", "defines no OPENAI_IMAGENET_TEMPLATES; open_clip_torch 3.3.0 does"),
         ("templates", "photos", "use name, photo, views, clip_benchmark:<set>"),
-        ("class_names", "clip_benchmark:fer2013", r"class 1 is called \('',\); give it a name"),
+        ("class_names", "clip_benchmark:fer2013", r"class 1: expected a name or a list of names, got \('',\)"),
         ("class_names", "cats", "use clip_benchmark:<set>, open_clip:imagenet, or a .json file"),
     ],
 )
-def test_what_a_package_does_not_have_is_said(packages, read, name, message):
+def test_unknown_and_invalid_prompts_are_errors(packages, read, name, message):
     with pytest.raises(ValueError, match=message):
         getattr(prompts, read)(name)
 
 
-def test_a_missing_package_is_named_with_how_to_get_it(monkeypatch):
+def test_a_missing_package_is_reported_with_the_install_command(monkeypatch):
     prompts._clip_benchmark.cache_clear()
     monkeypatch.setattr(prompts.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(Unavailable, match="pip install --no-deps clip-benchmark"):
         prompts.templates("clip_benchmark:eurosat")
 
 
-def test_a_file_of_ones_own(tmp_path):
+def test_prompts_of_a_json_file(tmp_path):
     file = tmp_path / "pets.json"
     file.write_text('{"class_names": ["cat", ["dog", "puppy"]], "templates": ["{}", "my {}, a {}"]}')
     own = Prompts(prompts.class_names(str(file)), prompts.templates(str(file)))
-    assert own.wordings() == (("cat", "my cat, a cat"), ("dog", "puppy", "my dog, a dog", "my puppy, a puppy"))
+    assert own.texts() == (("cat", "my cat, a cat"), ("dog", "puppy", "my dog, a dog", "my puppy, a puppy"))
 
 
 @pytest.mark.parametrize(
     "content, message",
     [
         ("{", "Expecting property name.*Prompts are a JSON object such as"),
-        ("[]", "has no list 'templates'"),
-        ('{"templates": []}', "has no list 'templates' that is not empty"),
-        ('{"templates": [3]}', "the template 3 has no"),
+        ("[]", "expected a list 'templates'"),
+        ('{"templates": []}', "expected a list 'templates' that is not empty"),
+        ('{"templates": [3]}', "every template, got 3"),
     ],
 )
-def test_a_file_that_is_none_is_told_what_one_is(tmp_path, content, message):
+def test_an_invalid_file_is_an_error_with_the_format(tmp_path, content, message):
     file = tmp_path / "own.json"
     file.write_text(content)
     with pytest.raises(ValueError, match=message):
@@ -104,7 +104,7 @@ def test_a_file_that_is_none_is_told_what_one_is(tmp_path, content, message):
         prompts.templates(str(tmp_path / "none.json"))
 
 
-def test_the_digest_changes_with_any_wording_and_the_order_of_classes():
+def test_the_digest_changes_with_any_prompt_and_the_order_of_classes():
     base = Prompts((("cat",), ("dog",)), ("a {}",))
     others = [
         Prompts((("dog",), ("cat",)), ("a {}",)),
@@ -115,5 +115,5 @@ def test_the_digest_changes_with_any_wording_and_the_order_of_classes():
     assert base.digest == Prompts((("cat",), ("dog",)), ("a {}",)).digest == "38c4e22f0598"
 
 
-def test_our_templates_have_a_place_for_the_name():
-    assert all(prompts.templates(name) for name in prompts.OURS)
+def test_builtin_templates_have_a_slot():
+    assert all(prompts.templates(name) for name in prompts.BUILTIN)

@@ -6,7 +6,7 @@ import pytest
 
 from clip_jax.config import MODELS
 from clip_jax.evals import prompts
-from clip_jax.evals.datasets import registry
+from clip_jax.evals.datasets import emoji, registry
 from clip_jax.evals.datasets.registry import DATASETS, SUITES, published_results
 from clip_jax.evals.metrics import METRICS
 from clip_jax.typing import Unavailable
@@ -45,8 +45,9 @@ def test_suites_list_known_rows_without_duplicates():
         assert len(set(names)) == len(names), suite
 
 
-def test_every_row_is_in_a_suite_and_keyed_by_its_name():
-    assert {name for names in SUITES.values() for name in names} == set(DATASETS)
+def test_every_stored_dataset_is_in_a_suite_and_keyed_by_its_name():
+    generated = {row.name for row in ROWS if row.generate}
+    assert {name for names in SUITES.values() for name in names} | generated == set(DATASETS)
     assert all(row.name == name for name, row in DATASETS.items())
 
 
@@ -86,7 +87,7 @@ def test_task_metric_and_classes_are_consistent():
         assert row.task in ("zeroshot", "retrieval", "association"), row.name
         assert (row.metric == "recall") == (row.task == "retrieval"), row.name
         assert row.metric in {*METRICS, "recall"}, row.name
-        assert (row.classes >= 2) == (row.task == "zeroshot"), row.name
+        assert row.generate or (row.classes >= 2) == (row.task == "zeroshot"), row.name
         assert (row.group_column >= 0) == row.metric.startswith("worst_group"), row.name
         assert row.group_column >= 0 or not row.excluded_groups, row.name
 
@@ -105,10 +106,17 @@ def test_metrics_of_the_paper_equal_table_9():
 
 
 def test_every_row_has_a_storage_location_and_a_size():
-    """The size of the emoji dataset depends on installed packages; datasets that are hard to get have a note."""
-    assert [row.name for row in ROWS if not (row.folder or row.tfds or row.builtin)] == []
-    assert [row.name for row in ROWS if not row.size] == ["emoji_categories"]
+    """Generated datasets have any size; datasets that are hard to get have a note."""
+    assert [row.name for row in ROWS if bool(row.folder or row.tfds or row.builtin) == bool(row.generate)] == []
+    assert [row.name for row in ROWS if bool(row.size) == bool(row.generate)] == []
     assert DATASETS["winogavil"].note and DATASETS["birdsnap"].note and DATASETS["hateful_memes"].note
+
+
+def test_every_emoji_split_is_registered():
+    names = {row.name.removeprefix("emoji_") for row in ROWS if row.name.startswith("emoji_")}
+    assert names == set(emoji.EVAL_SPLITS)
+    retrieval = {row.name.removeprefix("emoji_") for row in ROWS if row.generate and row.task == "retrieval"}
+    assert retrieval == set(emoji.EVAL_SPLITS) - {"categories", "subcategories"}
 
 
 def test_tfds_split_names_override_folder_split_names():

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from clip_jax.config import MODELS, WeightsConfig
-from clip_jax.evals.benchmark import EvalReport
 from clip_jax.evals.datasets import registry
 from clip_jax.evals.report.tables import model_card, open_clip_csv
+from clip_jax.evals.suite import EvalReport
 from clip_jax.models.flops import forward_flops
-from tests.tiny_benchmark import PROBES, ROW, WrongInThirds, evaluate
+from tests.tiny_dataset import PROBES, ROW, WrongInThirds, evaluate
 
 # The header of https://github.com/mlfoundations/open_clip/blob/89fb801/docs/openclip_results.csv.
 FIRST = ["name", "pretrained", "params (M)", "FLOPs (B)"]
@@ -104,7 +104,11 @@ def test_the_model_card_has_all_metrics_their_setup_and_missing_datasets(monkeyp
     row = dataclasses.replace(ROW, name="cifar10")
     report = evaluate(monkeypatch, WrongInThirds(), row, ("zeroshot", *PROBES), architecture="vit_b32")
     report = EvalReport(
-        report.metrics, report.described, {}, {"zeroshot/pets": "not on this machine"}, {"zeroshot/dtd": "0.tar ends"}
+        report.metrics,
+        report.descriptions,
+        {},
+        {"zeroshot/pets": "not on this machine"},
+        {"zeroshot/dtd": "0.tar ends"},
     )
     run = {"name": "mine", "architecture": "emoji", "parameters": 3_497_567}
     card = model_card(run, report, WeightsConfig(architecture))
@@ -123,6 +127,6 @@ def test_the_model_card_has_all_metrics_their_setup_and_missing_datasets(monkeyp
         low, high = (report.metrics[f"{key}/{end}"] for end in ends)
         assert interval.rstrip(" |") == f"{low:.3f} to {high:.3f}"
     assert rows["zeroshot/cifar10/top1"][2].strip(" |") == f"{report.metrics['zeroshot/cifar10/top1/published']:.3f}"
-    for key, setup in itertools.chain(report.described.items(), report.skipped.items()):
+    for key, setup in itertools.chain(report.descriptions.items(), report.skipped.items()):
         assert f"- {key}: {setup}" in card
     assert "- zeroshot/dtd: failed: 0.tar ends" in card

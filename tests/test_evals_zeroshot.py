@@ -1,4 +1,4 @@
-"""Zero-shot classification, against sorted lists in float64."""
+"""Zero-shot classification against sorted lists in float64."""
 
 import numpy as np
 import pytest
@@ -10,8 +10,8 @@ from clip_jax.evals.zeroshot import zeroshot
 from clip_jax.typing import EvalDataset
 
 
-class Given:
-    """An embedder that looks vectors up: pictures and texts are decimal numbers of rows."""
+class Lookup:
+    """Embeds images and texts, which are decimal row numbers, by looking up the row."""
 
     def __init__(self, images, texts):
         self.images, self.texts = images, texts
@@ -23,38 +23,37 @@ class Given:
         return self.texts[[int(t) for t in texts]]
 
 
-def measure(images, texts, targets):
+def metrics_of(images, texts, targets):
     classes = EvalDataset(
         "classes",
         [str(i).encode() for i in range(len(images))],
         [(str(i),) for i in range(len(texts))],
         np.array(targets),
     )
-    metrics = zeroshot(Given(images.astype(np.float32), texts.astype(np.float32)), classes)
+    metrics = zeroshot(Lookup(images.astype(np.float32), texts.astype(np.float32)), classes)
     return {key.removeprefix("zeroshot/classes/"): value for key, value in metrics.items()}
 
 
 def test_accuracies_equal_those_of_sorted_lists():
     rng = np.random.default_rng(0)
     images, texts = unit(rng.normal(size=(120, 12))), unit(rng.normal(size=(9, 12)))
-    targets = rng.choice(8, 120, p=np.array([30, 20, 10, 10, 10, 10, 5, 5]) / 100)  # class 8 has no picture
+    targets = rng.choice(8, 120, p=np.array([30, 20, 10, 10, 10, 10, 5, 5]) / 100)  # class 8 has no image
     orders = [
         sorted(range(9), key=lambda j, x=x: -float(x @ texts[j].astype(np.float64))) for x in images.astype(np.float64)
     ]
     first = [order[0] == target for order, target in zip(orders, targets, strict=True)]
     five = [target in order[:5] for order, target in zip(orders, targets, strict=True)]
     by_class = [np.mean([hit for hit, t in zip(first, targets, strict=True) if t == c]) for c in np.unique(targets)]
-    metrics = measure(images, texts, targets)
+    metrics = metrics_of(images, texts, targets)
     assert metrics["top1"] == pytest.approx(np.mean(first))
     assert metrics["top5"] == pytest.approx(np.mean(five))
     assert metrics["mean_per_class"] == pytest.approx(np.mean(by_class))
-    assert metrics["top1"] != pytest.approx(
-        metrics["mean_per_class"], abs=1e-3
-    )  # or the case would not tell them apart
+    # Otherwise the test could not distinguish the two.
+    assert metrics["top1"] != pytest.approx(metrics["mean_per_class"], abs=1e-3)
 
 
-def test_majority_and_chance():
-    metrics = measure(np.eye(8)[:6], np.eye(8), [0, 0, 0, 3, 4, 5])
+def test_majority_class_and_chance():
+    metrics = metrics_of(np.eye(8)[:6], np.eye(8), [0, 0, 0, 3, 4, 5])
     assert metrics["top1/majority_class"] == 0.5
     assert metrics["top1/chance"] == metrics["mean_per_class/chance"] == 1 / 8
     assert metrics["top5/chance"] == 5 / 8
@@ -63,34 +62,35 @@ def test_majority_and_chance():
 
 @pytest.mark.parametrize("classes, has_top5", [(5, False), (6, True)])
 def test_top5_needs_more_than_five_classes(classes, has_top5):
-    assert ("top5" in measure(np.eye(classes), np.eye(classes), range(classes))) == has_top5
+    assert ("top5" in metrics_of(np.eye(classes), np.eye(classes), range(classes))) == has_top5
 
 
-def test_classes_of_the_same_name_can_not_be_told_apart():
+def test_classes_of_the_same_name_are_both_wrong():
     texts = np.eye(4)[[0, 1, 2, 2]]
-    assert measure(np.eye(4)[[0, 1, 2, 2]], texts, [0, 1, 2, 3])["top1"] == 0.5
+    assert metrics_of(np.eye(4)[[0, 1, 2, 2]], texts, [0, 1, 2, 3])["top1"] == 0.5
 
 
-def test_a_class_without_finite_embedding_is_not_chosen_and_not_forgiven():
+def test_a_class_without_a_finite_embedding_makes_all_images_wrong():
     texts = np.eye(4)
     texts[3] = np.nan
-    assert measure(np.eye(4), texts, range(4))["top1"] == 0  # it stands before every other
+    assert metrics_of(np.eye(4), texts, range(4))["top1"] == 0  # NaN ranks before every other class
 
 
 @pytest.mark.parametrize("scores", [2**22, 11**2])
-def test_top1_is_that_of_float64_where_float32_can_not_tell(monkeypatch, scores):
+def test_top1_equals_that_of_float64_within_float32_rounding(monkeypatch, scores):
     rng = np.random.default_rng(0)
     x = unit(rng.normal(size=1024) + 0.02 * rng.normal(size=(4010, 1024)))  # in a narrow cone
     images, classes = x[:4000], x[4000:]
     cosines = images.astype(np.float64) @ classes.T.astype(np.float64)
     targets = cosines.argmax(1)
-    ahead = np.sort(cosines - cosines.max(1, keepdims=True) + ranking.TIE, 1)[:, -2]
-    nearest = np.argsort(np.abs(ahead))[:40]  # leads of TIE but for some 1e-7
+    lead = np.sort(cosines - cosines.max(1, keepdims=True) + ranking.TIE, 1)[:, -2]
+    nearest = np.argsort(np.abs(lead))[:40]  # leads that differ from TIE by some 1e-7
     monkeypatch.setattr(ranking, "BLOCK_SCORES", scores)
-    found = measure(images[nearest], classes, targets[nearest])
-    assert found["top1"] == np.mean(ahead[nearest] < 0) not in (0, 1)
+    found = metrics_of(images[nearest], classes, targets[nearest])
+    assert found["top1"] == np.mean(lead[nearest] < 0) not in (0, 1)
 
 
-def test_ranks_that_are_known_stay_with_the_rows_that_are_drawn():
-    scored = Predictions(np.eye(3), np.array([0, 1, 2]), known_ranks=np.array([2, 0, 1]))
-    assert scored.ranks.tolist() == [2, 0, 1] and scored.take(np.array([2, 2, 0])).ranks.tolist() == [1, 1, 2]
+def test_known_ranks_are_kept_when_rows_are_taken():
+    predictions = Predictions(np.eye(3), np.array([0, 1, 2]), known_ranks=np.array([2, 0, 1]))
+    assert predictions.ranks.tolist() == [2, 0, 1]
+    assert predictions.take(np.array([2, 2, 0])).ranks.tolist() == [1, 1, 2]

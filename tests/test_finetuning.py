@@ -1,4 +1,4 @@
-"""Starting from weights, freezing, and rates that fall with depth."""
+"""Fine-tuning: pretrained initialization, frozen parameters, layer-wise learning rate decay."""
 
 import dataclasses
 import re
@@ -21,22 +21,21 @@ from clip_jax.config import (
 from clip_jax.devices import sharding
 from clip_jax.interop import conversion, directory, msgpack, name_tables, reading, torch_file
 from clip_jax.models import make_model
-from clip_jax.training import loop as train
-from clip_jax.training import optim, step
+from clip_jax.training import initialization, optim, step
 from clip_jax.typing import Batch
 from tests import runs, tiny_models
 
 VIT, RESNET = tiny_models.ARCHITECTURES["vit_gelu"], tiny_models.ARCHITECTURES["resnet"]
 
 
-# --------------------------------------------------------------------------------------------------------- starting
+# --------------------------------------------------------------------------------------------------- initialization
 
 
 def _config(path, model=VIT, **init):
     return Config(model=model, init=InitConfig(str(path), **init))
 
 
-def test_a_run_starts_from_any_format(tmp_path):
+def test_initial_params_from_any_format(tmp_path):
     params = tiny_models.params(VIT)
     torch_file.write(tmp_path / "w.pt", conversion.LazyTensors(VIT, params, name_tables.OPENAI))
     msgpack.write(tmp_path / "w.msgpack", params, WeightsConfig(VIT))
@@ -46,41 +45,41 @@ def test_a_run_starts_from_any_format(tmp_path):
         _config(tmp_path / "w.msgpack"),
         _config(tmp_path / "dir"),
     ):
-        jax.tree.map(np.testing.assert_array_equal, train.starting_weights(config), params)
+        jax.tree.map(np.testing.assert_array_equal, initialization.initial_params(config), params)
 
 
-def test_another_size_takes_the_same_weights_with_resized_positions(tmp_path):
+def test_position_embeddings_are_resized(tmp_path):
     msgpack.write(tmp_path / "w.msgpack", tiny_models.params(VIT), WeightsConfig(VIT))
     larger = dataclasses.replace(VIT, image=dataclasses.replace(VIT.image, image_size=96))
-    found = train.starting_weights(_config(tmp_path / "w.msgpack", larger))
+    found = initialization.initial_params(_config(tmp_path / "w.msgpack", larger))
     assert found["image"]["positional_embedding"].shape == (37, 128)
     np.testing.assert_array_equal(found["text"]["projection"], tiny_models.params(VIT)["text"]["projection"])
 
 
-def test_a_run_starts_from_one_tower_and_draws_the_other(tmp_path):
+def test_one_tower_is_pretrained_and_the_other_random(tmp_path):
     params = tiny_models.params(RESNET)
     torch_file.write(tmp_path / "w.pt", conversion.LazyTensors(RESNET, params, name_tables.OPENAI))
-    found = train.starting_weights(_config(f"{tmp_path}/w.pt:image", RESNET))
+    found = initialization.initial_params(_config(f"{tmp_path}/w.pt:image", RESNET))
     assert found.keys() == {"image", "batch_stats"}
     jax.tree.map(np.testing.assert_array_equal, found["image"], params["image"])
     with pytest.raises(ValueError, match=r"init\.weights='/nowhere\.pt:image': /nowhere\.pt: there is no such file"):
-        train.starting_weights(_config("/nowhere.pt:image"))
+        initialization.initial_params(_config("/nowhere.pt:image"))
 
 
-def test_weights_of_another_model_or_other_pixels_are_refused_by_key(tmp_path):
+def test_weights_of_another_model_or_preprocessing_are_refused(tmp_path):
     msgpack.write(
         tmp_path / "w.msgpack", tiny_models.params(VIT), WeightsConfig(VIT, preprocess=Preprocess((0.5,) * 3))
     )
     with pytest.raises(ValueError, match=r"other pixels than this run: preprocess\.mean is \(0\.5, 0\.5, 0\.5\) there"):
-        train.starting_weights(_config(tmp_path / "w.msgpack"))
+        initialization.initial_params(_config(tmp_path / "w.msgpack"))
     with pytest.raises(ValueError, match=r"model\.text\.activation is 'gelu' there, 'quick_gelu' here"):
-        train.starting_weights(_config(tmp_path / "w.msgpack", with_activation(VIT, "quick_gelu")))
+        initialization.initial_params(_config(tmp_path / "w.msgpack", with_activation(VIT, "quick_gelu")))
     with pytest.raises(ValueError, match=r"init\.weights='/nowhere\.pt': /nowhere\.pt: there is no such file"):
-        train.starting_weights(_config("/nowhere.pt"))
+        initialization.initial_params(_config("/nowhere.pt"))
 
 
-def test_a_run_that_learns_nothing_exports_what_it_started_from(tmp_path):
-    """The whole command: a rate of 0 leaves every bit of the weights that it was given."""
+def test_learning_rate_0_exports_the_initial_weights(tmp_path):
+    """The whole command, from --config.init.weights to --export."""
     _, architecture = runs.tiny_model()
     params = tiny_models.params(architecture)
     msgpack.write(tmp_path / "w.msgpack", params, WeightsConfig(architecture))
@@ -93,11 +92,11 @@ def test_a_run_that_learns_nothing_exports_what_it_started_from(tmp_path):
     process = runs.start(tmp_path / "run", *flags)
     _, messages = process.communicate(timeout=300)
     assert process.returncode == 0, messages
-    assert "starting from" in messages
+    assert "initializing from" in messages
     jax.tree.map(np.testing.assert_array_equal, reading.read(tmp_path / "out.msgpack").params, params)
 
 
-# --------------------------------------------------------------------------------------------------------- freezing
+# ------------------------------------------------------------------------------------------------ frozen parameters
 
 
 def _step(architecture, config, steps=2):
@@ -115,7 +114,7 @@ def _step(architecture, config, steps=2):
 
 
 @pytest.mark.parametrize("architecture", [VIT, RESNET], ids=["vit", "resnet"])
-def test_a_frozen_tower_keeps_every_bit_and_needs_no_moments(architecture):
+def test_frozen_tower_is_unchanged_and_has_no_moments(architecture):
     params, state, size, _ = _step(architecture, OptimConfig(warmup_steps=0, freeze="^image/"))
     jax.tree.map(np.testing.assert_array_equal, state.params["image"], params["image"])
     if "batch_stats" in params:
@@ -125,7 +124,7 @@ def test_a_frozen_tower_keeps_every_bit_and_needs_no_moments(architecture):
     assert 2 * trained <= size <= 2 * trained + 8  # two moments, and counters
 
 
-def test_nothing_is_computed_for_frozen_parameters_on_the_way_back():
+def test_backward_pass_of_a_frozen_tower_is_not_computed():
     def flops(freeze):
         model, mesh = make_model(VIT), sharding.make_mesh(jax.devices()[:1])
         config = OptimConfig(warmup_steps=0, freeze=freeze)
@@ -135,14 +134,14 @@ def test_nothing_is_computed_for_frozen_parameters_on_the_way_back():
         pixels, tokens = tiny_models.inputs(VIT, rows=4)
         return train_step.lower(state, Batch(pixels, tokens, np.ones(4, bool))).cost_analysis()["flops"]
 
-    # The image tower's way back is twice its way forth, and it is most of this model.
+    # The backward pass costs twice the forward pass, and the image tower is most of this model.
     assert flops("^image/") < 0.7 * flops("")
 
 
 @pytest.mark.parametrize(
-    ("pattern", "message"), [("^imag/", "finds no parameter; there are e.g. "), ("", None), (".", "finds all")]
+    ("pattern", "message"), [("^imag/", "matches no parameter; there are e.g. "), ("", None), (".", "matches all")]
 )
-def test_a_pattern_that_finds_nothing_or_all_is_refused(pattern, message):
+def test_pattern_that_matches_nothing_or_everything_is_refused(pattern, message):
     if message is None:
         assert not any(jax.tree.leaves(optim.frozen_mask(tiny_models.params(VIT), pattern)))
         return
@@ -150,16 +149,16 @@ def test_a_pattern_that_finds_nothing_or_all_is_refused(pattern, message):
         optim.frozen_mask(tiny_models.params(VIT), pattern)
 
 
-def test_what_is_no_regular_expression_is_refused_before_the_run():
+def test_invalid_regular_expression_is_refused():
     config = from_config_dict({"optim": {"freeze": "("}, "train": {"batch_size": 8, "total_steps": 10_000}})
     with pytest.raises(ValueError, match=r"optim\.freeze='\(' is no regular expression"):
         resolve(config, devices=1)
 
 
-# -------------------------------------------------------------------------------------------------- rates by layer
+# ------------------------------------------------------------------------------------ layer-wise learning rate decay
 
 
-def test_rates_fall_with_the_distance_from_the_end():
+def test_factors_decay_with_the_distance_from_the_output():
     factors = optim.layer_decay_factors(tiny_models.params(VIT), 0.5)
     image = factors["image"]
     assert (image["patch_embedding"], image["class_embedding"], image["positional_embedding"]) == (0.125,) * 3
@@ -172,7 +171,7 @@ def test_rates_fall_with_the_distance_from_the_end():
     assert (resnet["stem_conv1"]["kernel"], resnet["pool"]["query"]["kernel"]) == (0.5**5, 1)
 
 
-def test_the_factors_multiply_the_updates_of_adam():
+def test_factors_multiply_the_updates():
     params = tiny_models.params(VIT)
     gradients = jax.tree.map(lambda x: np.full_like(x, 0.01), params)
     updates = []
@@ -185,7 +184,7 @@ def test_the_factors_multiply_the_updates_of_adam():
     assert optax.tree.norm(updates[1]) < optax.tree.norm(updates[0])
 
 
-def test_freezing_and_layer_rates_go_together():
+def test_freezing_with_layer_decay():
     params, state, _, metrics = _step(VIT, OptimConfig(warmup_steps=0, freeze="^image/|embedding", layer_decay=0.7))
     jax.tree.map(np.testing.assert_array_equal, state.params["image"], params["image"])
     assert (

@@ -1,4 +1,4 @@
-"""A run measured on the registry's sets by itself, and by others that follow it."""
+"""Evaluation on registry datasets: by the training loop, and by a process that follows its checkpoints."""
 
 import json
 import os
@@ -16,14 +16,14 @@ from clip_jax.evals.datasets.registry import DATASETS
 from clip_jax.training import metrics
 from clip_jax.training.follow import follow
 from tests import runs
-from tests.evaluations import damage, picture, report, run, write_classes
+from tests.evaluations import damage, png_image, report, run, write_classes
 
 STEPS = [7, 14, 20]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A finished run, with checkpoints of all STEPS."""
+    """Return the workdir of a finished run with checkpoints of all STEPS."""
     directory = tmp_path_factory.mktemp("finished")
     runs.finish(runs.start(directory, config="tests/configs/tiny_registry.py"))
     return epath.Path(directory)
@@ -35,63 +35,67 @@ def copy(finished, tmp_path):
 
 
 def _stored(directory):
-    """Return every file and folder below a directory, with sizes and times."""
+    """Return every file and folder below a directory with size and modification time."""
     paths = sorted(os.path.join(at, name) for at, folders, files in os.walk(directory) for name in (*folders, *files))
     return [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
 
 
-def _followed(directory, measured=(), mesh=None):
+def _follow(directory, evaluated=(), mesh=None):
     found = {}
-    follow(directory, mesh or sharding.make_mesh(), lambda at, *model: found.update({at: model}), measured, 0.05)
+    follow(directory, mesh or sharding.make_mesh(), lambda at, *model: found.update({at: model}), evaluated, 0.05)
     return found
 
 
-def test_the_loop_measures_sets_of_the_registry_and_lists_those_that_are_not_there(finished):
+def test_loop_evaluates_registry_datasets_and_lists_skipped_ones(finished):
     report = json.loads((finished / "report.json").read_text())
     key = "zeroshot/digits/top1"
     assert 0 <= report[f"{key}/ci_low"] <= report[key] <= report[f"{key}/ci_high"] <= 1
     assert (
-        "wds_cifar10_test" in report["run/skipped.little_pictures"]
-        or "data_dir" in report["run/skipped.little_pictures"]
+        "wds_cifar10_test" in report["run/skipped.little_images"] or "data_dir" in report["run/skipped.little_images"]
     )
     assert [line["step"] for line in metrics.read_lines(finished) if key in line] == [10]
 
 
-def test_every_checkpoint_is_measured_once_with_the_parameters_that_evaluation_takes_and_nothing_is_touched(finished):
+def test_every_checkpoint_is_evaluated_once_and_the_workdir_is_unchanged(finished):
     before = _stored(finished)
-    found = _followed(finished)
+    found = _follow(finished)
     assert list(found) == STEPS
     assert _stored(finished) == before
     config, params = found[20]
     assert config.model.embed_dim == 16 and set(params) == {"image", "text", "logit_scale"}
     assert not np.allclose(params["image"]["projection"], found[7][1]["image"]["projection"])
-    assert not _followed(finished, measured=STEPS)
+    assert not _follow(finished, evaluated=STEPS)
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_stays_where_it_is(copy):
+def test_damaged_checkpoint_is_skipped_and_not_renamed(copy):
     for path in pathlib.Path(copy, "checkpoints/14").rglob("*"):
         if path.is_file() and path.stat().st_size > 1000:
             path.write_bytes(path.read_bytes()[:500])
     before = _stored(copy)
-    assert list(_followed(copy)) == [7, 20]
+    assert list(_follow(copy)) == [7, 20]
     assert _stored(copy) == before
 
 
-def test_the_command_measures_every_checkpoint_and_tells_of_sets_that_failed(finished, tmp_path):
+def test_command_evaluates_every_checkpoint_and_reports_failed_datasets(finished, tmp_path):
     classes = tuple(f"thing {class_id}" for class_id in range(10))
     folder = tmp_path / "data" / DATASETS["cifar10"].folder
-    write_classes(folder, [picture(row) for row in range(10)], list(range(10)), classes)
+    write_classes(folder, [png_image(row) for row in range(10)], list(range(10)), classes)
     damage(tmp_path / "data", "cifar10")
-    flags = (f"--follow={finished}", "--suite=digits,cifar10", f"--data_dir={tmp_path}/data", f"--out={tmp_path}/out")
+    flags = (
+        f"--follow={finished}",
+        "--datasets=digits,cifar10",
+        f"--data_dir={tmp_path}/data",
+        f"--out={tmp_path}/out",
+    )
     run(*flags, code=3, tiny=True)
     lines = [json.loads(line) for line in (tmp_path / "out/evaluations.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == STEPS and all("zeroshot/digits/top1" in line for line in lines)
-    assert "picture 1: " in report(tmp_path / "out")["run/failed.zeroshot/cifar10"]
-    run(*flags, tiny=True)  # all have been measured
+    assert "image 1: " in report(tmp_path / "out")["run/failed.zeroshot/cifar10"]
+    run(*flags, tiny=True)  # all are evaluated
     assert len((tmp_path / "out/evaluations.jsonl").read_text().splitlines()) == len(lines)
 
 
-def test_it_waits_for_a_run_that_has_not_finished(copy):
+def test_follow_waits_for_an_unfinished_run(copy):
     report, last = copy / "report.json", copy / "checkpoints/20"
     report.rename(copy / "report.later")
     last.rename(copy / "20")
@@ -110,11 +114,11 @@ def test_it_waits_for_a_run_that_has_not_finished(copy):
     assert found == STEPS
 
 
-def test_parameters_are_the_same_on_any_mesh(finished):
-    one, cut = (_followed(finished, mesh=mesh)[20][1] for mesh in (None, sharding.make_mesh(fsdp=4)))
-    jax.tree.map(np.testing.assert_array_equal, one, cut)
+def test_parameters_are_equal_on_any_mesh(finished):
+    single, sharded = (_follow(finished, mesh=mesh)[20][1] for mesh in (None, sharding.make_mesh(fsdp=4)))
+    jax.tree.map(np.testing.assert_array_equal, single, sharded)
 
 
-def test_a_directory_without_a_run_is_named(tmp_path):
-    with pytest.raises(ValueError, match=rf"{tmp_path} holds no run"):
-        _followed(epath.Path(tmp_path))
+def test_directory_without_a_run_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=rf"{tmp_path}: expected the --workdir of a run"):
+        _follow(epath.Path(tmp_path))

@@ -1,4 +1,4 @@
-"""Moments and weights in half precision: half the bytes, the trajectory of float32 on average, resumed bit by bit."""
+"""Moments and parameters in half precision: bytes, unbiased updates, bit-identical resumption."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ from clip_jax.typing import Batch
 
 TOTAL = 100
 CONFIG = OptimConfig(learning_rate=0.01, warmup_steps=2)
-# 65,536 elements, of which each is rounded on its own: a mean of them is as good as 256 of one.
+# 65,536 elements with independent rounding errors: the standard error of their mean is 1/256 of one element's.
 SHAPE = (256, 256)
 ARCHITECTURE = Architecture(ViT(16, 8, 32, 2, 2), TextTransformer(64, 8, 63, width=32, layers=2, heads=2), 16)
 
@@ -32,7 +32,7 @@ def _params(seed=0):
 
 
 def _updates(config, gradients, params, seed=0):
-    """Return the last updates, the parameters standing still, and the last state."""
+    """Return the last updates for constant parameters, and the last state."""
     optimizer = optim.make_optimizer(config, TOTAL, seed=seed)
     state, update = optimizer.init(params), jax.jit(optimizer.update)
     for grads in gradients:
@@ -44,7 +44,7 @@ def _updates(config, gradients, params, seed=0):
 
 
 def _adam(moments, stochastic, gradients, *, b2=0.999, eps=1e-8, seed=0):
-    """Return the updates of AdamW with rate 1, for gradients that are equal in all elements of SHAPE."""
+    """Return mean and standard deviation over SHAPE of AdamW's updates at learning rate 1, for equal gradients."""
     config = OptimConfig(learning_rate=1.0, warmup_steps=0, b2=b2, eps=eps, weight_decay=0.0, moment_dtype=moments)
     config = dataclasses.replace(config, stochastic_rounding=stochastic)
     optimizer = optim.make_optimizer(config, 10**9, seed=seed)
@@ -61,27 +61,27 @@ def _adam(moments, stochastic, gradients, *, b2=0.999, eps=1e-8, seed=0):
     return jax.jit(lambda: jax.lax.scan(mean, optimizer.init(params), jnp.asarray(gradients, jnp.float32))[1])()
 
 
-# The mean of 65,536 elements, each with noise of some percent: a thousandth; and Adam's update is no linear function of
-# its moments, so that noise of 5 % in the second moves the mean of 1/√v by 3/8 · 0.05² = a thousandth too.
+# The mean of 65,536 elements with a noise of a few percent: 0.1 %. Adam's update is not linear in its moments: a noise
+# of 5 % in the second moment moves the mean of 1/√v by 3/8 · 0.05² = 0.1 %, too.
 MEAN_TOLERANCE = 5e-3
 
 
 @pytest.mark.parametrize("moments", ["bfloat16", "float16"])
-def test_the_second_moment_is_stuck_when_rounded_to_the_nearest_and_not_by_chance(moments):
-    """Gradients fall to a third: the second moment has to fall to a ninth, by a thousandth of itself a step."""
+def test_second_moment_stalls_with_nearest_and_not_with_stochastic_rounding(moments):
+    """Gradients drop to a third: the second moment has to drop to a ninth, by 0.1 % per step."""
     gradients = [1e-3] * 1000 + [3e-4] * 4000
     expected, _ = _adam("float32", True, gradients)
-    by_chance, noise = _adam(moments, True, gradients)
+    stochastic_updates, noise = _adam(moments, True, gradients)
     nearest, _ = _adam(moments, False, gradients)
-    np.testing.assert_allclose(by_chance[1500::500], expected[1500::500], rtol=MEAN_TOLERANCE)
+    np.testing.assert_allclose(stochastic_updates[1500::500], expected[1500::500], rtol=MEAN_TOLERANCE)
     assert noise[-1] < 0.1 * abs(expected[-1])
     assert abs(nearest[-1] / expected[-1] - 1) > 0.2
 
 
 @pytest.mark.parametrize("b2", [0.98, 0.999])
 @pytest.mark.parametrize("size", [1e-7, 1e-4, 1.0])
-def test_float16_holds_moments_of_gradients_of_any_size(size, b2):
-    """Squares of 1e-7 are far below float16's smallest number, 6e-8."""
+def test_float16_moments_for_gradients_of_any_size(size, b2):
+    """The square of 1e-7 is far below float16's smallest number, 6e-8."""
     gradients = size * np.random.default_rng(0).choice([-1.0, 1.0, 2.0], 300)
     expected, _ = _adam("float32", True, gradients, b2=b2)
     found, noise = _adam("float16", True, gradients, b2=b2)
@@ -89,8 +89,8 @@ def test_float16_holds_moments_of_gradients_of_any_size(size, b2):
     assert noise.max() < 0.02
 
 
-def test_the_square_of_float16_s_root_is_too_large_by_a_ten_thousandth():
-    """Each step adds the root's variance, at most a quarter of (2^-10)², and 1,000 steps are remembered: 2.4e-4."""
+def test_bias_of_the_squared_float16_root_is_below_2e_4():
+    """Each step adds the variance of the root, at most (2^-10)²/4, over an average of 1,000 steps: 2.4e-4."""
     config = dataclasses.replace(CONFIG, b2=0.999, moment_dtype="float16")
     optimizer, grads = optim.make_optimizer(config, TOTAL), {"kernel": jnp.full(SHAPE, 1e-3)}
     state = optimizer.init(grads)
@@ -101,7 +101,7 @@ def test_the_square_of_float16_s_root_is_too_large_by_a_ten_thousandth():
     assert 1e-5 < found.mean() / (1e-6 * (1 - 0.999**3000)) - 1 < 2.4e-4
 
 
-def test_rounding_is_a_function_of_seed_and_step():
+def test_rounding_depends_on_seed_and_step_only():
     params = _params()
     config = dataclasses.replace(CONFIG, moment_dtype="bfloat16")
     gradients = [_params(seed) for seed in range(3)]
@@ -113,7 +113,7 @@ def test_rounding_is_a_function_of_seed_and_step():
 
 @pytest.mark.parametrize(("name", "moments"), [("adamw", 2), ("lion", 1)])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_halves_the_bytes_of_the_state(name, moments, dtype):
+def test_half_precision_halves_the_state_bytes(name, moments, dtype):
     params = jax.eval_shape(make_model(MODELS["vit_b32"]).init, jax.random.key(0))
 
     def size(tree):
@@ -121,7 +121,7 @@ def test_half_precision_halves_the_bytes_of_the_state(name, moments, dtype):
 
     config = dataclasses.replace(CONFIG, name=name, moment_dtype=dtype)
     state = jax.eval_shape(optim.make_optimizer(config, TOTAL).init, params)
-    assert size(state) <= moments * size(params) / 2 + 16  # the logit scale's moments, and two counters
+    assert size(state) <= moments * size(params) / 2 + 16  # moments of the logit scale, two counters
     halved = jax.eval_shape(functools.partial(optim.cast_params, pattern="^text/"), params)
     assert size(halved) == size(params) - size(params["text"]) / 2
 
@@ -129,7 +129,7 @@ def test_half_precision_halves_the_bytes_of_the_state(name, moments, dtype):
 # ----------------------------------------------------------------------------------------- parameters in half precision
 
 
-def test_the_pattern_says_what_is_stored_in_half_precision_and_the_logit_scale_never_is():
+def test_matching_parameters_are_cast_and_the_logit_scale_is_not():
     params = _params()
     for pattern, expected in (("", set()), ("^text/", {"text"}), (".", {"text", "image"})):
         found = optim.cast_params(params, pattern)
@@ -139,13 +139,13 @@ def test_the_pattern_says_what_is_stored_in_half_precision_and_the_logit_scale_n
         assert found["logit_scale"] is params["logit_scale"]
     for pattern in ("^txt/", "^logit_scale"):
         with pytest.raises(
-            ValueError, match=r"optim\.half_precision_params='\^\w+/?' finds no parameter; there are e\.g"
+            ValueError, match=r"optim\.half_precision_params='\^\w+/?' matches no parameter; there are e\.g"
         ):
             optim.cast_params(params, pattern)
 
 
-def test_the_mean_update_of_half_precision_is_float32_s():
-    """Updates of a hundredth of the last place: to the nearest nothing would ever move."""
+def test_half_precision_updates_are_unbiased():
+    """Updates of 1 % of the last place: rounding to the nearest would never change a parameter."""
     params = optim.cast_params({"text": jnp.full(SHAPE, 0.7)}, "text")
     start, last_place = float(params["text"][0, 0]), 2.0**-8
     updates = {"text": jnp.full(SHAPE, 0.01 * last_place)}
@@ -158,14 +158,14 @@ def test_the_mean_update_of_half_precision_is_float32_s():
     np.testing.assert_allclose(moved.std() / last_place, 0.995, atol=0.02)
 
 
-def test_float32_parameters_are_added_to_as_ever():
+def test_float32_parameters_are_updated_as_by_optax():
     params, updates = _params(), _params(1)
     found = optim.apply_updates(params, updates, jax.random.key(0))
     jax.tree.map(np.testing.assert_array_equal, found, optax.apply_updates(params, updates))
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "lion"])
-def test_updates_are_float32_s_of_the_widened_parameters(name):
+def test_updates_equal_those_of_upcast_parameters(name):
     params = optim.cast_params(_params(), "^text/")
     config = dataclasses.replace(CONFIG, name=name)
     grads = _params(1)
@@ -204,7 +204,7 @@ def _dtypes(tree):
     return jax.tree.map(lambda x: x.dtype, tree)
 
 
-def test_a_run_in_half_precision_learns_and_keeps_its_dtypes():
+def test_loss_decreases_and_dtypes_are_constant():
     init, train_step, mesh = _compiled(HALF)
     state = init(jax.random.key(0))
     first, losses = _dtypes(state), []
@@ -219,24 +219,24 @@ def test_a_run_in_half_precision_learns_and_keeps_its_dtypes():
     assert train_step._cache_size() == 1
 
 
-def test_a_run_in_half_precision_that_was_resumed_is_the_uninterrupted_one(tmp_path):
+def test_resumed_run_equals_uninterrupted_run(tmp_path):
     init, train_step, mesh = _compiled(HALF)
-    whole = init(jax.random.key(0))
+    uninterrupted = init(jax.random.key(0))
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     for at in range(4):
-        whole, _ = train_step(whole, sharding.to_global(_batch(at), mesh))
+        uninterrupted, _ = train_step(uninterrupted, sharding.to_global(_batch(at), mesh))
         if at == 1:
-            checkpoints.save(at, whole, {})
+            checkpoints.save(at, uninterrupted, {})
             checkpoints.wait()
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), whole)
-    resumed, _ = checkpoints.restore(like)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), uninterrupted)
+    resumed, _ = checkpoints.restore(abstract)
     checkpoints.close()
     for at in range(2, 4):
         resumed, _ = train_step(resumed, sharding.to_global(_batch(at), mesh))
-    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+    jax.tree.map(np.testing.assert_array_equal, resumed, uninterrupted)
 
 
-def test_replicas_of_a_half_precision_state_stay_equal():
+def test_replicas_stay_equal():
     init, train_step, mesh = _compiled(HALF)
     state = init(jax.random.key(0))
     for at in range(3):

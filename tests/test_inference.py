@@ -140,7 +140,7 @@ def test_one_string_is_not_a_sequence_of_texts(model):
 
 
 def test_errors_number_pictures_across_batches(model, images):
-    with pytest.raises(ValueError, match="picture 66: .*can't be decoded"):
+    with pytest.raises(ValueError, match="image 66: .*can't be decoded"):
         model.encode_image([images[0]] * 66 + [b"broken"])
 
 

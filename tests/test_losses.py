@@ -1,32 +1,128 @@
-"""The softmax loss's own claims; what all losses share is in contracts/test_losses.py."""
+"""Claims of single losses, and a loss that is registered outside the package. Contract: contracts/test_losses.py."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from clip_jax.losses.softmax import softmax
+from clip_jax import config as configs
+from clip_jax.losses import LOSSES, ContrastiveLoss, SigmoidLoss, SoftmaxLoss
+
+SOFTMAX = SoftmaxLoss()
 
 
-def test_chance_costs_the_logarithm_of_the_batch():
+def _unit_rows(*shape: int) -> np.ndarray:
+    x = np.random.default_rng(0).normal(size=shape)
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize("name", ["softmax", "sigmoid"])
+def test_dense_reference_equals_the_pseudocode_of_the_paper(name):
+    """In float64, by loops over pairs."""
+    image, text = _unit_rows(2, 16, 12)
+    logits = 14.3 * image @ text.T - 4
+    if name == "softmax":
+        rows = [np.log(np.exp(row - row[i]).sum()) for i, row in enumerate(logits)]
+        columns = [np.log(np.exp(column - column[i]).sum()) for i, column in enumerate(logits.T)]
+        expected = (np.mean(rows) + np.mean(columns)) / 2
+    else:
+        pairs = [(1 if i == j else -1) * logits[i, j] for i in range(16) for j in range(16)]
+        expected = sum(np.log1p(np.exp(-pair)) for pair in pairs) / 16
+    with jax.enable_x64(True):
+        value = LOSSES[name]().dense(*map(jnp.asarray, (image, text, 14.3, -4.0, np.eye(16, dtype=bool))))
+        np.testing.assert_allclose(value, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("loss", [SoftmaxLoss(), SigmoidLoss()], ids=lambda loss: loss.name)
+def test_swapping_images_and_texts_swaps_their_gradients(loss):
+    image, text = _unit_rows(2, 16, 12).astype(np.float32)
+    gradient = jax.grad(lambda *sides: loss(*sides, jnp.float32(14.3), jnp.float32(-4))[0], argnums=(0, 1))
+    expected, swapped = gradient(image, text), gradient(text, image)
+    np.testing.assert_allclose(expected[0], swapped[1], rtol=5e-6, atol=1e-7)
+    np.testing.assert_allclose(expected[1], swapped[0], rtol=5e-6, atol=1e-7)
+
+
+def test_equal_embeddings_have_the_logarithm_of_the_batch_size_as_loss():
     rows = jnp.tile(jnp.eye(1, 4), (32, 1))
-    loss, _ = softmax(rows, rows, jnp.float32(100))
+    loss, _ = SOFTMAX(rows, rows, jnp.float32(100))
     np.testing.assert_allclose(loss, np.log(32), rtol=1e-6)
 
 
-def test_constant_embeddings_have_no_accuracy():
+def test_equal_embeddings_have_accuracy_0():
     rows = jnp.tile(jnp.eye(1, 4), (8, 1))
-    _, metrics = softmax(rows, rows, jnp.float32(1))
+    _, metrics = SOFTMAX(rows, rows, jnp.float32(1))
     assert (metrics["accuracy/image_to_text"], metrics["accuracy/text_to_image"]) == (0, 0)
 
 
-def test_nan_embeddings_have_a_nan_loss_and_no_accuracy():
+def test_nan_embeddings_have_a_nan_loss_and_accuracy_0():
     image = jnp.full((8, 4), jnp.nan)
-    loss, metrics = softmax(image, image, jnp.float32(1))
+    loss, metrics = SOFTMAX(image, image, jnp.float32(1))
     assert jnp.isnan(loss)
     assert (metrics["accuracy/image_to_text"], metrics["accuracy/text_to_image"]) == (0, 0)
 
 
-def test_perfect_embeddings_have_every_partner_right():
+def test_orthogonal_pairs_have_accuracy_1_and_no_loss():
     rows = jnp.eye(8)
-    loss, metrics = softmax(rows, rows, jnp.float32(100))
+    loss, metrics = SOFTMAX(rows, rows, jnp.float32(100))
     assert (metrics["accuracy/image_to_text"], metrics["accuracy/text_to_image"]) == (1, 1)
     assert loss < 1e-6
+
+
+# ------------------------------------------------------------------------------------- losses and their configuration
+
+
+@dataclasses.dataclass(frozen=True)
+class SquaredLoss(ContrastiveLoss):
+    """1/2B Σᵢⱼ (zᵢⱼ − target)² of the logits z = scale · x·y; the target is `margin` for positives, 0 for negatives."""
+
+    name: str = "squared"
+    margin: float = 1.0
+
+    def tile_statistics(self, tile, selected, maximum, axis, positive, scale, bias):
+        target = self.margin if positive else 0
+        return {} if axis == 0 else {"loss": jnp.sum(jnp.where(selected, (scale * tile - target) ** 2 / 2, 0), axis)}
+
+    def example_loss(self, negatives, positives, axis, scale):
+        return (jnp.zeros_like(negatives["max"]) if axis == 0 else negatives["loss"] + positives["loss"]), {}
+
+    def tile_gradient(self, tile, matches, residuals, axis, scale, bias):
+        return jnp.zeros_like(tile) if axis == 0 else scale * tile - self.margin * matches
+
+    def dense(self, image_BE, text_CE, scale, bias, matches_BC):
+        return jnp.mean(jnp.sum((scale * image_BE @ text_CE.T - self.margin * matches_BC) ** 2, axis=1)) / 2
+
+
+def test_a_loss_registered_outside_the_package_is_configured_with_its_own_parameters(monkeypatch):
+    monkeypatch.setitem(LOSSES, "squared", SquaredLoss)
+    config_dict = configs.default_config()
+    config_dict.loss = configs.to_config_dict(SquaredLoss(margin=0.5))
+    config = configs.from_config_dict(config_dict)
+    assert config.loss == SquaredLoss(margin=0.5)
+    assert configs.from_json(configs.to_json(config)) == config
+    image, text = _unit_rows(2, 6, 4).astype(np.float32)
+    arguments = image, text, jnp.float32(3)
+    matches = jnp.eye(6, dtype=bool)
+    actual = jax.value_and_grad(lambda *args: config.loss(*args)[0], argnums=(0, 1, 2))(*arguments)
+    expected = jax.value_and_grad(lambda *args: config.loss.dense(*args, 0.0, matches), argnums=(0, 1, 2))(*arguments)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), actual, expected)
+
+
+def test_the_loss_of_a_config_is_changed_by_name():
+    config_dict = configs.default_config()
+    config_dict.loss.name = "sigmoid"
+    assert configs.from_config_dict(config_dict).loss == SigmoidLoss()
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        ({"name": "sofmax"}, "loss.name='sofmax' is none of softmax, sigmoid; did you mean 'softmax'"),
+        ({"name": "sigmoid", "margin": 0.1}, r"config has no key 'loss\.margin'.*keys here: name, logit_scale_init"),
+        ({"logit_scale_max": 0.5}, r"loss\.logit_scale_max=0\.5 is out of range"),
+    ],
+)
+def test_an_invalid_loss_config_is_refused_by_key(loss, message):
+    with pytest.raises(ValueError, match=message):
+        configs.from_config_dict({"loss": loss})

@@ -14,7 +14,6 @@ import pytest
 from clip_jax.config import (
     Architecture,
     Config,
-    LossConfig,
     MeshConfig,
     OptimConfig,
     ResNet,
@@ -23,7 +22,7 @@ from clip_jax.config import (
     ViT,
 )
 from clip_jax.devices import sharding
-from clip_jax.losses import LOSSES
+from clip_jax.losses import LOSSES, ContrastiveLoss
 from clip_jax.models import make_model
 from clip_jax.training import optim, step
 from clip_jax.typing import Batch
@@ -44,12 +43,12 @@ MESHES = {"8 data": (8, 1, 1), "4 data, 2 fsdp": (8, 2, 1), "2 data, 2 fsdp, 2 t
 
 def _config(tower: str, fsdp: int = 1, tensor: int = 1, **changes) -> Config:
     train = {key: value for key, value in changes.items() if key in TrainConfig.__dataclass_fields__}
-    loss = {key: value for key, value in changes.items() if key in LossConfig.__dataclass_fields__}
+    loss = {key: value for key, value in changes.items() if key in ContrastiveLoss.__dataclass_fields__}
     rest = {key: value for key, value in changes.items() if key not in train | loss}
     return Config(
         model=TOWERS[tower],
         optim=OptimConfig(warmup_steps=2, learning_rate=1e-3, ema_decay=0.9, **rest),
-        loss=LossConfig(**loss),
+        loss=LOSSES[loss.get("name", "softmax")](**loss),
         train=TrainConfig(**{"dtype": "float32", "remat": "none", "batch_size": BATCH} | train),
         mesh=MeshConfig(fsdp, tensor),
     )
@@ -154,10 +153,10 @@ def _gradients(tower: str, devices: int, micro_batches: int, teacher: bool = Fal
     model = _model64(config, mesh)
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), _first_params(tower))
     stats = params.pop("batch_stats", None)
-    taught = jax.tree.map(lambda x: x[::-1] if x.ndim > 1 else x, params) if teacher else None
+    teacher_params = jax.tree.map(lambda x: x[::-1] if x.ndim > 1 else x, params) if teacher else None
     gradient = step.make_gradient(model, config, mesh, model if teacher else None)
     batch = sharding.to_global(_batch(config, 0), mesh)
-    return jax.device_get(jax.jit(gradient)(params, stats, batch, jax.random.key(1), taught))
+    return jax.device_get(jax.jit(gradient)(params, stats, batch, jax.random.key(1), teacher_params))
 
 
 @pytest.mark.parametrize(
@@ -205,7 +204,7 @@ def test_batch_norm_sees_a_micro_batch_at_a_time(float64):
         order = np.argsort(np.concatenate(parts))
         image = jnp.concatenate(images)[order]
         text = model.encode_text(params, batch.text)
-        return LOSSES["softmax"](image, text, jnp.exp(params["logit_scale"]))[0], running
+        return LOSSES["softmax"]()(image, text, jnp.exp(params["logit_scale"]))[0], running
 
     (value, running), expected = jax.jit(jax.value_and_grad(by_hand, has_aux=True))(params)
     (got, (_, got_running)), gradient = _gradients("resnet", 2, 2)

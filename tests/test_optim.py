@@ -1,4 +1,4 @@
-"""The optimizers: what each does by hand, and what all of them respect."""
+"""Optimizers: against NumPy references, and properties of all of them."""
 
 import dataclasses
 
@@ -15,13 +15,13 @@ from tests import tiny_models
 
 NAMES = ["adamw", "adafactor", "lion"]
 TOTAL = 100
-# A config in which every step has another rate, decay is seen, and first moments matter.
+# Every step has another learning rate; weight decay and first moments have a visible effect.
 CONFIG = OptimConfig(learning_rate=0.01, warmup_steps=2, weight_decay=0.2)
 ROUNDING = 1e-5  # relative, of float32 after a few operations
 
 
 def _params(seed=0):
-    """Return parameters with the names and shapes that matter: stacked, factored, vectors, scalars; float32."""
+    """Return float32 parameters of every kind: stacked layers, factored matrices, vectors, scalars."""
     rng = np.random.default_rng(seed)
     draw = lambda *shape: jnp.asarray(0.1 * rng.standard_normal(shape), jnp.float32)  # noqa: E731
     blocks = {"mlp": {"kernel": draw(3, 72, 80), "bias": draw(3, 80)}, "norm1": {"scale": 1 + draw(3, 72)}}
@@ -32,14 +32,14 @@ def _params(seed=0):
     }
 
 
-def _like(params, seed, scale=1.0):
-    """Return gradients of normal noise."""
+def _gradients(params, seed, scale=1.0):
+    """Return normally distributed gradients."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda x: jnp.asarray(scale * rng.standard_normal(x.shape), jnp.float32), params)
 
 
 def _updates(config, gradients, params, seed=0):
-    """Return the updates of every step, the parameters standing still, and the last state."""
+    """Return the updates of every step for constant parameters, and the last state."""
     optimizer = optim.make_optimizer(config, TOTAL, seed=seed)
     state, found = optimizer.init(params), []
     update = jax.jit(optimizer.update)
@@ -49,16 +49,16 @@ def _updates(config, gradients, params, seed=0):
     return found, state
 
 
-# ------------------------------------------------------------------------------------------------------------ by hand
+# ---------------------------------------------------------------------------------------------------- NumPy references
 
 
-def test_the_optimizer_is_adam_with_decoupled_decay_by_hand():
+def test_adamw_against_numpy():
     config = OptimConfig(learning_rate=0.1, warmup_steps=1, b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.2)
     optimizer = optim.make_optimizer(config, 100)
     params = {"kernel": jnp.full((2, 2), 2.0), "bias": jnp.full((2,), 2.0), "logit_scale": jnp.float32(2.0)}
     state = optimizer.init(params)
     grads = jax.tree.map(lambda x: jnp.full_like(x, 0.5), params)
-    # The first update has rate 0: warm-up begins there. The second has 0.1.
+    # Warm-up: the learning rate of the first update is 0, of the second 0.1.
     for _ in range(2):
         updates, state = optimizer.update(grads, state, params)
         params = optax.apply_updates(params, updates)
@@ -68,7 +68,7 @@ def test_the_optimizer_is_adam_with_decoupled_decay_by_hand():
     np.testing.assert_allclose(params["logit_scale"], 2.0 - 0.1 * step_size, rtol=1e-5)
 
 
-def test_adafactor_is_big_vision_s_by_hand():
+def test_adafactor_against_numpy_form_of_big_vision():
     config = dataclasses.replace(CONFIG, name="adafactor", warmup_steps=0, weight_decay=0.0)
     rng = np.random.default_rng(0)
     gradients = [rng.standard_normal((64, 70)) for _ in range(3)]
@@ -84,7 +84,7 @@ def test_adafactor_is_big_vision_s_by_hand():
         np.testing.assert_allclose(updates["kernel"], -float(schedule(at)) * first, rtol=1e-4, atol=1e-7)
 
 
-def test_lion_is_the_sign_of_a_mean_by_hand():
+def test_lion_against_numpy():
     config = dataclasses.replace(CONFIG, name="lion", warmup_steps=0, weight_decay=0.0)
     gradients = [np.random.default_rng(at).standard_normal((5, 7)) for at in range(3)]
     found, _ = _updates(config, [{"kernel": jnp.float32(g)} for g in gradients], {"kernel": jnp.zeros((5, 7))})
@@ -95,7 +95,7 @@ def test_lion_is_the_sign_of_a_mean_by_hand():
         first = config.b2 * first + (1 - config.b2) * g
 
 
-def test_gains_biases_and_the_logit_scale_are_not_decayed():
+def test_gains_biases_and_logit_scale_have_no_weight_decay():
     shapes = jax.eval_shape(make_model(tiny_models.ARCHITECTURES["vit"]).init, jax.random.key(0))
     mask = optim.weight_decay_mask(shapes)
     spared = {"/".join(k.key for k in path) for path, decays in jax.tree_util.tree_leaves_with_path(mask) if not decays}
@@ -105,31 +105,31 @@ def test_gains_biases_and_the_logit_scale_are_not_decayed():
     assert not optim.weight_decay_mask({"a": {"kernel": 1}, "b": {"kernel": 2}}, "^a/")["a"]["kernel"]
 
 
-def test_the_schedule_warms_up_and_ends_at_zero():
+def test_schedule_warms_up_and_ends_at_zero():
     schedule = optim.make_schedule(OptimConfig(learning_rate=4e-4, warmup_steps=10), 110)
     rates = [float(schedule(at)) for at in (0, 5, 10, 60, 110)]
     np.testing.assert_allclose(rates, [0, 2e-4, 4e-4, 2e-4, 0], atol=1e-9)
 
 
-# ------------------------------------------------------------------------------------------- what all of them respect
+# ---------------------------------------------------------------------------------------- properties of all optimizers
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_optimizer_takes_the_schedule_s_rate_once(name):
-    """Of a gradient that stays the same all three make steps of the rate: no root of a width, no rate squared."""
+def test_update_is_proportional_to_learning_rate(name):
+    """For a constant gradient the update is the learning rate, without a factor of the width or its square."""
     params = _params()
     grads = jax.tree.map(jnp.ones_like, params)
     found, _ = _updates(dataclasses.replace(CONFIG, name=name, weight_decay=0.0), [grads] * 5, params)
     schedule = optim.make_schedule(CONFIG, TOTAL)
     for at, updates in enumerate(found):
-        # Adafactor's first moment starts from 0 and is not corrected for it, as big_vision's isn't.
+        # Adafactor's first moment has no bias correction, as in big_vision.
         expected = float(schedule(at)) * (1 - CONFIG.b1 ** (at + 1) if name == "adafactor" else 1)
         for leaf in jax.tree.leaves(updates):
-            np.testing.assert_allclose(leaf, -expected, rtol=2e-5, atol=1e-9)  # eps of 1e-6 beside 1, and rounding
+            np.testing.assert_allclose(leaf, -expected, rtol=2e-5, atol=1e-9)  # eps=1e-6, and rounding
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_optimizer_decays_by_the_rate_what_is_decayed(name):
+def test_weight_decay_is_proportional_to_learning_rate(name):
     params = _params()
     zeros = jax.tree.map(jnp.zeros_like, params)
     config = dataclasses.replace(CONFIG, name=name, no_weight_decay="patch_embedding")
@@ -147,23 +147,23 @@ def test_every_optimizer_decays_by_the_rate_what_is_decayed(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_optimizer_leaves_the_frozen_alone_and_keeps_nothing_for_it(name):
+def test_frozen_parameters_have_no_update_and_no_state(name):
     params = _params()
     config = dataclasses.replace(CONFIG, name=name)
-    gradients = [_like(params, seed) for seed in range(3)]
-    free, whole = _updates(config, gradients, params)
+    gradients = [_gradients(params, seed) for seed in range(3)]
+    unfrozen, full_state = _updates(config, gradients, params)
     found, state = _updates(dataclasses.replace(config, freeze="^image/"), gradients, params)
     assert not any(leaf.any() for leaf in jax.tree.leaves(found[-1]["image"]))
-    jax.tree.map(np.testing.assert_array_equal, found[-1]["text"], free[-1]["text"])
-    kept, all_of_it = (sum(leaf.size for leaf in jax.tree.leaves(s)) for s in (state, whole))
-    assert kept < 0.5 * all_of_it
+    jax.tree.map(np.testing.assert_array_equal, found[-1]["text"], unfrozen[-1]["text"])
+    size, full_size = (sum(leaf.size for leaf in jax.tree.leaves(s)) for s in (state, full_state))
+    assert size < 0.5 * full_size
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_optimizer_s_updates_are_scaled_by_layer(name):
+def test_layer_decay_scales_updates(name):
     params = _params()
     config = dataclasses.replace(CONFIG, name=name)
-    gradients = [_like(params, seed) for seed in range(3)]
+    gradients = [_gradients(params, seed) for seed in range(3)]
     whole, _ = _updates(config, gradients, params)
     scaled, _ = _updates(dataclasses.replace(config, layer_decay=0.5), gradients, params)
     factors = optim.layer_decay_factors(params, 0.5)
@@ -172,27 +172,27 @@ def test_every_optimizer_s_updates_are_scaled_by_layer(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_optimizer_forgets_how_large_a_clipped_gradient_was(name):
+def test_state_is_independent_of_the_norm_of_a_clipped_gradient(name):
     params = _params()
     config = dataclasses.replace(CONFIG, name=name)
 
     def second(scale, max_grad_norm):
-        first, then = _like(params, 1, scale), _like(params, 2, 1e-3)
+        first, then = _gradients(params, 1, scale), _gradients(params, 2, 1e-3)
         clipped = dataclasses.replace(config, max_grad_norm=max_grad_norm)
         found, _ = _updates(clipped, [first, then, then], params)
         return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(found[-1])])
 
-    # A lion's step is a sign, which rounding may turn where the mean is next to zero.
+    # Lion's update is a sign, which rounding flips where the average is close to zero.
     same = lambda a, b: np.isclose(a, b, rtol=1e-4, atol=1e-9).mean() > 0.999  # noqa: E731
     assert same(second(0.01, 1.0), second(1.0, 1.0))
     assert not same(second(0.01, 0.0), second(1.0, 0.0))
 
 
-def test_adafactor_holds_one_moment_and_a_little_more():
+def test_adafactor_state_is_at_most_3_percent_larger_than_the_parameters():
     params = jax.eval_shape(make_model(MODELS["vit_b32"]).init, jax.random.key(0))
     total = sum(leaf.size for leaf in jax.tree.leaves(params))
     state = jax.eval_shape(optim.make_optimizer(dataclasses.replace(CONFIG, name="adafactor"), TOTAL).init, params)
-    # Rows, columns and vectors; and the whole second moment of the patch embedding, whose patches are 32 px.
+    # Rows, columns, vectors, and the second moment of the patch embedding, which is not factored (32 px).
     assert total < sum(leaf.size for leaf in jax.tree.leaves(state)) < 1.03 * total
 
 
@@ -201,7 +201,7 @@ HALVES = [("float32", ""), ("bfloat16", "^text/"), ("float16", "^text/")]
 
 @pytest.mark.parametrize(("moments", "half"), HALVES)
 @pytest.mark.parametrize("name", NAMES)
-def test_every_optimizer_lowers_a_loss_in_any_precision(name, moments, half):
+def test_loss_decreases_in_any_precision(name, moments, half):
     config = OptimConfig(name, 3e-3, 1, weight_decay=1e-3, moment_dtype=moments, half_precision_params=half)
     optimizer = optim.make_optimizer(config, TOTAL)
     target = _params(1)
@@ -237,6 +237,6 @@ def test_every_optimizer_lowers_a_loss_in_any_precision(name, moments, half):
         ),
     ],
 )
-def test_what_makes_no_sense_is_refused_before_the_run(optimizer, message):
+def test_inconsistent_optimizer_config_is_refused(optimizer, message):
     with pytest.raises(ValueError, match=message):
         resolve(from_config_dict({"optim": optimizer, "train": {"batch_size": 8, "total_steps": 10_000}}), devices=1)

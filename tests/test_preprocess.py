@@ -1,4 +1,4 @@
-"""Inference's pixels against the pipeline written out again in NumPy, after Pillow's published algorithm."""
+"""Inference preprocessing against a NumPy reference of Pillow's published algorithm and against recorded pixels."""
 
 import io
 import itertools
@@ -20,16 +20,16 @@ PILLOW = int(PIL.__version__.split(".")[0])
 ROUNDING_BITS = 22  # Pillow's fixed point: 32 bits less 8 of the sample and 2 of headroom
 
 
-# What golden/make_pixels.py asked others about.
+# Images of golden/pixels.npz, recorded by golden/make_pixels.py.
 GOLDEN_SIZE, GOLDEN_MODES = 20, ("RGB", "L", "P", "1", "RGBA", "LA", "CMYK")
 GOLDEN_SIZES = [(50, 31), (31, 50), (17, 17), (20, 23), (41, 40), (90, 20), (12, 9)]
 
 
-def picture(width, height, mode="RGB", seed=0):
-    """Noise on a gradient: every pixel matters, and clipping occurs on both ends."""
+def make_image(width, height, mode="RGB", seed=0):
+    """Return noise on a gradient, clipped at both ends."""
     rng = np.random.default_rng([seed, width, height])
     if mode in ("P", "1"):
-        return picture(width, height, "RGB", seed).convert(mode)
+        return make_image(width, height, "RGB", seed).convert(mode)
     channels = {"L": 1, "RGB": 3, "RGBA": 4, "LA": 2, "CMYK": 4}[mode]
     ramp = np.linspace(-60, 315, width)[None, :, None]
     pixels = np.clip(ramp + rng.normal(0, 60, (height, width, channels)), 0, 255).astype(np.uint8)
@@ -48,7 +48,7 @@ def triangle(x):
 
 
 def resize_axis0(pixels, size, kernel, support):
-    """One pass of Pillow's resize, in its fixed-point arithmetic, rounded and clipped to uint8."""
+    """Compute one pass of Pillow's resize in its fixed-point arithmetic, rounded and clipped to uint8."""
     length = pixels.shape[0]
     scale = max(length / size, 1.0)
     output = np.empty((size, *pixels.shape[1:]), np.uint8)
@@ -67,9 +67,9 @@ def resize_axis0(pixels, size, kernel, support):
 
 
 def resize(pixels, width, height, kernel=cubic, support=2.0):
-    """Both passes, rounded to uint8 between them: width first; from Pillow 13 on height first where that shrinks more.
+    """Compute both passes, rounded to uint8 between them: width first; from Pillow 13, height first if it shrinks more.
 
-    The rule was found by trying 1,500 sizes. It concerns pictures more than twice as high as wide.
+    The rule is inferred from 1,500 sizes. It applies to images more than twice as high as wide.
     """
     rows, columns = pixels.shape[:2]
     height_first = PILLOW >= 13 and rows > height and rows - height > 2 * (columns - width)
@@ -81,7 +81,7 @@ def resize(pixels, width, height, kernel=cubic, support=2.0):
 
 
 def reference(pixels, size, kernel=cubic, support=2.0):
-    """OpenAI's Resize and CenterCrop, on uint8[H W C]."""
+    """Return OpenAI's Resize and CenterCrop of uint8[H W C]."""
     height, width = pixels.shape[:2]
     longer = int(size * max(height, width) / min(height, width))
     new_height, new_width = (size, longer) if height <= width else (longer, size)
@@ -99,50 +99,52 @@ def encoded(image, format="PNG", **options):
 # --------------------------------------------------------------------------------------------- equal to OpenAI's
 
 
-@pytest.mark.parametrize("like", ["openai", "huggingface"])
-def test_pixels_are_open_clip_s_and_transformers(like):
-    """Recorded from their own code; the pictures follow from seeds."""
+@pytest.mark.parametrize("implementation", ["openai", "huggingface"])
+def test_against_open_clip_and_transformers(implementation):
+    """Pixels recorded from the code of open_clip and transformers; the images are generated from seeds."""
     golden = np.load(pathlib.Path(__file__).parent / "golden/pixels.npz")
     for mode, (width, height) in itertools.product(GOLDEN_MODES, GOLDEN_SIZES):
-        found = preprocess(picture(width, height, mode), GOLDEN_SIZE, Preprocess(implementation=like))
-        np.testing.assert_array_equal(found, golden[f"{like}/{mode}/{width}x{height}"], err_msg=f"{mode} {width}")
+        found = preprocess(make_image(width, height, mode), GOLDEN_SIZE, Preprocess(implementation=implementation))
+        np.testing.assert_array_equal(
+            found, golden[f"{implementation}/{mode}/{width}x{height}"], err_msg=f"{mode} {width}"
+        )
 
 
 @pytest.mark.parametrize(("size", "dimensions"), list(itertools.product([48, 224], SIZES)))
-def test_rgb_equals_the_pipeline_written_out_in_numpy(size, dimensions):
-    image = picture(*dimensions)
+def test_rgb_equals_numpy_reference(size, dimensions):
+    image = make_image(*dimensions)
     np.testing.assert_array_equal(preprocess(image, size, OPENAI), reference(np.array(image), size))
 
 
-def test_many_random_sizes_equal_the_pipeline_written_out_in_numpy():
+def test_random_sizes_equal_numpy_reference():
     rng = np.random.default_rng(0)
     for width, height, size in rng.integers([5, 5, 8], [300, 300, 80], (40, 3)).tolist():
-        image = picture(width, height)
+        image = make_image(width, height)
         np.testing.assert_array_equal(preprocess(image, size, OPENAI), reference(np.array(image), size))
 
 
-def test_bilinear_equals_the_pipeline_written_out_in_numpy():
-    image = picture(161, 90)
+def test_bilinear_equals_numpy_reference():
+    image = make_image(161, 90)
     got = preprocess(image, 48, Preprocess(interpolation="bilinear"))
     np.testing.assert_array_equal(got, reference(np.array(image), 48, triangle, 1.0))
 
 
-def test_grey_is_resized_as_grey_and_then_repeated():
-    image = picture(161, 90, "L")
+def test_grey_is_resized_before_its_channel_is_repeated():
+    image = make_image(161, 90, "L")
     expected = np.repeat(reference(np.array(image)[..., None], 48), 3, axis=2)
     np.testing.assert_array_equal(preprocess(image, 48, OPENAI), expected)
 
 
-def test_cmyk_is_resized_before_it_becomes_rgb():
-    image = picture(161, 90, "CMYK")
+def test_cmyk_is_resized_before_conversion_to_rgb():
+    image = make_image(161, 90, "CMYK")
     resized = Image.frombytes("CMYK", (48, 48), reference(np.array(image), 48).tobytes())
     np.testing.assert_array_equal(preprocess(image, 48, OPENAI), np.array(resized.convert("RGB")))
     assert (preprocess(image, 48, OPENAI) != preprocess(image.convert("RGB"), 48, OPENAI)).any()
 
 
 @pytest.mark.parametrize("mode", ["P", "1"])
-def test_palette_and_one_bit_pictures_are_resized_to_the_nearest_pixel(mode):
-    image = picture(161, 90).convert(mode)
+def test_palette_and_one_bit_images_are_resized_to_the_nearest_pixel(mode):
+    image = make_image(161, 90).convert(mode)
     pixels = np.array(image.convert("RGB"))
     rows = ((np.arange(48) + 0.5) * 90 / 48).astype(int)
     columns = ((np.arange(85) + 0.5) * 161 / 85).astype(int)  # 48 · 161 / 90 = 85.9
@@ -150,14 +152,14 @@ def test_palette_and_one_bit_pictures_are_resized_to_the_nearest_pixel(mode):
     np.testing.assert_array_equal(preprocess(image, 48, OPENAI), pixels[rows][:, columns[left : left + 48]])
 
 
-def test_the_crops_margin_is_rounded_half_to_even():
-    """640 × 427 at 224 becomes 335 × 224: the margin is 55.5, and Hugging Face's 111 // 2 = 55 shows other pixels."""
+def test_crop_margin_is_rounded_half_to_even():
+    """640 × 427 at 224 becomes 335 × 224: the margin is 55.5; Hugging Face's 111 // 2 = 55 differs."""
     ramp = np.repeat(np.arange(335, dtype=np.uint8)[None, :, None] % 251, 224, axis=0).repeat(3, axis=2)
     assert preprocess(ramp, 224, OPENAI)[0, 0, 0] == 56
 
 
 def test_exif_orientation_is_not_applied():
-    image = picture(60, 40)
+    image = make_image(60, 40)
     exif = Image.Exif()
     exif[0x0112] = 6
     rotated = encoded(image, "JPEG", exif=exif, quality=95)
@@ -165,10 +167,10 @@ def test_exif_orientation_is_not_applied():
     np.testing.assert_array_equal(preprocess(rotated, 32, OPENAI), preprocess(plain, 32, OPENAI))
 
 
-# ------------------------------------------------------------------------------------------------- our deviations
+# ----------------------------------------------------------------------------------------- deviations from OpenAI
 
 
-def test_transparent_pictures_are_composited_on_white():
+def test_transparent_images_are_composited_on_white():
     hidden = np.zeros((40, 60, 4), np.uint8)
     hidden[:, :, 0] = 200  # red below full transparency
     assert (preprocess(hidden, 32, OPENAI) == 255).all()
@@ -177,8 +179,8 @@ def test_transparent_pictures_are_composited_on_white():
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
-def test_an_opaque_alpha_channel_changes_nothing(mode):
-    opaque = picture(161, 90, "L" if mode == "LA" else "RGB")
+def test_opaque_alpha_channel_changes_nothing(mode):
+    opaque = make_image(161, 90, "L" if mode == "LA" else "RGB")
     if mode == "PA":
         opaque = opaque.convert("P")
     with_alpha = opaque.convert(mode)
@@ -186,7 +188,7 @@ def test_an_opaque_alpha_channel_changes_nothing(mode):
 
 
 @pytest.mark.parametrize("mode", ["P", "L", "RGB"])
-def test_a_transparent_colour_of_a_png_becomes_white(mode):
+def test_transparent_colour_of_a_png_becomes_white(mode):
     image = Image.new("RGB", (40, 40), (10, 10, 10))
     image = image.quantize(2) if mode == "P" else image.convert(mode)
     colour = {"P": image.getpixel((0, 0)), "L": 10, "RGB": (10, 10, 10)}[mode]
@@ -205,39 +207,39 @@ def test_sixteen_bit_grey_keeps_its_high_byte(order):
     assert len(np.unique(expected)) > 100
 
 
-# ---------------------------------------------------------------------------------------------- what it is given
+# ---------------------------------------------------------------------------------------------- inputs and errors
 
 
 def test_squash_resizes_both_sides_and_crops_nothing():
-    image = picture(161, 90)
+    image = make_image(161, 90)
     expected = resize(np.array(image), 48, 48)
     np.testing.assert_array_equal(preprocess(image, 48, Preprocess(resize="squash")), expected)
 
 
 def test_image_array_bytes_and_path_give_the_same_pixels(tmp_path):
-    image = picture(61, 40)
-    (tmp_path / "picture.png").write_bytes(encoded(image))
+    image = make_image(61, 40)
+    (tmp_path / "image.png").write_bytes(encoded(image))
     expected = preprocess(image, 32, OPENAI)
-    for same in (np.array(image), encoded(image), tmp_path / "picture.png", str(tmp_path / "picture.png")):
+    for same in (np.array(image), encoded(image), tmp_path / "image.png", str(tmp_path / "image.png")):
         np.testing.assert_array_equal(preprocess(same, 32, OPENAI), expected)
 
 
 @pytest.mark.parametrize("format", ["JPEG", "WEBP", "GIF", "BMP"])
 def test_other_formats_are_decoded_by_pillow(format):
-    data = encoded(picture(61, 40), format)
+    data = encoded(make_image(61, 40), format)
     expected = preprocess(Image.open(io.BytesIO(data)), 32, OPENAI)
     np.testing.assert_array_equal(preprocess(data, 32, OPENAI), expected)
 
 
-def test_the_picture_given_is_not_changed():
-    image = picture(61, 40, "RGBA")
+def test_input_image_is_not_modified():
+    image = make_image(61, 40, "RGBA")
     before = image.tobytes()
     preprocess(image, 32, OPENAI)
     assert image.tobytes() == before and image.mode == "RGBA"
 
 
-def test_preprocess_many_equals_one_by_one_in_order():
-    images = [picture(60 + i, 40, seed=i) for i in range(9)]
+def test_preprocess_many_equals_preprocess_of_each_image():
+    images = [make_image(60 + i, 40, seed=i) for i in range(9)]
     expected = np.stack([preprocess(image, 32, OPENAI) for image in images])
     for threads in (0, 1, 4):
         np.testing.assert_array_equal(preprocess_many(images, 32, OPENAI, threads), expected)
@@ -246,28 +248,28 @@ def test_preprocess_many_equals_one_by_one_in_order():
 
 @pytest.mark.parametrize("kept", [0, 3, 40, 900])
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
-def test_truncated_pictures_are_refused(format, kept):
-    with pytest.raises(ValueError, match=f"^{kept} bytes: this can't be decoded as a picture"):
-        preprocess(encoded(picture(100, 100), format)[:kept], 32, OPENAI)
+def test_truncated_images_raise(format, kept):
+    with pytest.raises(ValueError, match=f"^{kept} bytes: this can't be decoded as an image"):
+        preprocess(encoded(make_image(100, 100), format)[:kept], 32, OPENAI)
 
 
-def test_errors_name_the_picture(tmp_path):
+def test_errors_contain_the_number_of_the_image(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match=r"picture 1: .*broken\.png: this can't be decoded"):
-        preprocess_many([picture(9, 9), str(tmp_path / "broken.png")], 32, OPENAI)
-    with pytest.raises(ValueError, match="picture 65: .*this can't be decoded"):
-        preprocess_many([picture(9, 9), b"nonsense"], 32, OPENAI, first=64)
+    with pytest.raises(ValueError, match=r"image 1: .*broken\.png: this can't be decoded"):
+        preprocess_many([make_image(9, 9), str(tmp_path / "broken.png")], 32, OPENAI)
+    with pytest.raises(ValueError, match="image 65: .*this can't be decoded"):
+        preprocess_many([make_image(9, 9), b"nonsense"], 32, OPENAI, first=64)
     with pytest.raises(FileNotFoundError):
         preprocess("/nowhere.png", 32, OPENAI)
 
 
 @pytest.mark.parametrize("array", [np.zeros((9, 9, 3)), np.zeros((3, 9, 9), np.uint8), np.zeros((9, 9), bool)])
-def test_arrays_that_are_no_pixels_are_refused_with_a_way_out(array):
+def test_arrays_of_other_shapes_and_dtypes_raise_with_a_remedy(array):
     with pytest.raises(ValueError, match=r"expected uint8 of \[H W\].*astype\('uint8'\)"):
         preprocess(array, 32, OPENAI)
 
 
-def test_a_picture_whose_resized_form_would_fill_the_memory_is_refused():
-    with pytest.raises(ValueError, match="10000 × 1 px is too long and thin.*squash"):
+def test_extreme_aspect_ratio_raises_before_memory_is_allocated():
+    with pytest.raises(ValueError, match="10000 × 1 px is too extreme.*squash"):
         preprocess(Image.new("RGB", (10_000, 1)), 224, OPENAI)
     assert preprocess(Image.new("RGB", (10_000, 1)), 224, Preprocess(resize="squash")).shape == (224, 224, 3)

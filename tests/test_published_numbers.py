@@ -16,7 +16,7 @@ from clip_jax.evals.datasets.registry import DATASETS, PublishedResult, publishe
 from clip_jax.evals.report.tables import headline
 from clip_jax.interop import msgpack
 from tests import tiny_models
-from tests.evaluations import picture, report, run, write_classes
+from tests.evaluations import png_image, report, run, write_classes
 
 # Points. Published results are of float16, these of float32: predictions of images near a tie may differ.
 HALF_PRECISION = 0.1
@@ -57,7 +57,7 @@ def disagreements(metrics, rows):
 @pytest.mark.parametrize("weights", os.environ.get("CLIP_JAX_GOLDEN_WEIGHTS", "none").split(","))
 def test_published_results_are_reproduced(weights, tmp_path):
     data = os.environ["CLIP_JAX_GOLDEN_DATA"]
-    flags = (f"--weights={weights}", f"--data_dir={data}", "--suite=datacomp,paper", f"--out={tmp_path}")
+    flags = (f"--weights={weights}", f"--data_dir={data}", "--datasets=datacomp,paper", f"--out={tmp_path}")
     run(*flags, seconds=SECONDS)
     found = report(tmp_path)
     architecture = found["run/architecture"]
@@ -74,9 +74,9 @@ def test_the_comparison_accepts_equal_and_rejects_different_results(tmp_path):
     """The same comparison on a small dataset and a tiny model."""
     weights, names = tmp_path / "tiny.msgpack", [f"thing {class_id}" for class_id in range(10)]
     msgpack.write(weights, tiny_models.params(MODELS["emoji"]), WeightsConfig(MODELS["emoji"]))
-    images = [picture(row) for row in range(20)]
+    images = [png_image(row) for row in range(20)]
     write_classes(tmp_path / DATASETS["mnist"].folder, images, [row % 10 for row in range(20)], names)
-    flags = ("--suite=mnist,cifar10", "--cache_dir=", f"--out={tmp_path / 'out'}")
+    flags = ("--datasets=mnist,cifar10", "--cache_dir=", f"--out={tmp_path / 'out'}")
     run(f"--weights={weights}", f"--data_dir={tmp_path}", *flags, tiny=True)
     found = report(tmp_path / "out")
     value = 100 * found["zeroshot/mnist/top1"]

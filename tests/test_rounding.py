@@ -1,4 +1,4 @@
-"""Rounding to half precision: unbiased, exact where it can be, one of two neighbours always."""
+"""Rounding to half precision: unbiased, exact for representable numbers, always one of the two neighbors."""
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +11,13 @@ from clip_jax.training.rounding import round_nearest, stochastic_round
 DTYPES = ["bfloat16", "float16"]
 ROUND = jax.jit(stochastic_round, static_argnums=1)
 DRAWS = 1 << 16
-# 60 means are drawn below: one of them is beyond 5 standard errors once in 30,000 sets of keys, and these are fixed.
+# Of the 60 means below, one exceeds 5 standard errors for one in 30,000 sets of keys; the keys are fixed.
 STANDARD_ERRORS = 5
 KEYS = jax.random.split(jax.random.key(0), 4)
-CHANCE = 2**-16  # how finely the chance of the upper neighbour is drawn
+RESOLUTION = 2**-16  # of the probability of the upper neighbor
 
 
-def _neighbours(x, dtype):
+def _neighbors(x, dtype):
     """Return the numbers of `dtype` at or below, and at or above x, as float64."""
     nearest = np.asarray(x, np.float32).astype(dtype)
     other = np.nextafter(nearest, np.where(nearest.astype(np.float32) < x, np.inf, -np.inf).astype(dtype))
@@ -27,7 +27,7 @@ def _neighbours(x, dtype):
 
 
 def _every_number(dtype):
-    """Return all 65,536 numbers of a dtype but bfloat16's subnormals, which are float32's: devices flush those."""
+    """Return all numbers of a dtype except subnormals of float32, which devices flush to zero."""
     numbers = np.arange(1 << 16, dtype=np.uint16).view(jnp.dtype(dtype)).astype(np.float32)
     return numbers[~(np.abs(numbers) < np.finfo(np.float32).tiny) | (numbers == 0)]
 
@@ -39,19 +39,19 @@ def _every_number(dtype):
     [("bfloat16", v) for v in (1e-30, 3e-8, 0.7, 1.0 + 2**-20, 255.3, 3e38)]
     + [("float16", v) for v in (1e-9, 3e-8, 1.2e-6, 6.1e-5, 0.7, 1.0 + 2**-20, 255.3, 65_490.0)],
 )
-def test_the_mean_is_the_number(dtype, value, sign):
+def test_expected_value_is_exact(dtype, value, sign):
     x = np.float32(sign * value)
-    low, high = _neighbours(x, dtype)
-    chance = (np.float64(x) - low) / (high - low)
+    low, high = _neighbors(x, dtype)
+    probability = (np.float64(x) - low) / (high - low)
     for seed in range(2):
         drawn = np.asarray(ROUND(jnp.full(DRAWS, x), dtype, KEYS[seed]), np.float64)
-        tolerance = STANDARD_ERRORS * np.sqrt(chance * (1 - chance) / DRAWS) + CHANCE
-        assert abs((drawn.mean() - low) / (high - low) - chance) <= tolerance
+        tolerance = STANDARD_ERRORS * np.sqrt(probability * (1 - probability) / DRAWS) + RESOLUTION
+        assert abs((drawn.mean() - low) / (high - low) - probability) <= tolerance
         assert set(drawn) <= {low, high}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_number_of_the_dtype_stays_as_it_is(dtype):
+def test_representable_numbers_are_unchanged(dtype):
     numbers = _every_number(dtype)
     for seed in range(3):
         rounded = np.asarray(ROUND(numbers, dtype, KEYS[seed])).astype(np.float32)
@@ -60,21 +60,21 @@ def test_every_number_of_the_dtype_stays_as_it_is(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_any_number_becomes_one_of_its_two_neighbours(dtype):
+def test_result_is_one_of_the_two_neighbors(dtype):
     rng = np.random.default_rng(0)
     largest = float(jnp.finfo(dtype).max)
     magnitudes = np.exp(rng.uniform(np.log(1e-37 if dtype == "bfloat16" else 1e-12), np.log(largest), 100_000))
     x = np.minimum(magnitudes, largest).astype(np.float32) * rng.choice(np.float32([-1, 1]), len(magnitudes))
-    low, high = _neighbours(x, dtype)
+    low, high = _neighbors(x, dtype)
     rounded = np.asarray(ROUND(x, dtype, KEYS[0]), np.float64)
     assert ((rounded == low) | (rounded == high)).all()
     between = low < high
-    # Uniform over magnitudes, the number lies anywhere between its neighbours: up in half of the cases.
+    # Magnitudes are log-uniform, so the position between the neighbors is uniform: half are rounded up.
     assert abs((rounded == high)[between].mean() - 0.5) < 0.05
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_is_finite_stays_finite(dtype):
+def test_finite_numbers_stay_finite(dtype):
     largest = float(jnp.finfo(dtype).max)
     beyond = np.float32([largest * (1 + 1e-3), 3.4e38, -3.4e38, np.inf, -np.inf, np.nan])
     expected = [largest, largest, -largest, np.inf, -np.inf, np.nan]
@@ -83,16 +83,16 @@ def test_what_is_finite_stays_finite(dtype):
         np.testing.assert_array_equal(np.asarray(rounded, np.float64), expected)
 
 
-def test_equal_keys_round_equally_whatever_the_sharding():
+def test_equal_keys_round_equally_for_any_sharding():
     x = np.random.default_rng(0).standard_normal((16, 24, 8)).astype(np.float32)
-    one = ROUND(x, "bfloat16", KEYS[0])
+    single = ROUND(x, "bfloat16", KEYS[0])
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     for spec in ((), ("a",), ("b", "a"), (None, None, ("a", "b"))):
-        spread = jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
-        np.testing.assert_array_equal(ROUND(spread, "bfloat16", KEYS[0]), one)
+        sharded = jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+        np.testing.assert_array_equal(ROUND(sharded, "bfloat16", KEYS[0]), single)
 
 
-def test_draws_of_neighbours_and_of_keys_have_nothing_in_common():
+def test_bits_of_adjacent_elements_and_of_keys_are_uncorrelated():
     up = [
         np.asarray(ROUND(jnp.full((256, 256), 1 + 2**-8), "bfloat16", KEYS[seed]), np.float32).ravel() > 1
         for seed in range(4)

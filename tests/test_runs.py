@@ -1,4 +1,4 @@
-"""Whole runs: killed, asked to leave, on one process and two, and always the run that would have been."""
+"""Whole runs on one and two processes, killed and preempted: the result equals that of an uninterrupted run."""
 
 import json
 import random
@@ -16,7 +16,7 @@ TOTAL = 40
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """A run of one process with two devices that nothing happened to."""
+    """Return the workdir of an uninterrupted run of one process with two devices."""
     workdir = tmp_path_factory.mktemp("uninterrupted")
     runs.finish(runs.start(workdir, devices=2))
     return workdir
@@ -24,7 +24,7 @@ def uninterrupted(tmp_path_factory):
 
 @pytest.fixture
 def random_step():
-    """A step to interrupt at, another one in every session; printed if the test fails."""
+    """Return the step of the interruption, random in every session; printed if the test fails."""
     step = random.SystemRandom().randrange(3, 30)
     print(f"interrupted at step {step}")
     return step
@@ -32,7 +32,7 @@ def random_step():
 
 @pytest.fixture(scope="module")
 def killed_as_two(tmp_path_factory):
-    """A run of two processes, both killed with SIGKILL."""
+    """Return the workdir of a run of two processes, both killed with SIGKILL."""
     workdir = tmp_path_factory.mktemp("killed_as_two")
     processes = runs.start_two(workdir)
     runs.wait_for_step(processes[0], random.SystemRandom().randrange(8, 30))
@@ -44,7 +44,7 @@ def killed_as_two(tmp_path_factory):
     return workdir
 
 
-def test_killed_and_started_again_is_the_uninterrupted_run_bit_for_bit(uninterrupted, tmp_path, random_step):
+def test_killed_and_resumed_run_equals_uninterrupted_run(uninterrupted, tmp_path, random_step):
     process = runs.start(tmp_path, devices=2)
     runs.wait_for_step(process, random_step)
     process.kill()
@@ -54,43 +54,43 @@ def test_killed_and_started_again_is_the_uninterrupted_run_bit_for_bit(uninterru
     assert runs.fingerprint(tmp_path, TOTAL) == runs.fingerprint(uninterrupted, TOTAL)
 
 
-def test_two_processes_killed_go_on_as_two_bit_for_bit(uninterrupted, killed_as_two, tmp_path):
+def test_two_killed_processes_resume_as_two(uninterrupted, killed_as_two, tmp_path):
     workdir = shutil.copytree(killed_as_two, tmp_path / "run")
-    said = runs.finish(*runs.start_two(workdir))
-    assert "going on from the checkpoint of step" in said[0]
+    messages = runs.finish(*runs.start_two(workdir))
+    assert "restored the checkpoint of step" in messages[0]
     assert runs.fingerprint(workdir, TOTAL) == runs.fingerprint(uninterrupted, TOTAL)
 
 
-def test_two_processes_killed_go_on_as_one_bit_for_bit(uninterrupted, killed_as_two, tmp_path):
+def test_two_killed_processes_resume_as_one(uninterrupted, killed_as_two, tmp_path):
     workdir = shutil.copytree(killed_as_two, tmp_path / "run")
-    said = runs.finish(runs.start(workdir, devices=2))
-    assert "going on from the checkpoint of step" in said[0]
+    messages = runs.finish(runs.start(workdir, devices=2))
+    assert "restored the checkpoint of step" in messages[0]
     assert runs.fingerprint(workdir, TOTAL) == runs.fingerprint(uninterrupted, TOTAL)
 
 
-def test_sigterm_to_any_host_saves_the_same_step_on_both_and_leaves_with_0(uninterrupted, tmp_path, random_step):
-    asked = random_step % 2
+def test_sigterm_to_one_host_saves_the_same_step_on_both_and_exits_with_0(uninterrupted, tmp_path, random_step):
+    terminated = random_step % 2
     processes = runs.start_two(tmp_path)
     runs.wait_for_step(processes[0], random_step)
-    processes[asked].send_signal(signal.SIGTERM)
-    # JAX looks for the signal once a second, in which a fast machine ends the run: the other host holds it up.
-    processes[1 - asked].send_signal(signal.SIGSTOP)
+    processes[terminated].send_signal(signal.SIGTERM)
+    # JAX polls for the signal once per second, in which a fast machine finishes the run: stop the other host.
+    processes[1 - terminated].send_signal(signal.SIGSTOP)
     time.sleep(2)
-    processes[1 - asked].send_signal(signal.SIGCONT)
-    for words in runs.finish(*processes, code=0):
-        assert "stopped by SIGTERM, state saved" in words
+    processes[1 - terminated].send_signal(signal.SIGCONT)
+    for messages in runs.finish(*processes, code=0):
+        assert "stopped by SIGTERM, state saved" in messages
     runs.finish(runs.start(tmp_path, devices=2))
     assert runs.fingerprint(tmp_path, TOTAL) == runs.fingerprint(uninterrupted, TOTAL)
 
 
-def test_hosts_with_different_configs_stop_at_the_start_and_say_which(tmp_path):
+def test_hosts_with_different_configs_stop_at_the_start(tmp_path):
     processes = runs.start_two(tmp_path, second=["--config.train.seed=1"])
-    for words in runs.finish(*processes, code=1):
-        assert "hosts disagree with process 0 in: config (processes 1)" in words
+    for messages in runs.finish(*processes, code=1):
+        assert "hosts disagree with process 0 in: config (processes 1)" in messages
 
 
-def test_two_processes_that_hold_half_of_every_parameter_run_alike(uninterrupted, tmp_path):
-    """To rounding, since sums are in another order; and what neither holds whole is evaluated and exported."""
+def test_two_processes_with_fsdp_equal_one_process(uninterrupted, tmp_path):
+    """Equal to rounding, as sums have another order. Parameters that no host holds in full are exported."""
     export = tmp_path / "params.msgpack"
     runs.finish(*runs.start_two(tmp_path / "run", "--config.mesh.fsdp=2", f"--export={export}"))
     last, expected = (

@@ -1,4 +1,4 @@
-"""Token ids: OpenAI's, to the last one; and what a text tower may rely on."""
+"""Tokenizers: token ids equal to OpenAI's, padding, truncation, and agreement with the text tower."""
 
 import concurrent.futures
 import gzip
@@ -18,12 +18,12 @@ from clip_jax.config import TextTransformer, TokenizerConfig
 from clip_jax.tokenizers import ClipBPE, HuggingFace, SentencePiece, make_tokenizer
 from clip_jax.tokenizers import bpe as bpe_module
 from clip_jax.tokenizers.bpe import MAX_VOCAB_SIZE, clean
-from clip_jax.tokenizers.rows import CLEAN
+from clip_jax.tokenizers.file_tokenizer import CLEAN
 from tests.tiny_tokenizers import sentencepiece_model, siglip_model, tokenizer_json
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden/clip_bpe.json").read_text())["rows"]
 START, END = 49_406, 49_407
-# One second with shape checks on a slow core; OpenAI's way, which rescans the word for every merge, takes a minute.
+# Measured: one second on a slow core; OpenAI's algorithm, which rescans the word for every merge, takes a minute.
 LONG_WORD_SECONDS = 10.0
 
 
@@ -37,7 +37,7 @@ def bpe():
 
 @pytest.mark.parametrize("group", sorted({row["group"] for row in GOLDEN}))
 def test_against_openai(bpe, group):
-    """The command in golden/clip_bpe.json made these with OpenAI's own code."""
+    """Ids recorded from OpenAI's code by golden/make_clip_bpe.py."""
     for row in (row for row in GOLDEN if row["group"] == group):
         ids = bpe.encode(row["text"] * row["times"])
         assert len(ids) == row["count"], row["text"]
@@ -47,7 +47,7 @@ def test_against_openai(bpe, group):
             assert hashlib.sha256(json.dumps(ids).encode()).hexdigest() == row["sha256"], row["text"]
 
 
-def test_a_row_is_start_tokens_end_zeros(bpe):
+def test_row_is_start_tokens_end_zeros(bpe):
     rows = bpe(["a happy dog", ""])
     assert rows.dtype == np.int32 and rows.shape == (2, 77)
     assert rows[0, :5].tolist() == [START, 320, 900, 1929, END] and not rows[0, 5:].any()
@@ -55,7 +55,7 @@ def test_a_row_is_start_tokens_end_zeros(bpe):
     assert (bpe.vocab_size, bpe.length, bpe.pad_id, bpe.eos_id) == (MAX_VOCAB_SIZE, 77, 0, END)
 
 
-def test_no_texts_make_no_rows(bpe):
+def test_no_texts_give_no_rows(bpe):
     assert bpe([]).shape == (0, 77)
 
 
@@ -68,23 +68,23 @@ def test_truncation_keeps_the_end_token_and_the_first_tokens():
     ]
 
 
-def test_an_overlong_text_is_refused_with_its_start_its_length_and_the_key():
+def test_overlong_text_raises_with_its_beginning_its_length_and_the_key():
     with pytest.raises(ValueError, match=r"'dog dog .* has 102 tokens .*model\.text\.length=77.*truncate=True"):
         ClipBPE(truncate=False)(["dog " * 100])
     assert ClipBPE(truncate=False)(["dog " * 75])[0, -1] == END
 
 
-def test_one_string_is_not_a_sequence_of_texts(bpe):
+def test_single_string_raises(bpe):
     with pytest.raises(TypeError, match="wrap it"):
         bpe("dog")
 
 
-def test_decode_returns_the_text_set_apart_in_lower_case(bpe):
+def test_decode_returns_lower_case_words_separated_by_spaces(bpe):
     assert bpe.decode(bpe(["A Dog's  12 ©😀!!"])[0]) == "a dog 's 1 2 ©😀!!"
 
 
 @pytest.mark.parametrize("vocab_size", [515, 600, 4096, MAX_VOCAB_SIZE])
-def test_a_small_vocabulary_still_writes_any_text(vocab_size):
+def test_small_vocabulary_encodes_any_text(vocab_size):
     tokenizer = ClipBPE(length=400, vocab_size=vocab_size, truncate=False)
     texts = ["a photo of a dog", "犬 と 猫", "😀 naïve \x07 ½"]
     rows = tokenizer(texts)
@@ -92,7 +92,7 @@ def test_a_small_vocabulary_still_writes_any_text(vocab_size):
     assert [tokenizer.decode(row) for row in rows] == ["a photo of a dog", "犬 と 猫", "😀 naïve ½"]
 
 
-def test_a_small_vocabulary_uses_the_same_first_merges():
+def test_small_vocabulary_uses_the_first_merges():
     small, large = ClipBPE(vocab_size=4096), ClipBPE()
     texts = [row["text"] for row in GOLDEN if row["group"] == "plain"]
     for text in texts:
@@ -103,53 +103,53 @@ def test_a_small_vocabulary_uses_the_same_first_merges():
 
 
 @pytest.mark.parametrize("vocab_size", [0, 514, MAX_VOCAB_SIZE + 1])
-def test_a_vocabulary_out_of_range_is_refused(vocab_size):
+def test_vocabulary_out_of_range_raises(vocab_size):
     with pytest.raises(ValueError, match=rf"model\.text\.vocab_size={vocab_size} .*use 515 to 49408"):
         ClipBPE(vocab_size=vocab_size)
 
 
-def test_a_length_without_room_is_refused():
+def test_length_without_room_for_a_token_raises():
     with pytest.raises(ValueError, match=r"model\.text\.length=2"):
         ClipBPE(length=2)
 
 
-def test_long_words_take_no_quadratic_time(bpe):
+def test_long_words_do_not_take_quadratic_time(bpe):
     word = "".join(random.Random(0).choices("abcdefghij", k=50_000))
     began = time.monotonic()
     bpe([word])
     assert time.monotonic() - began < LONG_WORD_SECONDS
 
 
-def test_words_that_the_table_has_whole_need_no_merge(bpe):
-    """The shortcut is right for every word of CLIP's table."""
+def test_shortcut_for_complete_words_equals_merging(bpe):
+    """Checked for every word of CLIP's table."""
     words = bpe_module._read_table("").words
     assert len(words) > 30_000 and {"dog", "a", "the"} <= words.keys()
     for word, number in words.items():
         assert list(bpe._encode_word(word)) == [number], word
 
 
-def test_both_ways_to_merge_give_the_same_ids(bpe):
+def test_both_merge_algorithms_give_the_same_ids(bpe):
     rng = random.Random(0)
     for length in range(1, 130):
         ids = [256 * (place == length - 1) + rng.choice(range(64, 90)) for place in range(length)]
         assert bpe_module._merge(list(ids), bpe._merges) == list(bpe_module._merge_long(list(ids), bpe._merges))
 
 
-def test_what_is_not_repaired_needs_no_repair():
-    """Of every character there is, alone and beside letters; and of texts that mix those that are let through."""
+def test_texts_that_skip_repair_need_none():
+    """Checked for every Unicode character, alone and next to letters, and for random texts of unrepaired characters."""
     letters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
-    passed = [letter for letter in letters if bpe_module._UNTOUCHED.fullmatch(letter)]
-    assert len(passed) > 30_000
-    texts = ["".join(passed[at : at + 16]) for at in range(0, len(passed), 16)]
+    unrepaired = [letter for letter in letters if bpe_module._UNTOUCHED.fullmatch(letter)]
+    assert len(unrepaired) > 30_000
+    texts = ["".join(unrepaired[at : at + 16]) for at in range(0, len(unrepaired), 16)]
     rng = random.Random(0)
-    few = [letter for letter in passed if letter < "\u0500" or "\u2000" < letter < "\u2600"]
+    few = [letter for letter in unrepaired if letter < "\u0500" or "\u2000" < letter < "\u2600"]
     texts += ["".join(rng.choices(few, k=rng.randint(2, 6))) for _ in range(20_000)]
     texts += [f"a{letter}b {letter}" for letter in few]
     for text in texts:
         assert clean(text) == " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower(), text
 
 
-def test_threads_get_the_ids_that_one_thread_gets(bpe):
+def test_threads_return_the_ids_of_one_thread(bpe):
     texts = [row["text"] for row in GOLDEN if row["times"] == 1] * 4
     fresh = ClipBPE()
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -157,14 +157,14 @@ def test_threads_get_the_ids_that_one_thread_gets(bpe):
     np.testing.assert_array_equal(np.stack(rows), bpe(texts))
 
 
-def test_the_word_cache_is_bounded_and_keeps_no_long_words():
+def test_word_cache_is_bounded_and_excludes_long_words():
     tokenizer = ClipBPE()
     tokenizer(["x" * 65, "y" * 64])
     assert tokenizer._recent.cache_info().currsize == 1
     assert tokenizer._recent.cache_info().maxsize == 65_536
 
 
-def test_a_merge_table_of_ones_own_is_read_plain_zipped_and_with_a_header(tmp_path):
+def test_custom_merge_table_is_read_plain_gzipped_and_with_header(tmp_path):
     table = "t h\nth e</w>\na n\n"
     variants = {"plain.txt": table, "header.txt": "#version: 0.2\n" + table}
     for name, text in variants.items():
@@ -177,13 +177,13 @@ def test_a_merge_table_of_ones_own_is_read_plain_zipped_and_with_a_header(tmp_pa
 
 
 @pytest.mark.parametrize("line", ["th", "a b c", "ab c", "t h", "犬 b"])
-def test_a_line_that_is_no_merge_is_named(line, tmp_path):
+def test_line_that_is_no_merge_raises_with_its_number(line, tmp_path):
     (tmp_path / "merges.txt").write_text(f"t h\n{line}\n")
     with pytest.raises(ValueError, match="line 2: .*is not a merge"):
         ClipBPE(vocab_size=515, merges_path=str(tmp_path / "merges.txt"))
 
 
-def test_a_missing_merge_table_is_named():
+def test_missing_merge_table_raises_with_its_path():
     with pytest.raises(ValueError, match=r"tokenizer\.path='/nowhere/merges\.txt'"):
         ClipBPE(merges_path="/nowhere/merges.txt")
 
@@ -205,7 +205,7 @@ def test_sentencepiece_without_start_and_padding_pads_with_the_end_token():
     assert tokenizer.decode(row) == "a red dog"
 
 
-def test_sentencepiece_truncates_before_the_end_token_or_refuses():
+def test_sentencepiece_truncates_before_the_end_token_or_raises():
     model = sentencepiece_model()
     row = SentencePiece(model, length=5)(["a red dog in the park"])[0]
     assert row[-1] == SentencePiece(model, length=5).eos_id
@@ -214,7 +214,7 @@ def test_sentencepiece_truncates_before_the_end_token_or_refuses():
         SentencePiece(model, length=5, truncate=False)(["a red dog in the park"])
 
 
-def test_sentencepiece_says_what_is_wrong_with_a_file(tmp_path):
+def test_sentencepiece_errors_name_the_file_and_the_problem(tmp_path):
     with pytest.raises(ValueError, match=r"tokenizer\.path='/nowhere\.model'.*--config\.tokenizer\.path="):
         SentencePiece("/nowhere.model", length=24)
     (tmp_path / "bad.model").write_bytes(b"not a model")
@@ -227,7 +227,7 @@ def test_sentencepiece_says_what_is_wrong_with_a_file(tmp_path):
 # --------------------------------------------------------------------------------------------------- huggingface
 
 
-def test_huggingface_rows_are_what_the_file_adds_and_padding():
+def test_huggingface_rows_are_the_file_s_tokens_and_padding():
     tokenizer = HuggingFace(tokenizer_json(), length=12)
     row = tokenizer(["A red dog"])[0]
     assert (row[0], tokenizer.eos_id, tokenizer.pad_id) == (2, 3, 0)
@@ -236,7 +236,7 @@ def test_huggingface_rows_are_what_the_file_adds_and_padding():
     assert tokenizer.token(3) == "[SEP]" and tokenizer.vocab_size <= 152
 
 
-def test_huggingface_files_that_pad_and_cut_by_themselves_do_so_to_our_length():
+def test_huggingface_files_with_padding_and_truncation_use_the_given_length():
     texts = ["a red dog in the park", "a"]
     file = tokenizers.Tokenizer.from_buffer(tokenizer_json())
     file.enable_padding(pad_id=3, pad_token="[SEP]")
@@ -246,7 +246,7 @@ def test_huggingface_files_that_pad_and_cut_by_themselves_do_so_to_our_length():
     np.testing.assert_array_equal(np.where(plain(texts) == 0, 3, plain(texts)), padding(texts))
 
 
-def test_huggingface_truncates_before_the_end_token_or_refuses():
+def test_huggingface_truncates_before_the_end_token_or_raises():
     text = "a red dog in the park"
     whole, row = HuggingFace(tokenizer_json(), 40)([text])[0], HuggingFace(tokenizer_json(), 5)([text])[0]
     assert row.tolist() == [*whole[:4], 3]
@@ -254,7 +254,7 @@ def test_huggingface_truncates_before_the_end_token_or_refuses():
         HuggingFace(tokenizer_json(), 5, truncate=False)([text])
 
 
-def test_huggingface_says_what_is_wrong_with_a_file(tmp_path):
+def test_huggingface_errors_name_the_file_and_the_problem(tmp_path):
     with pytest.raises(ValueError, match=r"tokenizer\.path='/nowhere\.json'.*--config\.tokenizer\.path="):
         HuggingFace("/nowhere.json", length=24)
     (tmp_path / "bad.json").write_text("{}")
@@ -265,7 +265,7 @@ def test_huggingface_says_what_is_wrong_with_a_file(tmp_path):
 
 
 @pytest.mark.parametrize(("make", "file"), [(SentencePiece, siglip_model), (HuggingFace, tokenizer_json)])
-def test_padding_and_the_end_token_are_the_caller_s_where_it_says_so(make, file):
+def test_pad_id_and_keep_end_override_the_file(make, file):
     default, other = make(file(), 12)(["a red dog"])[0], make(file(), 12, pad_id=7)(["a red dog"])[0]
     end = default.tolist().index(make(file(), 12).eos_id)
     assert not default[end + 1 :].any() and (other[end + 1 :] == 7).all()
@@ -283,12 +283,12 @@ def test_padding_and_the_end_token_are_the_caller_s_where_it_says_so(make, file)
         ("canonicalize", " A_b,\n&amp; It's 3.5", "a b its 35"),
     ],
 )
-def test_texts_are_cleaned_as_asked(how, text, expected):
+def test_clean_functions(how, text, expected):
     assert CLEAN[how](text) == expected
 
 
 @pytest.mark.parametrize(("make", "file"), [(SentencePiece, siglip_model), (HuggingFace, tokenizer_json)])
-def test_what_is_cleaned_is_what_is_tokenized(make, file):
+def test_cleaned_text_is_tokenized(make, file):
     plain, cleaned = make(file(), 12), make(file(), 12, clean="canonicalize")
     np.testing.assert_array_equal(cleaned(["A_RED, dog!"]), plain(["a red dog"]))
     assert (plain(["A_RED, dog!"]) != plain(["a red dog"])).any()
@@ -297,17 +297,17 @@ def test_what_is_cleaned_is_what_is_tokenized(make, file):
 # -------------------------------------------------------------------------------------------------- make_tokenizer
 
 
-def test_make_tokenizer_gives_what_config_and_tower_say():
+def test_make_tokenizer_follows_the_text_tower():
     tokenizer = make_tokenizer(TokenizerConfig(), TextTransformer(vocab_size=4096, length=24, eos_id=4095))
     assert (tokenizer.vocab_size, tokenizer.length, tokenizer.eos_id) == (4096, 24, 4095)
 
 
-def test_a_tower_that_looks_for_another_end_token_is_refused():
+def test_tower_with_another_end_token_raises():
     with pytest.raises(ValueError, match=r"model\.text\.eos_id=49407 does not fit .* set model\.text\.eos_id=4095"):
         make_tokenizer(TokenizerConfig(), TextTransformer(vocab_size=4096))
 
 
-def test_a_vocabulary_that_does_not_fit_is_refused_with_both_numbers(tmp_path):
+def test_vocabulary_that_does_not_fit_raises_with_both_sizes(tmp_path):
     path = tmp_path / "park.model"
     path.write_bytes(sentencepiece_model())
     config = TokenizerConfig("sentencepiece", str(path))
@@ -316,7 +316,7 @@ def test_a_vocabulary_that_does_not_fit_is_refused_with_both_numbers(tmp_path):
     assert make_tokenizer(config, TextTransformer(vocab_size=32, eos_id=2)).vocab_size == 32
 
 
-def test_a_tower_may_have_some_rows_more_than_there_are_tokens():
+def test_tower_may_have_a_few_more_rows_than_tokens():
     config, text = TokenizerConfig("huggingface"), TextTransformer(eos_id=3)
     size = HuggingFace(tokenizer_json(), 12).vocab_size
     for more, fits in {0: True, 4: True, -1: False, size: False}.items():
@@ -329,12 +329,12 @@ def test_a_tower_may_have_some_rows_more_than_there_are_tokens():
 
 
 @pytest.mark.parametrize("setting", [{"clean": "lower"}, {"pad_id": 3}, {"keep_end": False}])
-def test_settings_that_clip_bpe_does_not_have_are_refused(setting):
+def test_settings_that_clip_bpe_does_not_have_raise(setting):
     with pytest.raises(ValueError, match=rf"tokenizer\.{next(iter(setting))}=.* is for tokenizers with a file"):
         make_tokenizer(TokenizerConfig(**setting), TextTransformer())
 
 
-def test_a_tokenizers_file_that_travelled_needs_no_path():
+def test_tokenizer_file_stored_with_the_weights_needs_no_path():
     config = TokenizerConfig("sentencepiece", "/gone.model")
     tokenizer = make_tokenizer(config, TextTransformer(vocab_size=32, eos_id=2), tokenizer_file=sentencepiece_model())
     assert tokenizer.vocab_size == 32

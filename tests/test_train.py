@@ -1,4 +1,4 @@
-"""What a run refuses before it begins, what it writes, and when it gives up."""
+"""Training: checks before the first step, files of a run, metrics."""
 
 import dataclasses
 import json
@@ -14,34 +14,36 @@ from etils import epath
 import clip_jax
 from clip_jax import config as configs
 from clip_jax.config import MODELS
+from clip_jax.config.resolve import LOCAL_PATHS
 from clip_jax.devices import distributed
-from clip_jax.training import loop as train
-from clip_jax.training import metrics, workdir
+from clip_jax.training import loop, metrics, workdir
 from tests import runs
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("tiny", runs.ROOT / runs.TINY)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return configs.from_config_dict(module.get_config())
+    return runs.tiny_model()[0]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run from the command line to its end, exported."""
+    """Run the command to its end; return the workdir, stdout and stderr."""
     directory = tmp_path_factory.mktemp("finished")
     process = runs.start(directory, f"--export={directory / 'params.msgpack'}", "--config.train.total_steps=20")
-    table = process.communicate(timeout=240)
-    assert process.returncode == 0, table[1]
-    return directory, *table
+    table, messages = process.communicate(timeout=240)
+    assert process.returncode == 0, messages
+    return directory, table, messages
 
 
-def test_a_run_writes_config_versions_metrics_and_report(finished):
-    directory, table, said = finished
+def _changed(config, section, **values):
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
+
+
+# ----------------------------------------------------------------------------------------------------- finished runs
+
+
+def test_run_writes_config_versions_metrics_and_report(finished):
+    directory, table, messages = finished
     stored = configs.from_json((directory / "config.json").read_text())
     assert stored.train.total_steps == 20
     versions = json.loads((directory / "versions.json").read_text())
@@ -52,35 +54,38 @@ def test_a_run_writes_config_versions_metrics_and_report(finished):
     assert key in table
     assert "<html" in (directory / "report.html").read_text()
     assert list((directory / "tensorboard").glob("events*"))
-    assert said.splitlines()[-1] == "finished"
+    assert messages.splitlines()[-1] == "finished"
 
 
-def test_every_step_is_on_the_console_and_in_the_file(finished):
-    directory, _, said = finished
+def test_every_record_is_on_the_console_and_in_the_file(finished):
+    directory, _, messages = finished
     lines = [line for line in metrics.read_lines(epath.Path(directory)) if "loss" in line]
     assert [line["step"] for line in lines] == list(range(1, 21))
-    for word in ("loss", "accuracy", "scale", "images/s", "data wait", "left"):
-        assert word in next(line for line in said.splitlines() if line.startswith("step 20/20"))
+    for word in ("loss", "accuracy", "scale", "lr", "images/s", "data wait", "left"):
+        assert word in next(line for line in messages.splitlines() if line.startswith("step 20/20"))
 
 
-def test_the_export_is_the_saved_state_and_loads_without_tensorflow(finished):
+def test_export_loads_for_inference(finished):
     directory, _, _ = finished
     model = clip_jax.load(directory / "params.msgpack")
     assert model.encode_text(["a red circle"]).shape == (1, 16)
 
 
-def test_a_finished_run_started_again_only_measures(finished):
+def test_restarted_finished_run_only_evaluates(finished):
     directory, _, _ = finished
     before = (directory / "metrics.jsonl").read_text()
-    words = runs.finish(runs.start(directory, "--config.train.total_steps=20"))[0]
-    assert "step 20/" not in words and words.splitlines()[-1] == "finished"
+    messages = runs.finish(runs.start(directory, "--config.train.total_steps=20"))[0]
+    assert "step 20/" not in messages and messages.splitlines()[-1] == "finished"
     assert (directory / "metrics.jsonl").read_text() == before
 
 
-def test_a_workdir_of_another_config_is_refused(finished):
+def test_workdir_of_another_config_is_refused(finished):
     directory, _, _ = finished
-    words = runs.finish(runs.start(directory, "--config.train.seed=5"), code=2)[0]
-    assert "train.total_steps is 20 there, 40 here" in words and "train.seed is 0 there, 5 here" in words
+    messages = runs.finish(runs.start(directory, "--config.train.seed=5"), code=2)[0]
+    assert "train.total_steps is 20 there, 40 here" in messages and "train.seed is 0 there, 5 here" in messages
+
+
+# ------------------------------------------------------------------------------------- checks before the first step
 
 
 @pytest.mark.parametrize(
@@ -94,48 +99,123 @@ def test_a_workdir_of_another_config_is_refused(finished):
         ("tokenizer", {"path": "/nowhere/merges.txt"}, "/nowhere/merges.txt"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_the_first_step(tiny, tmp_path, section, changes, message):
-    config = dataclasses.replace(tiny, **{section: dataclasses.replace(getattr(tiny, section), **changes)})
+def test_unusable_config_is_refused_before_the_first_step(tiny, tmp_path, section, changes, message):
     with pytest.raises(ValueError, match=message):
-        train.prepare(config, epath.Path(tmp_path))
+        loop.prepare(_changed(tiny, section, **changes), epath.Path(tmp_path))
     assert not list(Path(tmp_path).iterdir())
 
 
-def test_a_vocabulary_that_does_not_fit_is_refused(tiny, tmp_path):
+@pytest.mark.parametrize("key", LOCAL_PATHS)
+def test_url_for_a_local_path_is_refused_before_the_first_step(tiny, tmp_path, monkeypatch, key):
+    """A URL became a local folder called `gs:`."""
+    monkeypatch.chdir(tmp_path)
+    section, name = key.split(".")
+    with pytest.raises(ValueError, match=rf"{key}=gs://bucket/x: expected a local path, got a URL; copy it"):
+        loop.prepare(_changed(tiny, section, **{name: "gs://bucket/x"}), epath.Path(tmp_path / "run"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_all_path_keys_of_the_config_are_checked():
+    """Every key of the schema that is called like a path is checked, or supports URLs."""
+    keys = {key for key in configs.flatten(dataclasses.asdict(configs.Config())) if key.count(".") == 1}
+    paths = {key for key in keys if key.endswith(("_dir", "path", "files", "weights"))}
+    assert paths == {*LOCAL_PATHS, "data.files"}
+
+
+@pytest.mark.parametrize(
+    ("export", "message"),
+    [
+        ("{}/folder", "--export={}/folder: expected a file, got a directory; give e.g. {}/folder/params.msgpack"),
+        ("{}/file/params.msgpack", "--export={}/file/params.msgpack: cannot write to {}/file"),
+        ("https://host/params.msgpack", "--export=https://host/params.msgpack: expected a local path, gs:// or s3://"),
+    ],
+)
+def test_unwritable_export_is_refused_before_the_first_step(tiny, tmp_path, export, message):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("not a directory")
+    with pytest.raises(ValueError, match=message.format(*[tmp_path] * 2)):
+        loop.prepare(tiny, epath.Path(tmp_path / "run"), export.format(tmp_path))
+    assert not (tmp_path / "run/config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("directory", "message"),
+    [("https://host/run", "--workdir=https://host/run: expected a local path, gs:// or s3://"),
+     ("{}/file/run", "--workdir={}/file/run: cannot write to")],
+)  # fmt: skip
+def test_unwritable_workdir_is_refused_before_the_first_step(tiny, tmp_path, directory, message):
+    (tmp_path / "file").write_text("not a directory")
+    with pytest.raises(ValueError, match=message.format(tmp_path)):
+        loop.train(tiny, directory.format(tmp_path))
+
+
+def test_missing_baselines_dataset_is_refused_before_the_first_step(tiny):
+    for name, message in (("train", "is none of"), ("cifar10", "expected the directory of the evaluation data")):
+        with pytest.raises(ValueError, match=message):
+            loop._load_baselines_dataset(_changed(tiny, "eval", baselines_dataset=name))
+
+
+def test_threshold_without_a_task_is_refused(tiny):
+    config = _changed(tiny, "eval", thresholds={"retrieval/shape/image_to_text/recall_at_1": 0.5})
+    with pytest.raises(ValueError, match=r"eval.thresholds: expected .* \(shapes\), got 'retrieval/shape/"):
+        configs.resolve(config, devices=8)
+    valid = _changed(tiny, "eval", thresholds={"retrieval/shapes/image_to_text/recall_at_1": 0.5})
+    assert configs.resolve(valid, devices=8).total_steps == 40
+
+
+def test_wrong_vocabulary_size_is_refused(tiny, tmp_path):
     text = dataclasses.replace(tiny.model.text, vocab_size=100, eos_id=99)
-    config = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, text=text))
     with pytest.raises(ValueError, match="vocab_size"):
-        train.prepare(config, epath.Path(tmp_path))
+        loop.prepare(_changed(tiny, "model", text=text), epath.Path(tmp_path))
 
 
-def test_an_end_token_that_the_tokenizer_does_not_have_is_refused(tiny, tmp_path):
+def test_wrong_end_token_is_refused(tiny, tmp_path):
     text = dataclasses.replace(tiny.model.text, eos_id=5)
-    config = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, text=text))
     with pytest.raises(ValueError, match="model.text.eos_id=5.*799"):
-        train.prepare(config, epath.Path(tmp_path))
+        loop.prepare(_changed(tiny, "model", text=text), epath.Path(tmp_path))
 
 
-def test_so_many_steps_in_a_row_that_are_not_finite_end_the_run(tiny):
-    meter = metrics.Meter(16)
-    outputs = {"loss": jnp.nan, "grad_norm": jnp.nan, "skipped_steps": 3.0, "consecutive_skipped_steps": 9.0}
-    outputs = {name: jnp.float32(value) for name, value in outputs.items()}
-    train._count(meter, outputs, tiny)
-    with pytest.raises(train.NonFiniteError, match="10 steps in a row were not finite"):
-        train._count(meter, outputs | {"consecutive_skipped_steps": jnp.float32(10)}, tiny)
-
-
-def test_hosts_that_agree_go_on():
+def test_equal_values_on_all_processes_pass():
     distributed.check_equal_on_all_processes({"config": "a", "training data": "b"})
 
 
-def test_a_config_that_differs_is_named_key_by_key(tiny):
-    other = dataclasses.replace(tiny, train=dataclasses.replace(tiny.train, seed=3))
-    workdir.check_same_run(tiny, tiny, epath.Path("runs/a"))
+def test_message_about_another_config_has_the_differing_keys(tiny):
+    other = _changed(tiny, "train", seed=3)
+    workdir.check_same_config(tiny, tiny, epath.Path("runs/a"))
     with pytest.raises(ValueError, match="runs/a belongs to a run with another config: train.seed is 0 there, 3 here"):
-        workdir.check_same_run(tiny, other, epath.Path("runs/a"))
+        workdir.check_same_config(tiny, other, epath.Path("runs/a"))
 
 
-def test_metrics_that_a_kill_cut_short_or_that_come_again_are_dropped(tmp_path):
+# ----------------------------------------------------------------------------------------------------------- metrics
+
+
+def _log(directory, config, **changes):
+    options = {"first_step": 0, "total_steps": 40, "epoch_examples": 100} | changes
+    return metrics.TrainingLog(epath.Path(directory), config.train, lambda step: 0.1, **options)
+
+
+def test_consecutive_steps_that_are_not_finite_end_the_run(tiny, tmp_path):
+    log = _log(tmp_path, tiny)
+    outputs = {"loss": jnp.nan, "grad_norm": jnp.nan, "skipped_steps": 3.0, "consecutive_skipped_steps": 9.0}
+    outputs = {name: jnp.float32(value) for name, value in outputs.items()}
+    log.add(1, outputs, 0)
+    with pytest.raises(metrics.NonFiniteError, match="10 consecutive steps were not finite .loss nan"):
+        log.add(2, outputs | {"consecutive_skipped_steps": jnp.float32(10)}, 0)
+    log.close()
+
+
+@pytest.mark.parametrize("outputs", [{}, {"loss": jnp.float32(2)}, {"my_metric": jnp.float32(1)}])
+def test_missing_metrics_are_not_an_error(tiny, tmp_path, capsys, outputs):
+    """A registered loss returns metrics of its own."""
+    log = _log(tmp_path, tiny)
+    log.add(1, outputs, 0)
+    log.close()
+    (line,) = metrics.read_lines(epath.Path(tmp_path))
+    assert line["examples_seen"] == 16 and outputs.keys() <= line.keys()
+    assert ("loss 2.0000" in capsys.readouterr().err) == ("loss" in outputs)
+
+
+def test_records_after_the_restored_step_and_a_truncated_line_are_dropped(tmp_path):
     path = epath.Path(tmp_path)
     (path / metrics.METRICS_FILE).write_text('{"step": 1, "loss": 2}\n{"step": 2, "loss": 1}\n{"step": 3, "lo')
     writer = metrics.Writer(path, first_step=1, active=True)
@@ -144,21 +224,62 @@ def test_metrics_that_a_kill_cut_short_or_that_come_again_are_dropped(tmp_path):
     assert metrics.read_lines(path) == [{"step": 1, "loss": 2}, {"step": 2, "loss": None}]
 
 
-def test_utilisation_is_the_models_flops_over_the_peak_of_all_devices():
+def test_records_are_dropped_atomically(tmp_path, monkeypatch):
+    """A kill while the file is rewritten leaves the old file."""
+    path = epath.Path(tmp_path)
+    content = '{"step": 1, "loss": 2}\n{"step": 2, "loss": 1}\n'
+    (path / metrics.METRICS_FILE).write_text(content)
+
+    def killed(self, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(path), "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        metrics.Writer(path, first_step=1, active=True)
+    assert (path / metrics.METRICS_FILE).read_text() == content
+
+
+def test_metrics_of_a_remote_workdir_are_never_appended(tmp_path, monkeypatch):
+    path = epath.Path(tmp_path)
+    monkeypatch.setattr(metrics, "is_remote", lambda path: True)
+    for first_step in (0, 2):  # the second writer drops step 3
+        writer = metrics.Writer(path, first_step=first_step, active=True)
+        for step in range(first_step + 1, 4):
+            writer.write(step, {"loss": float(10 * first_step + step)})
+            writer.flush()
+        writer.close()
+    parts = sorted(file.name for file in (path / metrics.METRICS_FOLDER).iterdir())
+    assert parts == [f"part-0000{part}.jsonl" for part in range(4)]
+    assert [(line["step"], line["loss"]) for line in metrics.read_lines(path)] == [(1, 1), (2, 2), (3, 23)]
+
+
+def test_mfu_is_model_flops_over_the_peak_of_all_devices():
     """ViT-L/14 needs 526 GFLOP a pair; four v7x devices are two chips of 2,307 TFLOP/s."""
     config = configs.Config(model=MODELS["vit_l14"])
-    seconds = train._pair_seconds(config, [types.SimpleNamespace(device_kind="TPU7x")] * 4)
+    seconds = loop._pair_seconds(config, [types.SimpleNamespace(device_kind="TPU7x")] * 4)
     np.testing.assert_allclose(seconds, 526.0e9 / (2 * 2307e12), rtol=1e-3)
-    assert train._pair_seconds(config, jax.devices("cpu")) == 0
+    assert loop._pair_seconds(config, jax.devices("cpu")) == 0
     meter = metrics.Meter(10, pair_seconds=0.5)
     meter.add({"loss": 1.0})
     record = meter.flush()
     assert record["mfu"] == 0.5 * record["images_per_second"]
 
 
-def test_the_meter_gives_means_and_rates():
+def test_meter_returns_means_and_rates():
     meter = metrics.Meter(batch_size=10)
     meter.add({"loss": 1.0})
-    meter.add({"loss": 3.0})
+    meter.add({"loss": 3.0, "sometimes": 5.0})
     record = meter.flush()
     assert record["loss"] == 2.0 and record["images_per_second"] > 0 and 0 <= record["data_wait"] <= 1
+    assert record["sometimes"] == 5.0
+
+
+def test_meter_continues_a_restored_window():
+    whole, first = metrics.Meter(10), metrics.Meter(10)
+    for loss in (1.0, 0.1, 0.7):
+        whole.add({"loss": loss})
+    for loss in (1.0, 0.1):
+        first.add({"loss": loss})
+    second = metrics.Meter(10, window=json.loads(json.dumps(first.window())))
+    second.add({"loss": 0.7})
+    assert second.flush()["loss"] == whole.flush()["loss"]

@@ -1,7 +1,4 @@
-"""`python -m clip_jax.evaluate` with a registry whose sets may have any size: a few pictures stand for thousands.
-
-Names and templates are those that the data brings: no package's.
-"""
+"""Runs `python -m clip_jax.evaluate` with a registry whose datasets may have any size, without published prompts."""
 
 import dataclasses
 import runpy

@@ -1,4 +1,4 @@
-"""Small tokenizers, trained here: the content of a SentencePiece `.model` and of a `tokenizer.json`."""
+"""Small tokenizers trained in the test: the content of a SentencePiece `.model` and of a `tokenizer.json`."""
 
 import functools
 import io
@@ -11,7 +11,7 @@ SENTENCES = [f"a {colour} {noun} in the park" for colour in ("red", "yellow", "b
 
 @functools.cache
 def sentencepiece_model(**options) -> bytes:
-    """Return a model of 32 pieces: no padding, start 1, end 2, if `options` don't say otherwise."""
+    """Return a model of 32 pieces; by default without padding, start 1, end 2. `options` override trainer settings."""
     model = io.BytesIO()
     settings = {"vocab_size": 32, "minloglevel": 2, "hard_vocab_limit": False} | options
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(SENTENCES * 5), model_writer=model, **settings)
@@ -19,13 +19,13 @@ def sentencepiece_model(**options) -> bytes:
 
 
 def siglip_model() -> bytes:
-    """Return a model whose special pieces lie as in SigLIP's: <pad> 0, </s> 1, <unk> 2, no start."""
+    """Return a model with the special pieces of SigLIP: <pad> 0, </s> 1, <unk> 2, no start."""
     return sentencepiece_model(vocab_size=60, pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
 
 
-@functools.cache  # its trainer breaks ties by chance
+@functools.cache  # the trainer breaks ties at random
 def tokenizer_json(template: str = "[CLS] $A [SEP]") -> bytes:
-    """Return a word-piece tokenizer like BERT's: [PAD] 0, [UNK] 1, [CLS] 2, [SEP] 3."""
+    """Return a WordPiece tokenizer as BERT's: [PAD] 0, [UNK] 1, [CLS] 2, [SEP] 3."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]

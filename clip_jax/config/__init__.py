@@ -12,7 +12,7 @@ from clip_jax.config.build import (
     to_json,
 )
 from clip_jax.config.models import MODELS, SIGLIP_PREPROCESS, name_of, preprocess_of, siglip_image, tokenizer_of
-from clip_jax.config.resolve import Resolved, resolve
+from clip_jax.config.resolve import Resolved, check_local_path, check_local_paths, resolve
 from clip_jax.config.schema import (
     AugmentConfig,
     CheckpointConfig,
@@ -21,7 +21,6 @@ from clip_jax.config.schema import (
     EvalConfig,
     EvalTask,
     InitConfig,
-    LossConfig,
     MeshConfig,
     OptimConfig,
     TeacherConfig,
@@ -52,7 +51,6 @@ __all__ = [
     "EvalConfig",
     "EvalTask",
     "InitConfig",
-    "LossConfig",
     "MODELS",
     "MeshConfig",
     "OptimConfig",
@@ -68,6 +66,8 @@ __all__ = [
     "WeightsConfig",
     "build",
     "check",
+    "check_local_path",
+    "check_local_paths",
     "check_name",
     "default_config",
     "differences",

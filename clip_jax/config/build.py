@@ -20,6 +20,7 @@ import ml_collections
 from clip_jax.config import ranges
 from clip_jax.config.models import MODELS, preprocess_of, tokenizer_of
 from clip_jax.config.schema import Config
+from clip_jax.losses import LOSSES, ContrastiveLoss
 
 
 def default_config(model: str = "vit_b32") -> ml_collections.ConfigDict:
@@ -103,6 +104,8 @@ def _build(hint: Any, value: Any, path: str) -> Any:
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return _build_union(options, value, path)
+    if hint is ContrastiveLoss:
+        return _build_loss(value, path)
     if dataclasses.is_dataclass(hint):
         return _build_dataclass(hint, value, path)
     if origin is Literal:
@@ -128,6 +131,13 @@ def _build_union(options: tuple[Any, ...], value: Any, path: str) -> Any:
     if kind not in kinds:
         raise ValueError(f"{path}.kind={kind!r} is none of {', '.join(map(repr, kinds))}")
     return _build_dataclass(kinds[kind], value, path)
+
+
+def _build_loss(value: Any, path: str) -> ContrastiveLoss:
+    """Return the loss whose class is registered for the mapping's `name`, softmax without one."""
+    name = value.get("name", "softmax") if isinstance(value, Mapping) else "softmax"
+    check_name(f"{path}.name", name, LOSSES)
+    return _build_dataclass(LOSSES[name], value, path)
 
 
 def _build_dataclass(cls: type, value: Any, path: str) -> Any:

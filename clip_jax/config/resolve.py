@@ -21,6 +21,39 @@ class Resolved:
     batch_per_device: int  # rows of the batch; `mesh.tensor` neighbours have the same
 
 
+LOCAL_PATHS = ("data.cache_dir", "eval.data_dir", "init.weights", "teacher.weights", "tokenizer.path")
+
+
+def check_local_path(name: str, path: str) -> None:
+    """Raise ValueError for a URL where only a local path is supported; `gs://…` would become a local folder `gs:`.
+
+    >>> check_local_path("--data_dir", "/data")
+    """
+    if "://" in path:
+        raise ValueError(
+            f"{name}={path}: expected a local path, got a URL; copy it to a local disk, e.g. gcloud storage cp"
+            f" -r {path} /data/, or mount the bucket with gcsfuse"
+        )
+
+
+def check_local_paths(config: Config) -> None:
+    """Raise ValueError if a key of LOCAL_PATHS is a URL. --workdir, --export and data.files may be URLs."""
+    for key in LOCAL_PATHS:
+        section, name = key.split(".")
+        check_local_path(key, getattr(getattr(config, section), name))
+
+
+def _check_thresholds(config: Config) -> None:
+    for key in config.eval.thresholds:
+        parts = key.split("/")
+        if len(parts) < 3 or parts[1] not in config.eval.tasks:
+            tasks = ", ".join(config.eval.tasks) or "none"
+            raise ValueError(
+                f"eval.thresholds: expected <evaluator>/<task>/<measure> with a task of eval.tasks ({tasks}),"
+                f" got {key!r}"
+            )
+
+
 def resolve(config: Config, *, devices: int, processes: int = 1, examples: int | None = None) -> Resolved:
     """Check what needs the machine and the data's size, and return the run's length in steps.
 
@@ -31,6 +64,8 @@ def resolve(config: Config, *, devices: int, processes: int = 1, examples: int |
     Raises:
       ValueError: naming the key, what it is, what was expected and a value that works.
     """
+    check_local_paths(config)
+    _check_thresholds(config)
     batch, total = config.train.batch_size, config.train
     mesh = config.mesh
     if devices % (mesh.fsdp * mesh.tensor):
@@ -78,8 +113,8 @@ def resolve(config: Config, *, devices: int, processes: int = 1, examples: int |
             re.compile(pattern)
         except re.error as error:
             raise ValueError(f"optim.{key}={pattern!r} is no regular expression ({error}); e.g. '^image/'") from error
-    if config.loss.name == "sigmoid" and not config.model.logit_bias:
-        raise ValueError("loss.name='sigmoid' has a bias that the model lacks: set model.logit_bias=True")
+    if config.loss.needs_logit_bias and not config.model.logit_bias:
+        raise ValueError(f"loss.name={config.loss.name!r} has a bias that the model lacks: set model.logit_bias=True")
     teacher = config.teacher
     if teacher.model:
         check_name("teacher.model", teacher.model, MODELS)

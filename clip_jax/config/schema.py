@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Literal
 
+from clip_jax.losses import ContrastiveLoss, SoftmaxLoss
 from clip_jax.models.architecture import Architecture, Preprocess
 
 
@@ -83,18 +84,6 @@ class DataConfig:
     max_bad_fraction: float = 0.01  # of the records read so far: above it, the run ends and names some
     decode_threads: int = 0  # 0: as many as cores
     prefetch_batches: int = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class LossConfig:
-    """The objective."""
-
-    name: str = "softmax"  # a name in clip_jax.losses.LOSSES
-    logit_scale_init: float = 1 / 0.07
-    logit_scale_max: float = 100.0
-    logit_bias_init: float = -10.0  # of models with a logit bias
-    # What images of other pairs are to a caption of the same tokens: templates and classes as captions make many.
-    equal_captions: Literal["negatives", "positives"] = "negatives"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,26 +179,22 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalTask:
-    """One evaluator on one set."""
+    """An evaluator and a dataset."""
 
-    evaluator: str = "retrieval"  # a name in clip_jax.evals.EVALUATORS
-    # A name in clip_jax.evals.datasets.LOADERS, or 'registry' with `split` a name in evals.datasets.registry.DATASETS.
-    source: str = "emoji"
-    split: str = "unseen_concepts"
+    evaluator: str = "retrieval"  # key of clip_jax.evals.EVALUATORS
+    dataset: str = "emoji_unseen_concepts"  # key of clip_jax.evals.datasets.registry.DATASETS
+    options: Mapping[str, object] = dataclasses.field(default_factory=dict)  # keyword arguments of the evaluator
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """What is measured during the run and at its end; a task's key is the set's name in the report."""
+    """Evaluation during training and at its end. A task's key is the dataset's name in metrics."""
 
     every_steps: int = 0  # 0: at the end only
-    batch_size: int = 512
-    data_dir: str = ""  # where sets of the source 'registry' lie: webdataset folders, class folders, TFDS
-    # A split of the training source: what is not learned, measured beside the model, is fitted on it. Empty: nothing.
-    baselines_split: str = ""
-    thresholds: Mapping[str, float] = dataclasses.field(
-        default_factory=dict
-    )  # what the report asks of a metric, by its key
+    batch_size: int = 512  # images or texts per batch, over all devices
+    data_dir: str = ""  # directory of stored datasets: webdataset folders, class folders, TFDS
+    baselines_dataset: str = ""  # key of DATASETS that the baselines are fitted to; '': no baselines
+    thresholds: Mapping[str, float] = dataclasses.field(default_factory=dict)  # required values, by metric key
     tasks: Mapping[str, EvalTask] = dataclasses.field(default_factory=dict)
 
 
@@ -221,7 +206,7 @@ class Config:
     tokenizer: TokenizerConfig = TokenizerConfig()
     preprocess: Preprocess = Preprocess()
     data: DataConfig = DataConfig()
-    loss: LossConfig = LossConfig()
+    loss: ContrastiveLoss = SoftmaxLoss()  # the class that LOSSES has for loss.name
     init: InitConfig = InitConfig()
     teacher: TeacherConfig = TeacherConfig()
     optim: OptimConfig = OptimConfig()

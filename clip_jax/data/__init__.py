@@ -66,7 +66,7 @@ def make_source(config: DataConfig) -> DataSource:
 
     >>> source = make_source(DataConfig(source="synthetic", options={"examples": 100}))
     >>> len(source), source.read(0).captions["txt"]
-    (100, ('a purple cross on a grey background',))
+    (100, ('a green square on a grey background',))
 
     Raises:
       ValueError: for an unknown source or option, or from the source, e.g. if `data.files` matches no file.

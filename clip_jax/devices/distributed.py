@@ -1,7 +1,7 @@
-"""Several processes as one program: start, stop together, agree.
+"""Multi-process JAX: initialization, preemption, and errors and checks synchronized over all processes.
 
-`jax.distributed` is initialised for a single process too: it is what turns SIGTERM into a notice that can be polled,
-and without it SIGTERM kills before anything is saved.
+`jax.distributed` is initialized for a single process too: it installs the SIGTERM handler behind
+`multihost_utils.reached_preemption_sync_point`. Without it SIGTERM ends the process before the state is saved.
 """
 
 from __future__ import annotations
@@ -16,42 +16,43 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-# What is raised for data that are damaged or gone; what else is raised is a mistake of the program.
-DATA_ERRORS = (ValueError, OSError, IndexError, KeyError)
-_SAID_BYTES = 2048  # of an error, sent to the other hosts
+DATA_ERRORS = (ValueError, OSError, IndexError, KeyError)  # raised for damaged or missing data
+_MESSAGE_BYTES = 2048  # of an error, sent to the other processes
 
 
 class Preempted(Exception):
-    """The machine asked this job to leave (SIGTERM on any host); raised on all hosts at the same poll."""
+    """SIGTERM reached a process of this job. Raised on all processes at the same check."""
 
 
 def initialize() -> None:
-    """Initialise `jax.distributed`; does nothing the second time.
+    """Initialize `jax.distributed`; does nothing if it is initialized already.
 
-    TPU pods, SLURM and Open MPI are recognised by JAX. Elsewhere JAX_COORDINATOR_ADDRESS (host:port of process 0),
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID say who we are; without them we are alone.
+    JAX detects TPU pods, SLURM and Open MPI. Elsewhere the environment variables JAX_COORDINATOR_ADDRESS (host:port of
+    process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID identify the processes; without them there is one process.
+
+    Raises:
+      ValueError: some of the three variables are set, but not all.
     """
     if jax.distributed.is_initialized():
         return
-    timeouts = {
-        # Limits of silence in seconds: a dead host ends the job after the first, at most.
+    timeouts = {  # seconds
         "heartbeat_timeout_seconds": int(os.environ.get("CLIP_JAX_HEARTBEAT_SECONDS", 60)),
         "shutdown_timeout_seconds": int(os.environ.get("CLIP_JAX_SHUTDOWN_SECONDS", 30)),
         "initialization_timeout": int(os.environ.get("CLIP_JAX_START_SECONDS", 600)),
     }
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    given = [os.environ.get(name) for name in names]
-    if all(given):
-        address, processes, process = given
+    values = [os.environ.get(name) for name in names]
+    if all(values):
+        address, processes, process = values
         jax.distributed.initialize(address, int(processes), int(process), **timeouts)
         return
-    if any(given):
-        missing = [name for name, value in zip(names, given, strict=True) if not value]
+    if any(values):
+        missing = [name for name, value in zip(names, values, strict=True) if not value]
         raise ValueError(
             f"{', '.join(missing)} not set; several processes need all of {', '.join(names)},"
             " e.g. JAX_COORDINATOR_ADDRESS=10.0.0.2:8476 JAX_NUM_PROCESSES=4 JAX_PROCESS_ID=0"
         )
-    with contextlib.suppress(ValueError):  # raised where JAX recognises no cluster
+    with contextlib.suppress(ValueError):  # raised where JAX detects no cluster
         jax.distributed.initialize(**timeouts)
         return
     with socket.socket() as probe:
@@ -61,89 +62,102 @@ def initialize() -> None:
 
 
 class PreemptionMonitor:
-    """Asks, on all hosts at the same points of the program, whether to leave.
+    """Checks for preemption on all processes at the same points of the program.
 
-    JAX needs a number that grows with every question. It is our own and not the training step, so that evaluation
-    and start-up can ask too.
+    `reached_preemption_sync_point` needs a counter that increases with every call. It is separate from the training
+    step, so that evaluation can check between two steps.
     """
 
     def __init__(self) -> None:
-        self._polls = 0
+        self._checks = 0
 
     def check(self) -> None:
-        """Raise Preempted, on every host at the same poll, some polls after SIGTERM reached one of them."""
-        self._polls += 1
-        if multihost_utils.reached_preemption_sync_point(self._polls):
+        """Raise Preempted on all processes at the same check, once SIGTERM has reached one of them."""
+        self._checks += 1
+        if multihost_utils.reached_preemption_sync_point(self._checks):
             raise Preempted
 
 
 def is_main_process() -> bool:
-    """Return whether this process writes what is written once."""
+    """Return whether this process writes metrics, reports and exports."""
     return jax.process_index() == 0
 
 
-def barrier(point: str) -> None:
-    """Return when every process has come to this point of the program."""
-    multihost_utils.sync_global_devices(point)
+def barrier(name: str) -> None:
+    """Return when every process has reached the barrier of this name."""
+    multihost_utils.sync_global_devices(name)
 
 
 def all_true(flag: bool) -> bool:
-    """Return whether a flag is set on every process; to be called on all of them."""
+    """Return whether `flag` is true on every process. Call it on all processes."""
     return bool(multihost_utils.process_allgather(np.array(flag)).all())
+
+
+def from_main_process(*values: int) -> tuple[int, ...]:
+    """Return the integers of the main process (int32). Call it on all processes with the same number of values."""
+    return tuple(int(x) for x in multihost_utils.broadcast_one_to_all(np.array(values, np.int32)))
 
 
 @contextlib.contextmanager
 def synchronized_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Go on after a block on all processes or on none; to be entered on all of them.
+    """Raise an error of the block on all processes, so that none waits for the others in the next collective.
 
-    Where the block raises one of `kinds` on any process, it is raised on every one, with the words of the first: else
-    the others would wait for it in the next computation that they share. Errors of other kinds go straight through, end
-    their process, and with it the job.
+    Enter the block on all processes. An error of one of `kinds` on any process is raised on every process, with the
+    message of the first process that has one. An error of another kind propagates on its process alone and ends the
+    job.
     """
-    mine = None
+    own_error = None
     try:
         yield
     except kinds as error:
-        mine = error
+        own_error = error
     if jax.process_count() == 1:
-        if mine:
-            raise mine
+        if own_error:
+            raise own_error
         return
-    kind = next((number for number, kind in enumerate(kinds, 1) if isinstance(mine, kind)), 0)
-    said = bytes([kind]) + (format_error(mine).encode() if mine else b"")[: _SAID_BYTES - 1]
-    everyone = multihost_utils.process_allgather(np.frombuffer(said.ljust(_SAID_BYTES, b"\0"), np.uint8))
-    failed = np.flatnonzero(everyone[:, 0])
+    kind = next((number for number, kind in enumerate(kinds, 1) if isinstance(own_error, kind)), 0)
+    message = bytes([kind]) + (format_error(own_error).encode() if own_error else b"")[: _MESSAGE_BYTES - 1]
+    messages = multihost_utils.process_allgather(np.frombuffer(message.ljust(_MESSAGE_BYTES, b"\0"), np.uint8))
+    failed = np.flatnonzero(messages[:, 0])
     if not failed.size:
         return
     first = int(failed[0])
     if first == jax.process_index():
-        raise mine
-    words = everyone[first, 1:].tobytes().rstrip(b"\0").decode(errors="ignore")
-    raise kinds[everyone[first, 0] - 1](f"process {first}: {words}") from mine
+        raise own_error
+    text = messages[first, 1:].tobytes().rstrip(b"\0").decode(errors="ignore")
+    raise kinds[messages[first, 0] - 1](f"process {first}: {text}") from own_error
 
 
 def format_error(error: Exception) -> str:
-    """Return an error's words in one line, after its kind where they don't stand alone: KeyError's are a key."""
-    words = " ".join(str(error).split())
-    return words if words and isinstance(error, (ValueError, RuntimeError)) else f"{type(error).__name__}: {words}"
+    """Return an error's message on one line, with the name of its type unless it is a ValueError or RuntimeError.
+
+    >>> format_error(ValueError("train.batch_size=0"))
+    'train.batch_size=0'
+    >>> format_error(KeyError("image"))
+    "KeyError: 'image'"
+    """
+    text = " ".join(str(error).split())
+    return text if text and isinstance(error, (ValueError, RuntimeError)) else f"{type(error).__name__}: {text}"
 
 
-def check_equal_on_all_processes(facts: Mapping[str, str]) -> None:
-    """Stop all hosts if they differ in a fact, e.g. `{'config': …, 'training data': …}`.
+def check_equal_on_all_processes(values: Mapping[str, str]) -> None:
+    """Check that every process has the same values, e.g. `{'config': …, 'training data': …}`.
 
     Raises:
-      RuntimeError: on every host, naming the facts and the processes that differ from process 0.
+      RuntimeError: on every process, with the names of the values and the processes that differ from process 0.
     """
-    digests = [hashlib.sha256(f"{name}={value}".encode()).digest()[:8] for name, value in facts.items()]
-    mine = np.frombuffer(b"".join(digests), np.uint32).reshape(len(facts), 2)
-    everyone = multihost_utils.process_allgather(mine).reshape(jax.process_count(), len(facts), 2)
-    wrong = []
-    for column, name in enumerate(facts):
-        others = np.flatnonzero((everyone[:, column] != everyone[0, column]).any(axis=-1))
-        if others.size:
-            wrong.append(f"{name} (processes {', '.join(map(str, others))})")
-    if wrong:
+    digests = [hashlib.sha256(f"{name}={value}".encode()).digest()[:8] for name, value in values.items()]
+    local = np.frombuffer(b"".join(digests), np.uint32).reshape(len(values), 2)
+    gathered = multihost_utils.process_allgather(local).reshape(jax.process_count(), len(values), 2)
+    differing = {}
+    for column, name in enumerate(values):
+        processes = np.flatnonzero((gathered[:, column] != gathered[0, column]).any(axis=-1))
+        if processes.size:
+            differing[name] = ", ".join(map(str, processes))
+    if differing:
         raise RuntimeError(
-            f"hosts disagree with process 0 in: {'; '.join(wrong)}. Here, in process {jax.process_index()}: "
-            + ", ".join(f"{name}={value}" for name, value in facts.items() if any(w.startswith(name) for w in wrong))
+            "hosts disagree with process 0 in: "
+            + "; ".join(f"{name} (processes {processes})" for name, processes in differing.items())
+            + f". Here, in process {jax.process_index()}: "
+            + ", ".join(f"{name}={values[name]}" for name in differing)
         )

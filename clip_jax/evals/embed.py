@@ -1,7 +1,7 @@
-"""From encoded pictures and texts to unit vectors on the host: the model as evaluators see it.
+"""Embedders: from encoded images and texts to unit vectors on the host.
 
-Classes with several wordings follow Radford et al. 2021, section 3.1.4: the mean of the wordings' unit embeddings,
-at length 1 again.
+The embedding of a class with several prompts is the normalized mean of their unit embeddings (Radford et al. 2021,
+section 3.1.4).
 """
 
 from __future__ import annotations
@@ -20,57 +20,46 @@ from jaxtyping import Float, Integer
 from clip_jax.devices import distributed
 from clip_jax.devices.distributed import DATA_ERRORS
 from clip_jax.evals.ranking import unit
-from clip_jax.typing import Embedder, EvalDataset, Params, Tokenizer
+from clip_jax.typing import Embedder, EvalDataset, Params, Tokenizer, Unavailable
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelEmbedder:
-    """Embed in batches of one size, so that each encoder compiles once.
+    """Embed in batches of constant size, so that each encoder compiles once.
 
-    Build it with the same two functions every time: JAX keeps what it compiled by the function, not by the embedder.
-    With several processes every one passes all inputs, prepares its own rows of each batch, and gets all outputs. What
-    one of them can't prepare is an error on all.
-
-    encode_image: (params, uint8[B H W 3]) -> float[B E], pure.
-    encode_text: (params, int32[B L]) -> float[B E], pure.
-    image_features: (params, uint8[B H W 3]) -> float[B D], pure; for `features`.
-    preprocess: encoded pictures -> uint8[n H W 3].
-    batch_size: rows of a batch in all processes together; a multiple of the devices that `put` spreads it over.
-    rows: those of a batch that this process prepares; None: all.
-    put: a host array of these rows to a device array of the batch, sharded if there is a mesh.
-    out_sharding: of the encoders' outputs; with a mesh the replicated one, so that every process can read all rows.
-    on_batch: called between batches; the training loop looks for preemption there. What it raises ends the embedding.
+    Reuse the same encoder functions: JAX caches compilations by function. With several processes, each process passes
+    all inputs, prepares its own rows of every batch and gets all outputs; an error in one process is raised on all.
     """
 
-    encode_image: Callable[[Params, jax.Array], jax.Array]
-    encode_text: Callable[[Params, jax.Array], jax.Array]
+    encode_image: Callable[[Params, jax.Array], jax.Array]  # (params, uint8[B H W 3]) -> float[B E], pure
+    encode_text: Callable[[Params, jax.Array], jax.Array]  # (params, int32[B L]) -> float[B E], pure
     params: Any
     tokenizer: Tokenizer
-    preprocess: Callable[[Sequence[bytes]], np.ndarray]
-    batch_size: int = 256
-    rows: slice | None = None
-    put: Callable[[np.ndarray], jax.Array] = jnp.asarray
-    out_sharding: jax.sharding.Sharding | None = None
-    on_batch: Callable[[], None] | None = None
-    image_features: Callable[[Params, jax.Array], jax.Array] | None = None
+    preprocess: Callable[[Sequence[bytes]], np.ndarray]  # encoded images -> uint8[n H W 3]
+    batch_size: int = 256  # rows per batch, over all processes; a multiple of the number of devices
+    rows: slice | None = None  # rows of a batch that this process prepares; None: all
+    put: Callable[[np.ndarray], jax.Array] = jnp.asarray  # this process's rows -> global array
+    out_sharding: jax.sharding.Sharding | None = None  # of the outputs; with a mesh: replicated
+    on_batch: Callable[[], None] | None = None  # called after each batch, e.g. to check for preemption
+    image_features: Callable[[Params, jax.Array], jax.Array] | None = None  # (params, images) -> float[B D]
 
     def image(self, images: Sequence[bytes]) -> Float[np.ndarray, "n E"]:
-        """Return a unit vector for every encoded picture, NaN where the model gave none."""
-        return unit(self._embed(self.encode_image, self.preprocess, images, "picture"))
+        """Return a unit vector for each encoded image; NaN if the model's output is zero or not finite."""
+        return unit(self._embed(self.encode_image, self.preprocess, images, "image"))
 
     def text(self, texts: Sequence[str]) -> Float[np.ndarray, "m E"]:
-        """Return a unit vector for every text, NaN where the model gave none."""
+        """Return a unit vector for each text; NaN if the model's output is zero or not finite."""
         return unit(self._embed(self.encode_text, self.tokenizer, texts, "text"))
 
     def features(self, images: Sequence[bytes]) -> Float[np.ndarray, "n D"]:
-        """Return what `image_features` gives for every encoded picture, at whatever length it has."""
-        return self._embed(self.image_features, self.preprocess, images, "picture")
+        """Return the image features before the projection, not normalized."""
+        return self._embed(self.image_features, self.preprocess, images, "image")
 
-    def _prepared(self, prepare: Callable[..., np.ndarray], items: Sequence[Any]) -> Iterator[tuple[np.ndarray, int]]:
-        """Yield this process's rows of every batch, and how many of the whole batch are no padding."""
+    def _batches(self, prepare: Callable[..., np.ndarray], items: Sequence[Any]) -> Iterator[tuple[np.ndarray, int]]:
+        """Yield this process's rows of every batch, and the number of rows of the global batch without padding."""
         first, stop, _ = (self.rows or slice(None)).indices(self.batch_size)
         for start in range(0, len(items), self.batch_size):
-            # Decoding is shared and so is the encoder: who can't decode would leave the others waiting in it.
+            # The encoder is a collective: without synchronization, a decoding error would block the other processes.
             with distributed.synchronized_errors(*DATA_ERRORS) if self.rows is not None else contextlib.nullcontext():
                 rows = prepare(items[start + first : start + stop] or items[-1:])
             padding = [(0, stop - first - len(rows))] + [(0, 0)] * (rows.ndim - 1)
@@ -80,18 +69,18 @@ class ModelEmbedder:
         self, encode: Callable[..., jax.Array], prepare: Callable[..., np.ndarray], items: Sequence[Any], kind: str
     ) -> Float[np.ndarray, "n E"]:
         if not len(items):
-            raise ValueError(f"there is no {kind} to embed; give at least one")
+            raise ValueError(f"{kind}s: expected at least one, got none")
         jitted = jax.jit(encode, out_shardings=self.out_sharding)
-        done: list[np.ndarray] = []
-        running: tuple[jax.Array, int] | None = None
-        for rows, count in self._prepared(prepare, items):
+        outputs: list[np.ndarray] = []
+        pending: tuple[jax.Array, int] | None = None
+        for rows, count in self._batches(prepare, items):
             started = jitted(self.params, self.put(rows)), count
-            if running:  # fetched only now: the next batch was decoded while this one was computed
-                done.append(_fetch(*running))
-            running = started
+            if pending:  # fetched one batch later, so that the host decodes while the device computes
+                outputs.append(_fetch(*pending))
+            pending = started
             if self.on_batch:
                 self.on_batch()
-        return np.concatenate([*done, _fetch(*running)])
+        return np.concatenate([*outputs, _fetch(*pending)])
 
 
 def _fetch(output: jax.Array, count: int) -> np.ndarray:
@@ -100,40 +89,51 @@ def _fetch(output: jax.Array, count: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class CachedEmbedder:
-    """Embed every picture and text once, however many evaluators, sets and panels ask for it."""
+    """Embedder that keeps embeddings in memory: every image and text is embedded once."""
 
     embedder: Embedder
     _images: dict[bytes, np.ndarray] = dataclasses.field(default_factory=dict)
     _texts: dict[bytes, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def image(self, images: Sequence[bytes]) -> Float[np.ndarray, "n E"]:
-        """Return the embedder's vectors for pictures, asking it only for those not seen before."""
-        return _remembered(self.embedder.image, self._images, images)
+        """Return the image embeddings; only new images are passed to the embedder."""
+        return _embed_new(self.embedder.image, self._images, images)
 
     def text(self, texts: Sequence[str]) -> Float[np.ndarray, "m E"]:
-        """Return the embedder's vectors for texts, asking it only for those not seen before."""
-        return _remembered(self.embedder.text, self._texts, texts)
+        """Return the text embeddings; only new texts are passed to the embedder."""
+        return _embed_new(self.embedder.text, self._texts, texts)
+
+    def features(self, images: Sequence[bytes]) -> Float[np.ndarray, "n D"]:
+        """Return the features, which are not cached."""
+        return features_of(self.embedder, images)
 
 
-def _remembered(
-    embed: Callable[[Sequence[Any]], np.ndarray], seen: dict[bytes, np.ndarray], items: Sequence[Any]
+def features_of(embedder: Embedder, images: Sequence[bytes]) -> Float[np.ndarray, "n D"]:
+    """Return the embedder's features. Raises Unavailable if it has none."""
+    if not hasattr(embedder, "features"):
+        raise Unavailable("probes need an embedder with `features`; this one has `image` and `text` only")
+    return embedder.features(images)
+
+
+def _embed_new(
+    embed: Callable[[Sequence[Any]], np.ndarray], cache: dict[bytes, np.ndarray], items: Sequence[Any]
 ) -> np.ndarray:
     keys = [_digest(item) for item in items]
-    new = {key: index for index, key in reversed([*enumerate(keys)]) if key not in seen}
+    new = {key: index for index, key in reversed([*enumerate(keys)]) if key not in cache}
     if new:
         order = sorted(new, key=new.__getitem__)
-        seen.update(zip(order, embed(_Chosen(items, [new[key] for key in order])), strict=True))
-    return np.stack([seen[key] for key in keys])
+        cache.update(zip(order, embed(_Subset(items, [new[key] for key in order])), strict=True))
+    return np.stack([cache[key] for key in keys])
 
 
 def _digest(item: bytes | str) -> bytes:
-    """Return what stands for a picture or text, so that a large set's pictures are not held."""
+    """Return a hash of an image or text, so that the cache does not hold the images."""
     return hashlib.blake2b(item if isinstance(item, bytes) else item.encode(), digest_size=16).digest()
 
 
 @dataclasses.dataclass(frozen=True)
-class _Chosen(Sequence):
-    """Some of a sequence, read when they are asked for."""
+class _Subset(Sequence):
+    """Items of a sequence by index, read on access."""
 
     items: Sequence[Any]
     indices: list[int]
@@ -147,57 +147,60 @@ class _Chosen(Sequence):
         return self.items[self.indices[index]]
 
 
-def embed_set(embedder: Embedder, eval_set: EvalDataset) -> tuple[Float[np.ndarray, "n E"], Float[np.ndarray, "M E"]]:
-    """Return the embeddings of a set's pictures and of its texts, the wordings of one text averaged.
+def embed_dataset(
+    embedder: Embedder, dataset: EvalDataset
+) -> tuple[Float[np.ndarray, "n E"], Float[np.ndarray, "M E"]]:
+    """Return the embeddings of the images and of the texts, averaged over the prompts of each text.
 
     Raises:
-      ValueError: for a set without pictures or texts, a text without wordings, targets that don't fit, or an embedder
-        that returns another number of rows.
+      Unavailable: if the dataset has no texts for a known reason, e.g. missing class names.
+      ValueError: for an inconsistent dataset (see `check_dataset`), or a wrong number of rows from the embedder.
     """
-    check_set(eval_set)
-    image_nE = embedder.image(eval_set.images)
-    wordings_TE = embedder.text([wording for wordings in eval_set.texts for wording in wordings])
-    counts_M = np.array([len(wordings) for wordings in eval_set.texts])
+    if dataset.missing_texts:
+        raise Unavailable(dataset.missing_texts)
+    check_dataset(dataset)
+    image_nE = embedder.image(dataset.images)
+    prompts_TE = embedder.text([prompt for prompts in dataset.texts for prompt in prompts])
+    counts_M = np.array([len(prompts) for prompts in dataset.texts])
     for kind, got, expected in (
-        ("pictures", len(image_nE), len(eval_set.images)),
-        ("wordings", len(wordings_TE), counts_M.sum()),
+        ("images", len(image_nE), len(dataset.images)),
+        ("prompts", len(prompts_TE), counts_M.sum()),
     ):
         if got != expected:
-            raise ValueError(f"the embedder returned {got} rows for the {expected} {kind} of {eval_set.name}")
-    return image_nE, mean_of_wordings(wordings_TE, counts_M)
+            raise ValueError(f"{dataset.name}: expected {expected} embeddings of {kind}, got {got}")
+    return image_nE, average_prompts(prompts_TE, counts_M)
 
 
-def mean_of_wordings(
-    wordings_TE: Float[np.ndarray, "T E"], counts_M: Integer[np.ndarray, "M"]
+def average_prompts(
+    prompts_TE: Float[np.ndarray, "T E"], counts_M: Integer[np.ndarray, "M"]
 ) -> Float[np.ndarray, "M E"]:
-    """Return for each text the mean of its wordings' unit vectors, at length 1 again.
+    """Return the normalized mean of each text's unit prompt embeddings.
 
-    counts_M: how many rows each text has, one after another; 1 or more.
+    Args:
+      prompts_TE: prompt embeddings of the first text, then of the second, …
+      counts_M: number of prompts of each text, at least 1.
+
+    >>> average_prompts(np.array([[2.0, 0.0], [0.0, 1.0], [0.0, 3.0]]), np.array([1, 2]))
+    array([[1., 0.],
+           [0., 1.]], dtype=float32)
     """
     starts_M = np.concatenate([[0], np.cumsum(counts_M)[:-1]])
-    return unit(np.add.reduceat(unit(wordings_TE), starts_M, axis=0))
+    return unit(np.add.reduceat(unit(prompts_TE), starts_M, axis=0))
 
 
-def check_set(eval_set: EvalDataset) -> None:
-    """Raise ValueError unless every picture of the set has a text that has a wording."""
-    name, images, texts, targets = eval_set.name, eval_set.images, eval_set.texts, eval_set.targets
+def check_dataset(dataset: EvalDataset) -> None:
+    """Raise ValueError unless there are images and texts, a target for each image, and a prompt for each text."""
+    name, images, texts, targets = dataset.name, dataset.images, dataset.texts, dataset.targets
     if not len(images) or not len(texts):
-        raise ValueError(
-            f"evaluation set {name} has {len(images)} pictures and {len(texts)} texts; it needs some of both"
-        )
+        raise ValueError(f"{name}: expected images and texts, got {len(images)} images and {len(texts)} texts")
     if len(targets) != len(images):
-        raise ValueError(
-            f"evaluation set {name} has {len(targets)} targets for {len(images)} pictures; give one for each"
-        )
+        raise ValueError(f"{name}: expected one target per image, got {len(targets)} for {len(images)} images")
     if targets.ndim == 2 and targets.shape[1] != len(texts):
-        raise ValueError(
-            f"evaluation set {name} says of {targets.shape[1]} texts whether they are right, and has {len(texts)}"
-        )
+        raise ValueError(f"{name}: expected targets[n, {len(texts)}], one column per text, got {targets.shape[1]}")
     if targets.ndim == 1 and (targets.min() < 0 or targets.max() >= len(texts)):
-        raise ValueError(
-            f"evaluation set {name} has targets from {targets.min()} to {targets.max()};"
-            f" its {len(texts)} texts have indices 0 to {len(texts) - 1}"
-        )
-    empty = [index for index, wordings in enumerate(texts) if not wordings]
+        raise ValueError(f"{name}: expected targets from 0 to {len(texts) - 1}, got {targets.min()} to {targets.max()}")
+    empty = [index for index, prompts in enumerate(texts) if not prompts]
     if empty:
-        raise ValueError(f"text {empty[0]} of evaluation set {name} has no wording, as have {len(empty)} in all")
+        raise ValueError(
+            f"{name}: expected a prompt for every text, got none for text {empty[0]} ({len(empty)} in all)"
+        )

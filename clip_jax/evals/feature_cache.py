@@ -1,4 +1,4 @@
-"""Features on disk: computed once for a checkpoint and a split, whoever asks for them next."""
+"""Embeddings and features on disk: computed once per model and dataset split."""
 
 from __future__ import annotations
 
@@ -10,56 +10,95 @@ import os
 import pathlib
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from clip_jax.devices import distributed
+from clip_jax.evals.embed import features_of
+from clip_jax.typing import Embedder
 
 log = logging.getLogger(__name__)
 
-# A writer at work touches its file more often; one that was killed never again. Clocks of shared disks may be off.
-ABANDONED_SECONDS = 3600
+ABANDONED_SECONDS = 3600  # age of a temporary file whose writer was killed; allows for clock skew of shared disks
 
 
 @dataclasses.dataclass(frozen=True)
 class FeatureCache:
-    """A directory of `.npy` files for one model. With directory '' nothing is kept.
-
-    model: what the features depend on besides pictures: a fingerprint of weights, architecture and preprocessing.
-    """
+    """A directory of `.npy` files; with directory '' nothing is stored."""
 
     directory: str
-    model: str
+    model: str  # fingerprint of weights, architecture and preprocessing
 
     def get(self, key: str, rows: int, compute: Callable[[], np.ndarray]) -> np.ndarray:
-        """Return what was kept under a key, or compute and keep it. To be called on all hosts.
+        """Return the stored array, or compute and store it. A collective: call it on all processes.
 
-        A file that can't be read, or holds another number of rows, counts as missing: it is written anew. Features
-        that aren't finite are not kept, for a later version may do better.
+        An unreadable file, or one with another number of rows, counts as missing and is overwritten. Arrays with
+        values that are not finite are not stored.
         """
         if not self.directory:
             return compute()
         name = hashlib.sha256(f"{self.model}/{key}".encode()).hexdigest()[:32]
         path = pathlib.Path(self.directory).expanduser() / f"{name}.npy"
-        found = _read(path, rows)
-        if distributed.all_true(found is not None):  # else some hosts would compute and wait for the others
-            return found
+        stored = _read(path, rows)
+        if distributed.all_true(stored is not None):  # `compute` is a collective: all processes or none
+            return stored
         computed = compute()
         if distributed.is_main_process() and np.isfinite(computed).all():
             try:
                 _write(path, computed)
-            except OSError as error:  # a full disk or a home that is read-only costs time, not the evaluation
-                log.warning("features are not kept: %s", error)
+            except OSError as error:  # disk full or read-only: the evaluation goes on without the cache
+                log.warning("%s: features not cached: %s", path, error)
         return computed
+
+
+class FingerprintedImages(Sequence):
+    """Encoded images of a split with the split's fingerprint, by which `DiskCachedEmbedder` finds their embeddings."""
+
+    def __init__(self, images: Sequence[bytes], fingerprint: str):
+        self._images = images
+        self.fingerprint = fingerprint
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._images[index]
+
+
+@dataclasses.dataclass(frozen=True)
+class DiskCachedEmbedder:
+    """Embedder that stores image embeddings and features of `FingerprintedImages` in a `FeatureCache`."""
+
+    embedder: Embedder
+    cache: FeatureCache
+
+    def image(self, images: Sequence[bytes]) -> np.ndarray:
+        """Return unit vectors float[n E]."""
+        return self._get("embeddings", self.embedder.image, images)
+
+    def text(self, texts: Sequence[str]) -> np.ndarray:
+        """Return unit vectors float[m E], which are not cached."""
+        return self.embedder.text(texts)
+
+    def features(self, images: Sequence[bytes]) -> np.ndarray:
+        """Return features float[n D]. Raises Unavailable if the embedder has none."""
+        return self._get("features", lambda images: features_of(self.embedder, images), images)
+
+    def _get(self, kind: str, compute: Callable[[Sequence[bytes]], np.ndarray], images: Sequence[bytes]) -> np.ndarray:
+        fingerprint = getattr(images, "fingerprint", "")
+        if not fingerprint:
+            return compute(images)
+        return self.cache.get(f"{kind}-{fingerprint}", len(images), lambda: compute(images))
 
 
 def _read(path: pathlib.Path, rows: int) -> np.ndarray | None:
     try:
-        found = np.load(path, allow_pickle=False)
+        array = np.load(path, allow_pickle=False)
     except Exception:  # noqa: BLE001 (damaged headers raise tokenize's errors too)
         return None
-    return found if isinstance(found, np.ndarray) and found.ndim == 2 and len(found) == rows else None
+    return array if isinstance(array, np.ndarray) and array.ndim == 2 and len(array) == rows else None
 
 
 def _write(path: pathlib.Path, array: np.ndarray) -> None:
@@ -72,8 +111,8 @@ def _write(path: pathlib.Path, array: np.ndarray) -> None:
 
 
 def _remove_abandoned(directory: pathlib.Path) -> None:
-    """Remove what killed writers left; others' files of that ending have other names."""
+    """Remove temporary files of killed writers; the pattern matches no file of other programs."""
     for path in directory.glob(f"{'[0-9a-f]' * 32}.{'[0-9a-f]' * 32}.new"):
-        with contextlib.suppress(OSError):  # its writer was alive, or another has removed it
+        with contextlib.suppress(OSError):  # renamed or removed meanwhile
             if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
                 path.unlink()

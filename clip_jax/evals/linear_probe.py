@@ -1,16 +1,18 @@
-"""The linear probe: logistic regression on frozen features (Radford et al. 2021, appendix A.3).
+"""Linear probe: logistic regression on frozen features (Radford et al. 2021, appendix A.3).
 
-l2 is found on a validation split by the paper's parametric binary search, then the probe is fitted to training and
-validation split together. The objective is that of scikit-learn's `LogisticRegression(C=1/l2)`: `logistic.py`.
+The L2 penalty is searched on a validation split by the paper's parametric binary search; then the probe is fitted to
+training and validation split together. The objective is scikit-learn's `LogisticRegression(C=1/l2)`: `logistic.py`.
 
-Deviations: the paper's 96 values from 1e-6 to 1e6 are no whole number per decade; here there are 97, 8 per decade. Of
-values that do equally well the greatest is taken. Examples with any number of classes (Pascal VOC 2007) are fitted with
-one sigmoid per class, all with the same l2.
+Deviations: the paper's 96 values from 1e-6 to 1e6 are not a whole number per decade; here there are 97, 8 per decade.
+Of equally good values the largest is selected. Multi-label datasets (Pascal VOC 2007) are fitted with one sigmoid per
+class and a common l2.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -18,50 +20,113 @@ import numpy as np
 from jaxtyping import Bool, Float, Integer
 
 from clip_jax.evals import logistic
-from clip_jax.evals.metrics import Metric, Predictions, accuracy
+from clip_jax.evals.embed import features_of
+from clip_jax.evals.metrics import METRICS, Metric, Predictions, accuracy
+from clip_jax.evals.zeroshot import classification_metrics
+from clip_jax.typing import DatasetSplit, Embedder, EvalDataset, EvalResult, Unavailable
 
-TOLERANCE = 1e-5  # nats per example that the optimum could still win, about
-STEPS_PER_DECADE, LAST_STEP = 8, 48  # 8 · 6 decades to either side of 1
-FIRST_STRIDE = 16  # the seven first values: 1e-6, 1e-4 … 1e6
-NEVER = np.finfo(np.float32).min
+log = logging.getLogger(__name__)
+
+TOLERANCE = 1e-5  # nats per example above the optimum, about
+STEPS_PER_DECADE, LAST_STEP = 8, 48  # 6 decades on either side of 1
+FIRST_STRIDE = 16  # the first seven values: 1e-6, 1e-4 … 1e6
+LOWEST = np.finfo(np.float32).min  # intercept of a class without examples
+HELD_OUT = 0.2  # fraction of the training split that replaces a missing validation split
 
 
 class Examples(NamedTuple):
-    """A split: features float[n D], and of each row the class id, int[n], or whether each class is right, bool[n Q]."""
+    """Features float[n D], and class ids int[n] or, for several classes per example, bool[n Q]."""
 
     features_nD: np.ndarray
     targets: np.ndarray
 
 
+def linear_probe(embedder: Embedder, dataset: EvalDataset) -> EvalResult:
+    """Fit a linear probe to the training split and evaluate it on the test split.
+
+    Returns:
+      `linear_probe/<dataset>/<metric>`, the metrics and references of `zeroshot`.
+
+    Raises:
+      Unavailable: without a training split, classes, features, or with features that are not finite.
+    """
+    train, validation, source = training_examples(embedder, dataset, dataset.split("train"))
+    test = probe_examples(embedder, dataset.images, dataset.targets)
+    found = search(train, validation, dataset.num_classes, selection_metric(dataset))
+    predictions = Predictions(found.probe.scores(test.features_nD), dataset.targets, dataset.groups)
+    fitted = (
+        f"fitted to {len(train.targets) + len(validation.targets):,} images, l2={found.l2:.3g} selected on {source}"
+    )
+    return EvalResult(classification_metrics(f"linear_probe/{dataset.name}", predictions, dataset.metric), fitted)
+
+
+linear_probe.tasks, linear_probe.needs_train_split = ("zeroshot",), True
+
+
+def probe_examples(
+    embedder: Embedder, images: Sequence[bytes], targets: np.ndarray | None, rows: np.ndarray | slice = slice(None)
+) -> Examples:
+    """Return features and targets. Raises Unavailable for captions, and for features that are not finite."""
+    if targets is None:
+        raise Unavailable("expected classes, found captions")
+    features_nD = features_of(embedder, images)
+    invalid = int((~np.isfinite(features_nD)).any(1).sum())
+    if invalid:
+        raise Unavailable(f"the features of {invalid:,} of {len(features_nD):,} images are not finite")
+    return Examples(features_nD[rows], targets[rows])
+
+
+def training_examples(embedder: Embedder, dataset: EvalDataset, train: DatasetSplit) -> tuple[Examples, Examples, str]:
+    """Return examples to fit to, examples to select l2 on, and a description of the latter.
+
+    Without a validation split, a random but constant HELD_OUT fraction of the training split is held out.
+    """
+    try:
+        validation = dataset.split("validation")
+    except Unavailable as error:
+        log.info("%s: holding out a fraction of the training split: %s", dataset.name, error)
+    else:
+        splits = (probe_examples(embedder, split.images, split.targets) for split in (train, validation))
+        return *splits, "the validation split"
+    order = np.random.default_rng(0).permutation(len(train.images))
+    count = max(1, round(HELD_OUT * len(order)))
+    held_out, kept = np.sort(order[:count]), np.sort(order[count:])
+    examples = probe_examples(embedder, train.images, train.targets)
+    return (
+        *(Examples(examples.features_nD[rows], examples.targets[rows]) for rows in (kept, held_out)),
+        f"{count:,} images held out of the training split",
+    )
+
+
+def selection_metric(dataset: EvalDataset) -> Metric:
+    """Return the metric by which l2 is selected: the dataset's main metric, or top-1 for worst-group metrics."""
+    return METRICS["top1" if dataset.groups is not None else dataset.metric]
+
+
 @dataclasses.dataclass(frozen=True)
 class LinearProbe:
-    """A linear classifier. A class that no example had scores NEVER: the optimum of its intercept is −∞."""
+    """A linear classifier. Classes without examples have intercept LOWEST: their optimum is −∞."""
 
     weight_DQ: Float[np.ndarray, "D Q"]
     bias_Q: Float[np.ndarray, "Q"]
 
     def scores(self, features_nD: Float[np.ndarray, "n D"]) -> Float[np.ndarray, "n Q"]:
-        """Return the logits. Raises ValueError where features are not finite."""
-        _check_features(features_nD)
+        """Return the logits. Raises ValueError for features that are not finite."""
+        _check_finite(features_nD)
         return features_nD.astype(np.float32) @ self.weight_DQ + self.bias_Q[None]
 
     def evaluate(self, metric: Metric, examples: Examples) -> float:
-        """Return a metric of the logits of a split."""
+        """Return a metric of the logits."""
         return metric(Predictions(self.scores(examples.features_nD), examples.targets))
 
 
 @dataclasses.dataclass(frozen=True)
 class ProbeSearch:
-    """What a search found.
+    """Result of `search`."""
 
-    l2: the best on the validation split.
-    curve: the metric there, by the l2 tried, ascending.
-    probe: fitted with it.
-    """
-
-    l2: float
-    curve: dict[float, float]
-    probe: LinearProbe
+    l2: float  # selected on the validation split
+    curve: dict[float, float]  # validation metric by l2, ascending
+    probe: LinearProbe  # fitted with l2
 
 
 def fit(
@@ -72,16 +137,23 @@ def fit(
     start: LinearProbe | None = None,
     tolerance: float = TOLERANCE,
 ) -> LinearProbe:
-    """Return the probe with the least sum of cross-entropies + l2/2 · ‖weight‖².
+    """Minimize the sum of cross-entropies + l2/2 · ‖weight‖².
 
-    targets: class ids from 0 to classes − 1, or bool[n classes] for one sigmoid per class.
-    start: where to begin; it changes how long this takes, not where it ends.
-    tolerance: nats per example by which the result may miss the optimum, about. It ends after 1000 steps at most.
+    Args:
+      targets: class ids from 0 to classes − 1, or bool[n classes] for one sigmoid per class.
+      start: initial value; changes the time, not the result.
+      tolerance: distance from the optimum in nats per example, about. At most 1000 steps are taken.
 
-    Raises ValueError for features that are not finite, targets that don't suit, no rows, and l2 not above 0.
+    Raises ValueError for features that are not finite, targets out of range, no examples, and l2 ≤ 0.
+
+    >>> x = np.array([[0.0], [0.1], [0.9], [1.0]])
+    >>> fit(x, np.array([0, 0, 1, 1]), classes=2, l2=0.1).scores(x).argmax(1).tolist()
+    [0, 0, 1, 1]
     """
     if not 0 < l2 < np.inf:
-        raise ValueError(f"l2={l2}: without a penalty separable classes have no optimum; use a number such as 1e-6")
+        raise ValueError(
+            f"l2: expected a positive number such as 1e-6, got {l2}; separable classes have no optimum at 0"
+        )
     training = _Training(Examples(features_nD, targets), classes, tolerance)
     return training.probe(training.solve(l2, training.coordinates(start)))
 
@@ -95,70 +167,71 @@ def search(
     *,
     refit: bool = True,
 ) -> ProbeSearch:
-    """Find l2 on the validation split and fit the probe to both splits. Some 15 fits, each begun where others ended.
+    """Search l2 on the validation split and fit the probe to both splits: about 15 fits, with warm starts.
 
-    metric: one of `metrics.METRICS`, such as `accuracy`, or `map_11_points` for any number of classes.
-    refit: otherwise the probe is the one fitted to the training split. Raises as `fit` does.
+    Args:
+      metric: one of `metrics.METRICS`, such as `accuracy`, or `map_11_points` for several classes per example.
+      refit: False returns the probe fitted to the training split alone. Raises as `fit` does.
     """
     train, validation = Examples(*train), Examples(*validation)
-    _targets(validation, classes)  # before the work
-    peak, values, probe = _walk(train, validation, classes, metric, tolerance)
-    if refit:  # what was laid out of the training split is gone by now: devices hold features once
+    _checked_targets(validation, classes)  # before the fits
+    best, values, probe = _binary_search(train, validation, classes, metric, tolerance)
+    if refit:  # the training split is off the devices by now: they hold one copy of the features
         both = Examples(*(np.concatenate(pair) for pair in zip(train, validation, strict=True)))
-        probe = fit(*both, classes, _l2(peak), probe, tolerance)
-    return ProbeSearch(_l2(peak), {_l2(step): values[step] for step in sorted(values)}, probe)
+        probe = fit(*both, classes, _l2(best), probe, tolerance)
+    return ProbeSearch(_l2(best), {_l2(step): values[step] for step in sorted(values)}, probe)
 
 
-def _walk(
+def _binary_search(
     train: Examples, validation: Examples, classes: int, metric: Metric, tolerance: float
 ) -> tuple[int, dict[int, float], LinearProbe]:
-    """Return the best step, the metric at every step tried, and the training split's probe of the best."""
+    """Return the best step, the validation metric of each step tried, and the best probe of the training split."""
     training = _Training(train, classes, tolerance)
     solved, values = {}, {}
 
     def visit(step: int) -> None:
         if step not in solved and abs(step) <= LAST_STEP:
-            solved[step] = training.solve(_l2(step), _between(solved, step))
+            solved[step] = training.solve(_l2(step), _warm_start(solved, step))
             values[step] = training.probe(solved[step]).evaluate(metric, validation)
 
-    for step in range(LAST_STEP, -LAST_STEP - 1, -FIRST_STRIDE):  # the easy ones first
+    for step in range(LAST_STEP, -LAST_STEP - 1, -FIRST_STRIDE):  # large l2 converge fast
         visit(step)
     stride = FIRST_STRIDE
     while stride > 1:
         stride //= 2
-        peak = _peak(values)
-        visit(peak + stride)
-        visit(peak - stride)
+        best = _best_step(values)
+        visit(best + stride)
+        visit(best - stride)
 
-    peak = _peak(values)
-    return peak, values, training.probe(solved[peak])
+    best = _best_step(values)
+    return best, values, training.probe(solved[best])
 
 
 def _l2(step: int) -> float:
     return float(10 ** (step / STEPS_PER_DECADE))
 
 
-def _peak(values: dict[int, float]) -> int:
+def _best_step(values: dict[int, float]) -> int:
     return max(values, key=lambda step: (values[step], step))
 
 
-def _between(solved: dict, step: int):
-    """Return a start: the mean of the optima on both sides, so that its error is of second order; or the nearest."""
+def _warm_start(solved: dict, step: int):
+    """Return the mean of the neighbouring optima, whose error is of second order, or the nearest optimum."""
     sides = [[s for s in solved if s < step], [s for s in solved if s > step]]
     near = [solved[min(side, key=lambda s: abs(s - step))] for side in sides if side]
     return sum(near) / len(near) if near else None
 
 
 class _Training:
-    """Examples laid out for `logistic`, once for every l2. Classes without an example are left out of it."""
+    """The training problem on the devices, shared by all l2. Classes without examples are removed from it."""
 
     def __init__(self, examples: Examples, classes: int, tolerance: float):
-        targets = _targets(examples, classes)
+        targets = _checked_targets(examples, classes)
         exclusive = targets.dtype != bool
         self.present_Q = np.bincount(targets, minlength=classes) > 0 if exclusive else targets.any(0)
         targets = (np.cumsum(self.present_Q) - 1)[targets] if exclusive else targets[:, self.present_Q]
         self.problem = logistic.prepare(examples.features_nD, targets, int(self.present_Q.sum()))
-        # Of two classes scikit-learn fits one column, w. Here they get w/2 and −w/2, of half its square together.
+        # For two classes scikit-learn fits one column w. Here the columns are w/2 and −w/2, with half its squared norm.
         self.factor = 2 if exclusive and self.present_Q.sum() == 2 else 1
         self.tolerance = tolerance
 
@@ -171,40 +244,42 @@ class _Training:
         if probe is None:
             return None
         if probe.weight_DQ.shape != (expected := (len(self.problem.mean_d), len(self.present_Q))):
-            raise ValueError(f"start has weights of shape {probe.weight_DQ.shape}, and these examples ask {expected}")
-        bias_Q = np.where(probe.bias_Q > NEVER, probe.bias_Q, 0)
+            raise ValueError(f"start: expected weights of shape {expected}, got {probe.weight_DQ.shape}")
+        bias_Q = np.where(probe.bias_Q > LOWEST, probe.bias_Q, 0)
         return logistic.to_problem(self.problem, probe.weight_DQ[:, self.present_Q], bias_Q[self.present_Q])
 
     def probe(self, w_QD) -> LinearProbe:
         weight_DQ = np.zeros((len(self.problem.mean_d), len(self.present_Q)), np.float32)
-        bias_Q = np.full(len(self.present_Q), NEVER)
+        bias_Q = np.full(len(self.present_Q), LOWEST)
         weight_DQ[:, self.present_Q], bias_Q[self.present_Q] = logistic.from_problem(self.problem, w_QD)
         return LinearProbe(weight_DQ, bias_Q)
 
 
-def _check_features(features_nD: np.ndarray) -> None:
+def _check_finite(features_nD: np.ndarray) -> None:
     bad_nD = ~np.isfinite(features_nD)
     if bad_nD.any():
         row, column = np.argwhere(bad_nD)[0]
         rows = bad_nD.any(1).sum()
         raise ValueError(
-            f"features[{row}, {column}] is {features_nD[row, column]}, one of {rows} rows that are not finite: "
-            "look at their pictures, or leave these rows out of features and targets"
+            f"features[{row}, {column}]: expected finite numbers, got {features_nD[row, column]} ({rows} such rows); "
+            "check their images, or remove the rows from features and targets"
         )
 
 
-def _targets(examples: Examples, classes: int) -> np.ndarray:
-    """Return the targets, all checked."""
+def _checked_targets(examples: Examples, classes: int) -> np.ndarray:
+    """Return the targets. Raises ValueError for wrong shapes and class ids."""
     features_nD, targets = examples
     if not len(features_nD) or len(features_nD) != len(targets):
-        raise ValueError(f"{len(features_nD)} rows of features and {len(targets)} targets; give as many, at least 1")
-    _check_features(features_nD)
+        raise ValueError(
+            f"expected one target per row, at least 1, got {len(features_nD)} rows and {len(targets)} targets"
+        )
+    _check_finite(features_nD)
     if targets.dtype == bool:
         if targets.shape != (len(targets), classes):
-            raise ValueError(f"targets have shape {targets.shape}; with classes={classes} use {len(targets), classes}")
+            raise ValueError(f"targets: expected shape {len(targets), classes}, got {targets.shape}")
         return targets
     wrong_n = (targets < 0) | (targets >= classes)
     if wrong_n.any():
         row = int(wrong_n.argmax())
-        raise ValueError(f"targets[{row}]={targets[row]} with classes={classes}; use class ids from 0 to {classes - 1}")
+        raise ValueError(f"targets[{row}]: expected a class id from 0 to {classes - 1}, got {targets[row]}")
     return targets

@@ -1,15 +1,14 @@
-"""What the number of an evaluation set is: from scores and targets to one fraction, and how sure that fraction is.
+"""Metrics of scores and targets, and their confidence intervals. All metrics are fractions.
 
 The definitions are scikit-learn's (https://scikit-learn.org/stable/modules/model_evaluation.html), the 2007 devkit's
-for Pascal VOC and WILDS' for iWildCam, with the deviations that keep a broken model from looking good:
+for Pascal VOC and WILDS' for iWildCam. Deviations, so that constant or NaN scores are never better than chance:
 
-- of two classes whose scores lie within `Predictions.tie` neither stands before the other, and the right one loses;
-- of two examples within it the negative stands before the positive, but for the ROC AUC, which as everywhere counts
-  half of such a pair: constant scores reach what chance reaches and no more;
-- a score that is not finite is the worst that it can be: last for what is right, first for what is wrong;
-- what no model can get wrong (the best five of five classes, a class that every picture has) is no measurement.
+- classes whose scores differ by less than `Predictions.tie` are tied, and a tie counts against the correct class;
+- tied examples are ordered negative before positive, except for the ROC AUC, where a tied pair counts half;
+- a score that is not finite ranks last for a correct class and first for a wrong one;
+- a metric that every model maximizes (top-5 of five classes, a class that every image has) is undefined.
 
-Where scores are finite and further apart than that, the numbers are theirs.
+For finite scores without ties the values are equal.
 """
 
 from __future__ import annotations
@@ -29,81 +28,81 @@ LEVEL, RESAMPLES = 0.95, 1000
 
 
 class Undefined(ValueError):
-    """A metric that these examples can't have, whatever the model: AUC without negatives, say."""
+    """A metric is undefined for these examples, for any model, e.g. the ROC AUC without negatives."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Predictions:
-    """A test set as a model scored it: all that a metric may look at.
+    """Scores of a model and the targets of n examples.
 
-    scores: higher is likelier; of every class, or for a yes or no question of yes alone.
-    targets: the one class that is right, or for several at once (multi-label) whether each is.
-    groups: for the worst group: which one an example is of; negative for none (FMoW's region `Other`).
-    known_ranks: what `ranks` returns, where something surer than these scores has told it (`ranking.ranks`).
-    ignored: with multi-label targets: neither right nor wrong (VOC's difficult objects, a padded candidate).
-    tie: scores closer than this are equal. The default is that of cosines, whose last bits depend on the place in a
-        matrix product; scale it with them (100 × for logits at CLIP's temperature).
+    >>> predictions = Predictions(np.array([[0.2, 0.9], [0.8, 0.1], [0.3, 0.4]]), np.array([1, 0, 0]))
+    >>> round(METRICS["top1"](predictions), 3)
+    0.667
     """
 
-    scores: Float[np.ndarray, "n Q"] | Float[np.ndarray, "n"]
-    targets: Integer[np.ndarray, "n"] | Bool[np.ndarray, "n Q"]
-    groups: Integer[np.ndarray, "n"] | None = None
-    ignored: Bool[np.ndarray, "n Q"] | None = None
+    scores: Float[np.ndarray, "n Q"] | Float[np.ndarray, "n"]  # of every class; for binary targets: of the positive one
+    targets: Integer[np.ndarray, "n"] | Bool[np.ndarray, "n Q"]  # class ids; bool for multi-label targets
+    groups: Integer[np.ndarray, "n"] | None = None  # of worst-group metrics; negative: ignored (FMoW's `Other`)
+    ignored: Bool[np.ndarray, "n Q"] | None = None  # multi-label: neither positive nor negative (VOC's difficult)
+    # Smaller differences of scores are ties. The default suits cosines, whose last bits depend on the position in a
+    # matmul; scale it with the scores (100 × for logits at CLIP's temperature).
     tie: float = TIE
-    known_ranks: Int64[np.ndarray, "n"] | None = None
+    known_ranks: Int64[np.ndarray, "n"] | None = None  # exact ranks, if computed elsewhere (`ranking.ranks`)
 
     def __post_init__(self) -> None:
         n, shape = len(self.scores), self.scores.shape
         if n == 0:
-            raise ValueError("no examples: a metric needs at least one")
+            raise ValueError("scores: expected at least one example, got none")
         if self.targets.shape not in ((n,), shape):
-            raise ValueError(f"targets{list(self.targets.shape)} don't belong to scores{list(shape)}: [n] or [n Q]")
+            raise ValueError(
+                f"targets: expected shape [n] or [n Q] of scores{list(shape)}, got {list(self.targets.shape)}"
+            )
         if self.groups is not None and self.groups.shape != (n,):
-            raise ValueError(f"groups{list(self.groups.shape)} for {n} examples: one group each, int[{n}]")
+            raise ValueError(f"groups: expected int[{n}], one per example, got shape {list(self.groups.shape)}")
         if self.ignored is not None and not self.ignored.shape == self.targets.shape == shape:
-            raise ValueError(f"ignored{list(self.ignored.shape)} goes with multi-label targets bool{list(shape)}")
+            raise ValueError(f"ignored: expected multi-label targets bool{list(shape)}, got {list(self.ignored.shape)}")
         if self.targets.dtype != bool:
             classes = shape[1] if len(shape) == 2 else 2
             low, high = self.targets.min(), self.targets.max()
             if low < 0 or high >= classes:
-                raise ValueError(f"targets from {low} to {high}, but there are {classes} classes: 0 to {classes - 1}")
+                raise ValueError(f"targets: expected class ids from 0 to {classes - 1}, got {low} to {high}")
         if not self.tie >= 0:
-            raise ValueError(f"tie={self.tie}: a distance of scores, at least 0; {TIE} suits cosines")
+            raise ValueError(f"tie: expected a difference of scores ≥ 0, e.g. {TIE} for cosines, got {self.tie}")
 
     def take(self, rows: Integer[np.ndarray, "m"]) -> Predictions:
-        """Return these examples only, repeated where rows are; ranks that are known already stay known."""
+        """Return a selection of the examples; ranks that are already computed are kept."""
         taken = copy.copy(self)
         vars(taken).update({name: x[rows] for name, x in vars(self).items() if isinstance(x, np.ndarray)})
         return taken
 
     @functools.cached_property
     def ranks(self) -> Int64[np.ndarray, "n"]:
-        """How many wrong classes stand before the right one: all of them where that has no finite score."""
+        """The number of wrong classes ranked before the correct one; Q - 1 if its score is not finite."""
         if self.known_ranks is not None:
             return self.known_ranks
         ranks_n = np.empty(len(self.scores), np.int64)
         for rows, scores_nQ in self._blocks():
-            right_n1 = np.take_along_axis(scores_nQ, self.targets[rows, None], 1)
-            surely_worse_nQ = scores_nQ < right_n1 - self.tie  # False for NaN, and for the right one itself
-            ranks_n[rows] = (~surely_worse_nQ).sum(1) - 1
+            correct_n1 = np.take_along_axis(scores_nQ, self.targets[rows, None], 1)
+            lower_nQ = scores_nQ < correct_n1 - self.tie  # False for NaN, and for the correct class
+            ranks_n[rows] = (~lower_nQ).sum(1) - 1
         return ranks_n
 
     @functools.cached_property
-    def named(self) -> Int64[np.ndarray, "n"]:
-        """The class that the model names: the right one if it stands alone at the top, else the first wrong one."""
-        named_n = self.targets.astype(np.int64)
+    def predicted(self) -> Int64[np.ndarray, "n"]:
+        """The predicted class ids: the correct class if it ranks first, else the wrong class of the highest score."""
+        predicted_n = self.targets.astype(np.int64)
         for rows, scores_nQ in self._blocks():
             np.put_along_axis(scores_nQ, self.targets[rows, None], -np.inf, 1)
-            first_wrong_n = scores_nQ.argmax(1)  # NaN is NumPy's highest
-            named_n[rows] = np.where(self.ranks[rows] < 1, named_n[rows], first_wrong_n)
-        return named_n
+            first_wrong_n = scores_nQ.argmax(1)  # NaN is the maximum in NumPy
+            predicted_n[rows] = np.where(self.ranks[rows] < 1, predicted_n[rows], first_wrong_n)
+        return predicted_n
 
     def _blocks(self) -> Iterator[tuple[slice, Float64[np.ndarray, "m Q"]]]:
-        """Yield rows and their scores, NaN for those that are not finite: memory doesn't grow with the examples."""
+        """Yield slices and their scores, with NaN for values that are not finite, in blocks of limited size."""
         if self.scores.ndim != 2 or self.targets.ndim != 1:
             raise ValueError(
-                f"needs scores float[n Q] and one right class each, int[n]; got scores{list(self.scores.shape)} and "
-                f"targets{list(self.targets.shape)}. For several classes at once take map, map_11_points or jaccard"
+                f"expected scores float[n Q] and targets int[n], got scores{list(self.scores.shape)} and targets"
+                f"{list(self.targets.shape)}. Multi-label metrics: map, map_11_points, jaccard"
             )
         n, classes = self.scores.shape
         step = max(1, BLOCK_SCORES // classes)
@@ -113,123 +112,119 @@ class Predictions:
             yield rows, np.where(np.isfinite(scores_nQ), scores_nQ, np.nan)
 
 
-# ------------------------------------------------------------------------------------------ one class is right
+# --------------------------------------------------------------------------------------- one class per example
 
 
-def hits(scored: Predictions, k: int = 1) -> Bool[np.ndarray, "n"]:
-    """Return for each example whether its class is among the first k.
-
-    Raises: Undefined where there are k classes or fewer, since then it always is.
-    """
-    ranks_n = scored.ranks
-    if k >= (classes := scored.scores.shape[1]):
-        raise Undefined(f"the right one of {classes} classes is always among the first {k}; take k below {classes}")
+def hits(predictions: Predictions, k: int = 1) -> Bool[np.ndarray, "n"]:
+    """Return for each example whether its class is among the top k. Raises Undefined for k classes or fewer."""
+    ranks_n = predictions.ranks
+    if k >= (classes := predictions.scores.shape[1]):
+        raise Undefined(f"top-{k} accuracy of {classes} classes is always 1: expected k < {classes}")
     return ranks_n < k
 
 
-def accuracy(scored: Predictions, k: int = 1) -> float:
-    """Return the share of examples whose class is among the first k."""
-    return float(hits(scored, k).mean())
+def accuracy(predictions: Predictions, k: int = 1) -> float:
+    """Return the fraction of examples whose class is among the top k."""
+    return float(hits(predictions, k).mean())
 
 
-def mean_top1_top5(scored: Predictions) -> float:
+def mean_top1_top5(predictions: Predictions) -> float:
     """Return the mean of top-1 and top-5 accuracy, the number of Kinetics-700 (Radford et al. 2021, table 9)."""
-    return (accuracy(scored) + accuracy(scored, 5)) / 2
+    return (accuracy(predictions) + accuracy(predictions, 5)) / 2
 
 
-def mean_per_class(scored: Predictions) -> float:
-    """Return the recall's mean over the classes that have examples: scikit-learn's balanced_accuracy_score."""
-    return float(_means(hits(scored), scored.targets).mean())
+def mean_per_class(predictions: Predictions) -> float:
+    """Return the mean recall over the classes with examples: scikit-learn's balanced_accuracy_score."""
+    return float(_means(hits(predictions), predictions.targets).mean())
 
 
-def macro_f1(scored: Predictions) -> float:
-    """Return the F1's mean over the classes that have examples: the F1-macro_all of iWildCam.
+def macro_f1(predictions: Predictions) -> float:
+    """Return the mean F1 score over the classes with examples: the F1-macro_all of iWildCam.
 
-    As in WILDS, f1_score(average='macro', labels=unique(y_true)). scikit-learn's default takes in the classes that
-    are only ever named, at 0 each, and so makes the number depend on how many those are.
+    As in WILDS: f1_score(average='macro', labels=unique(y_true)). scikit-learn's default also averages over classes
+    that are predicted but have no examples.
     """
-    classes = scored.scores.shape[-1]
-    hits_Q = np.bincount(scored.targets, weights=hits(scored), minlength=classes)
-    there_Q = np.bincount(scored.targets, minlength=classes)
-    named_Q = np.bincount(scored.named, minlength=classes)
-    present_Q = there_Q > 0
-    return float(np.mean(2 * hits_Q[present_Q] / (there_Q + named_Q)[present_Q]))
+    classes = predictions.scores.shape[-1]
+    hits_Q = np.bincount(predictions.targets, weights=hits(predictions), minlength=classes)
+    support_Q = np.bincount(predictions.targets, minlength=classes)
+    predicted_Q = np.bincount(predictions.predicted, minlength=classes)
+    present_Q = support_Q > 0
+    return float(np.mean(2 * hits_Q[present_Q] / (support_Q + predicted_Q)[present_Q]))
 
 
-def worst_group(scored: Predictions, k: int = 1) -> float:
-    """Return the lowest of the groups' top-k accuracies: FMoW and GeoDE by region, Dollar Street's top 5 by income.
-
-    Raises: ValueError without groups.
-    """
-    if scored.groups is None:
-        raise ValueError("the worst group needs groups: Predictions(scores, targets, groups=int[n])")
-    counted_n = scored.groups >= 0
+def worst_group(predictions: Predictions, k: int = 1) -> float:
+    """Return the lowest top-k accuracy of a group: FMoW and GeoDE by region, Dollar Street (top 5) by income."""
+    if predictions.groups is None:
+        raise ValueError("groups: expected Predictions(scores, targets, groups=int[n]), got none")
+    counted_n = predictions.groups >= 0
     if not counted_n.any():
-        raise Undefined("no example is in a group: all of `groups` is negative")
-    return float(_means(hits(scored, k)[counted_n], scored.groups[counted_n]).min())
+        raise Undefined("no example is in a group: all group ids are negative")
+    return float(_means(hits(predictions, k)[counted_n], predictions.groups[counted_n]).min())
 
 
-def _means(values_n: Bool[np.ndarray, "n"], parts_n: Integer[np.ndarray, "n"]) -> Float64[np.ndarray, "m"]:
-    """Return the mean of each part that has examples."""
-    _, part_n, sizes = np.unique(parts_n, return_inverse=True, return_counts=True)
-    return np.bincount(part_n, weights=values_n) / sizes
+def _means(values_n: Bool[np.ndarray, "n"], strata_n: Integer[np.ndarray, "n"]) -> Float64[np.ndarray, "m"]:
+    """Return the mean of each stratum with examples."""
+    _, stratum_n, sizes = np.unique(strata_n, return_inverse=True, return_counts=True)
+    return np.bincount(stratum_n, weights=values_n) / sizes
 
 
-# ------------------------------------------------------------------------------------------------ yes or no
+# ------------------------------------------------------------------------------------------------ two classes
 
 
-def roc_auc(scored: Predictions) -> float:
-    """Return how often a positive scores above a negative: Hateful Memes. Scores of two classes are subtracted.
+def roc_auc(predictions: Predictions) -> float:
+    """Return the probability that a positive scores above a negative (Hateful Memes).
 
-    Raises: Undefined where all examples are of one class.
+    The score of an example is float[n], or the difference of its scores of the two classes.
+
+    Raises: Undefined if all examples are of one class.
     """
-    scores, targets = scored.scores, scored.targets
+    scores, targets = predictions.scores, predictions.targets
     if targets.ndim != 1 or scores.shape[1:] not in ((), (2,)):
         raise ValueError(
-            f"ROC AUC is of two classes: scores float[n] or float[n 2] and targets int[n], 0 or 1; got "
+            f"ROC AUC: expected scores float[n] or float[n 2] and targets int[n] of 0 and 1, got "
             f"scores{list(scores.shape)}, targets{list(targets.shape)}"
         )
     with np.errstate(invalid="ignore"):  # inf - inf
-        yes_n = scores.astype(np.float64) if scores.ndim == 1 else np.diff(scores.astype(np.float64))[:, 0]
-    positive_n, finite_n = targets == 1, np.isfinite(yes_n)
+        score_n = scores.astype(np.float64) if scores.ndim == 1 else np.diff(scores.astype(np.float64))[:, 0]
+    positive_n, finite_n = targets == 1, np.isfinite(score_n)
     if positive_n.all() or not positive_n.any():
         raise Undefined(
-            f"ROC AUC compares positives with negatives, but all {len(targets)} targets are {targets[0]}: "
-            "take a part of the test set that has both, or accuracy"
+            f"ROC AUC needs positives and negatives, but all {len(targets)} targets are {targets[0]}: use a split "
+            "with both, or accuracy"
         )
-    above_P = np.where(finite_n, yes_n, -np.inf)[positive_n]
-    negatives = np.sort(np.where(finite_n, yes_n, np.inf)[~positive_n])
-    below_P = np.searchsorted(negatives, above_P - scored.tie, "left")
-    not_above_P = np.searchsorted(negatives, above_P + scored.tie, "right")
+    above_P = np.where(finite_n, score_n, -np.inf)[positive_n]
+    negatives = np.sort(np.where(finite_n, score_n, np.inf)[~positive_n])
+    below_P = np.searchsorted(negatives, above_P - predictions.tie, "left")
+    not_above_P = np.searchsorted(negatives, above_P + predictions.tie, "right")
     return float(np.mean(below_P + not_above_P) / 2 / len(negatives))
 
 
-# ----------------------------------------------------------------------------------- several classes are right
+# ------------------------------------------------------------------------------------------------ multi-label
 
 
-def mean_average_precision(scored: Predictions) -> float:
-    """Return the mean over classes of scikit-learn's average_precision_score: each picture that has the class counts
-    with the precision among those scored no lower.
+def mean_average_precision(predictions: Predictions) -> float:
+    """Return the mean over classes of scikit-learn's average_precision_score.
 
-    Classes without positives or without negatives are left out (CLIP_benchmark counts the first as 0).
+    Classes without positives or without negatives are ignored (CLIP_benchmark counts the former as 0).
     """
-    return _mean_over_columns(_average_precision, *_multi(scored))
+    return _mean_over_columns(_average_precision, *_multi(predictions))
 
 
-def map_11_points(scored: Predictions) -> float:
+def map_11_points(predictions: Predictions) -> float:
     """Return the mean average precision of Pascal VOC 2007 (Everingham et al. 2010, section 4.2).
 
-    A class's is the mean, over recalls of 0, 0.1 … 1, of the highest precision at that recall or a higher one.
-    Differs from the devkit in that the order of equal scores doesn't matter. Mark difficult objects as `ignored`.
+    The average precision of a class is the mean, over recalls of 0, 0.1 … 1, of the highest precision at that or a
+    higher recall. Unlike in the devkit, the order of equal scores does not matter. Pass difficult objects as `ignored`.
     """
-    return _mean_over_columns(_average_precision_11_points, *_multi(scored))
+    return _mean_over_columns(_average_precision_11_points, *_multi(predictions))
 
 
-def jaccard(scored: Predictions) -> float:
-    """Return the mean over examples of the Jaccard index between what is right and as many candidates of the highest
-    scores: WinoGAViL's (Bitton et al. 2022). Rows of fewer candidates than others end with `ignored` ones.
+def jaccard(predictions: Predictions) -> float:
+    """Return the mean over examples of the Jaccard index of the k positives and the k candidates of the highest scores.
+
+    The metric of WinoGAViL (Bitton et al. 2022). Pad rows with fewer candidates by `ignored` ones.
     """
-    scores_nQ, targets_nQ, counted_nQ, tie = _multi(scored)
+    scores_nQ, targets_nQ, counted_nQ, tie = _multi(predictions)
     return _mean_over_columns(_jaccard, scores_nQ.T, targets_nQ.T, counted_nQ.T, tie)
 
 
@@ -241,27 +236,27 @@ def _average_precision_11_points(
     found: Int64[np.ndarray, "m"], before: Int64[np.ndarray, "m"], positives: int
 ) -> float:
     precisions = found / (found + before)
-    # In integers: a recall of 3/10 is below 3 × 0.1 in floating point, and its precision would be lost.
+    # In integers: in floating point a recall of 3/10 is below 3 × 0.1.
     return float(np.mean([precisions[10 * found >= tenths * positives].max(initial=0) for tenths in range(11)]))
 
 
 def _jaccard(found: Int64[np.ndarray, "m"], before: Int64[np.ndarray, "m"], positives: int) -> float:
-    chosen = int(np.sum(found + before <= positives))
-    return chosen / (2 * positives - chosen)
+    selected = int(np.sum(found + before <= positives))
+    return selected / (2 * positives - selected)
 
 
 def _multi(
-    scored: Predictions,
+    predictions: Predictions,
 ) -> tuple[Float64[np.ndarray, "n Q"], Bool[np.ndarray, "n Q"], Bool[np.ndarray, "n Q"], float]:
-    """Return the scores, what is right, what counts, and the tie."""
-    if scored.scores.ndim != 2 or scored.targets.dtype != bool:
+    """Return scores, targets, the mask of candidates that are not ignored, and the tie."""
+    if predictions.scores.ndim != 2 or predictions.targets.dtype != bool:
+        scores, targets = predictions.scores, predictions.targets
         raise ValueError(
-            f"needs scores float[n Q] and targets bool[n Q], several right at once; got "
-            f"scores{list(scored.scores.shape)}, targets {scored.targets.dtype}{list(scored.targets.shape)}. "
-            "For one class each: targets[:, None] == np.arange(Q)"
+            f"expected scores float[n Q] and targets bool[n Q], got scores{list(scores.shape)} and targets "
+            f"{targets.dtype}{list(targets.shape)}. For class ids: targets[:, None] == np.arange(Q)"
         )
-    counted_nQ = np.ones(scored.targets.shape, bool) if scored.ignored is None else ~scored.ignored
-    return scored.scores.astype(np.float64), scored.targets, counted_nQ, scored.tie
+    counted_nQ = np.ones(predictions.targets.shape, bool) if predictions.ignored is None else ~predictions.ignored
+    return predictions.scores.astype(np.float64), predictions.targets, counted_nQ, predictions.tie
 
 
 def _mean_over_columns(
@@ -273,8 +268,8 @@ def _mean_over_columns(
 ) -> float:
     """Return the mean of `metric` over the columns that have both a positive and a negative.
 
-    It gets two arrays with an entry for every positive with a finite score (how many positives score as high, and how
-    many negatives are not surely lower) and the number of positives, those included that have no finite score.
+    Its arguments: for every positive with a finite score the number of positives with at least its score and the number
+    of negatives that are not lower; the number of positives, including those whose score is not finite.
     """
     values = []
     for column in range(scores.shape[1]):
@@ -283,13 +278,13 @@ def _mean_over_columns(
         if positive.all() or not positive.any():
             continue
         finite = np.isfinite(score)
-        right = np.sort(score[positive & finite])
-        wrong = np.sort(np.where(finite, score, np.inf)[~positive])
-        found = len(right) - np.searchsorted(right, right, "left")
-        before = len(wrong) - np.searchsorted(wrong, right - tie, "left")
+        positives = np.sort(score[positive & finite])
+        negatives = np.sort(np.where(finite, score, np.inf)[~positive])
+        found = len(positives) - np.searchsorted(positives, positives, "left")
+        before = len(negatives) - np.searchsorted(negatives, positives - tie, "left")
         values.append(metric(found, before, int(positive.sum())))
     if not values:
-        raise Undefined("nothing to tell apart: no class (or example) has both a positive and a negative")
+        raise Undefined("no class (or example) has both a positive and a negative")
     return float(np.mean(values))
 
 
@@ -309,11 +304,11 @@ METRICS: dict[str, Metric] = {
 }
 
 
-# --------------------------------------------------------------------------------------------- how sure it is
+# --------------------------------------------------------------------------------------- confidence intervals
 
 
 class Interval(NamedTuple):
-    """Where a metric of other examples from the same source would lie, at a level such as 95 %."""
+    """A confidence interval."""
 
     low: float
     high: float
@@ -327,14 +322,20 @@ def bootstrap_interval(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """Return the percentile interval of a mean, e.g. of `hits(scored)`; with strata of the mean of their means.
+    """Return the percentile bootstrap interval of a mean, or with strata of the mean of the strata's means.
 
-    With `strata_n=targets`, mean per class: examples are drawn within each class. Exact and cheap: how often each
-    distinct value is drawn is multinomial, so that hits take one binomial number per resample, not n. All values
-    equal, as for n = 1, give an interval of no width, which says nothing: see `exact_interval`.
+    The counts of each distinct value in a resample are multinomial, so hits need one binomial number per resample.
+    Equal values, as for n = 1, give an interval of width 0: use `exact_interval`.
+
+    Args:
+      values_n: e.g. `hits(predictions)`.
+      strata_n: e.g. the targets, for the mean per class: examples are drawn within each stratum.
+
+    >>> bootstrap_interval(np.arange(100) < 70)
+    Interval(low=0.61, high=0.79)
     """
     if len(values_n) == 0 or not np.isfinite(values_n).all():
-        raise ValueError("needs at least one value, all finite: count what is not as a miss before, don't drop it")
+        raise ValueError("expected at least one value, all finite; count other values as errors, do not drop them")
     rng = np.random.default_rng(seed)
     strata_n = np.zeros(len(values_n), np.int64) if strata_n is None else strata_n
     strata = np.unique(strata_n)
@@ -342,7 +343,7 @@ def bootstrap_interval(
     for stratum in strata:
         values, counts = np.unique(values_n[strata_n == stratum].astype(np.float64), return_counts=True)
         size = int(counts.sum())
-        step = max(1, BLOCK_SCORES // len(values))  # resamples held at a time
+        step = max(1, BLOCK_SCORES // len(values))  # resamples per block
         for start in range(0, resamples, step):
             block = slice(start, min(start + step, resamples))
             drawn = rng.multinomial(size, counts / size, block.stop - block.start)
@@ -350,80 +351,83 @@ def bootstrap_interval(
     return _percentiles(means / len(strata), level)
 
 
-def interval_of_mean(values_n: Float[np.ndarray, "n"] | Bool[np.ndarray, "n"]) -> Interval:
-    """Return the bootstrap's interval of a mean of fractions, and the exact one where all are 0 or all are 1."""
+def mean_interval(values_n: Float[np.ndarray, "n"] | Bool[np.ndarray, "n"]) -> Interval:
+    """Return the bootstrap interval of a mean of fractions, or the exact one if all are 0 or all are 1."""
     if values_n.min() == values_n.max() and values_n[0] in (0, 1):
         return exact_interval(int(values_n.sum()), len(values_n))
     return bootstrap_interval(values_n)
 
 
-def interval_of(name: str, scored: Predictions) -> Interval:
-    """Return the interval of a metric of METRICS by the bootstrap, by the cheapest way that gives it."""
+def confidence_interval(name: str, predictions: Predictions) -> Interval:
+    """Return the 95 % interval of a metric of METRICS by the fastest bootstrap for it."""
     if name in ("top1", "top5"):
-        return interval_of_mean(hits(scored, 1 if name == "top1" else 5))
+        return mean_interval(hits(predictions, 1 if name == "top1" else 5))
     if name == "mean_per_class":
-        right_n = hits(scored)
-        return bootstrap_interval(right_n, strata_n=scored.targets) if right_n.std() else interval_of_mean(right_n)
-    return bootstrap_metric(METRICS[name], scored)
+        hits_n = hits(predictions)
+        return bootstrap_interval(hits_n, strata_n=predictions.targets) if hits_n.std() else mean_interval(hits_n)
+    return bootstrap_metric(METRICS[name], predictions)
 
 
 def bootstrap_metric(
     metric: Metric,
-    scored: Predictions,
+    predictions: Predictions,
     *,
     strata_n: Integer[np.ndarray, "n"] | None = None,
     level: float = LEVEL,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """Return the percentile interval of any metric, computed anew for examples drawn with replacement.
+    """Return the percentile bootstrap interval of any metric, which is computed for every resample.
 
-    With strata, drawn within each: the number of each class stays. Resamples in which the metric is undefined (no
-    negative was drawn) are left out. A minimum over groups lies lower in resamples than in the set itself.
+    With strata, examples are drawn within each stratum. Resamples for which the metric is undefined (e.g. without
+    negatives) are ignored. A minimum over groups is biased low in resamples.
 
-    Raises: what the metric raises for the set itself.
+    Raises: the errors of the metric for the examples themselves.
     """
-    metric(scored)  # an error here is the set's, not a resample's; and ranks are known from now on
+    metric(predictions)  # raises its errors, and caches the ranks
     rng = np.random.default_rng(seed)
-    strata_n = np.zeros(len(scored.scores), np.int64) if strata_n is None else strata_n
-    parts = [np.flatnonzero(strata_n == stratum) for stratum in np.unique(strata_n)]
+    strata_n = np.zeros(len(predictions.scores), np.int64) if strata_n is None else strata_n
+    rows_by_stratum = [np.flatnonzero(strata_n == stratum) for stratum in np.unique(strata_n)]
     values = []
     for _ in range(resamples):
-        rows = np.concatenate([rng.choice(part, len(part)) for part in parts])
+        rows = np.concatenate([rng.choice(stratum, len(stratum)) for stratum in rows_by_stratum])
         try:
-            values.append(metric(scored.take(rows)))
+            values.append(metric(predictions.take(rows)))
         except Undefined:
             continue
     if not values:
-        raise Undefined(f"undefined in all of {resamples} resamples of {len(scored.scores)} examples: too few")
+        raise Undefined(f"undefined in all {resamples} resamples of {len(predictions.scores)} examples")
     return _percentiles(np.array(values), level)
 
 
-def exact_interval(right: int, n: int, *, level: float = LEVEL) -> Interval:
-    """Return the exact interval of an accuracy, `right` of n (Clopper and Pearson 1934), by bisection.
+def exact_interval(correct: int, n: int, *, level: float = LEVEL) -> Interval:
+    """Return the exact interval of an accuracy, `correct` of n (Clopper and Pearson 1934), by bisection.
 
-    Never too narrow, so that 1 of 1 says 0.025 to 1; elsewhere wider than the bootstrap's.
+    Conservative: it covers at least `level`, and is wider than the bootstrap's.
+
+    >>> [round(end, 4) for end in exact_interval(1, 1)]
+    [0.025, 1.0]
     """
-    if not 0 <= right <= n or n < 1:
-        raise ValueError(f"{right} right of {n}: needs 0 ≤ right ≤ n and n ≥ 1")
+    if not 0 <= correct <= n or n < 1:
+        raise ValueError(f"correct: expected 0 ≤ correct ≤ n and n ≥ 1, got {correct} of {n}")
     log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
 
-    def lowest(right: int) -> float:
-        """The probability of a hit at which `right` or more are only just as rare as the level allows."""
-        i = np.arange(right, n + 1)
-        log_ways = log_factorial[n] - log_factorial[i] - log_factorial[n - i]
-        low, high = 0.0, right / n
-        for _ in range(60 if right else 0):
+    def lower_bound(correct: int) -> float:
+        """Return the p at which `correct` or more of n have the probability (1 - level) / 2."""
+        i = np.arange(correct, n + 1)
+        log_binomial = log_factorial[n] - log_factorial[i] - log_factorial[n - i]
+        low, high = 0.0, correct / n
+        for _ in range(60 if correct else 0):
             p = (low + high) / 2
-            tail = np.exp(log_ways + i * np.log(p) + (n - i) * np.log1p(-p)).sum()
+            tail = np.exp(log_binomial + i * np.log(p) + (n - i) * np.log1p(-p)).sum()
             low, high = (p, high) if tail < (1 - level) / 2 else (low, p)
         return high
 
-    return Interval(lowest(right), 1 - lowest(n - right))
+    return Interval(lower_bound(correct), 1 - lower_bound(n - correct))
 
 
 def _percentiles(values: Float64[np.ndarray, "m"], level: float) -> Interval:
     if not 0 < level < 1:
-        raise ValueError(f"level={level} is a fraction between 0 and 1, such as {LEVEL}")
+        raise ValueError(f"level: expected a fraction between 0 and 1, e.g. {LEVEL}, got {level}")
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(low), float(high))

@@ -1,9 +1,9 @@
-"""Finding the text of a picture and the picture of a text among all of a set (Radford et al. 2021, table 13).
+"""Image-text retrieval in both directions (Radford et al. 2021, table 13).
 
-As in CLIP_benchmark (https://github.com/LAION-AI/CLIP_benchmark) a query counts as answered if any right candidate is
-among the first k. Two deviations: ties and NaN count against the model (see `ranking`), and every metric comes with the
-number of its candidates, the level that a random order reaches, and the interval at 95 %: pictures are drawn anew, with
-all their captions, because those of one picture are right or wrong together.
+As in CLIP_benchmark (https://github.com/LAION-AI/CLIP_benchmark), a query is a hit at k if any matching candidate is
+among the first k. Deviations: ties and NaN count as errors (see `ranking`), and every recall has its number of
+candidates, the recall of a random order, and a 95 % confidence interval. The bootstrap draws images together with
+all their captions, because the captions of one image are not independent.
 """
 
 from __future__ import annotations
@@ -11,43 +11,61 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float, Integer
 
-from clip_jax.evals.embed import embed_set
-from clip_jax.evals.metrics import interval_of_mean
+from clip_jax.evals.embed import embed_dataset
+from clip_jax.evals.metrics import mean_interval
 from clip_jax.evals.ranking import ranks
-from clip_jax.typing import Embedder, EvalDataset
+from clip_jax.typing import Embedder, EvalDataset, EvalResult
 
 KS = (1, 5, 10)
 
 
-def retrieval(embedder: Embedder, eval_set: EvalDataset) -> dict[str, float]:
-    """Return recall at 1, 5, 10 in both directions and the median rank of the right text, 1 being best.
+def retrieval(embedder: Embedder, dataset: EvalDataset) -> EvalResult:
+    """Return recall at 1, 5 and 10 in both directions, and the median rank of the matching text (1 is best).
 
-    Keys: `retrieval/<set>/{image_to_text,text_to_image}/recall_at_<k>`, `retrieval/<set>/image_to_text/median_rank`;
-    under each `/candidates` and `/chance`, under a recall `/ci_low` and `/ci_high`. k above the number of candidates is
-    skipped. Texts that no picture belongs to are candidates, not queries.
+    Texts without a matching image are candidates, not queries. k above the number of candidates are skipped.
+
+    Returns:
+      `retrieval/<dataset>/{image_to_text,text_to_image}/recall_at_<k>` and
+      `retrieval/<dataset>/image_to_text/median_rank`, each with `/candidates` and `/chance`; recalls also with
+      `/ci_low` and `/ci_high`.
+
+    >>> class OneHot:  # the image or text "i" is the unit vector e_i
+    ...     image = text = staticmethod(lambda items: np.eye(3)[[int(item) for item in items]])
+    >>> dataset = EvalDataset("toy", [b"0", b"1", b"2"], [("0",), ("1",), ("0",)], np.array([0, 1, 2]))
+    >>> round(retrieval(OneHot(), dataset)["retrieval/toy/image_to_text/recall_at_1"], 3)
+    0.333
     """
-    image_nE, text_ME = embed_set(embedder, eval_set)
-    right_texts_n, images_M, picture_M = _counts(eval_set)
-    asked_T = eval_set.asked_texts()
-    image_m, text_m = eval_set.right_pairs()
+    image_nE, text_ME = embed_dataset(embedder, dataset)
+    texts_per_image_n, images_per_text_M, first_image_M = _positive_counts(dataset)
+    query_T = dataset.query_texts()
+    image_m, text_m = dataset.positive_pairs()
     text_ranks_n = ranks(image_nE, text_ME, (image_m, text_m))
-    image_ranks_T = ranks(text_ME[asked_T], image_nE, (np.searchsorted(asked_T, text_m), image_m))
+    image_ranks_T = ranks(text_ME[query_T], image_nE, (np.searchsorted(query_T, text_m), image_m))
 
-    prefix = f"retrieval/{eval_set.name}"
+    prefix = f"retrieval/{dataset.name}"
     median_rank = f"{prefix}/image_to_text/median_rank"
-    pictures_n = np.arange(len(image_nE))
-    return {
-        **_recalls(f"{prefix}/image_to_text", text_ranks_n, len(text_ME), right_texts_n, pictures_n),
+    metrics = {
+        **_recalls(f"{prefix}/image_to_text", text_ranks_n, len(text_ME), texts_per_image_n, np.arange(len(image_nE))),
         median_rank: float(np.floor(np.median(text_ranks_n)) + 1),  # open_clip's definition
         f"{median_rank}/candidates": float(len(text_ME)),
         f"{median_rank}/chance": (len(text_ME) + 1) / 2,
-        **_recalls(f"{prefix}/text_to_image", image_ranks_T, len(image_nE), images_M[asked_T], picture_M[asked_T]),
+        **_recalls(
+            f"{prefix}/text_to_image",
+            image_ranks_T,
+            len(image_nE),
+            images_per_text_M[query_T],
+            first_image_M[query_T],
+        ),
     }
+    return EvalResult(metrics, dataset.prompts)
 
 
-def _counts(eval_set: EvalDataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return how many texts are right of every image, how many images of every text, and the first of those."""
-    targets, texts = eval_set.targets, len(eval_set.texts)
+retrieval.tasks = ("retrieval",)
+
+
+def _positive_counts(dataset: EvalDataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the matching texts per image, the matching images per text, and each text's first matching image."""
+    targets, texts = dataset.targets, len(dataset.texts)
     if targets.ndim == 2:
         return targets.sum(1), targets.sum(0), targets.argmax(0)
     first_M = np.zeros(texts, np.int64)
@@ -55,31 +73,36 @@ def _counts(eval_set: EvalDataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.ones_like(targets), np.bincount(targets, minlength=texts), first_M
 
 
-def chance_of_recall(candidates: int, right: Integer[np.ndarray, "N"], k: int) -> float:
-    """Return the mean probability that a random order has one of `right` among its first k, exactly.
+def chance_recall(candidates: int, positives: Integer[np.ndarray, "N"], k: int) -> float:
+    """Return the mean probability that a random order has a positive among its first k.
 
-    Hypergeometric: 1 - C(candidates - right, k) / C(candidates, k), as a product, since the binomials overflow.
+    Hypergeometric with N = candidates and p = positives: 1 - C(N - p, k) / C(N, k) = 1 - ∏ (N - p - i) / (N - i) over
+    i < k; the binomials would overflow.
+
+    >>> round(chance_recall(10, np.array([1, 2]), 1), 3)
+    0.15
     """
     drawn_k = np.arange(k)
-    wrong_Nk: Float[np.ndarray, "N k"] = np.maximum(candidates - right[:, None] - drawn_k, 0) / (candidates - drawn_k)
-    return float(np.mean(1 - wrong_Nk.prod(1)))
+    negatives_Nk: Float[np.ndarray, "N k"] = np.maximum(candidates - positives[:, None] - drawn_k, 0)
+    return float(np.mean(1 - (negatives_Nk / (candidates - drawn_k)).prod(1)))
 
 
 def _recalls(
     prefix: str,
     ranks_N: Integer[np.ndarray, "N"],
     candidates: int,
-    right_N: Integer[np.ndarray, "N"],
-    picture_N: Integer[np.ndarray, "N"],
+    positives_N: Integer[np.ndarray, "N"],
+    image_N: Integer[np.ndarray, "N"],
 ) -> dict[str, float]:
-    _, picture_N, queries_P = np.unique(picture_N, return_inverse=True, return_counts=True)
+    """Return recalls with their references. image_N: the image of each query, the unit of the bootstrap."""
+    _, image_N, queries_P = np.unique(image_N, return_inverse=True, return_counts=True)
     metrics: dict[str, float] = {}
     for k in KS:
         if k <= candidates:
             key = f"{prefix}/recall_at_{k}"
             metrics[key] = float(np.mean(ranks_N < k))
             metrics[f"{key}/candidates"] = float(candidates)
-            metrics[f"{key}/chance"] = chance_of_recall(candidates, right_N, k)
-            hits_P = np.bincount(picture_N, weights=ranks_N < k) / queries_P.mean()
-            metrics[f"{key}/ci_low"], metrics[f"{key}/ci_high"] = interval_of_mean(hits_P)
+            metrics[f"{key}/chance"] = chance_recall(candidates, positives_N, k)
+            hits_P = np.bincount(image_N, weights=ranks_N < k) / queries_P.mean()
+            metrics[f"{key}/ci_low"], metrics[f"{key}/ci_high"] = mean_interval(hits_P)
     return metrics

@@ -1,44 +1,162 @@
-"""The sets of a config, loaded once, measured as often as the loop asks."""
+"""Runs evaluators on datasets, for the command (`evaluate`) and for the training loop (`Suite`)."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from clip_jax.config import DataConfig, EvalConfig
+from clip_jax.devices import distributed
+from clip_jax.devices.distributed import DATA_ERRORS
 from clip_jax.evals import EVALUATORS
 from clip_jax.evals.analysis.baselines import baselines
+from clip_jax.evals.datasets.load import load_split
+from clip_jax.evals.datasets.registry import DATASETS, Dataset, published_results
+from clip_jax.evals.load import LoadOptions, SplitLoader, expand, load_dataset
+from clip_jax.evals.metrics import Undefined
 from clip_jax.evals.report.panels import Panels, panels
-from clip_jax.evals.retrieval import retrieval
 from clip_jax.typing import Embedder, EvalDataset, Evaluator, Unavailable
 
 log = logging.getLogger(__name__)
 
-Loader = Callable[[DataConfig, str], EvalDataset]
-REGISTRY = "registry"  # the source whose splits are sets of `evals.registry`
+
+class EvalReport(NamedTuple):
+    """Metrics of several evaluators and datasets; the other fields are by `<evaluator>/<dataset>`."""
+
+    metrics: dict[str, float]  # as returned by the evaluators, and `<metric>/published`
+    descriptions: dict[str, str]  # images, classes, metric, prompts, preprocessing
+    details: dict[str, Any]  # for plots and tables: an `overlap.Overlap`, or `bias.table_rows`
+    skipped: dict[str, str]  # reason: not on this machine, or not possible for this dataset
+    failed: dict[str, str]  # error: damaged data
+
+    def add_error(self, key: str, error: Exception) -> None:
+        """Record why there are no metrics. Call it while the exception is handled."""
+        if isinstance(error, (Unavailable, Undefined)):
+            log.warning("%s is skipped: %s", key, str(error).splitlines()[0])
+            self.skipped[key] = str(error)
+        else:
+            log.exception("%s failed", key)  # with the traceback: it may be an error of the program
+            self.failed[key] = distributed.format_error(error)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model under evaluation."""
+
+    embedder: Embedder
+    architecture: str = ""  # key of `config.MODELS`, for published results; other names have none
+    preprocessing: str = ""  # for descriptions
+
+
+def evaluate(
+    model: Model,
+    names: Sequence[str],
+    evaluators: Sequence[str],
+    options: LoadOptions = LoadOptions(),  # noqa: B008 (frozen)
+    evaluator_options: Mapping[str, Mapping[str, Any]] = {},  # noqa: B006 (not modified)
+    after_each: Callable[[EvalReport], None] = lambda report: None,
+    load_split: SplitLoader = load_split,
+) -> EvalReport:
+    """Run every evaluator on every dataset that it supports. A collective: call it on all processes.
+
+    Errors in the data of one dataset are recorded in the report; other errors are raised.
+
+    Args:
+      names: keys of DATASETS or SUITES.
+      evaluators: keys of EVALUATORS.
+      evaluator_options: keyword arguments by evaluator.
+      after_each: called with the report so far after each dataset.
+
+    Raises:
+      ValueError: for an unknown name, and for prompts that do not exist.
+    """
+    report = EvalReport({}, {}, {}, {}, {})
+    options.check()
+    for name in expand(names):
+        row = DATASETS[name]
+        keys = {f"{e}/{name}": e for e in evaluators if supports(EVALUATORS[e], row)}
+        if not keys:
+            continue
+        try:
+            with distributed.synchronized_errors(Unavailable, *DATA_ERRORS):
+                dataset = load_dataset(name, options, load_split)
+        except (Unavailable, *DATA_ERRORS) as error:
+            for key in keys:
+                report.add_error(key, error)
+        else:
+            for key, evaluator in keys.items():
+                _evaluate_one(model, key, dataset, evaluator_options.get(evaluator, {}), report)
+        after_each(report)
+    return report
+
+
+def supports(evaluator: Evaluator, row: Dataset) -> bool:
+    """Return whether an evaluator supports a dataset, by the evaluator's optional attributes (see `evals`)."""
+    return row.task in getattr(evaluator, "tasks", (row.task,)) and (
+        bool(row.train) or not getattr(evaluator, "needs_train_split", False)
+    )
+
+
+def _evaluate_one(model: Model, key: str, dataset: EvalDataset, options: Mapping[str, Any], report: EvalReport) -> None:
+    """Add the metrics of one evaluator on one dataset to the report, or the error; the same on all processes."""
+    log.info("%s", key)
+    try:
+        with distributed.synchronized_errors(Unavailable, Undefined, *DATA_ERRORS):
+            result = EVALUATORS[key.split("/")[0]](model.embedder, dataset, **options)
+    except (Unavailable, Undefined, *DATA_ERRORS) as error:
+        report.add_error(key, error)
+        return
+    parts = (dataset.description, getattr(result, "description", ""), model.preprocessing)
+    report.metrics.update(result | _published(key, model.architecture, dataset, result))
+    report.descriptions[key] = "; ".join(filter(None, parts))
+    report.details[key] = getattr(result, "detail", None)
+
+
+def _published(key: str, architecture: str, dataset: EvalDataset, metrics: dict[str, float]) -> dict[str, float]:
+    """Return the published zero-shot result of OpenAI's weights for the main metric: open_clip's, else the paper's."""
+    evaluator, name = key.split("/")
+    results = {result.source: result.value / 100 for result in published_results(name, architecture)}
+    value = results.get("open_clip", results.get("paper"))
+    main = f"{key}/{dataset.metric}"
+    return {f"{main}/published": value} if evaluator == "zeroshot" and value is not None and main in metrics else {}
+
+
+# ---------------------------------------------------------------------------------------------- training loop
+
+
+class LoadedTask(NamedTuple):
+    """An entry of `eval.tasks` with its dataset."""
+
+    evaluator: str
+    dataset: EvalDataset
+    options: Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-    """Evaluation sets by name, with their evaluators.
+    """The evaluation tasks of a config, loaded once and evaluated repeatedly during training."""
 
-    skipped: by name, why a set is not measured on this machine.
-    """
-
-    sets: Mapping[str, tuple[Evaluator, EvalDataset]]
-    skipped: Mapping[str, str]
+    tasks: Mapping[str, LoadedTask]
+    skipped: dict[str, str]  # reason, by task
 
     def evaluate(self, embedder: Embedder) -> dict[str, float]:
-        """Return the metrics of all sets."""
-        return {k: v for evaluator, eval_set in self.sets.values() for k, v in evaluator(embedder, eval_set).items()}
+        """Return the metrics of all tasks. Tasks that are not possible for the model or dataset are skipped."""
+        metrics: dict[str, float] = {}
+        for name, task in self.tasks.items():
+            try:
+                metrics |= EVALUATORS[task.evaluator](embedder, task.dataset, **task.options)
+            except (Unavailable, Undefined) as error:
+                _skip(self.skipped, name, error)
+        return metrics
 
-    def baselines(self, fitted_on: EvalDataset) -> dict[str, float]:
-        """Return what is reached without learning a representation, on the retrieval sets."""
-        return baselines(fitted_on, self._retrieval_sets())
+    def baselines(self, train: EvalDataset) -> dict[str, float]:
+        """Return the metrics of baselines that are fitted to `train`, on the retrieval datasets."""
+        return baselines(train, self._retrieval_datasets())
 
     def thresholds(self, config: EvalConfig) -> dict[str, float]:
-        """Return what is asked of metrics as `<metric>/threshold`, but for sets that are left out."""
+        """Return `<metric>/threshold` of `eval.thresholds`, without the skipped tasks."""
         return {
             f"{key}/threshold": value
             for key, value in config.thresholds.items()
@@ -46,31 +164,34 @@ class Suite:
         }
 
     def panels(self, embedder: Embedder) -> list[Panels]:
-        """Return the pictures for a report, of the first two retrieval sets."""
-        return [panels(embedder, eval_set) for eval_set in self._retrieval_sets()[:2]]
+        """Return the report's example images, of the first two retrieval datasets."""
+        return [panels(embedder, dataset) for dataset in self._retrieval_datasets()[:2]]
 
     @property
     def attribution(self) -> str:
-        """What the licences of the pictures ask a report to say."""
-        return "\n".join(dict.fromkeys(s.attribution for _, s in self.sets.values() if s.attribution))
+        """The attributions that the licenses of the images require, one per line."""
+        found = (task.dataset.attribution for task in self.tasks.values())
+        return "\n".join(dict.fromkeys(filter(None, found)))
 
-    def _retrieval_sets(self) -> list[EvalDataset]:
-        return [eval_set for evaluator, eval_set in self.sets.values() if evaluator is retrieval]
+    def _retrieval_datasets(self) -> list[EvalDataset]:
+        return [task.dataset for task in self.tasks.values() if task.evaluator == "retrieval"]
 
 
-def load_suite(config: EvalConfig, data: DataConfig, loaders: Mapping[str, Loader]) -> Suite:
-    """Load the sets of `config.tasks`; those that can't be had on this machine are logged and listed, not skipped.
-
-    Args:
-      loaders: by source, what returns a split of it as an EvalDataset.
-    """
-    sets, skipped = {}, {}
+def load_suite(config: EvalConfig, data: DataConfig) -> Suite:
+    """Load the datasets of `eval.tasks`. A dataset that is not on this machine is logged, and recorded in `skipped`."""
+    tasks: dict[str, LoadedTask] = {}
+    skipped: dict[str, str] = {}
     for name, task in config.tasks.items():
         try:
-            eval_set = loaders[task.source](data, task.split)
+            dataset = load_dataset(task.dataset, LoadOptions(config.data_dir, data=data))
         except Unavailable as error:
-            log.warning("%s is left out: %s", name, error)
-            skipped[name] = str(error)
+            _skip(skipped, name, error)
         else:
-            sets[name] = EVALUATORS[task.evaluator], dataclasses.replace(eval_set, name=name)
-    return Suite(sets, skipped)
+            tasks[name] = LoadedTask(task.evaluator, dataclasses.replace(dataset, name=name), task.options)
+    return Suite(tasks, skipped)
+
+
+def _skip(skipped: dict[str, str], name: str, error: Exception) -> None:
+    if name not in skipped:
+        log.warning("%s is skipped: %s", name, error)
+        skipped[name] = str(error)

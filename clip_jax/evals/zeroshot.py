@@ -1,7 +1,12 @@
-"""Classification by the text nearest to a picture (Radford et al. 2021, section 3.1).
+"""Zero-shot evaluation: classification by text (Radford et al. 2021, section 3.1), and WinoGAViL's associations.
 
-The numbers are those of `metrics`: ties and NaN count against the model, so of two classes with the same name neither
-can be told, where CLIP_benchmark's `argmax` gives the first of them.
+Ties and NaN count as errors (see `metrics`), so two classes with the same prompts are both always wrong, where
+CLIP_benchmark's `argmax` predicts the first.
+
+Associations (Bitton et al. 2022, https://arxiv.org/abs/2207.12576): for a cue with k associated images, the k
+candidates of the highest cosines are selected; the metric is the Jaccard index of selected and associated images. The
+prompt, and the restriction to cues with 10 or 12 candidates, are datacomp's:
+https://github.com/mlfoundations/datacomp/blob/170b603/eval_utils/wino_eval.py
 """
 
 from __future__ import annotations
@@ -10,54 +15,133 @@ import logging
 import math
 
 import numpy as np
+from jaxtyping import Float
 
-from clip_jax.evals.embed import embed_set
-from clip_jax.evals.metrics import METRICS, Predictions, Undefined, interval_of
+from clip_jax.evals.embed import average_prompts, embed_dataset
+from clip_jax.evals.metrics import METRICS, Predictions, Undefined, confidence_interval, jaccard, mean_interval
 from clip_jax.evals.ranking import ranks, scores
-from clip_jax.typing import Embedder, EvalDataset
+from clip_jax.typing import Cue, Embedder, EvalDataset, EvalResult
 
 log = logging.getLogger(__name__)
 
 TOP = 5
+MIN_CANDIDATES = 10  # datacomp's metric ignores cues with fewer candidate images
 
 
-def zeroshot(embedder: Embedder, eval_set: EvalDataset) -> dict[str, float]:
-    """Return the set's own measure and, where one class is right, top-1 and top-5 accuracy and the mean over classes.
+def zeroshot(embedder: Embedder, dataset: EvalDataset) -> EvalResult:
+    """Evaluate zero-shot classification, or associations for a dataset with cues.
 
-    Keys: `zeroshot/<set>/<measure>`, under each `/candidates`, `/ci_low` and `/ci_high` (95 %) and, where it is known,
-    `/chance`; and `top1/majority_class`: the share of the most frequent class. Top-5 needs over five classes. A
-    metric that the set can't have, such as the AUC of one class, is NaN, and the log says why.
+    Returns:
+      `zeroshot/<dataset>/<metric>`: the main metric and, for one class per image, top1, top5 (with more than five
+      classes) and mean_per_class; for cues jaccard (10 candidates or more) and jaccard_all. Each has `/candidates`,
+      `/ci_low`, `/ci_high` (95 %) and, if known, `/chance`; top1 has `/majority_class`. A metric that is undefined for
+      the dataset, e.g. the ROC AUC of one class, is NaN, with a warning.
+
+    Raises:
+      Unavailable: if the dataset has no class names.
+      Undefined: if no cue has 10 candidates.
+
+    >>> class OneHot:  # the image or text "i" is the unit vector e_i
+    ...     image = text = staticmethod(lambda items: np.eye(3)[[int(item) for item in items]])
+    >>> dataset = EvalDataset("toy", [b"0", b"1", b"1"], [("0",), ("1",)], np.array([0, 1, 0]))
+    >>> round(zeroshot(OneHot(), dataset)["zeroshot/toy/top1"], 3)
+    0.667
     """
-    return measured(f"zeroshot/{eval_set.name}", classified(embedder, eval_set), eval_set.metric)
+    prefix = f"zeroshot/{dataset.name}"
+    if dataset.cues:
+        return EvalResult(_associations(prefix, embedder, dataset), dataset.prompts)
+    return EvalResult(classification_metrics(prefix, classify(embedder, dataset), dataset.metric), dataset.prompts)
 
 
-def classified(embedder: Embedder, eval_set: EvalDataset) -> Predictions:
-    """Return the cosine of every picture and class and, where one class is right, its exact ranks."""
-    image_nE, class_QE = embed_set(embedder, eval_set)
+# Values of `datasets.registry.Dataset.task` for which the command runs this evaluator.
+zeroshot.tasks = ("zeroshot", "association")
+
+
+def classify(embedder: Embedder, dataset: EvalDataset) -> Predictions:
+    """Return the cosines of all images and classes and, for one class per image, the exact ranks."""
+    image_nE, class_QE = embed_dataset(embedder, dataset)
     ranks_n = None
-    if eval_set.targets.ndim == 1:  # a miss is last here, not worse than that
-        ranks_n = np.minimum(ranks(image_nE, class_QE, eval_set.right_pairs()), len(class_QE) - 1)
-    return Predictions(scores(image_nE, class_QE), eval_set.targets, eval_set.groups, known_ranks=ranks_n)
+    if dataset.targets.ndim == 1:  # `ranks` returns Q for NaN; the last of Q classes has rank Q - 1
+        ranks_n = np.minimum(ranks(image_nE, class_QE, dataset.positive_pairs()), len(class_QE) - 1)
+    return Predictions(scores(image_nE, class_QE), dataset.targets, dataset.groups, known_ranks=ranks_n)
 
 
-def measured(prefix: str, scored: Predictions, measure: str) -> dict[str, float]:
-    """Return what `zeroshot` does for any scores, such as a probe's logits."""
-    targets, classes = scored.targets, scored.scores.shape[1]
-    names = [measure]
+def classification_metrics(prefix: str, predictions: Predictions, metric: str) -> dict[str, float]:
+    """Return the metrics of `zeroshot` for any scores, such as the logits of a linear probe."""
+    targets, classes = predictions.targets, predictions.scores.shape[1]
+    names = [metric]
     metrics: dict[str, float] = {}
     if targets.ndim == 1:
-        names = ["top1", *["top5"] * (classes > TOP), "mean_per_class", measure]
+        names = ["top1", *["top5"] * (classes > TOP), "mean_per_class", metric]
         metrics[f"{prefix}/top1/majority_class"] = float(np.bincount(targets).max() / len(targets))
-    chances = {"top1": 1 / classes, "mean_per_class": 1 / classes, "top5": TOP / classes, "roc_auc": 0.5}
-    chances["mean_top1_top5"] = (1 + TOP) / 2 / classes
+    chance = {"top1": 1 / classes, "mean_per_class": 1 / classes, "top5": TOP / classes, "roc_auc": 0.5}
+    chance["mean_top1_top5"] = (1 + TOP) / 2 / classes
     for name in dict.fromkeys(names):
         key = f"{prefix}/{name}"
         try:
-            metrics[key], (low, high) = METRICS[name](scored), interval_of(name, scored)
+            metrics[key], (low, high) = METRICS[name](predictions), confidence_interval(name, predictions)
         except Undefined as error:
-            log.warning("%s is not defined: %s", key, error)
+            log.warning("%s is undefined: %s", key, error)
             metrics[key], low, high = math.nan, math.nan, math.nan
         metrics |= {f"{key}/ci_low": low, f"{key}/ci_high": high, f"{key}/candidates": float(classes)}
-        if name in chances:
-            metrics[f"{key}/chance"] = chances[name]
+        if name in chance:
+            metrics[f"{key}/chance"] = chance[name]
     return metrics
+
+
+# ------------------------------------------------------------------------------------------------- associations
+
+
+def cue_prompt(cue: str) -> str:
+    """Return datacomp's prompt for a cue.
+
+    >>> cue_prompt("wing"), cue_prompt("Egg")
+    ('A wing', 'An egg')
+    """
+    return f"{'An' if cue[:1].lower() in 'aeiou' else 'A'} {cue.lower()}"
+
+
+def chance_jaccard(candidates: int, associated: int) -> float:
+    """Return the expected Jaccard index of a random selection of `associated` out of `candidates` images.
+
+    With a = associated and a hypergeometric number i of correct ones: E[i / (2a - i)].
+
+    >>> chance_jaccard(2, 1)
+    0.5
+    """
+    selections, others = math.comb(candidates, associated), candidates - associated
+    correct = range(max(0, associated - others), associated + 1)
+    return sum(
+        math.comb(associated, i) * math.comb(others, associated - i) / selections * i / (2 * associated - i)
+        for i in correct
+    )
+
+
+def _associations(prefix: str, embedder: Embedder, dataset: EvalDataset) -> dict[str, float]:
+    """Return the mean Jaccard index over cues with MIN_CANDIDATES or more, and over all cues.
+
+    Deviation from datacomp: ties and NaN count as errors, where its `argsort` selects by position.
+    """
+    cues = dataset.cues
+    if not any(len(cue.candidates) >= MIN_CANDIDATES for cue in cues):
+        raise Undefined(f"expected cues with at least {MIN_CANDIDATES} candidates, got none among {len(cues)} cues")
+    image_nE = embedder.image(dataset.images)
+    prompts_TE = embedder.text([prompt for prompts in dataset.texts for prompt in prompts])
+    scores_Cn = scores(average_prompts(prompts_TE, np.array([len(prompts) for prompts in dataset.texts])), image_nE)
+    jaccard_C = np.array([_cue_jaccard(scores_n, cue) for scores_n, cue in zip(scores_Cn, cues, strict=True)])
+    candidates_C = np.array([len(cue.candidates) for cue in cues])
+    chance_C = np.array([chance_jaccard(len(cue.candidates), int(cue.associated.sum())) for cue in cues])
+    metrics = {}
+    for metric, counted_C in (("jaccard", candidates_C >= MIN_CANDIDATES), ("jaccard_all", candidates_C > 0)):
+        key = f"{prefix}/{metric}"
+        low, high = mean_interval(jaccard_C[counted_C])
+        metrics |= {key: float(jaccard_C[counted_C].mean()), f"{key}/ci_low": low, f"{key}/ci_high": high}
+        metrics |= {
+            f"{key}/candidates": float(candidates_C[counted_C].mean()),
+            f"{key}/chance": float(chance_C[counted_C].mean()),
+        }
+    return metrics
+
+
+def _cue_jaccard(scores_n: Float[np.ndarray, "n"], cue: Cue) -> float:
+    return jaccard(Predictions(scores_n[None, cue.candidates], cue.associated[None]))

@@ -1,10 +1,14 @@
-"""Objectives over the global batch, each a function that runs on one device or inside `jax.shard_map`."""
+"""Losses over the global batch, each callable on one device or inside `jax.shard_map`.
 
-from clip_jax.losses.distill import distillation
-from clip_jax.losses.sigmoid import sigmoid
-from clip_jax.losses.softmax import softmax
-from clip_jax.typing import Loss
+A loss is one file with a subclass of `ContrastiveLoss`, and one line in `LOSSES`: `config.loss.name` is its key, and
+the fields of the class are the keys of `config.loss`.
+"""
 
-LOSSES: dict[str, Loss] = {"softmax": softmax, "sigmoid": sigmoid}
+from clip_jax.losses.contrastive import ContrastiveLoss
+from clip_jax.losses.distill import distillation_loss, distilled
+from clip_jax.losses.sigmoid import SigmoidLoss
+from clip_jax.losses.softmax import SoftmaxLoss
 
-__all__ = ["LOSSES", "distillation", "sigmoid", "softmax"]
+LOSSES: dict[str, type[ContrastiveLoss]] = {"softmax": SoftmaxLoss, "sigmoid": SigmoidLoss}
+
+__all__ = ["LOSSES", "ContrastiveLoss", "SigmoidLoss", "SoftmaxLoss", "distillation_loss", "distilled"]

@@ -1,10 +1,10 @@
-"""Texts on their way past all devices, and what belongs to them on its way home.
+"""Collectives of the tiled losses: texts visit all devices, and their statistics and gradients return to their owners.
 
-Neighbours gather their texts into one block, as far as memory allows, and what goes round is every device's own: one
-gather for a small batch on a large pod, where a ring would be hundreds of dependent hops, and a ring for a large batch,
-whose messages overlap with the arithmetic on the block at hand. A block is gathered, and what belongs to it summed,
-within a slice: over the data centre's network go a device's own texts, and sums. All of it runs inside
-`jax.shard_map`, or on one device, where nothing is sent.
+Devices form groups of neighbours. A group gathers its texts into one block, as far as `BLOCK_BYTES` allows, and the
+groups form a ring of `ppermute` over which every device sends its own texts. A small batch on a large pod is therefore
+one all-gather instead of hundreds of dependent permutes; a large batch is a ring whose messages overlap with the
+computation on the current block. Groups never span TPU slices: over the data center network a device sends only its own
+texts and their summed gradients. Everything runs inside `jax.shard_map`, or on one device without communication.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from jaxtyping import Array, Float
 
 from clip_jax.typing import SLICE
 
-Axis = str | tuple[str, ...] | None  # mesh axes that the batch is sharded over, in any order
+Axis = str | tuple[str, ...] | None  # mesh axes that the batch is sharded over, in any order; None: one device
 
-# Of gathered texts. 32,768 texts of 512 float32 numbers, ViT-B at the paper's batch: one gather, no ring.
+# Maximum size of a gathered block of texts. 32,768 float32 texts of width 512 (ViT-B at the paper's batch size) fit:
+# one all-gather, no ring.
 BLOCK_BYTES = 64 * 2**20
 
 
 def in_mesh_order(axis: Axis) -> Axis:
     """Return the axes in the order of the mesh.
 
-    A loss over all pairs gives the same for any order of its devices, but `ppermute` numbers them in the mesh's order,
-    whatever it is given (jax 0.10), and the other collectives in the order that they are given.
+    `ppermute` numbers devices in mesh order whatever order of axes it is given (jax 0.10); the other collectives use
+    the given order. The losses do not depend on the order of the devices, so mesh order is used for all of them.
     """
     if axis is None or isinstance(axis, str):
         return axis
@@ -35,15 +36,15 @@ def in_mesh_order(axis: Axis) -> Axis:
 
 
 class Ring(NamedTuple):
-    """Groups of neighbours, one after another in a ring; a device's lane is its place in its group."""
+    """A ring of device groups. The rank of a device is its position in its group."""
 
     axis: Axis
-    group: int  # devices that gather their texts, all of one slice
-    hops: int  # groups, so that so many blocks come by
+    group: int  # devices per group, all of one slice
+    groups: int  # number of groups, which is the number of blocks that every device processes
 
     @classmethod
-    def of(cls, axis: Axis, texts: Any) -> Ring:
-        """Return the ring for a device's texts: one array of them, or a tree of arrays that travel together."""
+    def create(cls, axis: Axis, texts: Any) -> Ring:
+        """Return the ring for the texts of one device: an array, or a pytree of arrays that are sent together."""
         if axis is None:
             return cls(axis, 1, 1)
         devices = jax.lax.axis_size(axis)
@@ -52,80 +53,82 @@ class Ring(NamedTuple):
         return cls(axis, group, devices // group)
 
     @property
-    def groups(self) -> list[list[int]] | None:
-        if self.hops == 1:
+    def index_groups(self) -> list[list[int]] | None:
+        """Device indices of every group, in the form that JAX's collectives take; None for a single group."""
+        if self.groups == 1:
             return None
-        return [list(range(first, first + self.group)) for first in range(0, self.group * self.hops, self.group)]
+        return [list(range(first, first + self.group)) for first in range(0, self.group * self.groups, self.group)]
 
     def gather(self, tree: Any) -> Any:
-        """Return the rows of the whole group, in the order of its lanes."""
+        """Return the concatenated rows of all devices of the group, in order of rank."""
         if self.group == 1:
             return tree
-        return jax.lax.all_gather(tree, self.axis, axis_index_groups=self.groups, tiled=True)
+        return jax.lax.all_gather(tree, self.axis, axis_index_groups=self.index_groups, tiled=True)
 
     def shift(self, tree: Any) -> Any:
-        """Hand rows on to the same lane of the next group."""
-        devices = self.group * self.hops
-        steps = [(device, (device + self.group) % devices) for device in range(devices)]
-        return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axis, steps), tree)
+        """Send rows to the device of the same rank in the next group."""
+        devices = self.group * self.groups
+        permutation = [(device, (device + self.group) % devices) for device in range(devices)]
+        return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axis, permutation), tree)
 
-    def exchange(self, x: Array) -> Float[Array, "lanes b ..."]:
-        """Send every lane its own rows of a block; return what all lanes have for this one."""
-        lanes = x.reshape(self.group, -1, *x.shape[1:])
+    def exchange(self, x: Array) -> Float[Array, "ranks b ..."]:
+        """Send each device of the group its rows of a block; return the parts of all ranks for this device's rows."""
+        parts = x.reshape(self.group, -1, *x.shape[1:])
         if self.group == 1:
-            return lanes
-        return jax.lax.all_to_all(lanes, self.axis, 0, 0, axis_index_groups=self.groups)
+            return parts
+        return jax.lax.all_to_all(parts, self.axis, 0, 0, axis_index_groups=self.index_groups)
 
     def varying(self, tree: Any) -> Any:
-        """Mark constants as differing between devices, as the carry of a loop has to be from the start."""
+        """Mark constants as varying over the devices, which `shard_map` requires of the initial carry of a loop."""
         if self.axis is None:
             return tree
         return jax.tree.map(lambda x: jax.lax.pcast(x, self.axis, to="varying"), tree)
 
-    def walk(
+    def scan(
         self,
-        own: Any,
+        rows: Any,
         block: Any,
         step: Callable[[Any, Any], tuple[Any, Any]],
-        kept: Any,
+        carry: Any,
         reduce: Callable[[Any], Any],
-        nothing: Any,
+        zero: Any,
         add: Callable[[Any, Any], Any],
     ) -> tuple[Any, Any]:
-        """Call `step(block, kept) -> (kept, contribution)` on every block of the ring.
+        """Call `step(block, carry) -> (carry, contribution)` for every block of the ring.
 
-        During a step the next block is gathered, and what belongs to the one before is summed and handed on, so that
-        all that is sent overlaps with arithmetic.
+        During a step the next block is gathered, and the contributions to the previous one are reduced and sent on, so
+        that communication overlaps with computation.
 
         Args:
-          own: this device's rows. block: those of its group, gathered.
-          reduce: sums a group's contributions to a block, for the own rows of every lane.
-          nothing: of such a sum, the one that adds nothing. add: two of them.
+          rows: rows of this device. block: gathered rows of its group.
+          carry: initial value of the carry.
+          reduce: reduces a group's contributions to a block, to the rows of each device of the group.
+          zero: the neutral element of `add`, which combines two reduced contributions.
 
         Returns:
-          What is kept here, and the sum of all devices' contributions to this device's own rows.
+          The final carry, and the combined contributions of all devices to the rows of this device.
         """
-        if self.hops == 1:
-            kept, contribution = step(block, kept)
-            return kept, reduce(contribution)
+        if self.groups == 1:
+            carry, contribution = step(block, carry)
+            return carry, reduce(contribution)
 
-        def hop(_: Any, carry: tuple) -> tuple:
-            own, block, kept, contribution, travelling = carry
-            own = self.shift(own)
-            travelling = self.shift(add(travelling, reduce(contribution)))
-            kept, contribution = step(block, kept)
-            return own, self.gather(own), kept, contribution, travelling
+        def body(_: Any, state: tuple) -> tuple:
+            rows, block, carry, contribution, in_flight = state
+            rows = self.shift(rows)
+            in_flight = self.shift(add(in_flight, reduce(contribution)))
+            carry, contribution = step(block, carry)
+            return rows, self.gather(rows), carry, contribution, in_flight
 
-        kept, contribution = step(block, kept)
-        own = self.shift(own)
-        carry = own, self.gather(own), kept, contribution, self.varying(nothing)
-        _, block, kept, contribution, travelling = jax.lax.fori_loop(1, self.hops - 1, hop, carry)
-        travelling = self.shift(add(travelling, reduce(contribution)))
-        kept, contribution = step(block, kept)
-        return kept, self.shift(add(travelling, reduce(contribution)))
+        carry, contribution = step(block, carry)
+        rows = self.shift(rows)
+        state = rows, self.gather(rows), carry, contribution, self.varying(zero)
+        _, block, carry, contribution, in_flight = jax.lax.fori_loop(1, self.groups - 1, body, state)
+        in_flight = self.shift(add(in_flight, reduce(contribution)))
+        carry, contribution = step(block, carry)
+        return carry, self.shift(add(in_flight, reduce(contribution)))
 
 
 def group_size(devices: int, bytes_per_device: int) -> int:
-    """Return how many neighbours gather their texts: the most that divide the devices and fit `BLOCK_BYTES`."""
+    """Return the largest divisor of `devices` whose gathered texts fit `BLOCK_BYTES`, at least 1."""
     fitting = (n for n in range(1, devices + 1) if devices % n == 0 and n * bytes_per_device <= BLOCK_BYTES)
     return max(fitting, default=1)

@@ -1,63 +1,61 @@
-"""SigLIP's loss: every pair of the global batch is classified by itself as matching or not.
+"""SigLIP's loss: binary cross-entropy of every pair of the global batch as positive or negative.
 
-Source: Zhai et al. 2023 (arXiv:2303.15343), algorithm 1. How all pairs are walked: `losses/pairs.py`.
+Source: Zhai et al. 2023 (arXiv:2303.15343), algorithm 1.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from clip_jax.losses.ring import Axis
-from clip_jax.losses.tiles import LOWEST, Ids, Statistics, loss_over_pairs
-from clip_jax.typing import ArrayLike, Metrics
+from clip_jax.losses.contrastive import ContrastiveLoss
+from clip_jax.losses.tiles import Mask, Scalar, Statistics, Tile
 
 
-def sigmoid(
-    image_bE: Float[ArrayLike, "b E"],
-    text_bE: Float[ArrayLike, "c E"],
-    logit_scale: Float[Array, ""],
-    logit_bias: Float[Array, ""] | None = None,
-    axis: Axis = None,
-    ids: Ids | None = None,
-) -> tuple[Float[Array, ""], Metrics]:
-    """Return the sum over texts, mean over images, of -log σ(±logit), in nats, and its metrics; equal on every device.
+@dataclasses.dataclass(frozen=True)
+class SigmoidLoss(ContrastiveLoss):
+    """Pairwise sigmoid loss, in nats, with logits zᵢⱼ = scale · xᵢ·yⱼ + bias.
 
-    Arguments, metrics and errors are those of `tiles.loss_over_pairs`. `logit_bias` starts at -10, since nearly all
-    pairs don't match.
+    loss = −1/B Σᵢⱼ log σ(±zᵢⱼ), + for positives, − for negatives. `logit_bias_init` is −10 because nearly all pairs are
+    negatives.
     """
-    return loss_over_pairs(_Sigmoid, image_bE, text_bE, logit_scale, logit_bias, axis, ids)
 
+    needs_logit_bias: ClassVar[bool] = True
 
-class _Sigmoid(NamedTuple):
-    scale: Array
-    bias: Array
+    name: str = "sigmoid"
 
-    def reduce(self, tile: Float[Array, "r c"], chosen: Bool[Array, "r c"], axis: int, positive: bool) -> Statistics:
-        """`total`: the pairs' losses; `slope`: their derivatives by the bias. A pair counts once, in its row."""
-        top = {"top": jnp.max(jnp.where(chosen, tile, -jnp.inf), axis, initial=LOWEST)}
+    def tile_statistics(
+        self, tile: Tile, selected: Mask, maximum: Array, axis: int, positive: bool, scale: Scalar, bias: Scalar
+    ) -> Statistics:
+        """Return `loss` = Σ −log σ(±z) and its derivative `bias_gradient`. Every pair counts once, in its row."""
         if axis == 0:
-            return top
+            return {}
         sign = -1 if positive else 1
-        wrong = sign * (self.scale * tile + self.bias)
-        total = jnp.sum(jnp.where(chosen, jax.nn.softplus(wrong), 0), axis)
-        return top | {"total": total, "slope": jnp.sum(jnp.where(chosen, sign * jax.nn.sigmoid(wrong), 0), axis)}
+        logits = sign * (scale * tile + bias)
+        loss = jnp.sum(jnp.where(selected, jax.nn.softplus(logits), 0), axis)
+        return {"loss": loss, "bias_gradient": jnp.sum(jnp.where(selected, sign * jax.nn.sigmoid(logits), 0), axis)}
 
-    def merge(self, one: Statistics, other: Statistics) -> Statistics:
-        return {name: jnp.maximum(x, other[name]) if name == "top" else x + other[name] for name, x in one.items()}
-
-    def finish(self, negatives: Statistics, positives: Statistics, axis: int) -> tuple[Array, Statistics]:
+    def example_loss(
+        self, negatives: Statistics, positives: Statistics, axis: int, scale: Scalar
+    ) -> tuple[Float[Array, "n"], Statistics]:
+        """Return the summed loss of an image's pairs; 0 for texts."""
         if axis == 0:
-            return jnp.zeros_like(negatives["top"]), {}
-        return negatives["total"] + positives["total"], {}
+            return jnp.zeros_like(negatives["max"]), {}
+        return negatives["loss"] + positives["loss"], {}
 
-    def weigh(self, tile: Array, matches: Array, facts: Statistics, axis: int) -> Float[Array, "r c"]:
+    def tile_gradient(
+        self, tile: Tile, matches: Mask, residuals: Statistics, axis: int, scale: Scalar, bias: Scalar
+    ) -> Tile:
+        """Return σ(z) − target for rows, 0 for columns."""
         if axis == 0:
             return jnp.zeros_like(tile)
-        return jax.nn.sigmoid(self.scale * tile + self.bias) - matches
+        return jax.nn.sigmoid(scale * tile + bias) - matches
 
-    def bias_slope(self, negatives: Statistics, positives: Statistics) -> Float[Array, "b"]:
-        return negatives["slope"] + positives["slope"]
+    def dense(self, image_BE: Array, text_CE: Array, scale: Scalar, bias: Scalar, matches_BC: Mask) -> Scalar:
+        """Return the loss from the full logit matrix."""
+        logits = scale * (image_BE @ text_CE.T) + bias
+        return -jnp.mean(jnp.sum(jax.nn.log_sigmoid(jnp.where(matches_BC, logits, -logits)), axis=1))

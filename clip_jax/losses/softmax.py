@@ -1,59 +1,62 @@
-"""CLIP's loss: the mean of two cross-entropies, image to text and text to image, over the global batch.
+"""CLIP's loss, symmetric InfoNCE: cross-entropy from images to texts and from texts to images over the global batch.
 
-Source: Radford et al. 2021, figure 3. With several matches for a row, their mean is asked for: UniCL (Yang et al. 2022,
-arXiv:2204.03610). How all pairs are walked: `losses/pairs.py`.
+Source: Radford et al. 2021, figure 3. Several positives share the target probability equally, as in UniCL (Yang et al.
+2022, arXiv:2204.03610).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from clip_jax.losses.ring import Axis
-from clip_jax.losses.tiles import LOWEST, Ids, Statistics, loss_over_pairs
-from clip_jax.typing import ArrayLike, Metrics
+from clip_jax.losses.contrastive import ContrastiveLoss
+from clip_jax.losses.tiles import Mask, Scalar, Statistics, Tile, merge_statistics
 
 
-def softmax(
-    image_bE: Float[ArrayLike, "b E"],
-    text_bE: Float[ArrayLike, "c E"],
-    logit_scale: Float[Array, ""],
-    logit_bias: Float[Array, ""] | None = None,
-    axis: Axis = None,
-    ids: Ids | None = None,
-) -> tuple[Float[Array, ""], Metrics]:
-    """Return the loss of the global batch, in nats, and its metrics; equal on every device.
+@dataclasses.dataclass(frozen=True)
+class SoftmaxLoss(ContrastiveLoss):
+    """Symmetric InfoNCE, in nats, with logits zᵢⱼ = scale · xᵢ·yⱼ of images i and texts j; the bias cancels.
 
-    Arguments, metrics and errors are those of `tiles.loss_over_pairs`. A softmax does not feel `logit_bias`.
+    loss = −1/2B Σᵢ (log softmaxⱼ(zᵢⱼ)[j = i] + log softmaxⱼ(zⱼᵢ)[j = i])
+
+    >>> embeddings = jax.numpy.eye(4)
+    >>> value, metrics = SoftmaxLoss()(embeddings, embeddings, jax.numpy.float32(1))
+    >>> f"{value:.4f}", float(metrics["accuracy/image_to_text"])
+    ('0.7437', 1.0)
     """
-    return loss_over_pairs(_Softmax, image_bE, text_bE, logit_scale, logit_bias, axis, ids)
 
+    name: str = "softmax"
 
-class _Softmax(NamedTuple):
-    scale: Array
-    bias: Array  # cancels
+    def tile_statistics(
+        self, tile: Tile, selected: Mask, maximum: Array, axis: int, positive: bool, scale: Scalar, bias: Scalar
+    ) -> Statistics:
+        """Return `sum_exp` = Σ exp(scale · (similarity − max))."""
+        shifted = jnp.where(selected, tile, -jnp.inf) - jnp.expand_dims(maximum, axis)
+        return {"sum_exp": jnp.sum(jnp.exp(scale * shifted), axis)}
 
-    def reduce(self, tile: Float[Array, "r c"], chosen: Bool[Array, "r c"], axis: int, positive: bool) -> Statistics:
-        """`total`: the sum of exponentials, relative to that of `top`."""
-        tile = jnp.where(chosen, tile, -jnp.inf)
-        top = jnp.max(tile, axis, initial=LOWEST)
-        return {"top": top, "total": jnp.sum(jnp.exp(self.scale * (tile - jnp.expand_dims(top, axis))), axis)}
+    def example_loss(
+        self, negatives: Statistics, positives: Statistics, axis: int, scale: Scalar
+    ) -> tuple[Float[Array, "n"], Statistics]:
+        """Return half the cross-entropy: log-sum-exp of all logits minus the mean logit of the positives."""
+        pairs = merge_statistics(scale, negatives, positives)
+        # Where the positive is the most similar, the difference in parentheses is exactly 0.
+        cross_entropy = scale * (pairs["max"] - positives["similarity_sum"] / positives["count"])
+        cross_entropy += jnp.log(pairs["sum_exp"])
+        residuals = {"max": pairs["max"], "1/sum_exp": 1 / pairs["sum_exp"], "target": 1 / positives["count"]}
+        return cross_entropy / 2, residuals
 
-    def merge(self, one: Statistics, other: Statistics) -> Statistics:
-        top = jnp.maximum(one["top"], other["top"])
-        return {"top": top, "total": sum(x["total"] * jnp.exp(self.scale * (x["top"] - top)) for x in (one, other))}
+    def tile_gradient(
+        self, tile: Tile, matches: Mask, residuals: Statistics, axis: int, scale: Scalar, bias: Scalar
+    ) -> Tile:
+        """Return (softmax(logits) − target) / 2."""
+        predicted = jnp.exp(scale * (tile - residuals["max"])) * residuals["1/sum_exp"]
+        return (predicted - jnp.where(matches, residuals["target"], 0)) / 2
 
-    def finish(self, negatives: Statistics, positives: Statistics, axis: int) -> tuple[Array, Statistics]:
-        every = self.merge(negatives, positives)
-        # Not log-sum-exp minus logit: where the match is the most similar, the first term is exactly 0.
-        parts = self.scale * (every["top"] - positives["sum"] / positives["count"]) + jnp.log(every["total"])
-        return parts / 2, {"top": every["top"], "share": 1 / every["total"], "target": 1 / positives["count"]}
-
-    def weigh(self, tile: Array, matches: Array, facts: Statistics, axis: int) -> Float[Array, "r c"]:
-        predicted = jnp.exp(self.scale * (tile - facts["top"])) * facts["share"]
-        return (predicted - jnp.where(matches, facts["target"], 0)) / 2
-
-    def bias_slope(self, negatives: Statistics, positives: Statistics) -> Float[Array, "b"]:
-        return jnp.zeros_like(positives["sum"])
+    def dense(self, image_BE: Array, text_CE: Array, scale: Scalar, bias: Scalar, matches_BC: Mask) -> Scalar:
+        """Return the loss from the full logit matrix."""
+        logits = scale * (image_BE @ text_CE.T) + bias
+        sides = [-jnp.mean(jnp.mean(jax.nn.log_softmax(logits, axis), axis, where=matches_BC)) for axis in (0, 1)]
+        return sum(sides) / 2

@@ -206,7 +206,7 @@ def plan_loss(name: str, global_batch: int, embed_dim: int, dtype: str, topology
         )
     mesh = sharding.make_mesh(devices)
     loss = jax.shard_map(
-        functools.partial(LOSSES[name], axis=sharding.BATCH_AXES),
+        functools.partial(LOSSES[name](), axis=sharding.BATCH_AXES),
         mesh=mesh,
         in_specs=(sharding.BATCH, sharding.BATCH, sharding.REPLICATED, sharding.REPLICATED),
         out_specs=sharding.REPLICATED,

@@ -1,4 +1,4 @@
-"""Texts to token ids. A tokenizer and the text tower that reads its ids must agree; `make_tokenizer` sees to it."""
+"""Tokenizers: texts to rows of token ids. `make_tokenizer` checks that tokenizer and text tower agree."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from clip_jax.typing import Tokenizer
 def _clip_bpe(config: TokenizerConfig, text: TextTransformer, truncate: bool, tokenizer_file: bytes) -> Tokenizer:
     for key, value in _settings(config).items():
         if value != getattr(TokenizerConfig(), key):
-            raise ValueError(f"tokenizer.{key}={value!r} is for tokenizers with a file; clip_bpe has CLIP's own way")
+            raise ValueError(f"tokenizer.{key}={value!r} is for tokenizers with a file, not for clip_bpe")
     return ClipBPE(text.length, text.vocab_size, truncate, tokenizer_file or config.path)
 
 
@@ -30,7 +30,7 @@ def _settings(config: TokenizerConfig) -> dict[str, Any]:
     return {"clean": config.clean, "pad_id": config.pad_id, "keep_end": config.keep_end}
 
 
-# name in `tokenizer.name` -> (config, text tower, truncate, its file's content where that travelled) -> Tokenizer
+# config key `tokenizer.name` -> function of (config, text tower, truncate, content of the tokenizer's file or b"")
 TOKENIZERS = {
     "clip_bpe": _clip_bpe,
     "sentencepiece": _sentencepiece,
@@ -43,24 +43,30 @@ def make_tokenizer(
 ) -> Tokenizer:
     """Return the tokenizer of a text tower.
 
+    >>> tokenizer = make_tokenizer(TokenizerConfig("clip_bpe"), TextTransformer(length=6))
+    >>> tokenizer(["a happy dog"]).tolist()
+    [[49406, 320, 900, 1929, 49407, 0]]
+
     Args:
-      truncate: cut texts that are too long, keeping the end token; False raises. Training and evaluation cut,
-        because one long caption must not end a run; `clip_jax.load` raises unless told otherwise, as OpenAI does.
-      tokenizer_file: what `config.path` contained, where it travelled with the weights; empty to read the path.
+      config: which tokenizer.
+      text: the text tower, for vocabulary size, length and end token.
+      truncate: truncate texts that are too long, keeping the end token; False raises ValueError. Training and
+        evaluation truncate; `clip_jax.load` raises by default, as OpenAI's `tokenize` does.
+      tokenizer_file: content of the file `config.path`, if it is stored with the weights; empty to read the path.
 
     Raises:
-      ValueError: if tokenizer and text tower disagree, or the tokenizer's file can't be used.
+      ValueError: if tokenizer and text tower disagree, or if the tokenizer's file can't be used.
     """
     tokenizer = TOKENIZERS[config.name](config, text, truncate, tokenizer_file)
-    # A tower may have some rows more than there are tokens, a round number for the hardware: CLIPA 32,000 for 30,522.
+    # An embedding table may be padded to a round number of rows: CLIPA has 32,000 for 30,522 tokens.
     rounded_up = tokenizer.vocab_size <= text.vocab_size <= 1.05 * tokenizer.vocab_size
     fits = {"vocab_size": rounded_up, "eos_id": text.pool != "end" or text.eos_id == tokenizer.eos_id}
     for field, fit in fits.items():
-        theirs, ours = getattr(text, field), getattr(tokenizer, field)
+        given, expected = getattr(text, field), getattr(tokenizer, field)
         if not fit:
             raise ValueError(
-                f"model.text.{field}={theirs} does not fit tokenizer.name={config.name!r}, whose {field} is {ours};"
-                f" set model.text.{field}={ours}"
+                f"model.text.{field}={given} does not fit tokenizer.name={config.name!r}, whose {field} is {expected};"
+                f" set model.text.{field}={expected}"
             )
     return tokenizer
 

@@ -1,16 +1,16 @@
-"""CLIP's byte-level byte-pair encoding, identical to OpenAI's on any text.
+"""CLIP's byte-level byte-pair encoding (BPE), with the ids of OpenAI's tokenizer on any text.
 
-A text is repaired (ftfy), unescaped as HTML twice, its whitespace collapsed, lower-cased, split into words by a
-regular expression, and every word's UTF-8 bytes are merged pair by pair, the earliest merge of the table first.
+A text is repaired (ftfy), HTML-unescaped twice, its whitespace collapsed, and lower-cased. A regular expression splits
+it into words, and the UTF-8 bytes of each word are merged pair by pair, the earliest merge of the table first.
 
 Source: https://github.com/openai/CLIP/blob/2558ec83f8fdfd5b500bf0c7255d1f53b5dbf588/clip/simple_tokenizer.py,
 Sennrich et al. 2016 (arXiv:1508.07909). The table `clip_merges.txt.gz` is OpenAI's (clip_merges.LICENSE): its header
-and the 48,894 merges that CLIP uses. Two properties of OpenAI's are kept because weights depend on them: a text that
-contains `<|endoftext|>` contains that token, and padding is id 0, which is also the token '!'. open_clip renamed the
-special tokens, so there such a text is read as ordinary characters.
+and the 48,894 merges that CLIP uses. Two properties of OpenAI's tokenizer are kept because weights depend on them: the
+string `<|endoftext|>` in a text becomes the end token, and padding is id 0, which is also the token '!'. open_clip
+renamed the special tokens and encodes that string as ordinary characters.
 
-Deviation: a `vocab_size` below 49,408 keeps the first merges only, and the two special tokens stay the last two ids.
-Any text can still be written, in more tokens: what a small model with a small embedding table wants.
+Deviation: a `vocab_size` below 49,408 keeps only the first merges, and the two special tokens are the last two ids.
+Any text can still be encoded, in more tokens. This is for small models with a small embedding table.
 """
 
 from __future__ import annotations
@@ -44,24 +44,28 @@ _SPLIT = regex.compile(
     regex.IGNORECASE,
 )
 _WHITESPACE = regex.compile(r"\s+")
-# Characters that ftfy leaves alone where they aren't mojibake and are composed (NFC), and no '&', with which HTML's
-# entities begin: ASCII; letters of Latin, Greek, Cyrillic, Hebrew, Arabic, Devanagari and Thai; dashes and signs; kana,
-# CJK and Hangul; emoji.
+# Characters that ftfy does not change unless they are mojibake or not composed (NFC), without '&', the start of an HTML
+# entity: ASCII; Latin, Greek, Cyrillic, Hebrew, Arabic, Devanagari and Thai letters; dashes and signs; kana, CJK and
+# Hangul; emoji.
 _UNTOUCHED = re.compile(
     r"[ -%'-~\xa1-\xac\xae-\u0131\u0134-\u0148\u014a-\u01c3\u01cd-\u01f0\u01f4-\u02af\u0370-\u04ff\u05d0-\u05ea"
     r"\u0620-\u064a\u0904-\u0939\u0e01-\u0e30\u2010-\u2017\u2020-\u2027\u2030-\u203a\u20a0-\u20bf\u2100-\u214f"
     r"\u2190-\u23ff\u2500-\u27bf\u3001-\u30ff\u4e00-\u9fff\uac00-\ud7a3\ufe0f\u200d\U0001f300-\U0001faff]*"
 )
-# Captions repeat their words: a corpus's 65,536 most recent words are nearly all that it holds. Longer ones (addresses,
-# text without spaces) rarely come again, so they are not kept: 64 characters bound the cache to some 100 MB at worst.
+# The 65,536 most recent words cover nearly all words of a corpus. Words above 64 characters (URLs, text without spaces)
+# rarely repeat and are not cached, which bounds the cache to about 100 MB.
 _CACHED_WORDS = 65_536
 _CACHED_LENGTH = 64  # characters
 
 
 class ClipBPE:
-    """Texts to rows of token ids: start, tokens, end, zeros. Safe to call from several threads.
+    """CLIP's tokenizer. A row of ids is: start token, text tokens, end token, padding. Thread-safe.
 
-    `pad_id` is 0, a real token ('!'): find a text's end by `eos_id`, the greatest id, never by looking for padding.
+    `pad_id` is 0, which is also the token '!': locate the end of a text by `eos_id`, the greatest id, not by padding.
+
+    >>> tokenizer = ClipBPE(length=8)
+    >>> tokenizer(["a happy dog", "dog"]).tolist()
+    [[49406, 320, 900, 1929, 49407, 0, 0, 0], [49406, 1929, 49407, 0, 0, 0, 0, 0]]
     """
 
     pad_id: int = 0
@@ -72,13 +76,14 @@ class ClipBPE:
         """Read the merge table.
 
         Args:
-          length: of a row, start and end token included.
-          truncate: cut a text that is too long before the row's end and put the end token there; else raise.
-          merges_path: a table of one's own, or what its file contains, plain or gzip, one merge a line, the most
-            frequent first; empty for CLIP's.
+          length: ids per row, including start and end token.
+          vocab_size: 512 bytes, the first merges of the table, and 2 special tokens; 515 to 49,408 for CLIP's table.
+          truncate: truncate texts that are too long, keeping the end token; False raises ValueError.
+          merges_path: path or content of another merge table, plain or gzip, one merge per line, the most frequent
+            first; empty for CLIP's.
 
         Raises:
-          ValueError: if the vocabulary or the length is out of range, or the table is not one.
+          ValueError: if `vocab_size` or `length` is out of range, or the file is no merge table.
         """
         if length < 3:
             raise ValueError(
@@ -101,11 +106,11 @@ class ClipBPE:
         self._recent = functools.lru_cache(_CACHED_WORDS)(self._encode_chunk)
 
     def __call__(self, texts: Sequence[str]) -> Int32[np.ndarray, "n L"]:
-        """Return one row of `length` ids for every text.
+        """Return one row of `length` ids per text.
 
         Raises:
           ValueError: if a text is too long and `truncate` is False.
-          TypeError: if one string was given where several are expected.
+          TypeError: if `texts` is one string.
         """
         if isinstance(texts, (str, bytes)):
             raise TypeError(f"expected a sequence of texts, got one: wrap it, [{texts[:40]!r}]")
@@ -119,21 +124,30 @@ class ClipBPE:
         return rows
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text of any length, without start and end."""
+        """Return the ids of a text of any length, without start and end token.
+
+        >>> ClipBPE().encode("a happy dog")
+        [320, 900, 1929]
+        """
         ids: list[int] = []
         for chunk in clean(text).split(" "):
-            # No word reaches over a space, so a chunk has the same ids whatever stands around it.
+            # No word contains a space, so the ids of a chunk do not depend on the rest of the text.
             ids += self._recent(chunk) if len(chunk) <= _CACHED_LENGTH else self._encode_chunk(chunk)
         return ids
 
     def decode(self, ids: Sequence[int] | Integer[np.ndarray, "L"]) -> str:
-        """Return the text of one row, up to its end token and without its start: in lower case, words set apart."""
+        """Return the text of a row up to its end token, in lower case, with a space after each word.
+
+        >>> tokenizer = ClipBPE()
+        >>> tokenizer.decode(tokenizer(["A happy Dog!"])[0])
+        'a happy dog !'
+        """
         kept = itertools.takewhile(lambda token: token != self.eos_id, map(int, ids))
         text = b"".join(self._symbols[token] for token in kept if token != self.bos_id)
         return text.decode("utf-8", errors="replace").strip()
 
     def as_huggingface(self) -> tuple[dict[str, int], list[str]]:
-        """Return what Hugging Face's `vocab.json` and `merges.txt` hold: ids of written tokens, merges in order."""
+        """Return the content of Hugging Face's `vocab.json` and `merges.txt`: ids by token, merges in order."""
         written = [_CHARACTERS[byte] for byte in _byte_order()]
         for symbol in self._symbols[256:]:
             ending = _WORD_END if symbol.endswith(b" ") else ""
@@ -162,21 +176,21 @@ class ClipBPE:
         if not self.truncate:
             raise ValueError(
                 f"the text {text[:60]!r}… has {tokens} tokens with start and end, but model.text.length={self.length};"
-                " shorten it, or pass truncate=True to have it cut"
+                " shorten it, or pass truncate=True"
             )
 
 
 def clean(text: str) -> str:
-    """Repair, unescape, collapse whitespace to single spaces and lower the case, as OpenAI does."""
+    """Repair, HTML-unescape, collapse whitespace to single spaces and lower-case, as OpenAI does."""
     return repair(text).lower()
 
 
 def repair(text: str) -> str:
-    """Undo mojibake, unescape HTML twice, and collapse whitespace to single spaces."""
-    # Printable ASCII without '&' is what ftfy and html leave alone, and its only whitespace is the space.
+    """Undo mojibake, HTML-unescape twice, and collapse whitespace to single spaces."""
+    # ftfy and html do not change printable ASCII without '&', and its only whitespace is the space.
     if text.isascii() and text.isprintable() and "&" not in text:
         return " ".join(text.split())
-    # ftfy's and html's work takes four times as long as all the rest.
+    # ftfy and html take four times as long as the rest of the tokenizer.
     if not (_UNTOUCHED.fullmatch(text) and unicodedata.is_normalized("NFC", text) and not is_bad(text)):
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
     text = text.strip()
@@ -190,7 +204,7 @@ _NONE = 1 << 30  # greater than any id
 def _merge(ids: list[int], merges: Mapping[tuple[int, int], int]) -> list[int]:
     """Merge neighbours, the lowest new id first and from left to right, until no pair is in the table."""
     find = merges.get
-    merged = [find(pair, _NONE) for pair in itertools.pairwise(ids)]  # what each place and the next would make
+    merged = [find(pair, _NONE) for pair in itertools.pairwise(ids)]  # new id of each id and its right neighbour
     while merged and (best := min(merged)) != _NONE:
         place = merged.index(best)
         ids[place : place + 2] = [best]
@@ -203,57 +217,57 @@ def _merge(ids: list[int], merges: Mapping[tuple[int, int], int]) -> list[int]:
 
 
 def _merge_long(ids: list[int], merges: Mapping[tuple[int, int], int]) -> Iterator[int]:
-    """Do what `_merge` does, for words of any length: its n² steps are seconds for 10,000 characters without a space.
+    """Return the result of `_merge` in n·log n steps; its n² steps take seconds for 10,000 characters without a space.
 
-    A queue of the pairs gives the same ids, n·log n, because a pair is always of a higher id than its parts: no merge
-    can make a pair that should have come before it.
+    A priority queue of pairs gives the same ids because a merged pair has a higher id than its two members: no merge
+    creates a pair that should have been merged earlier.
     """
     count, queue = len(ids), []
-    left, right = list(range(-1, count - 1)), list(range(1, count + 1))  # neighbours that are still there
+    left, right = list(range(-1, count - 1)), list(range(1, count + 1))  # indices of the remaining neighbours
 
-    def offer(first: int, second: int) -> None:
+    def push(first: int, second: int) -> None:
         merged = merges.get((ids[first], ids[second]))
         if merged is not None:
             heapq.heappush(queue, (merged, first))
 
     for place in range(count - 1):
-        offer(place, place + 1)
+        push(place, place + 1)
     while queue:
         merged, place = heapq.heappop(queue)
-        gone = right[place]
-        if gone == count or merges.get((ids[place], ids[gone])) != merged:
-            continue  # one of the two has been merged with another since
-        ids[place], ids[gone] = merged, _GONE
-        right[place] = after = right[gone]
+        removed = right[place]
+        if removed == count or merges.get((ids[place], ids[removed])) != merged:
+            continue  # one of the two was merged with another neighbour
+        ids[place], ids[removed] = merged, _REMOVED
+        right[place] = after = right[removed]
         if after < count:
             left[after] = place
-            offer(place, after)
+            push(place, after)
         if left[place] >= 0:
-            offer(left[place], place)
-    return (token for token in ids if token != _GONE)
+            push(left[place], place)
+    return (token for token in ids if token != _REMOVED)
 
 
 def _byte_order() -> list[int]:
-    """Return the bytes in the order of their ids: those that Latin-1 prints, then the rest."""
+    """Return the bytes in the order of their ids: the printable ones of Latin-1, then the others."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     return printable + [byte for byte in range(256) if byte not in printable]
 
 
 _BYTE_ID = [_byte_order().index(byte) for byte in range(256)]
-# How files write a byte: as Latin-1 prints it, and what it doesn't print as the characters from U+0100 on.
+# Characters that represent the bytes in files: Latin-1 where it is printable, otherwise from U+0100 on.
 _CHARACTERS = [chr(byte if number < _PRINTABLE else 256 + number - _PRINTABLE) for byte, number in enumerate(_BYTE_ID)]
-_GONE = -1
-_SHORT = 64  # bytes; from there on the queue is faster
+_REMOVED = -1
+_SHORT = 64  # bytes; above, the priority queue is faster
 
 
 @dataclasses.dataclass(frozen=True)
 class _Table:
-    """A merge table in ids.
+    """A merge table as ids.
 
     pairs: the two ids that merge `i` joins to id 512 + i.
-    symbols: the bytes that every id stands for, a space after a word's last.
-    words: the ids of whole words of ASCII letters, for which nothing has to be merged. Only for CLIP's table, where a
-      test merges each of them and sees it end as that one id; in a table of one's own that need not be so.
+    symbols: the bytes of every id, with a space at a word's end.
+    words: ids of complete words of ASCII letters, which need no merges. Only for CLIP's table, where a test checks that
+      the merges of each word end in its id; other tables need not have this property.
     """
 
     pairs: tuple[tuple[int, int], ...]
@@ -273,7 +287,7 @@ def _read_table(path: str | bytes) -> _Table:
         if len(parts) != 2 or not id_of.keys() >= set(parts) or "".join(parts) in id_of:
             raise ValueError(
                 f"the tokenizer's merge table, line {number}: {line[:60]!r} is not a merge: expected two symbols, each"
-                " a byte or made by a line above, that together are a new one, e.g. 'th e</w>'"
+                " a byte or the result of an earlier line, that form a new one, e.g. 'th e</w>'"
             )
         first, second = (id_of[part] for part in parts)
         id_of["".join(parts)] = len(symbols)
@@ -285,7 +299,7 @@ def _read_table(path: str | bytes) -> _Table:
 
 
 def _read_lines(path: str | bytes) -> Iterator[tuple[int, str]]:
-    """Yield the table's lines with their numbers, without a header ('#version: 0.2', with or without a name)."""
+    """Yield numbers and lines of the table, without the header ('#version: 0.2', with or without a name)."""
     content = path if isinstance(path, bytes) and path else _read_file(os.fsdecode(path))
     if content.startswith(b"\x1f\x8b"):
         content = gzip.decompress(content)
@@ -297,5 +311,5 @@ def _read_lines(path: str | bytes) -> Iterator[tuple[int, str]]:
 def _read_file(path: str) -> bytes:
     file = pathlib.Path(path).expanduser() if path else importlib.resources.files(__package__) / "clip_merges.txt.gz"
     if not file.is_file():
-        raise ValueError(f"tokenizer.path={path!r}: there is no such file; leave it empty for CLIP's own merge table")
+        raise ValueError(f"tokenizer.path={path!r}: the file does not exist; leave it empty for CLIP's merge table")
     return file.read_bytes()

@@ -1,4 +1,4 @@
-"""What a run would do, as a page: from shapes alone, without data or a step."""
+"""Summary of a run for --dry_run: computed from shapes, without data or a step."""
 
 from __future__ import annotations
 
@@ -12,27 +12,32 @@ from clip_jax.training import optim, step
 
 
 def describe(config: Config, workdir: epath.Path) -> str:
-    """Return the page. Raises ValueError where the config doesn't fit the devices that JAX sees here."""
+    """Return the summary as aligned text.
+
+    Raises:
+      ValueError: the config does not fit the devices of this process.
+    """
     resolved = resolve(config, devices=jax.device_count(), processes=jax.process_count())
     mesh = sharding.make_mesh(fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
     optimizer = optim.make_optimizer(config.optim, resolved.total_steps)
     state = step.abstract_state(step.model_from_config(config, mesh), optimizer, config, mesh)
     batch, image, text = config.train.batch_size, config.model.image, config.model.text
     bytes_per_pair = image.image_size**2 * 3 + text.length * 4 + 1
+    teacher = config.teacher
     rows = {
         "model": name_of(config.model),
         "parameters": f"{count_parameters(state.params):,}",
         "  image tower": f"{count_parameters(state.params['image']):,} ({image.kind}, {image.image_size} px)",
         "  text tower": f"{count_parameters(state.params['text']):,} ({text.length} tokens of {text.vocab_size:,})",
-        "starts from": config.init.weights or f"random weights, seed {config.train.seed}",
-        "learns from": f"{config.teacher.weights}, weight {config.teacher.weight:g}" if config.teacher.weights else "",
+        "initialization": config.init.weights or f"random, seed {config.train.seed}",
+        "teacher": f"{teacher.weights}, weight {teacher.weight:g}" if teacher.weights else "",
         "steps": f"{resolved.total_steps:,}",
         "examples": f"{resolved.total_steps * batch:,}",
         "batch": f"{batch:,}",
         "batch per device": f"{resolved.batch_per_device:,}",
         "mesh": f"{dict(mesh.shape)} ({mesh.devices.flat[0].device_kind}, {jax.process_count()} process(es))",
-        "memory of the state": f"{_size(sharding.shard_bytes(state))} on every device",
-        "memory of a batch": f"{_size(resolved.batch_per_device * bytes_per_pair)} on every device, as uint8",
+        "memory of the state": f"{_format_bytes(sharding.shard_bytes(state))} per device",
+        "memory of a batch": f"{_format_bytes(resolved.batch_per_device * bytes_per_pair)} per device, as uint8",
         "data": f"{config.data.source} {config.data.files}".rstrip(),
         "compute": f"{config.train.dtype}, remat {config.train.remat}, {config.train.micro_batches} micro-batch(es)",
         "checkpoints": f"every {config.checkpoint.every_steps:,} steps, the newest {config.checkpoint.keep} are kept",
@@ -43,5 +48,5 @@ def describe(config: Config, workdir: epath.Path) -> str:
     return "\n".join(f"{name + ':':<{width + 2}}{value}" for name, value in rows.items() if value)
 
 
-def _size(n: int) -> str:
+def _format_bytes(n: int) -> str:
     return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.1f} MiB"

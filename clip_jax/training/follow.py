@@ -1,4 +1,4 @@
-"""A run's checkpoints measured as they appear, by other processes than its own, which it does not wait for."""
+"""Evaluation of a run's checkpoints as they appear, in processes of its own, parallel to training."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from collections.abc import Callable, Container
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from clip_jax.config import WeightsConfig
-from clip_jax.devices import sharding
+from clip_jax.devices import distributed, sharding
 from clip_jax.training import optim, step
 from clip_jax.training.checkpoint import Checkpoints
 from clip_jax.training.workdir import stored_config
@@ -21,53 +20,52 @@ from clip_jax.typing import Params
 
 log = logging.getLogger(__name__)
 
-REPORT = "report.json"  # a run writes it when it is finished
+REPORT = "report.json"  # a run writes it when it has finished
 NONE = -1
-_MANY_STEPS = 2**31  # the state is the same for any number of steps, and no warm-up is longer
+_TOTAL_STEPS = 2**31  # the state has the same shapes for any number of steps
 
 
 def follow(
     workdir: epath.Path,
     mesh: Mesh,
-    measure: Callable[[int, WeightsConfig, Params], None],
-    measured: Container[int],
+    evaluate: Callable[[int, WeightsConfig, Params], None],
+    evaluated: Container[int],
     every_seconds: float = 30,
 ) -> None:
-    """Call `measure` with each checkpoint that isn't measured yet, the oldest first, until the run has finished.
+    """Call `evaluate` on every new checkpoint, oldest first, until the run has finished.
 
-    Nothing in `workdir` is touched. What the run removed before it was read is passed over. To be called on all hosts.
+    `workdir` is only read. A checkpoint that the run removes before it is read is skipped. Call it on all hosts.
 
     Args:
-      measure: gets the step, what the weights mean, and the parameters that evaluation takes (averaged ones, if any).
-      measured: steps to leave out.
+      workdir: workdir of the run.
+      mesh: mesh of the evaluation, which may differ from the run's.
+      evaluate: function of step, config of the weights, and evaluation parameters (the EMA, if there is one).
+      evaluated: steps to skip.
+      every_seconds: interval between two looks at the directory.
 
     Raises:
-      ValueError: if no run has begun there.
+      ValueError: there is no run in `workdir`.
     """
     config = stored_config(workdir)
     if config is None:
-        raise ValueError(f"{workdir} holds no run: its --workdir has a config.json as soon as it begins")
-    model = step.model_from_config(config, mesh)
-    like = step.abstract_state(model, optim.make_optimizer(config.optim, _MANY_STEPS), config, mesh)
+        raise ValueError(f"{workdir}: expected the --workdir of a run, which has a config.json, and found none")
+    optimizer = optim.make_optimizer(config.optim, _TOTAL_STEPS)
+    abstract_state = step.abstract_state(step.model_from_config(config, mesh), optimizer, config, mesh)
     weights = WeightsConfig(config.model, config.tokenizer, config.preprocess, source=f"clip_jax run {workdir.name}")
     newest = NONE
     while True:
-        finished = (workdir / REPORT).exists()  # asked first: what it saved before is there already
+        finished = (workdir / REPORT).exists()  # read before the steps: then all checkpoints of the run are listed
         checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
-        new = [at for at in checkpoints.steps() if at > newest and at not in measured]
-        at, finished = (int(x) for x in _of_main(min(new, default=NONE), finished))
+        new = [at for at in checkpoints.steps() if at > newest and at not in evaluated]
+        # Hosts may see different states of a network file system, and must take the same branch.
+        at, finished = distributed.from_main_process(min(new, default=NONE), finished)
         if at != NONE:
             newest = at
-            if (restored := checkpoints.restore(like, at)) is not None:
-                log.info("measuring step %d", at)
+            if (restored := checkpoints.restore(abstract_state, at)) is not None:
+                log.info("evaluating step %d", at)
                 params = sharding.gather(restored[0].eval_params, mesh)
-                measure(at, weights, jax.tree.map(np.asarray, params))
+                evaluate(at, weights, jax.tree.map(np.asarray, params))
         elif finished:
             return
         else:
             time.sleep(every_seconds)
-
-
-def _of_main(at: int, finished: bool) -> np.ndarray:
-    """Return what the first host sees, so that all take the same way: a directory isn't the same everywhere at once."""
-    return multihost_utils.broadcast_one_to_all(np.array([at, finished], np.int32))

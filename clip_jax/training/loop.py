@@ -1,15 +1,15 @@
-"""A run, read top to bottom: data, state, steps, checkpoints, evaluation, report.
+"""Training loop: prepare, initial or restored state, steps with checkpoints and evaluation, final report and export.
 
-Everything that a step needs is a function of (config, step): the batch, its augmentation, the learning rate. So a run
-that was killed goes on from its newest checkpoint as if nothing had happened.
+The batch, its augmentation and the learning rate of a step are functions of (config, step). A run that is killed and
+restarted computes the same steps as an uninterrupted one.
 """
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import logging
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -21,47 +21,33 @@ from etils import epath
 from jax.sharding import Mesh
 
 from clip_jax import data, provenance
-from clip_jax.config import Architecture, Config, Resolved, WeightsConfig, differences, name_of, resolve
+from clip_jax.config import Config, Resolved, WeightsConfig, check_local_paths, name_of, resolve
 from clip_jax.devices import distributed, sharding
 from clip_jax.devices.chips import chip_of
 from clip_jax.devices.distributed import Preempted, PreemptionMonitor
-from clip_jax.evals import benchmark
-from clip_jax.evals.datasets import LOADERS
 from clip_jax.evals.embed import CachedEmbedder, ModelEmbedder
+from clip_jax.evals.load import LoadOptions, load_dataset
 from clip_jax.evals.report.tables import text_table
 from clip_jax.evals.report.writing import write_report
-from clip_jax.evals.suite import REGISTRY, Loader, Suite, load_suite
-from clip_jax.interop import positions, reading
+from clip_jax.evals.suite import Suite, load_suite
 from clip_jax.interop.msgpack import write as write_weights
 from clip_jax.models import Model
 from clip_jax.models.flops import training_flops
 from clip_jax.preprocess import preprocess_many
 from clip_jax.tokenizers import make_tokenizer
-from clip_jax.training import metrics, optim, step, workdir
+from clip_jax.training import initialization, metrics, optim, step, workdir
 from clip_jax.training.checkpoint import Checkpoints
 from clip_jax.training.step import TrainState
-from clip_jax.typing import DataSource, HostBatch, Params, Tokenizer
+from clip_jax.typing import DataSource, EvalDataset, HostBatch, Params, Tokenizer, Unavailable
 
 log = logging.getLogger(__name__)
 
-# By what tokenizers differ: merges, case, punctuation, entities, other scripts.
-_SAMPLES = (
-    "a photo of a dog",
-    "The QUICK brown fox, jumps: over 13 lazy dogs!",
-    "Motörhead &amp; 東京タワー 🦊 in the snow",
-)
-
-# Metrics are read this many steps late, so that the device never waits for the host to ask.
-_LAG = 2
-
-
-class NonFiniteError(RuntimeError):
-    """Too many steps in a row gave a loss or a gradient that is not finite."""
+_ATTEMPTS = 3  # maximum number of times that the last checkpoint may be damaged on disk and trained again
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What stays the same from the first step to the last."""
+    """Constants of a run, equal in every step."""
 
     resolved: Resolved
     mesh: Mesh
@@ -76,44 +62,68 @@ class Run:
     def config(self) -> Config:
         return self.resolved.config
 
+    @property
+    def total_steps(self) -> int:
+        return self.resolved.total_steps
+
+    def abstract_state(self) -> TrainState:
+        """Return the shapes, dtypes and shardings of the state."""
+        return step.abstract_state(self.model, self.optimizer, self.config, self.mesh)
+
 
 def train(config: Config, directory: str, export: str | None = None) -> bool:
-    """Train, evaluate, report and export as `config` says, going on from what `directory` holds.
+    """Train, evaluate, write the report and export the weights; resumes from the checkpoints in `directory`.
 
     Args:
-      export: where the weights are written as msgpack.
+      config: config of the run.
+      directory: workdir of the run, a local path or a URL that all hosts can reach.
+      export: msgpack file for the final weights, a local path or a URL.
 
     Returns:
-      True if the run is finished; False if it was asked to leave, with its state saved.
+      True if the run is finished; False if it was preempted (SIGTERM), with its state saved.
 
     Raises:
-      ValueError: for a config, data or a directory that don't fit, before the first step.
-      NonFiniteError, SaveFailed: the newest checkpoint stands.
+      ValueError: config, data or an output path do not fit. Raised before the first step.
+      NonFiniteError: too many consecutive steps without a finite loss; the newest checkpoint is intact.
+      SaveFailed: a checkpoint could not be written; earlier ones are intact.
+      RuntimeError: every checkpoint is damaged.
     """
-    run = prepare(config, epath.Path(directory).expanduser())
+    run = prepare(config, workdir.to_path(directory, "--workdir"), export)
+    checkpoints = Checkpoints(
+        run.workdir / "checkpoints",
+        keep=config.checkpoint.keep,
+        keep_every_steps=config.checkpoint.keep_every_steps,
+    )
     try:
-        checkpoints = Checkpoints(
-            run.workdir / "checkpoints",
-            keep=config.checkpoint.keep,
-            keep_every_steps=config.checkpoint.keep_every_steps,
-        )
-        state = _first_or_saved_state(run, checkpoints)
-        suite = load_suite(config.eval, config.data, _eval_sets(config))
-        _steps(run, state, checkpoints, suite)
-        _finish(run, checkpoints, suite, export)
+        suite = load_suite(config.eval, config.data)
+        baselines_dataset = _load_baselines_dataset(config)
+        state, info = _restored_or_initial_state(run, checkpoints)
+        attempts = 0
+        while int(state.step) < run.total_steps:
+            if attempts == _ATTEMPTS:
+                raise RuntimeError(
+                    f"{run.workdir}: the checkpoint of step {run.total_steps} was damaged {attempts} times after it was"
+                    " saved; check the disk, or use another --workdir"
+                )
+            attempts += 1
+            _train_steps(run, state, info, checkpoints, suite)
+            # The checkpoint on disk is evaluated and exported. If it is damaged, an older one is restored here, and
+            # the missing steps are trained again.
+            state, info = _restored_or_initial_state(run, checkpoints)
+        _finish(run, state.eval_params, suite, baselines_dataset, export)
     except Preempted:
+        checkpoints.close()
         return False
     checkpoints.close()
     return True
 
 
-def _eval_sets(config: Config) -> dict[str, Loader]:
-    """Return what loads a split of each source, the registry's sets among them."""
-    return LOADERS | {REGISTRY: lambda _, name: benchmark.eval_set(name, config.eval.data_dir)}
+# ----------------------------------------------------------------------------------------------------------- prepare
 
 
-def prepare(config: Config, directory: epath.Path) -> Run:
-    """Check everything that can be checked, on all hosts, before anything costs time."""
+def prepare(config: Config, directory: epath.Path, export: str | None = None) -> Run:
+    """Check config, data, hosts and output paths before any expensive work, and write config.json."""
+    check_local_paths(config)
     source = data.make_source(config.data)
     tokenizer = make_tokenizer(config.tokenizer, config.model.text)
     resolved = resolve(config, devices=jax.device_count(), processes=jax.process_count(), examples=len(source))
@@ -125,203 +135,120 @@ def prepare(config: Config, directory: epath.Path) -> Run:
             "training data": source.fingerprint(),
         }
     )
-    if distributed.is_main_process():
-        workdir.describe(directory, config)
+    with distributed.synchronized_errors(ValueError):
+        if distributed.is_main_process():
+            workdir.check_outputs(directory, export)
+            workdir.write_config(directory, config)
     mesh = sharding.make_mesh(fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
     optimizer = optim.make_optimizer(config.optim, resolved.total_steps, seed=config.train.seed)
     model = step.model_from_config(config, mesh)
     return Run(resolved, mesh, source, tokenizer, model, optimizer, directory, PreemptionMonitor())
 
 
-def _first_or_saved_state(run: Run, checkpoints: Checkpoints) -> TrainState:
-    """Return the newest saved state, or the initial one: a function of the seed, equal on every host."""
-    restored = checkpoints.restore(_like(run))
+def _load_baselines_dataset(config: Config) -> EvalDataset | None:
+    """Return the dataset that the baselines are fitted to; loaded before training, so that an error ends the run."""
+    name = config.eval.baselines_dataset
+    if not name:
+        return None
+    try:
+        return load_dataset(name, LoadOptions(config.eval.data_dir, data=config.data))
+    except Unavailable as error:
+        raise ValueError(f"eval.baselines_dataset={name!r}: {error}; '' for a run without baselines") from error
+
+
+# ------------------------------------------------------------------------------------------------------------- state
+
+
+def _restored_or_initial_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any]]:
+    """Return the newest intact checkpoint and its info; without checkpoints the initial state and no info."""
+    restored = checkpoints.restore(run.abstract_state())
     if restored is None:
-        state = _initial_state(run)
+        state = initialization.initial_state(run.model, run.optimizer, run.config, run.mesh)
         if distributed.is_main_process():
-            # Without means and deviations: a host doesn't hold the parameters that `fsdp` cuts over others.
+            # Without statistics: a host does not hold the parameters that fsdp shards over other hosts.
             overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
             log.info("%s\n%s", name_of(run.config.model), overview)
-        return state
+        return state, {}
     state, info = restored
     if info["training_data"] != run.source.fingerprint():
         raise ValueError(
-            f"the training data is not what {run.workdir} was trained on: fingerprint {run.source.fingerprint()} here,"
-            f" {info['training_data']} there. Give back the shards that were there, or use another --workdir"
+            f"the training data is not the data of the run in {run.workdir}: fingerprint {run.source.fingerprint()}"
+            f" here, {info['training_data']} there. Restore the shards, or use another --workdir"
         )
-    log.info("going on from the checkpoint of step %d", int(state.step))
-    return state
+    log.info("restored the checkpoint of step %d of %d", int(state.step), run.total_steps)
+    return state, info
 
 
-def _initial_state(run: Run) -> TrainState:
-    if not run.config.init.weights:
-        return _initialiser(run)(jax.random.key(run.config.train.seed))
-    params = starting_weights(run.config)
-    if "logit_scale" not in params:  # one tower
-        params = jax.jit(run.model.init)(jax.random.key(run.config.train.seed)) | params
-    start = functools.partial(step.init_state, optimizer=run.optimizer, config=run.config.optim)
-    return jax.jit(start, out_shardings=_placed(run))(params)
+# ------------------------------------------------------------------------------------------------------------- steps
 
 
-def starting_weights(config: Config) -> Params:
-    """Return the parameters that `init.weights` names, their positions resized to the run's sizes.
-
-    They are those of one tower where it says so: 'lit.npz:img'.
-
-    Raises:
-      ValueError: if there is no such file, or its model or pixels are not the run's, naming each key that differs.
-    """
-    init, model = config.init, config.model
-    path, tower = reading.split_tower(init.weights)
-    try:
-        if tower:
-            log.info("starting from the %s tower of %s", tower, path)
-            return reading.read_tower(path, tower, model)
-        weights = reading.read(init.weights, model=init.model, activation=init.activation)
-    except (FileNotFoundError, ValueError) as error:
-        raise ValueError(f"init.weights={init.weights!r}: {error}") from error
-    size, length = model.image.image_size, model.text.length
-    found, params = positions.resize(weights.config.model, weights.params, image_size=size, length=length)
-    spec = dataclasses.replace(weights.config.preprocess, implementation=config.preprocess.implementation)
-    theirs = dataclasses.replace(config, model=found, preprocess=spec)
-    _check_same(theirs, config, f"init.weights={init.weights!r} has another model or other pixels")
-    log.info("starting from %s (%s)", init.weights, weights.format)
-    return params
-
-
-def teaching_weights(config: Config, tokenizer: Tokenizer) -> tuple[Architecture, Params]:
-    """Return the model that `teacher.weights` names and its parameters, positions resized to the run's sizes.
-
-    Args:
-      tokenizer: the run's. Where the teacher's came with its weights, both have to make the same of a few texts.
-
-    Raises:
-      ValueError: if there is no such file, or its pixels or token ids are not the run's, naming what differs.
-    """
-    teacher, model = config.teacher, config.model
-    said = f"teacher.weights={teacher.weights!r}"
-    if reading.split_tower(teacher.weights)[1]:
-        raise ValueError(f"{said} is one tower, and a teacher needs both: leave out what follows the colon")
-    try:
-        weights = reading.read(teacher.weights, model=teacher.model, activation=teacher.activation)
-        size, length = model.image.image_size, model.text.length
-        found, params = positions.resize(weights.config.model, weights.params, image_size=size, length=length)
-    except (FileNotFoundError, ValueError) as error:
-        raise ValueError(f"{said}: {error}") from error
-    text = dataclasses.replace(model.text, vocab_size=found.text.vocab_size, eos_id=found.text.eos_id)
-    theirs = dataclasses.replace(
-        config,
-        model=dataclasses.replace(model, text=text),
-        preprocess=dataclasses.replace(weights.config.preprocess, implementation=config.preprocess.implementation),
-        tokenizer=dataclasses.replace(weights.config.tokenizer, path=config.tokenizer.path),
-    )
-    _check_same(theirs, config, f"{said} has other pixels or token ids")
-    if weights.config.tokenizer.name == "clip_bpe" or weights.config.tokenizer_file:
-        own = make_tokenizer(weights.config.tokenizer, found.text, tokenizer_file=weights.config.tokenizer_file)
-        for sample in _SAMPLES:
-            there, here = (make([sample])[0].tolist() for make in (own, tokenizer))
-            if there != here:
-                raise ValueError(f"{said} has other token ids than this run: {sample!r} is {there} there, {here} here")
-    log.info("learning from %s (%s)", teacher.weights, weights.format)
-    return found, params
-
-
-def _check_same(theirs: Config, ours: Config, said: str) -> None:
-    differ = differences(theirs, ours)
-    if differ:
-        keys = "; ".join(f"{key} is {there!r} there, {here!r} here" for key, (there, here) in differ.items())
-        raise ValueError(f"{said} than this run: {keys}")
-
-
-def _teacher(run: Run) -> step.Teacher | None:
-    if not run.config.teacher.weights:
-        return None
-    architecture, params = teaching_weights(run.config, run.tokenizer)
-    return step.make_teacher(architecture, params, run.config, run.mesh)
-
-
-def _initialiser(run: Run) -> Callable[[jax.Array], TrainState]:
-    return jax.jit(
-        lambda key: step.init_state(run.model.init(key), run.optimizer, run.config.optim),
-        out_shardings=_placed(run),
-    )
-
-
-def _placed(run: Run) -> TrainState:
-    return jax.tree.map(lambda x: x.sharding, _like(run))
-
-
-def _like(run: Run) -> TrainState:
-    """Return the state's shapes, dtypes and shardings."""
-    return step.abstract_state(run.model, run.optimizer, run.config, run.mesh)
-
-
-def _pair_seconds(config: Config, devices: Sequence[Any]) -> float:
-    """Return the time that a pair's model flops take on all devices at their peak; 0 where that isn't known."""
-    chip = chip_of(devices[0].device_kind)
-    if chip is None:
-        return 0.0
-    return training_flops(config.model, optim.frozen_towers(config.model, config.optim.freeze)) / (
-        chip.flops_per_second * len(devices) / chip.devices
-    )
-
-
-def _steps(run: Run, state: TrainState, checkpoints: Checkpoints, suite: Suite) -> None:
-    """Take the remaining steps; save, measure and tell on the way."""
-    config, total = run.config, run.resolved.total_steps
-    first = int(state.step)
-    if first == total:
-        return
-    main = distributed.is_main_process()
-    writer = metrics.Writer(run.workdir, first_step=first, active=main)
-    progress = metrics.Progress(first, total, active=main)
-    meter = metrics.Meter(config.train.batch_size, _pair_seconds(config, jax.devices()))
-    schedule = optim.make_schedule(config.optim, total)
-    teacher = _teacher(run)
+def _train_steps(run: Run, state: TrainState, info: dict[str, Any], checkpoints: Checkpoints, suite: Suite) -> None:
+    """Train from `state` to the last step and save it. Raises Preempted with the state saved."""
+    config, total_steps, first_step = run.config, run.total_steps, int(state.step)
+    teacher = initialization.make_teacher(config, run.tokenizer, run.mesh)
     train_step = step.make_train_step(run.model, run.optimizer, config, run.mesh, teacher)
-    late: collections.deque[dict] = collections.deque()
-    replaced = 0
+    training_log = _open_log(run, first_step, info)
 
-    def save(at: int) -> None:
-        checkpoints.save(
-            at, state, {"training_data": run.source.fingerprint(), "examples": at * config.train.batch_size}
-        )
+    def save() -> None:
+        saved = {"training_data": run.source.fingerprint(), "log": training_log.state()}
+        at = int(state.step)
+        checkpoints.save(at, state, saved | {"examples": at * config.train.batch_size})
 
-    for at, host_batch in zip(range(first + 1, total + 1), _batches(run, first, meter), strict=False):
-        state, outputs = train_step(state, sharding.to_global(host_batch.batch, run.mesh))
-        replaced += len(host_batch.replaced)
+    def evaluate(at: int) -> None:
+        start = time.monotonic()
+        results = suite.evaluate(_embedder(run, state.eval_params))
+        training_log.add_evaluation(at, results, time.monotonic() - start)
 
-        late.append(outputs)
-        while len(late) > (0 if at % config.train.log_every_steps == 0 or at == total else _LAG):
-            _count(meter, late.popleft(), config)
-        if at % config.train.log_every_steps == 0 or at == total:
-            record = meter.flush() | {"learning_rate": float(schedule(at - 1)), "replaced_records": float(replaced)}
-            writer.write(at, record)
-            progress.show(at, record)
-
-        checkpoints.poll()
-        if at % config.checkpoint.every_steps == 0 or at == total:
-            save(at)
-        try:
+    try:
+        if _evaluation_is_due(run, first_step) and not _has_evaluation(training_log, first_step):
+            evaluate(first_step)  # the run was interrupted during this evaluation
+        batches = _batches(run, first_step, training_log.wait)
+        for at, host_batch in zip(range(first_step + 1, total_steps + 1), batches, strict=False):
+            state, outputs = train_step(state, sharding.to_global(host_batch.batch, run.mesh))
+            training_log.add(at, outputs, len(host_batch.replaced))
+            checkpoints.poll()
+            if at % config.checkpoint.every_steps == 0 or at == total_steps:
+                save()
             run.preemption.check()
-            if config.eval.every_steps and at % config.eval.every_steps == 0 and at < total:
-                began = time.monotonic()
-                writer.write(at, suite.evaluate(_embedder(run, state.eval_params)))
-                meter.pause(time.monotonic() - began)
-        except Preempted:
-            progress.end()
-            save(at)
-            checkpoints.close()
-            writer.close()
-            log.warning("asked to leave: step %d is saved; the same command goes on from there", at)
-            raise
-    progress.end()
-    checkpoints.wait()
-    writer.close()
+            if _evaluation_is_due(run, at):
+                evaluate(at)
+        checkpoints.wait()
+    except Preempted:
+        save()
+        checkpoints.wait()
+        log.warning("preempted: step %d is saved; the same command resumes from it", int(state.step))
+        raise
+    finally:
+        training_log.close()
 
 
-def _batches(run: Run, first: int, meter: metrics.Meter) -> Iterator[HostBatch]:
-    """Yield the host's batches from step `first` on, and count the time that each was waited for."""
+def _open_log(run: Run, first_step: int, info: dict[str, Any]) -> metrics.TrainingLog:
+    return metrics.TrainingLog(
+        run.workdir,
+        run.config.train,
+        optim.make_schedule(run.config.optim, run.total_steps),
+        first_step=first_step,
+        total_steps=run.total_steps,
+        epoch_examples=len(run.source),
+        pair_seconds=_pair_seconds(run.config, jax.devices()),
+        saved=info.get("log"),
+        active=distributed.is_main_process(),
+    )
+
+
+def _evaluation_is_due(run: Run, at: int) -> bool:
+    """Return whether the config evaluates this step during training; the last step is evaluated for the report."""
+    every_steps = run.config.eval.every_steps
+    return bool(every_steps) and at % every_steps == 0 and 0 < at < run.total_steps
+
+
+def _has_evaluation(training_log: metrics.TrainingLog, at: int) -> bool:
+    """Return on all hosts whether the main process has read the evaluation of this step from the workdir."""
+    return bool(distributed.from_main_process(training_log.writer.has_evaluation(at))[0])
+
+
+def _batches(run: Run, first_step: int, wait: Callable[[float], None]) -> Iterator[HostBatch]:
+    """Yield the host's batches after step `first_step`, and report the seconds of waiting for each."""
     batches = data.batches(
         run.source,
         run.tokenizer,
@@ -329,55 +256,50 @@ def _batches(run: Run, first: int, meter: metrics.Meter) -> Iterator[HostBatch]:
         image_size=run.config.model.image.image_size,
         batch_size=run.config.train.batch_size,
         seed=run.config.train.seed,
-        start_step=first,
+        start_step=first_step,
         rows=sharding.host_rows(run.mesh, run.config.train.batch_size),
     )
     while True:
-        began = time.monotonic()
+        start = time.monotonic()
         batch = next(batches)
-        meter.wait(time.monotonic() - began)
+        wait(time.monotonic() - start)
         yield batch
 
 
-def _count(meter: metrics.Meter, outputs: dict[str, jax.Array], config: Config) -> None:
-    values = {name: float(value) for name, value in jax.device_get(outputs).items()}
-    if values["consecutive_skipped_steps"]:
-        log.warning("a step was skipped: loss %s, gradient norm %s", values["loss"], values["grad_norm"])
-    if values["consecutive_skipped_steps"] >= config.train.max_nonfinite_steps:
-        raise NonFiniteError(
-            f"{config.train.max_nonfinite_steps} steps in a row were not finite (loss {values['loss']}, gradient norm"
-            f" {values['grad_norm']}); none of them changed the parameters. Lower optim.learning_rate or"
-            " optim.b2 (0.95), or raise train.max_nonfinite_steps"
-        )
-    meter.add(values)
+def _pair_seconds(config: Config, devices: Sequence[Any]) -> float:
+    """Return the seconds per image-text pair at the peak FLOP/s of all devices; 0 for devices without a known peak."""
+    chip = chip_of(devices[0].device_kind)
+    if chip is None:
+        return 0.0
+    flops = training_flops(config.model, optim.frozen_towers(config.model, config.optim.freeze))
+    return flops / (chip.flops_per_second * len(devices) / chip.devices)
 
 
-def _finish(run: Run, checkpoints: Checkpoints, suite: Suite, export: str | None) -> None:
-    """Measure the checkpoint as it lies on disk; write report and weights."""
-    state, _ = checkpoints.restore(_like(run))
-    params = state.eval_params  # on all hosts, for it may compute
+# ------------------------------------------------------------------------------------------------------------ finish
+
+
+def _finish(run: Run, params: Params, suite: Suite, baselines_dataset: EvalDataset | None, export: str | None) -> None:
+    """Evaluate the final parameters, write the report and export the weights. Call it on all hosts."""
     embedder = CachedEmbedder(_embedder(run, params))
-    measured = suite.evaluate(embedder)
+    results = suite.evaluate(embedder)
     panels = suite.panels(embedder)
-    whole = sharding.gather(params, run.mesh) if export else None
+    gathered = sharding.gather(params, run.mesh) if export else None
     if distributed.is_main_process():
-        if run.config.eval.baselines_split:
-            fitted_on = LOADERS[run.config.data.source](run.config.data, run.config.eval.baselines_split)
-            measured |= suite.baselines(fitted_on)
-        measured |= suite.thresholds(run.config.eval)
-        described = {
+        if baselines_dataset is not None:
+            results |= suite.baselines(baselines_dataset)
+        results |= suite.thresholds(run.config.eval)
+        description = {
             "attribution": suite.attribution,
             "config": dataclasses.asdict(run.config),
             "versions": provenance.versions(),
             "skipped": suite.skipped,
         }
-        write_report(run.workdir, measured, metrics.read_lines(run.workdir), panels, described)
-        print(text_table(measured))
+        write_report(run.workdir, results, metrics.read_lines(run.workdir), panels, description)
+        print(text_table(results))
         for name, reason in suite.skipped.items():
-            print(f"{name} is left out: {reason}")
+            print(f"{name} is skipped: {reason}")
         if export:
-            write_weights(export, whole, _weights_config(run))
-            log.info("weights written to %s", export)
+            _export(workdir.to_path(export, "--export"), gathered, _weights_config(run))
     distributed.barrier("finished")
 
 
@@ -395,7 +317,20 @@ def _embedder(run: Run, params: Params) -> ModelEmbedder:
         put=functools.partial(sharding.to_global, mesh=run.mesh),
         out_sharding=sharding.replicated(run.mesh),
         on_batch=run.preemption.check,
+        image_features=run.model.image_features,
     )
+
+
+def _export(path: epath.Path, params: Params, config: WeightsConfig) -> None:
+    """Write the weights to a local file, or through a temporary file to an object store."""
+    if workdir.is_remote(path):
+        with tempfile.TemporaryDirectory() as folder:
+            local = epath.Path(folder) / path.name
+            write_weights(local, params, config)
+            path.write_bytes(local.read_bytes())
+    else:
+        write_weights(path, params, config)
+    log.info("weights written to %s", path)
 
 
 def _weights_config(run: Run) -> WeightsConfig:

@@ -1,56 +1,215 @@
-"""What a run tells: a live line on the console, TensorBoard by clu's writers, and a file of JSON lines.
+"""Training metrics: console progress line, TensorBoard (clu), JSON lines.
 
-Only the first process writes. A resumed run drops the lines of steps that it is going to take again.
+Only the main process writes. JSON lines are in `metrics.jsonl`, one record per line. An object store cannot append, so
+a remote workdir has one object per flush instead, `metrics/part-00000.jsonl` etc.; `read_lines` reads both. A flush
+precedes every checkpoint, so a resumed run finds the records of all steps before it.
 """
 
 from __future__ import annotations
 
+import collections
 import datetime
 import json
+import logging
+import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import jax
+import optax
 from etils import epath
 
+from clip_jax.config import TrainConfig
+from clip_jax.training.workdir import is_remote, write_atomically
+
+log = logging.getLogger(__name__)
+
 METRICS_FILE = "metrics.jsonl"
+METRICS_FOLDER = "metrics"
+EVAL_SECONDS = "eval_seconds"  # every evaluation record has this key, and no training record
+# Device metrics are read this many steps late, so that the device never waits for the host.
+_LAG = 2
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient was not finite for `train.max_nonfinite_steps` consecutive steps."""
+
+
+class TrainingLog:
+    """Metrics of a run: means over the steps since the last record, rates, progress, evaluations."""
+
+    def __init__(
+        self,
+        workdir: epath.Path,
+        config: TrainConfig,
+        schedule: optax.Schedule,
+        *,
+        first_step: int,
+        total_steps: int,
+        epoch_examples: int,
+        pair_seconds: float = 0.0,
+        saved: Mapping[str, Any] | None = None,
+        active: bool = True,
+    ) -> None:
+        """Open the log and drop the records after `first_step`, which a resumed run computes again.
+
+        Args:
+          workdir: local path or URL.
+          config: batch size, logging interval, limit of skipped steps.
+          schedule: learning rate by step.
+          first_step: step of the state from which training continues.
+          total_steps: of the run.
+          epoch_examples: examples per epoch.
+          pair_seconds: seconds per image-text pair at the peak FLOP/s of all devices; 0 if unknown.
+          saved: `state()` of the checkpoint from which the run is resumed.
+          active: False for every process but the main one, which then writes nothing.
+        """
+        saved = saved or {}
+        self.writer = Writer(workdir, first_step=first_step, active=active)
+        self._config, self._schedule, self._epoch_examples = config, schedule, epoch_examples
+        self._total_steps = total_steps
+        self._progress = Progress(first_step, total_steps, active=active)
+        self._meter = Meter(config.batch_size, pair_seconds, saved.get("window"))
+        self._replaced = int(saved.get("replaced_records", 0))
+        self._pending: collections.deque[Mapping[str, jax.Array]] = collections.deque()
+
+    def wait(self, seconds: float) -> None:
+        """Add time for which a step waited for its batch."""
+        self._meter.wait(seconds)
+
+    def add(self, step: int, outputs: Mapping[str, jax.Array], replaced_records: int) -> None:
+        """Add the device metrics of one step; write a record every `train.log_every_steps` steps and at the last.
+
+        Raises:
+          NonFiniteError: after too many consecutive steps without a finite loss and gradient.
+        """
+        self._replaced += replaced_records
+        self._pending.append(outputs)
+        is_due = step % self._config.log_every_steps == 0 or step == self._total_steps
+        self._read_pending(0 if is_due else _LAG)
+        if is_due:
+            examples_seen = step * self._config.batch_size
+            record = self._meter.flush() | {
+                "learning_rate": float(self._schedule(step - 1)),
+                "examples_seen": float(examples_seen),
+                "epoch": examples_seen / self._epoch_examples,
+                "replaced_records": float(self._replaced),
+            }
+            self.writer.write(step, record)
+            self._progress.show(step, record)
+
+    def add_evaluation(self, step: int, metrics: Mapping[str, float], seconds: float) -> None:
+        """Write an evaluation record; its duration does not count as training time."""
+        self.writer.write(step, {**metrics, EVAL_SECONDS: seconds})
+        self.writer.flush()
+        self._meter.pause(seconds)
+
+    def state(self) -> dict[str, Any]:
+        """Flush, and return the JSON state with which a resumed run writes the same records."""
+        self._read_pending(0)
+        self.writer.flush()
+        return {"window": self._meter.window(), "replaced_records": self._replaced}
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        self._progress.end()
+        self.writer.close()
+
+    def _read_pending(self, lag: int) -> None:
+        while len(self._pending) > lag:
+            values = {name: float(value) for name, value in jax.device_get(self._pending.popleft()).items()}
+            _check_skipped_steps(values, self._config.max_nonfinite_steps)
+            self._meter.add(values)
+
+
+def _check_skipped_steps(values: Mapping[str, float], maximum: int) -> None:
+    skipped = values.get("consecutive_skipped_steps", 0.0)
+    if not skipped:
+        return
+    reason = f"loss {values.get('loss', math.nan)}, gradient norm {values.get('grad_norm', math.nan)}"
+    log.warning("skipped a step that is not finite: %s", reason)
+    if skipped >= maximum:
+        raise NonFiniteError(
+            f"{maximum} consecutive steps were not finite ({reason}) and were skipped. Lower optim.learning_rate or"
+            " optim.b2 (0.95), or raise train.max_nonfinite_steps"
+        )
 
 
 class Writer:
-    """Scalars by step, to TensorBoard and to `metrics.jsonl`."""
+    """Writes scalars by step to TensorBoard and as JSON lines."""
 
     def __init__(self, workdir: epath.Path, *, first_step: int, active: bool) -> None:
-        """Open the files; `active=False` writes nothing, for all but one process."""
+        """Open the files and drop the records after `first_step`; with `active=False` nothing is ever written."""
         self._active = active
         if not active:
             return
-        from clu import metric_writers  # brings TensorFlow, so not before it is needed
+        from clu import metric_writers  # imports TensorFlow
 
         self._board = metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir / "tensorboard")))
-        self._path = workdir / METRICS_FILE
-        kept = [line for line in read_lines(workdir) if line["step"] <= first_step]
-        self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._workdir, self._remote = workdir, is_remote(workdir)
+        self._buffer: list[str] = []
+        self._evaluated_steps: set[int] = set()
+        for path in reversed(_files(workdir)):
+            text = path.read_text()
+            kept = [line for line in _parse(text) if line["step"] <= first_step]
+            self._evaluated_steps |= {line["step"] for line in kept if EVAL_SECONDS in line}
+            if (kept_text := "".join(json.dumps(line) + "\n" for line in kept)) != text:
+                write_atomically(path, kept_text)
+        self._next_part = len(_files(workdir))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Write one record; values that are not finite become null in JSON."""
         if not self._active:
             return
         self._board.write_scalars(step, dict(scalars))
-        line = {"step": step} | {name: value if abs(value) < float("inf") else None for name, value in scalars.items()}
-        with self._path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        line = {"step": step} | {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+        self._buffer.append(json.dumps(line) + "\n")
+        if not self._remote:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the buffered records: appended to the local file, or as a new object of a remote workdir."""
+        if not (self._active and self._buffer):
+            return
+        text = "".join(self._buffer)
+        if self._remote:
+            folder = self._workdir / METRICS_FOLDER
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / f"part-{self._next_part:05d}.jsonl", text)
+            self._next_part += 1
+        else:
+            with (self._workdir / METRICS_FILE).open("a") as file:
+                file.write(text)
+        self._buffer = []
+
+    def has_evaluation(self, step: int) -> bool:
+        """Return whether the files had an evaluation record of this step when they were opened."""
+        return self._active and step in self._evaluated_steps
 
     def close(self) -> None:
-        """Flush."""
+        """Flush and close."""
         if self._active:
+            self.flush()
             self._board.close()
 
 
 def read_lines(workdir: epath.Path) -> list[dict]:
-    """Return the records of a run; a last line that a kill cut short is left out."""
-    path = workdir / METRICS_FILE
+    """Return the records of a run in the order of writing, without a last line that a kill truncated."""
+    return [line for path in _files(workdir) for line in _parse(path.read_text())]
+
+
+def _files(workdir: epath.Path) -> list[epath.Path]:
+    """Return the JSON-lines files of a workdir, in the order of writing."""
+    file, folder = workdir / METRICS_FILE, workdir / METRICS_FOLDER
+    parts = sorted(path for path in folder.iterdir() if path.suffix == ".jsonl") if folder.exists() else []
+    return ([file] if file.exists() else []) + parts
+
+
+def _parse(text: str) -> list[dict]:
     lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in text.splitlines():
         try:
             lines.append(json.loads(line))
         except json.JSONDecodeError:
@@ -61,35 +220,53 @@ def read_lines(workdir: epath.Path) -> list[dict]:
 class Meter:
     """Means and rates of the steps since the last record."""
 
-    def __init__(self, batch_size: int, pair_seconds: float = 0.0) -> None:
-        """Begin. pair_seconds: what a pair takes on all devices at their peak, for `mfu`; 0: not known."""
+    def __init__(
+        self, batch_size: int, pair_seconds: float = 0.0, window: Mapping[str, Sequence[float | int]] | None = None
+    ) -> None:
+        """Start the clock.
+
+        Args:
+          batch_size: image-text pairs per step.
+          pair_seconds: seconds per pair at the peak FLOP/s of all devices, for `mfu`; 0 if unknown.
+          window: `window()` of the checkpoint from which the run is resumed.
+        """
         self._batch_size, self._pair_seconds = batch_size, pair_seconds
         self._reset()
+        self._sums = {name: (float(total), int(steps)) for name, (total, steps) in (window or {}).items()}
 
     def _reset(self) -> None:
-        self._began = time.monotonic()
+        self._start = time.monotonic()
         self._waited = 0.0
         self._steps = 0
-        self._sums: dict[str, float] = {}
+        self._sums: dict[str, tuple[float, int]] = {}
 
     def wait(self, seconds: float) -> None:
-        """Count time in which the step waited for data."""
+        """Add time for which a step waited for its batch."""
         self._waited += seconds
 
     def add(self, metrics: Mapping[str, float]) -> None:
-        """Count one step."""
+        """Add the metrics of one step; each metric is averaged over the steps that have it."""
         self._steps += 1
         for name, value in metrics.items():
-            self._sums[name] = self._sums.get(name, 0.0) + float(value)
+            total, steps = self._sums.get(name, (0.0, 0))
+            self._sums[name] = total + float(value), steps + 1
+
+    def window(self) -> dict[str, tuple[float, int]]:
+        """Return the sum and the number of steps of every metric since the last record."""
+        return dict(self._sums)
 
     def flush(self) -> dict[str, float]:
-        """Return means of the metrics, images_per_second, data_wait and mfu (fractions); begin anew.
+        """Return means, images_per_second, data_wait (fraction of the time) and mfu (fraction), and start again.
 
-        mfu, model flops utilisation (Chowdhery et al. 2022), is there where `pair_seconds` is known.
+        mfu, model FLOPs utilization (Chowdhery et al. 2022, appendix B), needs `pair_seconds`.
+
+        >>> meter = Meter(batch_size=256)
+        >>> meter.add({"loss": 2.0}); meter.add({"loss": 4.0})
+        >>> meter.flush()["loss"]
+        3.0
         """
-        elapsed = max(time.monotonic() - self._began, 1e-9)
-        steps = max(self._steps, 1)
-        record = {name: total / steps for name, total in self._sums.items()}
+        elapsed = max(time.monotonic() - self._start, 1e-9)
+        record = {name: total / steps for name, (total, steps) in self._sums.items()}
         record["images_per_second"] = self._steps * self._batch_size / elapsed
         record["data_wait"] = min(1.0, self._waited / elapsed)
         if self._pair_seconds:
@@ -98,37 +275,42 @@ class Meter:
         return record
 
     def pause(self, seconds: float) -> None:
-        """Leave out time that was not training, e.g. an evaluation."""
-        self._began += seconds
+        """Exclude time that was not spent on training, such as an evaluation."""
+        self._start += seconds
 
 
 class Progress:
-    """The line that lives at the bottom of a terminal, or one line a record where there is none."""
+    """Progress on stderr: one line that is updated on a terminal, one line per record elsewhere."""
 
     def __init__(self, first_step: int, total_steps: int, *, active: bool) -> None:
         self._first, self._total, self._active = first_step, total_steps, active
-        self._began = time.monotonic()
+        self._start = time.monotonic()
         self._live = active and sys.stderr.isatty()
 
     def show(self, step: int, record: Mapping[str, float]) -> None:
-        """Show a record; the time left counts all that happens between steps, evaluations too."""
+        """Show those of the metrics that the record has; the remaining time includes evaluations and checkpoints."""
         if not self._active:
             return
-        rate = (time.monotonic() - self._began) / max(step - self._first, 1)
-        left = datetime.timedelta(seconds=round(rate * (self._total - step)))
-        mfu = f"  MFU {record['mfu']:.2f}" if "mfu" in record else ""
-        line = (
-            f"step {step:,}/{self._total:,}  loss {record['loss']:.4f}"
-            f"  accuracy {record['accuracy/image_to_text']:.3f} {record['accuracy/text_to_image']:.3f}"
-            f"  scale {record['logit_scale']:.2f}  rate {record['learning_rate']:.2e}"
-            f"  {record['images_per_second']:,.0f} images/s{mfu}  data wait {record['data_wait']:.0%}  left {left}"
-        )
+        rate = (time.monotonic() - self._start) / max(step - self._first, 1)
+        remaining = datetime.timedelta(seconds=round(rate * (self._total - step)))
+        columns = {
+            "loss": "loss {:.4f}",
+            "accuracy/image_to_text": "accuracy {:.3f}",
+            "accuracy/text_to_image": "{:.3f}",
+            "logit_scale": "scale {:.2f}",
+            "learning_rate": "lr {:.2e}",
+            "images_per_second": "{:,.0f} images/s",
+            "mfu": "MFU {:.2f}",
+            "data_wait": "data wait {:.0%}",
+        }
+        shown = [text.format(record[name]) for name, text in columns.items() if name in record]
+        line = "  ".join([f"step {step:,}/{self._total:,}", *shown, f"left {remaining}"])
         if self._live:
             print(f"\r\x1b[2K{line}", end="", file=sys.stderr, flush=True)
         else:
             print(line, file=sys.stderr, flush=True)
 
     def end(self) -> None:
-        """Leave the live line behind."""
+        """End the updated line."""
         if self._live:
             print(file=sys.stderr)

@@ -1,14 +1,15 @@
-"""The optimizers, with warm-up, cosine decay to zero and decoupled weight decay; state and weights in half precision.
+"""Optimizers with warm-up, cosine decay to zero and decoupled weight decay; state and parameters in half precision.
 
-The paper's is AdamW: Radford et al. 2021, section 2.5 and table 18. Decay leaves gains, biases and the logit scale
-alone. Adafactor is big_vision's form (`big_vision/optax.py`; Zhai et al. 2022, arXiv:2106.04560): unlike
-`optax.adafactor`'s, its rate is absolute, and its weight decay follows the rate as AdamW's does. Lion: Chen et al. 2023
-(arXiv:2302.06675). Locked-image tuning: Zhai et al. 2022 (arXiv:2111.07991). Layer-wise decay of the rate: Bao et al.
-2021 (BEiT).
+AdamW is the paper's optimizer (Radford et al. 2021, section 2.5 and table 18); gains, biases and the logit scale have
+no weight decay. Adafactor is big_vision's form (`big_vision/optax.py`; Zhai et al. 2022, arXiv:2106.04560): unlike
+`optax.adafactor`, its learning rate is absolute, and its weight decay is multiplied by the learning rate, as in AdamW.
+Lion: Chen et al. 2023 (arXiv:2302.06675). Locked-image tuning: Zhai et al. 2022 (arXiv:2111.07991). Layer-wise learning
+rate decay: Bao et al. 2021 (BEiT).
 """
 
 from __future__ import annotations
 
+import functools
 import re
 
 import jax
@@ -28,45 +29,56 @@ _STAGE = re.compile(r"^image/stage(\d+)_")
 _BEFORE_BLOCKS = re.compile(r"^(image|text)/(patch_|class_|positional_|token_|norm_pre|stem_)")
 
 _HALF = (jnp.bfloat16, jnp.float16)
-# Folded into the key of a seed or a step, so that nothing else is drawn from the same.
+# Folded into the key of a seed or a step, so that moments and parameters are rounded with independent bits.
 _MOMENTS, _PARAMS = 1, 2
-# What one of each kind of moment is in float16, which has 2^-24 to 2^16. Of gradients so 1.5e-11 to 16: less is nothing
-# beside AdamW's smallest eps, 1e-8; of ViT-B/32's gradients (24 pairs, random weights) the largest was 0.07, the median
-# 9e-5, one in a thousand below 1e-7. `ema` is Adafactor's, of updates, which are about 1.
+# Values that are stored as 1 in float16, whose range is 2^-24 to 2^16: for gradients 1.5e-11 to 16. Smaller ones are
+# negligible against AdamW's smallest eps, 1e-8. Of ViT-B/32's gradients (24 pairs, random weights) the largest was
+# 0.07, the median 9e-5, and one in a thousand was below 1e-7. `ema` is Adafactor's average of updates, about 1.
 _FLOAT16_UNITS = {"mu": 2.0**-12, "nu": 2.0**-12, "ema": 1.0}
-# Between the head's 64 and the 48 layers of the deepest stack: kernels are factored, what is stacked is not mixed.
+# At most the head width 64, so that kernels are factored, and above the 48 layers of the deepest stack, so that the
+# axis of stacked layers is not.
 _SMALLEST_FACTORED = 64
 
 
 def make_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
-    """Return step -> learning rate: linear from 0 over `warmup_steps`, then a cosine to 0 at `total_steps`."""
+    """Return step -> learning rate: linear from 0 over `warmup_steps`, then a cosine to 0 at `total_steps`.
+
+    >>> schedule = make_schedule(OptimConfig(learning_rate=1e-3, warmup_steps=10), 100)
+    >>> [round(float(schedule(step)), 6) for step in (0, 5, 10, 55, 100)]
+    [0.0, 0.0005, 0.001, 0.0005, 0.0]
+    """
     return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.warmup_steps, total_steps)
 
 
 def make_optimizer(config: OptimConfig, total_steps: int, *, seed: int = 0) -> optax.GradientTransformation:
-    """Return the optimizer. Its arithmetic and its updates are float32, whatever parameters and gradients are.
+    """Return the optimizer of a config. It computes in float32 and returns float32 updates for inputs of any dtype.
 
-    Its state holds for every parameter that is trained: with AdamW two moments; with Lion one; with Adafactor one,
-    and a row and a column for the second, which is whole for vectors. They are `moment_dtype`, but what belongs to
-    scalars and Adafactor's second moment are float32.
+    The state per trained parameter: AdamW two moments; Lion one moment; Adafactor one moment, and the second moment
+    factored into a row and a column (not factored for vectors). Moments are stored as `moment_dtype`, except those of
+    scalars and Adafactor's second moment, which are float32.
 
     Args:
-      seed: of stochastic rounding; what is drawn is a function of seed and step.
+      config: name and hyperparameters.
+      total_steps: length of the schedule.
+      seed: seed of stochastic rounding; the random bits are a function of seed and step.
+
+    >>> optimizer = make_optimizer(OptimConfig(warmup_steps=1), total_steps=10)
+    >>> params = {"kernel": jnp.ones((2, 2))}
+    >>> updates, state = optimizer.update(params, optimizer.init(params), params)
     """
     clip = optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity()
+    decayed = functools.partial(weight_decay_mask, no_weight_decay=config.no_weight_decay)
     descend = optax.chain(
         _SCALES[config.name](config, seed),
-        optax.add_decayed_weights(
-            config.weight_decay, lambda params: weight_decay_mask(params, config.no_weight_decay)
-        ),
+        optax.add_decayed_weights(config.weight_decay, decayed),
         optax.scale_by_learning_rate(make_schedule(config, total_steps)),
     )
     optimizer = optax.chain(clip, descend)
     if config.layer_decay < 1:
         optimizer = optax.chain(optimizer, _scale_by_layer(config.layer_decay))
     if config.freeze:
-        parts = {True: optax.set_to_zero(), False: optimizer}
-        optimizer = optax.partition(parts, lambda params: frozen_mask(params, config.freeze))
+        transforms = {True: optax.set_to_zero(), False: optimizer}
+        optimizer = optax.partition(transforms, lambda params: frozen_mask(params, config.freeze))
     return _in_float32(optimizer)
 
 
@@ -81,27 +93,27 @@ def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransforma
 
 
 def _adamw(config: OptimConfig, seed: int) -> optax.GradientTransformation:
-    return _stored(optax.scale_by_adam(config.b1, config.b2, config.eps), config, seed)
+    return _store_moments(optax.scale_by_adam(config.b1, config.b2, config.eps), config, seed)
 
 
 def _lion(config: OptimConfig, seed: int) -> optax.GradientTransformation:
-    return _stored(optax.scale_by_lion(config.b1, config.b2), config, seed)
+    return _store_moments(optax.scale_by_lion(config.b1, config.b2), config, seed)
 
 
 def _adafactor(config: OptimConfig, seed: int) -> optax.GradientTransformation:
     def decay(step: ArrayLike, exponent: float) -> ArrayLike:
-        # Its own schedule goes on towards 1, where the second moment stands still.
+        # Without the limit the decay rate approaches 1, and the second moment stops changing.
         return jnp.minimum(config.b2, 1 - (step + 1.0) ** -exponent)
 
     scale = optax.scale_by_factored_rms(min_dim_size_to_factor=_SMALLEST_FACTORED, decay_rate_fn=decay)
-    return optax.chain(scale, _stored(optax.ema(config.b1, debias=False), config, seed)) if config.b1 else scale
+    return optax.chain(scale, _store_moments(optax.ema(config.b1, debias=False), config, seed)) if config.b1 else scale
 
 
 _SCALES = {"adamw": _adamw, "adafactor": _adafactor, "lion": _lion}
 
 
-def _stored(inner: optax.GradientTransformation, config: OptimConfig, seed: int) -> optax.GradientTransformation:
-    """Return `inner`, its moments held in `moment_dtype` between steps and rounded when they are put away."""
+def _store_moments(inner: optax.GradientTransformation, config: OptimConfig, seed: int) -> optax.GradientTransformation:
+    """Return `inner` with its moments stored as `moment_dtype` between steps."""
     if config.moment_dtype == "float32":
         return inner
 
@@ -114,11 +126,11 @@ def _stored(inner: optax.GradientTransformation, config: OptimConfig, seed: int)
 
 
 def _pack(state: PyTree, dtype: str, key: jax.Array | None) -> PyTree:
-    """Return the state with its moments as `dtype`, rounded to the nearest if there is no key.
+    """Return the state with its moments as `dtype`, rounded stochastically with a key, else to the nearest.
 
-    float16 holds moments in `_FLOAT16_UNITS`, and of AdamW's second moment the square root: gradients of 1e-4 have
-    squares that are less than its smallest number. The root is unbiased, so the square is too large by the root's
-    variance: at b2=0.999 by 1e-4 of it.
+    float16 stores moments in units of `_FLOAT16_UNITS`, and the square root of AdamW's second moment: gradients of 1e-4
+    have squares below its smallest number. The rounded root is unbiased, so its square is too large by the variance of
+    the root: by a relative 1e-4 at b2=0.999.
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(state)
     keys = [None] * len(leaves) if key is None else jax.random.split(key, len(leaves))
@@ -146,20 +158,20 @@ def _unpack(state: PyTree) -> PyTree:
 
 
 def cast_params(params: Params, pattern: str) -> Params:
-    """Return the parameters, those whose path `pattern` finds in bfloat16. The logit scale and bias never are.
+    """Return the parameters with those whose path matches `pattern` as bfloat16. The logit scale and bias stay float32.
 
     Raises:
-      ValueError: if the pattern finds none.
+      ValueError: the pattern matches no parameter.
     """
-    found = _found(params, pattern)
-    found = jax.tree_util.tree_map_with_path(lambda path, x: x and not _ALWAYS_FLOAT32.search(_name(path)), found)
-    if pattern and not any(jax.tree.leaves(found)):
-        raise ValueError(_finds("half_precision_params", pattern, "no parameter", params))
-    return jax.tree.map(lambda x, half: round_nearest(x, "bfloat16") if half else x, params, found)
+    matches = _match_paths(params, pattern)
+    cast = jax.tree_util.tree_map_with_path(lambda path, x: x and not _ALWAYS_FLOAT32.search(_name(path)), matches)
+    if pattern and not any(jax.tree.leaves(cast)):
+        raise ValueError(_match_error("half_precision_params", pattern, "no parameter", params))
+    return jax.tree.map(lambda x, half: round_nearest(x, "bfloat16") if half else x, params, cast)
 
 
 def upcast(tree: PyTree) -> PyTree:
-    """Return the tree with what is in half precision as float32, without loss; all else is the same object."""
+    """Return the tree with half-precision leaves as float32; other leaves are the same objects."""
     return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype in _HALF else x, tree)
 
 
@@ -167,7 +179,9 @@ def apply_updates(params: Params, updates: Params, key: jax.Array) -> Params:
     """Return `params + updates` in the dtypes of `params`; sums in half precision are rounded stochastically.
 
     Args:
-      key: of this step.
+      params: float32 or half precision.
+      updates: float32.
+      key: PRNG key of this step.
     """
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.fold_in(key, _PARAMS), len(leaves))
@@ -179,49 +193,56 @@ def apply_updates(params: Params, updates: Params, key: jax.Array) -> Params:
     return structure.unflatten(map(add, leaves, structure.flatten_up_to(updates), keys))
 
 
-# ------------------------------------------------------------------------------------------ what is trained, how fast
+# ------------------------------------------------------------------------------------------------- frozen parameters
 
 
 def frozen_mask(params: Params, pattern: str) -> PyTree[bool]:
-    """Return a tree of bools: True for parameters that are not trained.
+    """Return a tree of bools: True for parameters that are not trained, whose path matches `pattern` (`optim.freeze`).
 
     Raises:
-      ValueError: if the pattern finds none, or all.
+      ValueError: the pattern matches no parameter, or all.
+
+    >>> frozen_mask({"image": {"kernel": 1}, "text": {"kernel": 1}}, "^image/")
+    {'image': {'kernel': True}, 'text': {'kernel': False}}
     """
-    found = _found(params, pattern)
-    leaves = jax.tree.leaves(found)
+    matches = _match_paths(params, pattern)
+    leaves = jax.tree.leaves(matches)
     if pattern and sum(leaves) in (0, len(leaves)):
-        raise ValueError(_finds("freeze", pattern, "all parameters" if all(leaves) else "no parameter", params))
-    return found
+        raise ValueError(_match_error("freeze", pattern, "all parameters" if all(leaves) else "no parameter", params))
+    return matches
 
 
 def tower_is_frozen(params: Params, pattern: str, tower: str) -> bool:
-    """Tell whether no parameter of a tower, 'image' or 'text', is trained."""
+    """Return whether no parameter of a tower, 'image' or 'text', is trained."""
     return bool(pattern) and all(jax.tree.leaves(frozen_mask(params, pattern)[tower]))
 
 
 def frozen_towers(architecture: Architecture, pattern: str) -> tuple[str, ...]:
-    """Return those of 'image' and 'text' whose parameters are all frozen by `pattern` (`optim.freeze`)."""
+    """Return the towers, of 'image' and 'text', without a trained parameter."""
     params = jax.eval_shape(make_model(architecture).init, jax.random.key(0))
     return tuple(tower for tower in ("image", "text") if tower_is_frozen(params, pattern, tower))
 
 
-def _found(params: Params, pattern: str) -> PyTree[bool]:
+def stop_frozen_gradients(params: Params, pattern: str) -> Params:
+    """Return the parameters with `stop_gradient` on the frozen ones, whose backward pass is then not computed."""
+    if not pattern:
+        return params
+    mask = frozen_mask(params, pattern)
+    return jax.tree.map(lambda x, stop: jax.lax.stop_gradient(x) if stop else x, params, mask)
+
+
+def _match_paths(params: Params, pattern: str) -> PyTree[bool]:
     regex = re.compile(pattern)
     return jax.tree_util.tree_map_with_path(lambda path, _: bool(pattern and regex.search(_name(path))), params)
 
 
-def _finds(key: str, pattern: str, what: str, params: Params) -> str:
+def _match_error(key: str, pattern: str, matched: str, params: Params) -> str:
     names = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    some = ", ".join(names[:: max(1, len(names) // 4)])
-    return f"optim.{key}={pattern!r} finds {what}; there are e.g. {some}"
+    examples = ", ".join(names[:: max(1, len(names) // 4)])
+    return f"optim.{key}={pattern!r} matches {matched}; there are e.g. {examples}"
 
 
-def stop_frozen_gradients(params: Params, pattern: str) -> Params:
-    """Return the parameters, the frozen ones constant to the gradient: nothing is computed for them on the way back."""
-    if not pattern:
-        return params
-    return jax.tree.map(lambda x, stop: jax.lax.stop_gradient(x) if stop else x, params, frozen_mask(params, pattern))
+# ------------------------------------------------------------------------------ layer-wise learning rates, weight decay
 
 
 def _scale_by_layer(decay: float) -> optax.GradientTransformation:
@@ -235,10 +256,10 @@ def _scale_by_layer(decay: float) -> optax.GradientTransformation:
 
 
 def layer_decay_factors(params: Params, decay: float) -> PyTree:
-    """Return for every parameter `decay` to the power of its distance from its tower's end, shaped to multiply it.
+    """Return `decay ** d` for every parameter, where d is its distance in layers from its tower's output.
 
-    What comes before the first block is furthest away, what comes after the last has factor 1, and stacked blocks have
-    one each. A ResNet's stages count as blocks.
+    Layers are blocks, or a ResNet's stages. Parameters after the last layer have factor 1. Parameters stacked over
+    layers have an array of factors, with axes to broadcast over the others.
     """
     depth: dict[str, int] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -266,12 +287,16 @@ def _name(path: tuple) -> str:
 
 
 def weight_decay_mask(params: Params, no_weight_decay: str = "") -> PyTree[bool]:
-    """Return a tree of bools: True where weight decay applies.
+    """Return a tree of bools: True for parameters with weight decay.
 
-    Names decide, not the number of axes: in stacked layers a bias has two or three.
+    Gains and biases are recognized by name: parameters stacked over layers have another number of axes.
 
     Args:
-      no_weight_decay: a regular expression; a parameter whose path it finds, e.g. 'text/token_embedding', is spared.
+      params: arrays or shapes.
+      no_weight_decay: regular expression; parameters whose path matches, e.g. 'text/token_embedding', are not decayed.
+
+    >>> weight_decay_mask({"mlp": {"kernel": 1, "bias": 1}})
+    {'mlp': {'bias': False, 'kernel': True}}
     """
 
     def decays(path: tuple, _: object) -> bool:

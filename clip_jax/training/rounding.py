@@ -1,14 +1,14 @@
-"""Rounding to half precision: to the nearest, or by chance, with the number itself as the mean.
+"""Rounding to half precision: to the nearest, or stochastically, which is unbiased.
 
-Rounded to the nearest, a number that changes by less than half its last place never changes: bfloat16 keeps 8 bits, so
-a moving average that takes in 1/1000 a step is stuck. Rounded up with the chance that the distance from below gives, it
-moves as it should on average. Source: Gupta et al. 2015 (arXiv:1502.02551); Radford et al. 2021, section 2.5, rounds
-the text encoder's weights so.
+A number that changes by less than half a unit in the last place never changes when it is rounded to the nearest:
+bfloat16 has 8 bits, so an exponential moving average with decay 0.999 does not move. Stochastic rounding selects the
+upper neighbor with the probability that makes the expected value exact. Source: Gupta et al. 2015 (arXiv:1502.02551);
+Radford et al. 2021, section 2.5, rounds the text encoder's weights stochastically.
 
-The bits come from a hash of element and key (the mixing steps of lowbias32,
-https://github.com/skeeto/hash-prospector), not from `jax.random.bits`: Threefry took 16 ns an element on one CPU core,
-5 s for the moments of ViT-B/32 at every step; rounding with the hash takes 1.2 ns, as long as rounding to the nearest.
-They depend on an element's place in its array, on no sharding.
+The random bits are a hash of element index and key (the mixing steps of lowbias32,
+https://github.com/skeeto/hash-prospector), not `jax.random.bits`: Threefry took 16 ns per element on one CPU core, 5 s
+per step for the moments of ViT-B/32. Rounding with the hash takes 1.2 ns, the same as rounding to the nearest. The bits
+do not depend on the sharding.
 """
 
 from __future__ import annotations
@@ -21,41 +21,48 @@ from clip_jax.typing import ArrayLike
 
 
 def round_nearest(x: Float32[ArrayLike, "..."], dtype: str) -> Float[Array, "..."]:
-    """Return `x` as 'bfloat16' or 'float16'; what is finite and too large becomes the largest number."""
+    """Return `x` as 'bfloat16' or 'float16'; finite numbers beyond the range become the largest number.
+
+    >>> round_nearest(jnp.float32([1.001, 1e6]), "float16")
+    Array([1.001e+00, 6.550e+04], dtype=float16)
+    """
     x = jnp.asarray(x)
-    return jnp.where(jnp.isfinite(x), _within(x, dtype), x).astype(dtype)
+    return jnp.where(jnp.isfinite(x), _clip_to_range(x, dtype), x).astype(dtype)
 
 
 def stochastic_round(x: Float32[ArrayLike, "..."], dtype: str, key: jax.Array) -> Float[Array, "..."]:
-    """Return `x` as 'bfloat16' or 'float16', each element one of its two neighbours there, with `x` as their mean.
+    """Return `x` as 'bfloat16' or 'float16', rounded to one of the two neighbors with expected value `x`.
 
-    The chance of the upper neighbour is exact to 2^-16. What is representable stays as it is, NaN and infinity too;
-    finite numbers beyond the largest become the largest, the one place where the mean is not `x`.
+    The probability of the upper neighbor is exact to 2^-16. Representable numbers, NaN and infinity are unchanged.
+    Finite numbers beyond the range become the largest number, the one case with another expected value.
 
     Args:
-      key: of `jax.random.split` or `fold_in`, since its words are taken as the random numbers that they are there: to
-        draw more would double the time that a step takes to compile. Equal keys round equally, on any mesh.
+      x: float32.
+      dtype: 'bfloat16' or 'float16'.
+      key: PRNG key from `jax.random.split` or `fold_in`: its words are used as random numbers, because drawing more
+        doubled the compilation time of a step. Equal keys round equally on every mesh.
     """
     x = jnp.asarray(x)
     bits = _random_bits(key, x.shape) >> 16
     round_finite = {"bfloat16": _to_bfloat16, "float16": _to_float16}[dtype]
-    return jnp.where(jnp.isfinite(x), round_finite(_within(x, dtype), bits), x.astype(dtype))
+    return jnp.where(jnp.isfinite(x), round_finite(_clip_to_range(x, dtype), bits), x.astype(dtype))
 
 
-def _within(x: Float32[Array, "..."], dtype: str) -> Float32[Array, "..."]:
+def _clip_to_range(x: Float32[Array, "..."], dtype: str) -> Float32[Array, "..."]:
     largest = float(jnp.finfo(dtype).max)
     return jax.lax.clamp(-largest, x, largest)
 
 
 def _to_bfloat16(x: Float32[Array, "..."], bits: UInt32[Array, "..."]) -> Float[Array, "..."]:
-    # bfloat16 is the upper half of a float32: the sum carries into it as often as the lower half is large.
+    # bfloat16 is the upper half of a float32. Adding 16 random bits to the lower half carries into the upper half with
+    # probability lower half / 2^16.
     upper = (jax.lax.bitcast_convert_type(x, jnp.uint32) + bits) & jnp.uint32(0xFFFF0000)
     return jax.lax.bitcast_convert_type(upper, jnp.float32).astype(jnp.bfloat16)
 
 
 def _to_float16(x: Float32[Array, "..."], bits: UInt32[Array, "..."]) -> Float[Array, "..."]:
-    # 11 bits from 2^-14 (exponent 113) on; below it the numbers are 2^-24 apart, however small. Powers of two are put
-    # together from their bits, for no device may divide or flush them inexactly.
+    # 11 significant bits from 2^-14 (exponent 113) on; below it the spacing is 2^-24. Powers of two are built from
+    # their bits, because devices may divide inexactly and flush subnormals.
     exponent = jnp.maximum((jax.lax.bitcast_convert_type(x, jnp.uint32) >> 23) & 0xFF, 113)
     spacing, per_spacing = (
         jax.lax.bitcast_convert_type(bits << 23, jnp.float32) for bits in (exponent - 10, 264 - exponent)
@@ -67,11 +74,11 @@ def _to_float16(x: Float32[Array, "..."], bits: UInt32[Array, "..."]) -> Float[A
 
 
 def _random_bits(key: jax.Array, shape: tuple[int, ...]) -> UInt32[Array, "..."]:
-    place = jnp.zeros(shape, jnp.uint32)
-    for axis, size in enumerate(shape):  # row-major, without a reshape that would gather a sharded array
-        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+    index = jnp.zeros(shape, jnp.uint32)
+    for axis, size in enumerate(shape):  # row-major, without a reshape, which would gather a sharded array
+        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
     first, second = jax.random.key_data(key)[:2]
-    x = place + first
+    x = index + first
     x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
     x = ((x ^ (x >> 15)) + second) * jnp.uint32(0x846CA68B)
     return x ^ (x >> 16)

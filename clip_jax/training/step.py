@@ -1,7 +1,7 @@
-"""One training step, as a pure function of state and batch.
+"""The training step as a pure function of state and batch: gradient, optimizer update, metrics.
 
-A step whose loss or gradient is not finite changes nothing but counters: `optax.apply_if_finite` would apply the NaN
-after enough of them, so the guard is our own.
+A step whose loss or gradient is not finite leaves parameters and optimizer state unchanged and only counts.
+`optax.apply_if_finite` is not used because it applies a NaN update after a number of consecutive errors.
 """
 
 from __future__ import annotations
@@ -22,28 +22,36 @@ from jaxtyping import Array, Bool, Float, Int32, PyTree
 from clip_jax.config import Architecture, Config, OptimConfig, TrainConfig
 from clip_jax.devices import sharding
 from clip_jax.devices.sharding import BATCH, BATCH_AXES, REPLICATED, batch_sharding, replicated
-from clip_jax.losses import LOSSES, distillation
+from clip_jax.losses import distilled
 from clip_jax.models import Model, make_model
 from clip_jax.training import optim
 from clip_jax.typing import Batch, Leaf, Metrics, Params
 
+Arrays = dict[str, Array]  # arguments of a loss by name
+LossAndAux = tuple[Float[Array, ""], tuple[Metrics, Params | None]]  # (loss, (metrics, batch_stats))
+
 TrainStep = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
-# (params, batch_stats, batch, key, teacher's params) -> ((loss, (metrics, batch_stats)), gradient)
-Gradient = Callable[..., tuple[tuple[Float[Array, ""], tuple[Metrics, Params | None]], Params]]
+# (params, batch_stats, batch, key, teacher_params) -> ((loss, (metrics, batch_stats)), gradient)
+Gradient = Callable[..., tuple[LossAndAux, Params]]
+# (params, batch_stats, examples) -> (embeddings, (batch_stats, metrics))
+Embed = Callable[[Params, Params | None, "Examples"], tuple[Arrays, tuple[Params | None, Metrics]]]
+EmbedTeacher = Callable[["Examples"], Arrays]
+# (embeddings of student and teacher, the student's logit parameters) -> (loss, metrics)
+BatchLoss = Callable[[Arrays, Params], tuple[Float[Array, ""], Metrics]]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that training changes.
+    """The arrays that training updates, which are the contents of a checkpoint.
 
-    step: int32, steps taken; the position in the data follows from it.
-    params: float32, or bfloat16 where `optim.half_precision_params` finds them; `sharding.state_shardings` says where
-      they and all that mirrors them lie.
+    step: int32, number of steps taken; it determines the position in the data.
+    params: float32, or bfloat16 where `optim.half_precision_params` matches. Placement: `sharding.state_shardings`.
     opt_state: see `optim.make_optimizer`.
     batch_stats: running averages of batch norm; None for models without it.
-    ema: moving average of the parameters, float32; None without `optim.ema_decay`.
-    skipped_steps, consecutive_skipped_steps: int32, steps that were not finite, since the beginning and just now.
+    ema: exponential moving average of the parameters, float32; None without `optim.ema_decay`.
+    skipped_steps: int32, number of steps without update because loss or gradient were not finite.
+    consecutive_skipped_steps: int32, number of them since the last update.
     """
 
     step: Leaf
@@ -56,33 +64,40 @@ class TrainState:
 
     @property
     def eval_params(self) -> Params:
-        """The parameters that are evaluated and exported, float32."""
+        """Parameters for evaluation and export, float32: the moving average if there is one."""
         return _with_stats(optim.upcast(self.params) if self.ema is None else self.ema, self.batch_stats)
 
 
 class Teacher(NamedTuple):
-    """A frozen model that is learnt from. Its parameters are an input of the step, and lie on the mesh as others do."""
+    """A frozen model for distillation. Its parameters are an input of the step and are sharded like the student's."""
 
     model: Model
     params: Params
 
 
+class Examples(NamedTuple):
+    """Inputs of the towers."""
+
+    image: Leaf
+    text: Leaf
+    key: Leaf  # per example, so that its random numbers are independent of the rest of the batch
+
+
 def model_from_config(config: Config, mesh: Mesh) -> Model:
-    """Return the model as `config` trains it on a mesh."""
-    train, loss = config.train, config.loss
+    """Return the model of a training run on a mesh."""
     return make_model(
         config.model,
         config.preprocess,
-        remat=train.remat,
-        logit_scale_init=loss.logit_scale_init,
-        logit_bias_init=loss.logit_bias_init,
-        patch_dropout=train.patch_dropout,
-        **_placement(train, mesh),
+        remat=config.train.remat,
+        logit_scale_init=config.loss.logit_scale_init,
+        logit_bias_init=config.loss.logit_bias_init,
+        patch_dropout=config.train.patch_dropout,
+        **_compute_options(config.train, mesh),
     )
 
 
-def _placement(train: TrainConfig, mesh: Mesh) -> dict[str, Any]:
-    """Return what any model of a run has in common: how it computes, and where."""
+def _compute_options(train: TrainConfig, mesh: Mesh) -> dict[str, Any]:
+    """Return the arguments of `make_model` that student and teacher share."""
     return {
         "dtype": train.dtype,
         "unroll": train.unroll_layers,
@@ -93,36 +108,35 @@ def _placement(train: TrainConfig, mesh: Mesh) -> dict[str, Any]:
 
 
 def make_teacher(architecture: Architecture, params: Params, config: Config, mesh: Mesh) -> Teacher:
-    """Return the teacher of a run, its parameters on the mesh. It computes in the run's dtype.
+    """Return the teacher of a run with its parameters sharded over the mesh. It computes in the run's dtype.
 
     Raises:
       ValueError: if `mesh.tensor` does not divide the model.
     """
-    model = make_model(architecture, config.preprocess, **_placement(config.train, mesh))
+    model = make_model(architecture, config.preprocess, **_compute_options(config.train, mesh))
     return Teacher(model, jax.jit(lambda x: x, out_shardings=sharding.param_shardings(params, mesh))(params))
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation, config: OptimConfig) -> TrainState:
-    """Return the state before the first step of `params`, batch statistics included where the model has them."""
+    """Return the state before the first step. `params` includes `batch_stats` for models that have them."""
     zero = jnp.zeros((), jnp.int32)
     trained = {name: value for name, value in params.items() if name != "batch_stats"}
-    average = jax.tree.map(jnp.copy, trained) if config.ema_decay else None  # a copy: the step donates both
+    ema = jax.tree.map(jnp.copy, trained) if config.ema_decay else None  # a copy, because the step donates both
     trained = optim.cast_params(trained, config.half_precision_params)
-    stats = params.get("batch_stats")
-    return TrainState(zero, trained, optimizer.init(trained), stats, average, zero + 0, zero + 0)
+    return TrainState(zero, trained, optimizer.init(trained), params.get("batch_stats"), ema, zero + 0, zero + 0)
 
 
 def abstract_state(
     model: Model, optimizer: optax.GradientTransformation, config: Config, mesh: sharding.AnyMesh
 ) -> TrainState:
-    """Return the state's shapes and dtypes, and where each array lies on the mesh.
+    """Return the shapes, dtypes and shardings of the state.
 
     Raises:
       ValueError: if `mesh.tensor` does not divide the model.
     """
     shapes = jax.eval_shape(lambda key: init_state(model.init(key), optimizer, config.optim), jax.random.key(0))
-    placed = sharding.state_shardings(shapes, mesh, shard_moments=config.optim.shard_moments)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed)
+    shardings = sharding.state_shardings(shapes, mesh, shard_moments=config.optim.shard_moments)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
 def make_train_step(
@@ -132,192 +146,196 @@ def make_train_step(
     mesh: Mesh,
     teacher: Teacher | None = None,
 ) -> TrainStep:
-    """Return the compiled step: (state, batch) -> (state, metrics). The state is donated, and stays where it lies.
+    """Return the compiled step (state, batch) -> (state, metrics). The state is donated and keeps its shardings.
 
-    Metrics are float32 scalars, equal on every device: loss, the loss's own, logit_scale, grad_norm, skipped,
-    consecutive_skipped_steps; text/filled and text/in_rows where captions are packed; those of `losses.distillation`
-    where there is a teacher, whose part `loss` includes.
+    Metrics are replicated float32 scalars: `loss` (with a teacher, including the distillation term), the metrics of the
+    loss and of the text tower, `logit_scale`, `skipped_steps`, `consecutive_skipped_steps`, `grad_norm` (global), and
+    the norms of each tower's gradient, parameters and applied parameter change: `grad_norm/<tower>`,
+    `param_norm/<tower>`, `update_norm/<tower>` with the towers `image` and `text`.
     """
     gradient = make_gradient(model, config, mesh, teacher and teacher.model)
+    select = _select_with_cond if mesh.devices.flat[0].platform == "cpu" else _select_with_where
 
-    choose = _run_if if mesh.devices.flat[0].platform == "cpu" else _select_if
-
-    def taught_step(taught: Params | None, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(teacher_params: Params | None, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
-        (value, (metrics, stats)), grads = gradient(state.params, state.batch_stats, batch, key, taught)
+        (loss, (metrics, stats)), grads = gradient(state.params, state.batch_stats, batch, key, teacher_params)
         grads = optim.upcast(grads)
         grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
-        def propose() -> tuple[Params, PyTree, Params | None, Params | None]:
+        def apply_update() -> tuple:
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optim.apply_updates(state.params, updates, key)
             params |= {"logit_scale": _clip_log_scale(params["logit_scale"], config.loss.logit_scale_max)}
-            ema = state.ema and _average(state.ema, params, state.step, config.optim.ema_decay)
-            return params, opt_state, stats, ema
+            ema = state.ema and _moving_average(state.ema, params, state.step, config.optim.ema_decay)
+            change = jax.tree.map(jnp.subtract, optim.upcast(params), optim.upcast(state.params))
+            return params, opt_state, stats, ema, _tower_norms("update_norm", change)
 
-        kept = (state.params, state.opt_state, state.batch_stats, state.ema)
-        params, opt_state, stats, ema = choose(finite, propose, kept)
-        skipped = state.skipped_steps + ~finite
-        in_a_row = jnp.where(finite, 0, state.consecutive_skipped_steps + 1)
+        no_change = {name: jnp.zeros_like(grad_norm) for name in ("update_norm/image", "update_norm/text")}
+        previous = (state.params, state.opt_state, state.batch_stats, state.ema, no_change)
+        params, opt_state, stats, ema, update_norms = select(finite, apply_update, previous)
+        skipped_steps = state.skipped_steps + ~finite
+        consecutive = jnp.where(finite, 0, state.consecutive_skipped_steps + 1)
         metrics |= {
-            "loss": value,
+            "loss": loss,
             "logit_scale": jnp.exp(params["logit_scale"]),
             "grad_norm": grad_norm,
-            "skipped_steps": skipped.astype(jnp.float32),
-            "consecutive_skipped_steps": in_a_row.astype(jnp.float32),
+            "skipped_steps": skipped_steps.astype(jnp.float32),
+            "consecutive_skipped_steps": consecutive.astype(jnp.float32),
         }
-        return TrainState(state.step + 1, params, opt_state, stats, ema, skipped, in_a_row), metrics
+        metrics |= _tower_norms("grad_norm", grads) | _tower_norms("param_norm", optim.upcast(params)) | update_norms
+        return TrainState(state.step + 1, params, opt_state, stats, ema, skipped_steps, consecutive), metrics
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        return taught_step(None, state, batch)
-
-    placed = jax.tree.map(lambda x: x.sharding, abstract_state(model, optimizer, config, mesh))
-    inputs, outputs = (placed, batch_sharding(mesh)), (placed, replicated(mesh))
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(model, optimizer, config, mesh))
+    inputs, outputs = (shardings, batch_sharding(mesh)), (shardings, replicated(mesh))
     if teacher is None:
-        return jax.jit(train_step, in_shardings=inputs, out_shardings=outputs, donate_argnums=0)
-    compiled = jax.jit(taught_step, in_shardings=(None, *inputs), out_shardings=outputs, donate_argnums=1)
+        without_teacher = functools.partial(train_step, None)
+        return jax.jit(without_teacher, in_shardings=inputs, out_shardings=outputs, donate_argnums=0)
+    compiled = jax.jit(train_step, in_shardings=(None, *inputs), out_shardings=outputs, donate_argnums=1)
     return functools.partial(compiled, teacher.params)
 
 
-class Examples(NamedTuple):
-    """What a step embeds: pictures, token ids, keys."""
-
-    image: Leaf
-    text: Leaf
-    key: Leaf  # of every example, so that what is drawn for it is the same in any company
-
-
-_Embedded = tuple[Float[Array, "B E"], Float[Array, "B E"]]
-_Target = tuple[Float[Array, "B G"], Float[Array, "B G"]]  # the teacher's embeddings
-_Value = tuple[Float[Array, ""], tuple[Metrics, Params | None]]
-
-
-def make_embed(model: Model, freeze: str) -> Callable[..., tuple[_Embedded, tuple[Params | None, Metrics]]]:
-    """Return (params, batch_stats, rows) -> (embeddings, (batch_stats, metrics)), as a step embeds pictures and texts.
-
-    freeze: parameters that have no gradient; an image tower without any computes as it does in inference.
-    """
-
-    def embed(params: Params, stats: Params | None, rows: Examples) -> tuple[_Embedded, tuple[Params | None, Metrics]]:
-        params = optim.stop_frozen_gradients(params, freeze)
-        if optim.tower_is_frozen(params, freeze, "image"):
-            images_BE = model.encode_image(_with_stats(params, stats), rows.image)
-        else:
-            images_BE, stats = model.encode_image_train(_with_stats(params, stats), rows.image, rows.key)
-        texts_BE, metrics = model.encode_text_train(params, rows.text)
-        return (images_BE, texts_BE), (stats, metrics)
-
-    return embed
-
-
 def make_gradient(model: Model, config: Config, mesh: Mesh, teacher: Model | None = None) -> Gradient:
-    """Return (params, batch_stats, batch, key) -> ((loss, (metrics, batch_stats)), gradient) of the whole batch.
+    """Return (params, batch_stats, batch, key, teacher_params) -> ((loss, (metrics, batch_stats)), gradient).
 
-    With a teacher its parameters are a fifth argument; it embeds every picture and text once, in inference's way.
-
-    With `train.micro_batches`, the batch is embedded part by part, the loss is taken over all embeddings, and every
-    part is embedded again for its gradient, with the same keys: the gradient is that of the whole batch, with all its
-    negatives, while activations are a part's (GradCache: Gao et al. 2021, arXiv:2101.06983; BASIC: Pham et al. 2021,
-    arXiv:2111.10050). Batch norm sees a part at a time: its statistics are those of every part, over all devices, and
-    the running averages move once for each.
+    The loss and its gradient are those of the global batch: `full_batch_gradient`, or `gradient_cached_gradient` with
+    `train.micro_batches`. `teacher_params` is None without a teacher, whose towers run as in inference.
     """
-    parts = config.train.micro_batches
-    whole_loss, embed = _loss_over(mesh, config), make_embed(model, config.optim.freeze)
-
-    def teach(taught: Params | None, rows: Examples) -> _Target | None:
-        if teacher is None:
-            return None
-        return teacher.encode_image(taught, rows.image), teacher.encode_text_train(taught, rows.text)[0]
-
-    def at_once(params: Params, stats: Params | None, taught: Params | None, rows: Examples) -> tuple[_Value, Params]:
-        target = teach(taught, rows)
-
-        def objective(params: Params) -> _Value:
-            embedded, (new_stats, text_metrics) = embed(params, stats, rows)
-            value, metrics = whole_loss(embedded, _head(params), rows.text, target, taught)
-            return value, (metrics | text_metrics, new_stats)
-
-        return jax.value_and_grad(objective, has_aux=True)(params)
-
-    def in_parts(params: Params, stats: Params | None, taught: Params | None, rows: Examples) -> tuple[_Value, Params]:
-        split, join = sharding.micro_batches(mesh, parts)
-        parts_of_rows = split(rows)
-
-        def first(stats: Params | None, part: Examples) -> tuple[Params | None, tuple]:
-            embedded, (stats, metrics) = embed(params, stats, part)
-            return stats, (embedded, metrics, teach(taught, part))
-
-        new_stats, (embedded, text_metrics, target) = jax.lax.scan(first, stats, parts_of_rows)
-        embedded, target = join(embedded), join(target)
-        value, pull, metrics = jax.vjp(
-            lambda embedded, head: whole_loss(embedded, head, rows.text, target, taught),
-            *(embedded, _head(params)),
-            has_aux=True,
-        )
-        d_embedded, d_head = pull(jnp.ones_like(value))
-
-        def again(grads: Params, part: tuple[Examples, _Embedded]) -> tuple[Params, None]:
-            rows, d_part = part
-            _, pull = jax.vjp(lambda params: embed(params, stats, rows)[0], params)
-            return jax.tree.map(jnp.add, grads, optim.upcast(pull(d_part)[0])), None
-
-        zeros = jax.tree.map(jnp.zeros_like, optim.upcast(params))
-        grads, _ = jax.lax.scan(again, zeros, (parts_of_rows, split(d_embedded)))
-        text_metrics = jax.tree.map(jnp.mean, text_metrics)
-        return (value, (metrics | text_metrics, new_stats)), grads | d_head
+    embed, loss = make_embed(model, config.optim.freeze), _make_loss(config, mesh, distill=teacher is not None)
+    compute_gradient = full_batch_gradient
+    if config.train.micro_batches > 1:
+        split, join = sharding.micro_batches(mesh, config.train.micro_batches)
+        compute_gradient = functools.partial(gradient_cached_gradient, split=split, join=join)
 
     def gradient(
-        params: Params, stats: Params | None, batch: Batch, key: jax.Array, taught: Params | None = None
-    ) -> tuple[_Value, Params]:
+        params: Params, stats: Params | None, batch: Batch, key: jax.Array, teacher_params: Params | None = None
+    ) -> tuple[LossAndAux, Params]:
         keys = jax.random.split(key, batch.text.shape[0])
-        rows = Examples(batch.image, batch.text, jax.lax.with_sharding_constraint(keys, batch_sharding(mesh)))
-        return (at_once if parts == 1 else in_parts)(params, stats, taught, rows)
+        examples = Examples(batch.image, batch.text, jax.lax.with_sharding_constraint(keys, batch_sharding(mesh)))
+
+        def embed_teacher(examples: Examples) -> Arrays:
+            if teacher is None:
+                return {}
+            return {
+                "teacher_image_bG": teacher.encode_image(teacher_params, examples.image),
+                "teacher_text_bG": teacher.encode_text_train(teacher_params, examples.text)[0],
+            }
+
+        batch_loss = functools.partial(loss, text_BL=batch.text, teacher_params=teacher_params)
+        return compute_gradient(embed, embed_teacher, batch_loss, params, stats, examples)
 
     return gradient
 
 
-def _head(params: Params) -> Params:
-    return {name: params[name] for name in ("logit_scale", "logit_bias") if name in params}
+def full_batch_gradient(
+    embed: Embed,
+    embed_teacher: EmbedTeacher,
+    loss: BatchLoss,
+    params: Params,
+    stats: Params | None,
+    examples: Examples,
+) -> tuple[LossAndAux, Params]:
+    """Return loss and gradient with the activations of the whole batch in memory."""
+    teacher_embeddings = embed_teacher(examples)
+
+    def objective(params: Params) -> LossAndAux:
+        embeddings, (new_stats, text_metrics) = embed(params, stats, examples)
+        value, metrics = loss(embeddings | teacher_embeddings, _logit_params(params))
+        return value, (metrics | text_metrics, new_stats)
+
+    return jax.value_and_grad(objective, has_aux=True)(params)
 
 
-def _loss_over(mesh: Mesh, config: Config) -> Callable[..., tuple[Float[Array, ""], Metrics]]:
-    """Return (embeddings, head, text_BL, teacher's embeddings, its params) -> (loss, metrics) of a batch over the mesh.
+def gradient_cached_gradient(
+    embed: Embed,
+    embed_teacher: EmbedTeacher,
+    loss: BatchLoss,
+    params: Params,
+    stats: Params | None,
+    examples: Examples,
+    split: Callable[[Any], Any],
+    join: Callable[[Any], Any],
+) -> tuple[LossAndAux, Params]:
+    """Return loss and gradient of the whole batch with the activations of one micro-batch in memory at a time.
 
-    Without a teacher, the last two are None.
+    GradCache (Gao et al. 2021, arXiv:2101.06983; BASIC: Pham et al. 2021, arXiv:2111.10050): embed all micro-batches
+    without storing activations, compute the loss and its gradient with respect to the embeddings, then recompute the
+    towers of each micro-batch with the same keys and backpropagate. All negatives of the batch count. Batch norm uses
+    the statistics of a micro-batch over all devices, and its running averages are updated once per micro-batch.
+
+    Args:
+      split, join: from a batch to stacked micro-batches, and back; see `sharding.micro_batches`.
     """
-    loss = LOSSES[config.loss.name]
-    sharded = jax.shard_map(
-        lambda *inputs: loss(*inputs[:4], axis=BATCH_AXES, ids=inputs[4]),
-        mesh=mesh,
-        in_specs=(BATCH, BATCH, REPLICATED, REPLICATED, BATCH),
-        out_specs=REPLICATED,
+    micro_batches = split(examples)
+
+    def embed_micro_batch(stats: Params | None, examples: Examples) -> tuple[Params | None, tuple]:
+        embeddings, (stats, metrics) = embed(params, stats, examples)
+        return stats, (embeddings, metrics, embed_teacher(examples))
+
+    new_stats, (embeddings, text_metrics, teacher_embeddings) = jax.lax.scan(embed_micro_batch, stats, micro_batches)
+    embeddings, teacher_embeddings = join(embeddings), join(teacher_embeddings)
+    value, pullback, metrics = jax.vjp(
+        lambda embeddings, logit_params: loss(embeddings | teacher_embeddings, logit_params),
+        embeddings,
+        _logit_params(params),
+        has_aux=True,
     )
-    sharded_distillation = jax.shard_map(
-        functools.partial(distillation, axis=BATCH_AXES),
+    d_embeddings, d_logit_params = pullback(jnp.ones_like(value))
+
+    def add_gradient(grads: Params, inputs: tuple[Examples, Arrays]) -> tuple[Params, None]:
+        examples, d_embeddings = inputs
+        _, pullback = jax.vjp(lambda params: embed(params, stats, examples)[0], params)
+        return jax.tree.map(jnp.add, grads, optim.upcast(pullback(d_embeddings)[0])), None
+
+    zeros = jax.tree.map(jnp.zeros_like, optim.upcast(params))
+    grads, _ = jax.lax.scan(add_gradient, zeros, (micro_batches, split(d_embeddings)))
+    return (value, (metrics | jax.tree.map(jnp.mean, text_metrics), new_stats)), grads | d_logit_params
+
+
+def make_embed(model: Model, freeze: str) -> Embed:
+    """Return the function that embeds images and texts in a training step.
+
+    freeze: regular expression for parameters without gradient; an image tower without any runs as in inference.
+    """
+
+    def embed(params: Params, stats: Params | None, examples: Examples) -> tuple[Arrays, tuple[Params | None, Metrics]]:
+        params = optim.stop_frozen_gradients(params, freeze)
+        if optim.tower_is_frozen(params, freeze, "image"):
+            image_BE = model.encode_image(_with_stats(params, stats), examples.image)
+        else:
+            image_BE, stats = model.encode_image_train(_with_stats(params, stats), examples.image, examples.key)
+        text_BE, metrics = model.encode_text_train(params, examples.text)
+        return {"image_bE": image_BE, "text_bE": text_BE}, (stats, metrics)
+
+    return embed
+
+
+def _make_loss(config: Config, mesh: Mesh, *, distill: bool) -> Callable[..., tuple[Float[Array, ""], Metrics]]:
+    """Return (embeddings, logit_params, text_BL, teacher_params) -> (loss, metrics) over a batch that is sharded."""
+    loss = distilled(config.loss, config.teacher.weight) if distill else config.loss
+    sharded_loss = jax.shard_map(
+        lambda embeddings, scalars, ids: loss(**embeddings, **scalars, axis=BATCH_AXES, ids=ids),
         mesh=mesh,
-        in_specs=(BATCH, BATCH, BATCH, BATCH, REPLICATED, REPLICATED),
+        in_specs=(BATCH, REPLICATED, BATCH),
         out_specs=REPLICATED,
     )
 
-    def whole(
-        embedded: _Embedded, head: Params, text_BL: Int32[Array, "B L"], target: _Target | None, taught: Params | None
+    def batch_loss(
+        embeddings: Arrays, logit_params: Params, text_BL: Int32[Array, "B L"], teacher_params: Params | None
     ) -> tuple[Float[Array, ""], Metrics]:
+        scalars = {"logit_scale": jnp.exp(logit_params["logit_scale"]), "logit_bias": logit_params.get("logit_bias")}
+        if distill:
+            scalars["teacher_logit_scale"] = jnp.exp(teacher_params["logit_scale"])
         ids = (caption_ids(text_BL),) * 2 if config.loss.equal_captions == "positives" else None
-        scale = jnp.exp(head["logit_scale"])
-        value, metrics = sharded(*embedded, scale, head.get("logit_bias"), ids)
-        if target is None:
-            return value, metrics
-        distilled, more = sharded_distillation(*embedded, *target, scale, jnp.exp(taught["logit_scale"]))
-        return value + config.teacher.weight * distilled, metrics | more
+        return sharded_loss(embeddings, scalars, ids)
 
-    return whole
+    return batch_loss
 
 
 def caption_ids(text_BL: Int32[Array, "B L"]) -> Int32[Array, "B"]:
-    """Return a number from 0 to 2³¹ - 1 for every row of tokens, equal for equal rows.
+    """Return a hash in [0, 2³¹) of each row of token ids: equal rows have equal ids.
 
-    Different rows share one by chance: in a batch of 32,768 a quarter of a pair on average.
+    Collisions of different rows: 0.25 expected pairs in a batch of 32,768.
     """
     factors_L = np.uint32(0x9E3779B1) ** np.arange(1, text_BL.shape[1] + 1, dtype=np.uint32)  # odd, modulo 2³²
     sums_B = jnp.sum((text_BL.astype(jnp.uint32) + 1) * factors_L[None], axis=1, dtype=jnp.uint32)
@@ -325,14 +343,22 @@ def caption_ids(text_BL: Int32[Array, "B L"]) -> Int32[Array, "B"]:
     return (mixed_B >> 1).astype(jnp.int32)
 
 
-# Two ways to change nothing, for XLA fuses differently: for ViT-B/32's AdamW on a CPU a select holds 1.2 GB more and
-# takes 900 ms instead of 165; on TPU v4, by its compiler, a conditional holds 0.6 GB more than a select.
-def _run_if(finite: Bool[Array, ""], propose: Callable[[], PyTree], kept: PyTree) -> PyTree:
-    return jax.lax.cond(finite, propose, lambda: kept)
+# Two implementations, because XLA fuses them differently: for ViT-B/32 with AdamW on a CPU, `where` takes 1.2 GB more
+# than `cond`, and 900 ms instead of 165; on TPU v4, according to its compiler, `cond` takes 0.6 GB more than `where`.
+def _select_with_cond(finite: Bool[Array, ""], apply_update: Callable[[], PyTree], previous: PyTree) -> PyTree:
+    return jax.lax.cond(finite, apply_update, lambda: previous)
 
 
-def _select_if(finite: Bool[Array, ""], propose: Callable[[], PyTree], kept: PyTree) -> PyTree:
-    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), propose(), kept)
+def _select_with_where(finite: Bool[Array, ""], apply_update: Callable[[], PyTree], previous: PyTree) -> PyTree:
+    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), apply_update(), previous)
+
+
+def _tower_norms(name: str, tree: Params) -> Metrics:
+    return {f"{name}/{tower}": optax.tree.norm(tree[tower]) for tower in ("image", "text")}
+
+
+def _logit_params(params: Params) -> Params:
+    return {name: params[name] for name in ("logit_scale", "logit_bias") if name in params}
 
 
 def _with_stats(params: Params, stats: Params | None) -> Params:
@@ -340,12 +366,12 @@ def _with_stats(params: Params, stats: Params | None) -> Params:
 
 
 def _clip_log_scale(log_scale: Float[Array, ""], maximum: float) -> Float[Array, ""]:
-    # From above as in the paper (section 2.5); from below at 1 as open_clip does, where a softmax learns nothing.
+    # Upper bound: paper, section 2.5. Lower bound of the scale, 1: open_clip.
     return jnp.clip(log_scale, 0.0, math.log(maximum))
 
 
-def _average(ema: Params, params: Params, step: Int32[Array, ""], decay: float) -> Params:
-    # Early on the average forgets faster, or it would still hold the initialisation when training ends.
+def _moving_average(ema: Params, params: Params, step: Int32[Array, ""], decay: float) -> Params:
+    # The decay grows from 0.1, so that a short run's average does not contain the initialization.
     step = step.astype(jnp.float32)
     decay = jnp.minimum(decay, (1 + step) / (10 + step))
     return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)

@@ -1,4 +1,4 @@
-"""The smallest run that has everything: both towers, real decoding, checkpoints, evaluation. Seconds on a CPU."""
+"""Smallest complete run: both towers, image decoding, checkpoints, evaluation. Takes seconds on a CPU."""
 
 from clip_jax.config import default_config
 
@@ -23,5 +23,5 @@ def get_config(arg=""):
     config.optim.ema_decay = 0.9
     config.checkpoint.every_steps = 7
     config.eval.every_steps = 20
-    config.eval.tasks = {"shapes": {"evaluator": "retrieval", "source": "synthetic", "split": "test"}}
+    config.eval.tasks = {"shapes": {"evaluator": "retrieval", "dataset": "synthetic"}}
     return config

@@ -1,22 +1,61 @@
 """Contract of every class in SOURCES, on the records of its `tiny_config`."""
 
 import dataclasses
+import io
 import itertools
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from clip_jax import data
+from clip_jax.config import DataConfig, default_config, from_config_dict
 from clip_jax.typing import BadRecord, DataSource, Record
 
 BATCH = 12
 
 
-@pytest.fixture(scope="module", params=data.SOURCES)
+class ToySource:
+    """A source registered outside the package, with an option of its own."""
+
+    def __init__(self, color):
+        file = io.BytesIO()
+        Image.new("RGB", (8, 8), color).save(file, "PNG")
+        self._image = file.getvalue()
+
+    @classmethod
+    def from_config(cls, config, color="red"):
+        return cls(color)
+
+    @classmethod
+    def tiny_config(cls, folder):
+        return DataConfig(source="toy", options={"color": "blue"})
+
+    def __len__(self):
+        return 60
+
+    def key(self, index):
+        return f"toy#{index}"
+
+    def read(self, index):
+        if index >= len(self):
+            raise IndexError(index)
+        return Record(self.key(index), self._image, {"txt": (f"image {index}",)})
+
+    def fingerprint(self):
+        return "toy"
+
+
+SOURCES = data.SOURCES | {"toy": ToySource}
+
+
+@pytest.fixture(scope="module", params=SOURCES)
 def config(request, tmp_path_factory):
     folder = tmp_path_factory.getbasetemp() / f"{request.param}-cache"  # test_data_emoji.py has the same for emoji
     folder.mkdir(exist_ok=True)
-    return data.SOURCES[request.param].tiny_config(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(data.SOURCES, request.param, SOURCES[request.param])
+        yield SOURCES[request.param].tiny_config(folder)
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +148,43 @@ def test_bad_records_are_counted_and_not_fatal(source, config):
         np.testing.assert_array_equal(after.batch.image[~bad], before.batch.image[~bad])
         assert not (after.example_ids % 7 == 3).any() and after.batch.mask.all()
     assert sum(len(batch.replaced) for batch in damaged) > 0
+
+
+# ------------------------------------------------------------------------------------------------- sources by name
+
+
+def test_source_registered_outside_the_package_is_opened_by_name(monkeypatch):
+    monkeypatch.setitem(data.SOURCES, "toy", ToySource)
+    config = default_config()
+    config.data.source, config.data.options = "toy", {"color": "lime"}
+    config = from_config_dict(config).data
+    (batch,) = _take(data.make_source(config), config, 1)
+    assert (batch.batch.image == [0, 255, 0]).all()
+
+
+def test_contract_fails_for_a_source_that_is_not_deterministic(monkeypatch):
+    class Unstable(ToySource):
+        colors = iter(["red", "blue"])
+
+        @classmethod
+        def from_config(cls, config, color="red"):
+            return cls(next(cls.colors))
+
+    monkeypatch.setitem(data.SOURCES, "toy", Unstable)
+    config = Unstable.tiny_config(None)
+    with pytest.raises(AssertionError):
+        test_source_is_deterministic(data.make_source(config), config)
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        ("tfrecords", {}, "data.source='tfrecords' is none of tfrecord, .*did you mean 'tfrecord'"),
+        ("synthetic", {"exampels": 5}, "has no option 'exampels'; its options: examples"),
+        ("synthetic", {"examples": 0}, "data.options.examples=0: expected at least 1"),
+        ("emoji", {"examples": 5}, "has no option 'examples'; its options: none"),
+    ],
+)
+def test_wrong_source_or_option_raises(source, options, message):
+    with pytest.raises(ValueError, match=message):
+        data.make_source(DataConfig(source=source, options=options))

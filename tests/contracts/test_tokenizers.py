@@ -1,4 +1,4 @@
-"""Whatever TOKENIZERS lists keeps what the text tower and the pipeline rely on."""
+"""Contract of every tokenizer in TOKENIZERS: the properties that text towers and the pipeline need."""
 
 import concurrent.futures
 
@@ -14,7 +14,7 @@ LENGTH = 16
 TEXTS = ["a dog", "", " ", "\0", "!", "犬", "😀", "dog " * 1000, "d" * 1000, "<|endoftext|>", "\n a \t b "]
 
 
-# What a tokenizer needs besides its name. One without a line needs nothing.
+# Content of the file that a tokenizer needs; the others need none.
 FILES = {"sentencepiece": sentencepiece_model, "huggingface": tokenizer_json}
 
 
@@ -25,18 +25,18 @@ def make(request):
     return lambda truncate=True: TOKENIZERS[request.param](config, text, truncate, file)
 
 
-def test_it_is_a_tokenizer(make):
+def test_tokenizer_implements_the_protocol(make):
     assert isinstance(make(), Tokenizer)
 
 
-def test_rows_are_int32_in_the_vocabulary_and_of_one_length(make):
+def test_rows_are_int32_of_one_length_within_the_vocabulary(make):
     tokenizer = make()
     rows = tokenizer(TEXTS)
     assert rows.dtype == np.int32 and rows.shape == (len(TEXTS), LENGTH) == (len(TEXTS), tokenizer.length)
     assert rows.min() >= 0 and rows.max() < tokenizer.vocab_size
 
 
-def test_every_row_has_the_end_token_and_only_padding_after_the_text(make):
+def test_rows_have_an_end_token_followed_by_padding(make):
     tokenizer = make()
     for text, row in zip(TEXTS, tokenizer(TEXTS), strict=True):
         ends = np.flatnonzero(row == tokenizer.eos_id)
@@ -45,26 +45,26 @@ def test_every_row_has_the_end_token_and_only_padding_after_the_text(make):
             assert (row[ends[0] + 1 :] == tokenizer.pad_id).all(), text
 
 
-def test_a_rows_ids_do_not_depend_on_its_neighbours(make):
+def test_ids_of_a_text_are_independent_of_the_other_texts(make):
     tokenizer = make()
     together = tokenizer(TEXTS)
     for i, text in enumerate(TEXTS):
         np.testing.assert_array_equal(tokenizer([text])[0], together[i])
 
 
-def test_two_instances_and_eight_threads_agree(make):
+def test_two_instances_and_eight_threads_return_equal_ids(make):
     tokenizer = make()
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         rows = list(pool.map(lambda text: tokenizer([text])[0], TEXTS * 8))
     np.testing.assert_array_equal(np.stack(rows), make()(TEXTS * 8))
 
 
-def test_an_overlong_text_is_cut_or_refused_as_asked(make):
+def test_overlong_text_is_truncated_or_raises(make):
     assert make()(["dog " * 1000])[0, -1] == make().eos_id
     with pytest.raises(ValueError, match=rf"model\.text\.length={LENGTH}"):
         make(truncate=False)(["dog " * 1000])
 
 
-def test_a_bare_string_is_refused(make):
+def test_single_string_raises(make):
     with pytest.raises(TypeError, match="sequence of texts"):
         make()("a dog")

@@ -1,4 +1,4 @@
-"""Write clip_bpe.json: hard texts, and the ids that OpenAI's own tokenizer gives them.
+"""Write clip_bpe.json: difficult texts and their token ids by OpenAI's tokenizer.
 
     pip install --no-deps clip-anytorch==2.6.0 && pip install ftfy==6.3.1 regex==2026.11.15
     python tests/golden/make_clip_bpe.py

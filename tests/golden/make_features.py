@@ -1,4 +1,4 @@
-"""Write features.npz: what open_clip and transformers make of the weights and inputs of tests/tiny_models.py.
+"""Write features.npz: features of open_clip and transformers for the weights and inputs of tests/tiny_models.py.
 
     make test-peers          # for the environment
     .venv-peers/bin/python tests/golden/make_features.py
@@ -14,7 +14,7 @@ import types
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 ROOT = pathlib.Path(__file__).parents[2]
-# A package of the demo's installs a `tests` of its own.
+# A package of the demo installs a top-level package `tests`.
 for name in ("tests", "tests.peers"):
     sys.modules[name] = types.ModuleType(name)
     sys.modules[name].__path__ = [str(ROOT / name.replace(".", "/"))]
@@ -30,16 +30,16 @@ from tests.peers import peer_models  # noqa: E402
 
 
 def main() -> None:
-    """Ask open_clip, or transformers where open_clip has no such model."""
+    """Compute features with open_clip, or with transformers if open_clip has no such model."""
     arrays = {}
     for name, architecture in tiny_models.ARCHITECTURES.items():
-        if name == "siglip_timm":  # 90 million parameters, for the peers' own tests
+        if name == "siglip_timm":  # 90 million parameters; tests/peers compares it live
             continue
         with tempfile.TemporaryDirectory() as folder:
-            said = peer_models.write(pathlib.Path(folder) / "weights", architecture, tiny_models.params(architecture))
+            status = peer_models.write(pathlib.Path(folder) / "weights", architecture, tiny_models.params(architecture))
             load = (
                 peer_models.load_transformers
-                if said["open_clip"].startswith("left out")
+                if status["open_clip"].startswith("left out")
                 else peer_models.load_open_clip
             )
             model = load(f"{folder}/weights")

@@ -90,7 +90,7 @@ def test_loss_and_gradients_are_open_clip_s(folder, name):
 
     def objective(trained):
         tree = trained | ({"batch_stats": params["batch_stats"]} if "batch_stats" in params else {})
-        loss = LOSSES["sigmoid" if architecture.logit_bias else "softmax"]
+        loss = LOSSES["sigmoid" if architecture.logit_bias else "softmax"]()
         image, text = ours.encode_image(tree, pixels), ours.encode_text(tree, tokens)
         return loss(image, text, jnp.exp(tree["logit_scale"]), tree.get("logit_bias"))[0]
 

@@ -1,4 +1,4 @@
-"""Token ids and pixels against open_clip's and transformers' own, on hard texts and on every kind of picture."""
+"""Token ids and pixels against open_clip and transformers, on difficult texts and on all image modes."""
 
 import dataclasses
 import json
@@ -42,10 +42,10 @@ def _texts():
     return hard + fuzz
 
 
-def test_token_ids_are_open_clip_s():
+def test_token_ids_equal_open_clip():
     texts = [text for text in _texts() if "<" not in text]  # open_clip renamed the special tokens
-    theirs = open_clip.tokenizer.SimpleTokenizer()(texts).numpy()
-    np.testing.assert_array_equal(ClipBPE()(texts), theirs)
+    expected = open_clip.tokenizer.SimpleTokenizer()(texts).numpy()
+    np.testing.assert_array_equal(ClipBPE()(texts), expected)
 
 
 TOKENIZERS = [
@@ -55,37 +55,37 @@ TOKENIZERS = [
 
 
 @pytest.mark.parametrize(("model", "kind", "content"), TOKENIZERS)
-def test_token_ids_are_those_of_the_tokenizer_in_the_directory(model, kind, content, tmp_path):
+def test_token_ids_equal_those_of_the_exported_directory(model, kind, content, tmp_path):
     architecture = tiny_models.ARCHITECTURES[model]
     tokenizer = dataclasses.replace(tokenizer_of(architecture), name=kind)
     config = WeightsConfig(architecture, tokenizer, tokenizer_file=content())
     directory.write(tmp_path / "dir", tiny_models.params(architecture), config)
     sentences = tiny_tokenizers.SENTENCES
     texts = [*sentences, "A RED_dog, in: the park!", "", "caf\u00c3\u00a9 &amp; bar", " ".join(sentences), "\u72ac zq"]
-    ours = TOKENIZER_KINDS[kind](config.tokenizer, architecture.text, True, content())(texts)
-    theirs = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'dir'}")(texts).numpy()
-    np.testing.assert_array_equal(ours, theirs)
+    found = TOKENIZER_KINDS[kind](config.tokenizer, architecture.text, True, content())(texts)
+    expected = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'dir'}")(texts).numpy()
+    np.testing.assert_array_equal(found, expected)
     if kind == "sentencepiece":  # transformers drops an underscore, and undoes neither mojibake nor HTML
         settings = {"padding": "max_length", "max_length": architecture.text.length, "truncation": True}
         plain = [text.replace("_", " ") for text in texts if "&" not in text]
-        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "dir")(plain, **settings)["input_ids"]
+        expected = transformers.AutoTokenizer.from_pretrained(tmp_path / "dir")(plain, **settings)["input_ids"]
         np.testing.assert_array_equal(
-            TOKENIZER_KINDS[kind](config.tokenizer, architecture.text, True, content())(plain), theirs
+            TOKENIZER_KINDS[kind](config.tokenizer, architecture.text, True, content())(plain), expected
         )
 
 
-def test_open_clip_finds_a_tokenizer_of_fewer_merges_in_the_directory(tmp_path):
+def test_open_clip_reads_a_tokenizer_with_fewer_merges_from_the_exported_directory(tmp_path):
     architecture = tiny_models.ARCHITECTURES["vit_gelu"]
     directory.write(tmp_path / "dir", tiny_models.params(architecture), WeightsConfig(architecture))
     sentences = tiny_tokenizers.SENTENCES
     texts = [*sentences, "A RED_dog, in: the park", "", "caf\u00c3\u00a9 &amp; bar", " ".join(sentences), "\u72ac zq"]
-    ours = ClipBPE(architecture.text.length, architecture.text.vocab_size)(texts)
-    theirs = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'dir'}")(texts).numpy()
-    # It pads with the end token; the first one is what the text tower sees. No text here has 0, an exclamation mark.
-    np.testing.assert_array_equal(np.where(ours == 0, architecture.text.eos_id, ours), theirs)
+    found = ClipBPE(architecture.text.length, architecture.text.vocab_size)(texts)
+    expected = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'dir'}")(texts).numpy()
+    # open_clip pads with the end token, and pools at the first one. No text here contains id 0, an exclamation mark.
+    np.testing.assert_array_equal(np.where(found == 0, architecture.text.eos_id, found), expected)
 
 
-def _picture(width, height, mode):
+def _image(width, height, mode):
     rng = np.random.default_rng([width, height])
     pixels = np.clip(np.linspace(-60, 315, width)[None, :, None] + rng.normal(0, 60, (height, width, 4)), 0, 255)
     image = Image.fromarray(pixels.astype(np.uint8))
@@ -94,20 +94,20 @@ def _picture(width, height, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("squash", [False, True])
-def test_pixels_are_open_clip_s(mode, squash):
+def test_pixels_equal_open_clip(mode, squash):
     spec = dataclasses.replace(SIGLIP_PREPROCESS if squash else Preprocess(), implementation="openai")
-    theirs = open_clip.transform.image_transform(
+    expected = open_clip.transform.image_transform(
         224, False, mean=spec.mean, std=spec.std, resize_mode=spec.resize, interpolation="bicubic"
     )
     for size in SIZES:
-        image = _picture(*size, mode)
+        image = _image(*size, mode)
         mean, std = np.array(spec.mean, np.float32), np.array(spec.std, np.float32)
-        ours = (preprocess(image, 224, spec).astype(np.float32) / 255 - mean) / std
-        np.testing.assert_allclose(theirs(image).numpy().transpose(1, 2, 0), ours, atol=1e-6, err_msg=f"{size}")
+        found = (preprocess(image, 224, spec).astype(np.float32) / 255 - mean) / std
+        np.testing.assert_allclose(expected(image).numpy().transpose(1, 2, 0), found, atol=1e-6, err_msg=f"{size}")
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_pixels_are_transformers(mode):
+def test_pixels_equal_transformers(mode):
     processor = transformers.CLIPImageProcessorPil() if hasattr(transformers, "CLIPImageProcessorPil") else None
     if processor is None:
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -115,7 +115,7 @@ def test_pixels_are_transformers(mode):
         processor = CLIPImageProcessorPil()
     spec = Preprocess(implementation="huggingface")
     for size in SIZES:
-        image = _picture(*size, mode)
-        theirs = processor(images=image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
-        ours = (preprocess(image, 224, spec).astype(np.float32) / 255 - np.array(spec.mean)) / np.array(spec.std)
-        np.testing.assert_allclose(theirs, ours, atol=1e-6, err_msg=f"{size}")
+        image = _image(*size, mode)
+        expected = processor(images=image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+        found = (preprocess(image, 224, spec).astype(np.float32) / 255 - np.array(spec.mean)) / np.array(spec.std)
+        np.testing.assert_allclose(expected, found, atol=1e-6, err_msg=f"{size}")

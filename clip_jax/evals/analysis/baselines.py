@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
-from clip_jax.evals.embed import CachedEmbedder, check_set
+from clip_jax.evals.embed import CachedEmbedder, check_dataset
 from clip_jax.evals.ranking import score_blocks, unit
 from clip_jax.evals.retrieval import retrieval
 from clip_jax.typing import EvalDataset
@@ -35,7 +35,7 @@ def baselines(train: EvalDataset, datasets: Sequence[EvalDataset]) -> dict[str, 
       `baseline/ridge_pixels_hog/<dataset>/image_to_text/recall_at_{1,5}` and, for datasets whose texts are all in
       `train`, `baseline/nearest_neighbor/<dataset>/image_to_text/recall_at_1`.
     """
-    check_set(train)
+    check_dataset(train)
     features_nD = pixels_and_hog(train.images)
     ridge = CachedEmbedder(fit_ridge(features_nD, train))  # the datasets of all languages share their images
     found: dict[str, float] = {}

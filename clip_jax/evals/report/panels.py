@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
-from clip_jax.evals.embed import embed_set
+from clip_jax.evals.embed import embed_dataset
 from clip_jax.evals.ranking import score_blocks
 from clip_jax.typing import Embedder, EvalDataset
 
@@ -57,24 +57,24 @@ def panels(
       matches: number of candidates per query.
       mistakes: number of images whose best incorrect text has the largest lead over the best correct text.
     """
-    image_nE, text_ME = embed_set(embedder, dataset)
+    image_nE, text_ME = embed_dataset(embedder, dataset)
 
     def match(score: float, correct: bool, *, text: int | None = None, image: int | None = None) -> Match:
         name = dataset.image_names[image] if image is not None and len(dataset.image_names) else ""
         caption = dataset.texts[text][0] if text is not None else name
         return Match(caption, "" if image is None else thumbnail(dataset.images[image]), score, correct)
 
-    text_ids = _evenly_spaced(dataset.asked_texts(), texts)
+    text_ids = _evenly_spaced(dataset.query_texts(), texts)
     best_images = _best(text_ME[text_ids], image_nE, matches)
     text_rows = [
         Row(match(math.nan, True, text=t), tuple(match(s, bool(correct_n[i]), image=i) for i, s in best))
-        for t, correct_n, best in zip(text_ids.tolist(), dataset.right_images(text_ids), best_images, strict=True)
+        for t, correct_n, best in zip(text_ids.tolist(), dataset.positive_images(text_ids), best_images, strict=True)
     ]
     image_ids = _evenly_spaced(np.arange(len(image_nE)), images)
     best_texts = _best(image_nE[image_ids], text_ME, matches)
     image_rows = [
         Row(match(math.nan, True, image=i), tuple(match(s, bool(correct_M[t]), text=t) for t, s in best))
-        for i, correct_M, best in zip(image_ids.tolist(), dataset.right_texts(image_ids), best_texts, strict=True)
+        for i, correct_M, best in zip(image_ids.tolist(), dataset.positive_texts(image_ids), best_texts, strict=True)
     ]
     mistake_rows = [
         Row(match(math.nan, True, image=i), (match(score, False, text=t), match(correct_score, True, text=correct)))
@@ -117,7 +117,7 @@ def _mistakes(
     """Return (image, best incorrect text, best correct text, their scores), the largest lead first."""
     found: list[tuple[float, int, int, int, float, float]] = []
     for rows, scores_bM in score_blocks(image_nE, text_ME):
-        correct_bM, scores_bM = dataset.right_texts(rows), np.nan_to_num(scores_bM, nan=-np.inf)
+        correct_bM, scores_bM = dataset.positive_texts(rows), np.nan_to_num(scores_bM, nan=-np.inf)
         wrong_bM, right_bM = np.where(correct_bM, -np.inf, scores_bM), np.where(correct_bM, scores_bM, -np.inf)
         wrong_b, right_b = wrong_bM.argmax(1), right_bM.argmax(1)
         wrong_score_b, right_score_b = wrong_bM.max(1), right_bM.max(1)

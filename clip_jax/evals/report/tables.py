@@ -14,7 +14,7 @@ from clip_jax.evals.report.results import format_count, language, results
 
 if TYPE_CHECKING:
     from clip_jax.config import WeightsConfig
-    from clip_jax.evals.benchmark import EvalReport
+    from clip_jax.evals.suite import EvalReport
 
 # The columns of open_clip's docs/openclip_results.csv as of 89fb801, in its order: datacomp's, with ImageNet first.
 # fmt: off
@@ -121,7 +121,7 @@ def model_card(run: Mapping[str, Any], report: EvalReport, config: WeightsConfig
         interval = f"{result.low:.3f} to {result.high:.3f}" if result.low is not None else ""
         published = "" if result.published is None else f"{result.published:.3f}"
         lines.append(f"| {result.key} | {result.value:.3f} | {interval} | {published} |")
-    lines += ["", "Evaluation setup:", "", *(f"- {key}: {setup}." for key, setup in report.described.items())]
+    lines += ["", "Evaluation setup:", "", *(f"- {key}: {setup}." for key, setup in report.descriptions.items())]
     missing = report.skipped | {key: f"failed: {reason}" for key, reason in report.failed.items()}
     if missing:
         lines += ["", "Not evaluated:", "", *(f"- {key}: {reason}" for key, reason in missing.items())]

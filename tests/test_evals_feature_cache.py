@@ -1,4 +1,4 @@
-"""Features on disk: what is kept, for which model and split, and what happens to a file that is damaged."""
+"""Features on disk: their keys, damaged files, concurrent and killed writers."""
 
 import dataclasses
 import io
@@ -10,35 +10,35 @@ import pytest
 
 from clip_jax.evals import feature_cache
 from clip_jax.evals.feature_cache import FeatureCache
-from tests.tiny_benchmark import CLASSES, PARTS, Perfect, evaluate, split
+from tests.tiny_dataset import CLASSES, SPLITS, Perfect, evaluate, split
 
 
-def test_features_are_computed_once_for_a_model_and_a_split(monkeypatch, tmp_path):
-    def calls(directory=tmp_path, tasks=("zeroshot", "linear_probe"), **more):
+def test_features_are_computed_once_per_model_and_split(monkeypatch, tmp_path):
+    def calls(directory=tmp_path, evaluators=("zeroshot", "linear_probe"), **options):
         embedder = Perfect()
-        outcome = evaluate(monkeypatch, embedder, tasks=tasks, directory=directory, **more)
-        results.append(outcome.metrics)
+        report = evaluate(monkeypatch, embedder, evaluators=evaluators, directory=directory, **options)
+        results.append(report.metrics)
         return embedder.image_calls
 
     results = []
-    # Embeddings of the test split; features of train, kept and held out, and of test.
+    # Embeddings of the test split, features of the training and test splits.
     assert calls() == 3
     assert calls() == 0
-    assert calls(tasks=("few_shot", "linear_probe", "zeroshot")) == 0
+    assert calls(evaluators=("few_shot", "linear_probe", "zeroshot")) == 0
     assert calls(model="another") == 3
-    assert calls(parts=PARTS | {"test": split(first=700)}) == 2  # as many pictures, but others
+    assert calls(splits=SPLITS | {"test": split(first=700)}) == 2  # as many images, but others
     assert calls() == 0
     assert calls(directory="") > 0
     assert calls(directory="") > 0
     assert results[0] == results[1] == results[3] == results[5] == results[6]
 
 
-def test_splits_without_a_fingerprint_are_not_taken_for_each_other(monkeypatch, tmp_path):
-    right, wrong = (split(np.arange(20) % CLASSES, fingerprint=""), split(fingerprint=""))
-    wrong = dataclasses.replace(wrong, targets=right.targets)  # pictures of other classes than it says
+def test_splits_without_a_fingerprint_are_not_cached(monkeypatch, tmp_path):
+    correct, wrong = (split(np.arange(20) % CLASSES, fingerprint=""), split(fingerprint=""))
+    wrong = dataclasses.replace(wrong, targets=correct.targets)  # images of other classes
     values = [
-        evaluate(monkeypatch, Perfect(), parts={"test": part}, directory=tmp_path).metrics["zeroshot/tiny/top1"]
-        for part in (right, wrong)
+        evaluate(monkeypatch, Perfect(), splits={"test": part}, directory=tmp_path).metrics["zeroshot/tiny/top1"]
+        for part in (correct, wrong)
     ]
     assert values[0] == 1 and values[1] < 1
 
@@ -47,7 +47,7 @@ ROWS = np.arange(12, dtype=np.float32).reshape(3, 4)
 
 
 class Computed:
-    """An array that counts how often it is asked for."""
+    """A function that returns an array and counts its calls."""
 
     def __init__(self, array=ROWS):
         self.array, self.calls = array, 0
@@ -61,9 +61,9 @@ def _damage(name, path):
     content = path.read_bytes()
     if name == "empty":
         return b""
-    if name == "cut in the header":
+    if name == "truncated header":
         return content[:20]
-    if name == "cut in the numbers":
+    if name == "truncated data":
         return content[:-1]
     if name == "other bytes":
         return bytes(range(256))
@@ -87,8 +87,8 @@ def _damage(name, path):
     "damage",
     [
         "empty",
-        "cut in the header",
-        "cut in the numbers",
+        "truncated header",
+        "truncated data",
         "other bytes",
         "unclosed bracket in the header",
         "a scalar",
@@ -98,22 +98,22 @@ def _damage(name, path):
         "objects",
     ],
 )
-def test_a_damaged_file_is_computed_and_written_anew(tmp_path, damage):
+def test_a_damaged_file_is_recomputed_and_overwritten(tmp_path, damage):
     cache, compute = FeatureCache(str(tmp_path), "model"), Computed()
     cache.get("key", 3, compute)
     (path,) = tmp_path.iterdir()
-    whole = path.read_bytes()
+    intact = path.read_bytes()
     damaged = _damage(damage, path)
-    assert damaged != whole
+    assert damaged != intact
     path.write_bytes(damaged)
     np.testing.assert_array_equal(cache.get("key", 3, compute), ROWS)
-    assert compute.calls == 2 and path.read_bytes() == whole
+    assert compute.calls == 2 and path.read_bytes() == intact
     np.testing.assert_array_equal(cache.get("key", 3, compute), ROWS)
     assert compute.calls == 2
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_features_that_are_not_finite_are_not_kept(tmp_path, bad):
+def test_features_that_are_not_finite_are_not_stored(tmp_path, bad):
     array = ROWS.copy()
     array[1, 2] = bad
     cache, compute = FeatureCache(str(tmp_path), "model"), Computed(array)
@@ -122,7 +122,7 @@ def test_features_that_are_not_finite_are_not_kept(tmp_path, bad):
         assert compute.calls == calls and list(tmp_path.iterdir()) == []
 
 
-def test_without_a_directory_nothing_is_kept(tmp_path, monkeypatch):
+def test_without_a_directory_nothing_is_stored(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cache, compute = FeatureCache("", "model"), Computed()
     for calls in (1, 2):
@@ -131,7 +131,7 @@ def test_without_a_directory_nothing_is_kept(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_writers_of_one_key_leave_one_whole_file(tmp_path, monkeypatch):
+def test_two_writers_of_one_key_leave_one_complete_file(tmp_path, monkeypatch):
     cache, others, save, files = FeatureCache(str(tmp_path), "model"), ROWS + 1, np.save, []
 
     def interrupted(file, array):
@@ -146,7 +146,7 @@ def test_two_writers_of_one_key_leave_one_whole_file(tmp_path, monkeypatch):
     np.testing.assert_array_equal(cache.get("key", 3, Computed(others)), ROWS)
 
 
-def test_a_writer_that_is_killed_leaves_nothing_to_be_read(tmp_path, monkeypatch):
+def test_the_file_of_a_killed_writer_is_not_read_and_later_removed(tmp_path, monkeypatch):
     cache, save = FeatureCache(str(tmp_path), "model"), np.save
 
     def killed(file, array):
@@ -157,17 +157,17 @@ def test_a_writer_that_is_killed_leaves_nothing_to_be_read(tmp_path, monkeypatch
         patched.setattr(feature_cache.np, "save", killed)
         cache.get("key", 3, Computed())
     (left,) = tmp_path.iterdir()
-    users = tmp_path / "notes.new"
-    users.write_text("of the user's")
+    unrelated = tmp_path / "notes.new"
+    unrelated.write_text("a file of the user")
     np.testing.assert_array_equal(cache.get("key", 3, again := Computed()), ROWS)
-    assert again.calls == 1 and left.exists()  # it may be at work still
-    for path in (left, users):
+    assert again.calls == 1 and left.exists()  # the writer may still be running
+    for path in (left, unrelated):
         os.utime(path, (time.time() - feature_cache.ABANDONED_SECONDS - 60,) * 2)
     cache.get("another", 3, Computed())
-    assert not left.exists() and users.exists() and len(list(tmp_path.glob("*.npy"))) == 2
+    assert not left.exists() and unrelated.exists() and len(list(tmp_path.glob("*.npy"))) == 2
 
 
-def test_a_directory_that_cannot_be_written_costs_the_cache_and_not_the_evaluation(tmp_path):
-    (tmp_path / "file").write_text("no directory")
+def test_a_read_only_directory_disables_the_cache_only(tmp_path):
+    (tmp_path / "file").write_text("not a directory")
     cache = FeatureCache(str(tmp_path / "file" / "features"), "model")
     np.testing.assert_array_equal(cache.get("key", 3, Computed()), ROWS)

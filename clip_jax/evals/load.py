@@ -1,0 +1,202 @@
+"""Loads evaluation datasets by name: the stored test split, with prompts, as evaluators get it.
+
+With several processes, all of them load a split or none: an error in one process is raised on all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Int64
+
+from clip_jax.config import DataConfig, check_name
+from clip_jax.devices import distributed
+from clip_jax.devices.distributed import DATA_ERRORS
+from clip_jax.evals import prompts
+from clip_jax.evals.datasets.load import load_split
+from clip_jax.evals.datasets.registry import DATASETS, SUITES, Dataset
+from clip_jax.evals.feature_cache import FingerprintedImages
+from clip_jax.evals.zeroshot import MIN_CANDIDATES, cue_prompt
+from clip_jax.typing import DatasetSplit, EvalDataset, Unavailable
+
+SplitLoader = Callable[[Dataset, str, str], DatasetSplit]  # (dataset, 'test' | 'train' | 'validation', data_dir)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadOptions:
+    """Options of `load_dataset`."""
+
+    data_dir: str = ""  # directory of stored datasets: webdataset folders, class folders, TFDS
+    templates: str = ""  # argument of `prompts.templates`; '' for the registry's
+    class_names: str = ""  # argument of `prompts.class_names`; '' for the registry's
+    data: DataConfig = DataConfig()  # for datasets that are generated
+
+    def check(self) -> None:
+        """Raise ValueError for templates or class names that do not exist."""
+        for read, name in ((prompts.templates, self.templates), (prompts.class_names, self.class_names)):
+            if name:
+                with contextlib.suppress(Unavailable):  # reported for each dataset
+                    read(name)
+
+
+def load_dataset(
+    name: str,
+    options: LoadOptions = LoadOptions(),
+    load_split: SplitLoader = load_split,  # noqa: B008 (frozen)
+) -> EvalDataset:
+    """Load the test split of a dataset in DATASETS. Its other splits are loaded on access.
+
+    Raises:
+      ValueError: for an unknown name, and for damaged data.
+      Unavailable: if the dataset is not on this machine, or has another size than in the registry.
+
+    >>> dataset = load_dataset("digits")
+    >>> len(dataset.images), dataset.texts[3]
+    (450, ('a photo of a 3.',))
+    """
+    check_name("dataset", name, DATASETS)
+    row = DATASETS[name]
+
+    def load(part: str) -> DatasetSplit:
+        with distributed.synchronized_errors(Unavailable, *DATA_ERRORS):
+            split = load_split(row, part, options.data_dir)
+        return dataclasses.replace(split, images=FingerprintedImages(split.images, split.fingerprint))
+
+    def load_other(part: str) -> DatasetSplit:
+        if part == "validation" and not (row.validation or row.tfds_validation):
+            raise Unavailable(f"{row.name} has no validation split")
+        return load(part)
+
+    if row.generate is not None:
+        with distributed.synchronized_errors(Unavailable, *DATA_ERRORS):
+            dataset = row.generate(options.data)
+        kind = f"{len(dataset.texts)} {'captions' if row.task == 'retrieval' else 'classes'}"
+        metric = row.metric if row.task == "retrieval" else dataset.metric
+        description = f"{len(dataset.images):,} images; {kind}; metric {metric}"
+        return dataclasses.replace(dataset, name=row.name, description=description)
+    split = check_size(row, load("test"))
+    parts = [f"{len(split.images):,} images of the {row.test} split", f"metric {row.metric}"]
+    if row.classes:
+        parts.insert(1, f"{row.classes} classes")
+    dataset = EvalDataset(
+        row.name,
+        split.images,
+        (),
+        split.targets,
+        groups=groups_of(row, split),
+        metric=row.metric,
+        cues=split.cues,
+        load_split=load_other,
+        description="; ".join(parts),
+        classes=row.classes,
+    )
+    return dataclasses.replace(dataset, **TEXTS[row.task](row, split, options))
+
+
+def expand(names: list[str] | tuple[str, ...]) -> list[str]:
+    """Return the datasets of names and suites, each once. Raises ValueError for an unknown name.
+
+    >>> expand(["digits", "smoke"])
+    ['digits', 'mnist5k', 'emoji_categories']
+    """
+    unknown = [name for name in names if name not in DATASETS and name not in SUITES]
+    if unknown:
+        raise ValueError(f"no dataset or suite is named {unknown[0]!r}: use {', '.join([*SUITES, *DATASETS])}")
+    return list(dict.fromkeys(dataset for name in names for dataset in SUITES.get(name, (name,))))
+
+
+def check_size(row: Dataset, split: DatasetSplit) -> DatasetSplit:
+    """Return the split. Raises Unavailable if its size differs from the registry's."""
+    found, kind = (len(split.cues), "cues") if row.task == "association" else (len(split.images), "images")
+    if row.size and found != row.size:
+        raise Unavailable(f"expected {row.size:,} {kind} in the {row.test} split, found {found:,}: not comparable")
+    return split
+
+
+def groups_of(row: Dataset, split: DatasetSplit) -> Int64[np.ndarray, "n"] | None:
+    """Return the group ids of the dataset's worst-group metric, -1 for excluded groups; None without such a metric."""
+    if row.group_column < 0:
+        return None
+    if split.metadata is None:
+        raise Unavailable(f"{row.metric} needs groups, and the split has no metadata (.npy)")
+    column_n = split.metadata[:, row.group_column]
+    return np.where(np.isin(column_n, row.excluded_groups), -1, column_n)
+
+
+# ------------------------------------------------------------------------------------------------------ texts
+# By `Dataset.task`: a function of the registry's row, the test split and the options; returns fields of EvalDataset.
+
+
+def _captions(row: Dataset, split: DatasetSplit, options: LoadOptions) -> dict:
+    if not split.captions:
+        raise Unavailable("expected captions, found classes")
+    templates = prompts.templates(options.templates or row.templates or "name")
+    texts = [
+        tuple(template.replace(prompts.SLOT, caption) for template in templates)
+        for captions in split.captions
+        for caption in captions
+    ]
+    image_M = np.repeat(np.arange(len(split.images)), [len(captions) for captions in split.captions])
+    source = f"{len(texts):,} captions in {', '.join(map(repr, templates))}"
+    return {"texts": texts, "targets": image_M == np.arange(len(split.images))[:, None], "prompts": source}
+
+
+def _class_prompts(row: Dataset, split: DatasetSplit, options: LoadOptions) -> dict:
+    if split.targets is None:
+        raise Unavailable("expected classes, found captions")
+    stored = tuple((name,) for name in split.class_names)
+    try:
+        names, names_source = _first_source(prompts.class_names, options.class_names, row.class_names, stored)
+        templates, source = _first_source(prompts.templates, options.templates, row.templates, split.templates)
+        if not templates:
+            templates, source = prompts.templates("photo"), "photo"
+        if not names:
+            raise Unavailable("no class names: neither stored with the data nor published; give --class_names")
+        if len(names) != row.classes:
+            raise Unavailable(
+                f"expected {row.classes} class names, got {len(names)} ({names_source}): give --class_names"
+            )
+    except Unavailable as error:  # probes need no texts
+        return {"missing_texts": str(error)}
+    found = prompts.Prompts(names, templates)
+    texts = found.texts()
+    return {
+        "texts": texts,
+        "class_names": names,
+        "prompts": f"class names {names_source}, templates {source}, {sum(map(len, texts)):,} prompts, {found.digest}",
+    }
+
+
+def _first_source(read: Callable[[str], tuple], user: str, registered: str, stored: tuple) -> tuple[tuple, str]:
+    """Return class names or templates and their source: the user's, the registry's, or those stored with the data."""
+    if user:
+        return read(user), user
+    if registered:
+        try:
+            return read(registered), registered
+        except Unavailable:
+            if not stored:
+                raise
+    return stored, "stored with the data"
+
+
+def _cue_prompts(row: Dataset, split: DatasetSplit, options: LoadOptions) -> dict:
+    if not split.cues:
+        raise Unavailable("expected cues in associations.jsonl, found none")
+    templates = prompts.templates(options.templates) if options.templates else ()
+    texts = [
+        tuple(template.replace(prompts.SLOT, cue.text) for template in templates) or (cue_prompt(cue.text),)
+        for cue in split.cues
+    ]
+    counted = f"those with {MIN_CANDIDATES} candidates or more count"
+    return {"texts": texts, "prompts": f"{len(split.cues):,} cues, such as {texts[0][0]!r}; {counted}"}
+
+
+TEXTS: dict[str, Callable[[Dataset, DatasetSplit, LoadOptions], dict]] = {
+    "zeroshot": _class_prompts,
+    "retrieval": _captions,
+    "association": _cue_prompts,
+}

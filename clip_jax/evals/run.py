@@ -1,0 +1,281 @@
+"""Evaluation of weights on datasets, with reports on disk: the application behind `python -m clip_jax.evaluate`.
+
+    evaluation = prepare(Options(weights="params.msgpack", datasets=("smoke",)))
+    report = evaluation.evaluate(config, params)
+
+Reports are written after every dataset, each file atomically, so that a killed process keeps its results.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from clip_jax.config import WeightsConfig, check_name, name_of
+from clip_jax.devices import distributed, sharding
+from clip_jax.evals import EVALUATORS
+from clip_jax.evals.analysis import bias, hash_shards, robustness
+from clip_jax.evals.analysis.near_duplicates import MAX_DISTANCE
+from clip_jax.evals.embed import ModelEmbedder
+from clip_jax.evals.feature_cache import DiskCachedEmbedder, FeatureCache
+from clip_jax.evals.load import LoadOptions, expand
+from clip_jax.evals.report.charts import overlap_chart, robustness_chart
+from clip_jax.evals.report.tables import model_card, open_clip_csv, text_table
+from clip_jax.evals.report.writing import check_same_weights, weights_name, write_atomically, write_report
+from clip_jax.evals.suite import EvalReport, Model, evaluate
+from clip_jax.models import count_parameters, make_model
+from clip_jax.models.flops import forward_flops
+from clip_jax.preprocess import preprocess_many
+from clip_jax.provenance import versions
+from clip_jax.tokenizers import make_tokenizer
+from clip_jax.typing import Params
+
+FINGERPRINT = 12  # hexadecimal digits in reports
+STEPS_FILE = "evaluations.jsonl"  # one line per evaluated step of a run
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of an evaluation; the flags of `clip_jax.evaluate` have the same names."""
+
+    weights: str  # path or name of the weights, or workdir of the run, for the report
+    datasets: Sequence[str] = ("smoke",)  # keys of DATASETS and SUITES
+    evaluators: Sequence[str] = ("zeroshot", "retrieval")  # keys of EVALUATORS
+    data_dir: str = ""  # directory of stored datasets
+    out: str = ""  # directory of the reports; '': evaluations/<name of the weights>
+    templates: str = ""  # of all datasets; '': the registry's
+    class_names: str = ""  # of a single dataset; '': the registry's
+    standard_models: str = ""  # CSV of standard models for effective robustness
+    overlap: str = ""  # directory of the training images' hashes
+    train_files: str = ""  # TFRecord shards to hash into `overlap` first
+    beam_options: Sequence[str] = ()  # hash the shards with Apache Beam and these options
+    max_distance: int = MAX_DISTANCE  # bits in which near-duplicates differ at most
+    groups: str = ""  # CSV with a header and a row per test image, for bias
+    group_columns: Sequence[str] = ()  # its columns whose combinations are the groups; (): all
+    categories: str = ""  # JSON: class names that are counted together, by name
+    batch_size: int = 256  # images per batch, over all devices
+    dtype: str = "float32"  # of the computation
+    cache_dir: str = ""  # features by weights and split; '': no cache
+
+
+def prepare(options: Options) -> Evaluation:
+    """Check the options, read the files that they name, and initialize the devices.
+
+    Raises:
+      ValueError: for an unknown name, or a file with unexpected content.
+    """
+    for name in options.evaluators:
+        check_name("--evaluators", name, EVALUATORS)
+    names = expand(options.datasets)
+    if not (names and options.evaluators):
+        raise ValueError("--datasets and --evaluators: expected at least one of each, e.g. --datasets=smoke")
+    evaluator_options = {
+        "overlap": {"train_hashes": _hashes(options), "max_distance": options.max_distance, "tests": len(names)},
+        "bias": _group_options(options),
+    }
+    standard_models = robustness.read_standard_models(options.standard_models) if options.standard_models else {}
+    if standard_models:
+        robustness.fit(list(standard_models.values()))  # raises ValueError for points without a fit
+    distributed.initialize()
+    return Evaluation(options, names, evaluator_options, standard_models, sharding.make_mesh(), _read_steps(options))
+
+
+@dataclasses.dataclass
+class Evaluation:
+    """A prepared evaluation, for any number of weights of the same run."""
+
+    options: Options
+    names: Sequence[str]  # keys of DATASETS
+    evaluator_options: Mapping[str, Mapping[str, Any]]
+    standard_models: Mapping[str, tuple[float, float]]
+    mesh: Mesh
+    steps: list[dict[str, float]]  # metrics of the evaluated steps
+    failed: int = 0  # results that failed, over all evaluated weights
+
+    @property
+    def evaluated_steps(self) -> set[int]:
+        """The steps that are already evaluated."""
+        return {int(line["step"]) for line in self.steps}
+
+    def evaluate(self, config: WeightsConfig, params: Params, step: int | None = None) -> EvalReport:
+        """Evaluate weights, print the results and write the reports. A collective: call it on all processes.
+
+        Args:
+          params: NumPy arrays.
+          step: of the training run; its metrics are appended to STEPS_FILE.
+        """
+        options = self.options
+        fingerprint = _fingerprint(config, params, options.dtype)
+        with distributed.synchronized_errors(ValueError):
+            if not options.out:
+                check_same_weights(_out_dir(options), options.weights, fingerprint[:FINGERPRINT])
+        model = make_evaluated_model(config, params, self.mesh, options, fingerprint)
+        info = _run_info(config, params, fingerprint, options)
+
+        def write(report: EvalReport) -> list[str]:
+            report.metrics.update(robustness.summary(report.metrics, self.standard_models))
+            return self._write(info, config, report) if distributed.is_main_process() else []
+
+        load_options = LoadOptions(options.data_dir, options.templates, options.class_names)
+        report = evaluate(model, self.names, options.evaluators, load_options, self.evaluator_options, write)
+        self.failed += len(report.failed)
+        if step is not None:
+            self.steps.append({"step": step} | {k: v for k, v in report.metrics.items() if math.isfinite(v)})
+        if distributed.is_main_process():
+            if step is not None:
+                _append_line(_out_dir(options) / STEPS_FILE, self.steps[-1])
+            _print(report, _out_dir(options), write(report))
+        return report
+
+    def _write(self, info: Mapping[str, Any], config: WeightsConfig, report: EvalReport) -> list[str]:
+        """Write all reports and return their file names."""
+        directory = _out_dir(self.options)
+        plots = _plots(info["name"], report, self.standard_models)
+        notes = {"descriptions": report.descriptions, "skipped": report.skipped, "failed": report.failed}
+        write_report(directory, report.metrics, self.steps, (), {**info, **notes}, plots)
+        columns = (info[key] for key in ("architecture", "weights", "parameters", "flops_per_pair"))
+        bias_tables = {key: rows for key, rows in report.details.items() if key.startswith("bias/")}
+        files = {
+            "open_clip.csv": open_clip_csv(*columns, report.metrics),
+            "MODEL_CARD.md": model_card(info, report, config),
+            **{f"{name}.svg": svg for name, svg in plots.items()},
+            **{f"{key.replace('/', '_')}.csv": bias.to_csv(rows) for key, rows in bias_tables.items()},
+        }
+        for file, text in files.items():
+            write_atomically(directory / file, text)
+        return ["report.html", "report.json", *files]
+
+
+def make_evaluated_model(
+    config: WeightsConfig, params: Params, mesh: Mesh, options: Options, fingerprint: str = ""
+) -> Model:
+    """Return the model with its parameters replicated over a mesh. With a fingerprint, features are cached on disk."""
+    model = make_model(config.model, config.preprocess, dtype=options.dtype, rows=sharding.batch_sharding(mesh))
+    replicated, pixels = sharding.replicated(mesh), config.model.image.image_size
+    batch_size = -(-options.batch_size // mesh.size) * mesh.size
+    embedder = ModelEmbedder(
+        model.encode_image,
+        model.encode_text,
+        jax.tree.map(lambda x: jax.make_array_from_process_local_data(replicated, np.asarray(x)), params),
+        make_tokenizer(config.tokenizer, config.model.text, truncate=True, tokenizer_file=config.tokenizer_file),
+        functools.partial(preprocess_many, size=pixels, spec=config.preprocess),
+        batch_size,
+        rows=sharding.host_rows(mesh, batch_size),
+        put=functools.partial(sharding.to_global, mesh=mesh),
+        out_sharding=replicated,
+        image_features=model.image_features,
+    )
+    spec = config.preprocess
+    return Model(
+        DiskCachedEmbedder(embedder, FeatureCache(options.cache_dir if fingerprint else "", fingerprint)),
+        name_of(config.model),
+        f"{pixels} px, {spec.resize}, {spec.interpolation} of {spec.implementation}, {options.dtype}",
+    )
+
+
+def _fingerprint(config: WeightsConfig, params: Params, dtype: str) -> str:
+    """Return a hash of the architecture, preprocessing, dtype and parameters."""
+    found = hashlib.sha256(repr((config.model, config.preprocess, dtype)).encode())
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    for name, array in sorted((jax.tree_util.keystr(path), array) for path, array in leaves):
+        found.update(name.encode())
+        found.update(np.ascontiguousarray(array).view(np.uint8))
+    return found.hexdigest()
+
+
+def _run_info(config: WeightsConfig, params: Params, fingerprint: str, options: Options) -> dict[str, Any]:
+    return {
+        "name": weights_name(options.weights),
+        "weights": options.weights,
+        "fingerprint": fingerprint[:FINGERPRINT],
+        "architecture": name_of(config.model),
+        "parameters": count_parameters(params),
+        "flops_per_pair": sum(forward_flops(config.model)),
+        "versions": versions(),
+    }
+
+
+def _out_dir(options: Options) -> pathlib.Path:
+    return pathlib.Path(options.out or f"evaluations/{weights_name(options.weights)}").expanduser()
+
+
+def _read_steps(options: Options) -> list[dict[str, float]]:
+    """Return the evaluated steps of STEPS_FILE; a truncated line is skipped."""
+    path, steps = _out_dir(options) / STEPS_FILE, []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            steps.append(json.loads(line))
+    return steps
+
+
+def _append_line(path: pathlib.Path, record: Mapping[str, float]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def _hashes(options: Options) -> tuple[np.ndarray, ...]:
+    if not options.overlap:
+        return ()
+    if options.train_files:
+        from clip_jax.data.sources.tfrecord import expand_files  # imports TensorFlow
+
+        hash_shards.hash_shards(expand_files(options.train_files), options.overlap, options.beam_options or None)
+    return tuple(hash_shards.read_hashes(options.overlap).values())
+
+
+def _group_options(options: Options) -> dict[str, Any]:
+    """Return the options of the evaluator bias."""
+    categories = json.loads(pathlib.Path(options.categories).read_text()) if options.categories else {}
+    if not options.groups:
+        return {"categories": categories}
+    with open(options.groups, newline="", encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    columns = options.group_columns or list(table[0] if table else ())
+    missing = [column for column in columns if not table or column not in table[0]]
+    if missing or not columns:
+        found = ", ".join(table[0]) if table else "no rows"
+        raise ValueError(f"{options.groups}: expected column {missing[0] if missing else ''!r}, found {found}")
+    groups, names = bias.intersect_groups(*([row[column] for row in table] for column in columns))
+    return {"groups": groups, "group_names": names, "categories": categories}
+
+
+def _plots(name: str, report: EvalReport, standard_models: Mapping[str, tuple[float, float]]) -> dict[str, str]:
+    """Return the SVGs of effective robustness and overlap that the report has data for."""
+    plots = {}
+    if "robustness/shifts/effective" in report.metrics:
+        points = list(standard_models.values())
+        model = (report.metrics["zeroshot/imagenet/top1"], report.metrics["robustness/shifts/average"])
+        plots["robustness"] = robustness_chart(robustness.fit(points), points, {name: model})
+    overlaps = {key.split("/")[1]: found for key, found in report.details.items() if key.startswith("overlap/")}
+    if overlaps:
+        plots["overlap"] = overlap_chart(overlaps)
+    return plots
+
+
+def _print(report: EvalReport, directory: pathlib.Path, files: Sequence[str]) -> None:
+    if report.metrics:
+        print(text_table(report.metrics))
+    for key, description in report.descriptions.items():
+        print(f"{key}: {description}")
+    for key, reason in report.skipped.items():
+        print(f"{key} is skipped: {reason}")
+    for key, error in report.failed.items():
+        print(f"{key} failed: {error}")
+    print(f"written to {directory}: {', '.join(files)}")
+    if report.failed:
+        sys.stdout.flush()
+        print(f"clip_jax.evaluate: failed, without metrics: {', '.join(report.failed)}", file=sys.stderr)
