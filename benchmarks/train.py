@@ -98,7 +98,7 @@ def _clip_jax_step(batch: Batch, text_capacity: float) -> Callable[[], float]:
     def train_step() -> float:
         nonlocal state
         state, metrics = compiled(state, on_device)
-        assert not metrics.get("text/in_rows", 0)
+        assert not metrics.get("text/padded", 0)
         return float(metrics["loss"])
 
     return train_step

@@ -32,25 +32,26 @@ _WEIGHTS = flags.DEFINE_string("weights", None, "Path or name, as in clip_jax.lo
 _FOLLOW = flags.DEFINE_string("follow", None, "Instead of --weights: a --workdir; new checkpoints are evaluated.")
 _EVERY_SECONDS = flags.DEFINE_float("every_seconds", 30, "Interval of --follow in seconds.", lower_bound=0)
 _MODULES = flags.DEFINE_list("modules", [], "Python modules to import first, which register evaluators or datasets.")
-_DATASETS = flags.DEFINE_list("datasets", ["smoke"], "Datasets and suites: paper, robustness, datacomp, cifar10 …")
-_EVALUATORS = flags.DEFINE_list(
+# The names of these flags are fields of `evals.run.Options`.
+flags.DEFINE_list("datasets", ["smoke"], "Datasets and suites: paper, robustness, datacomp, cifar10 …")
+flags.DEFINE_list(
     "evaluators", ["zeroshot", "retrieval"], "zeroshot, retrieval, linear_probe, few_shot, overlap, bias …"
 )
-_DATA_DIR = flags.DEFINE_string("data_dir", "", "Directory of evaluation data: webdataset or class folders, TFDS.")
-_OUT = flags.DEFINE_string("out", "", "Directory of the reports; default: evaluations/<name of the weights>.")
-_TEMPLATES = flags.DEFINE_string("templates", "", "Templates of all datasets: a name or a .json file.")
-_CLASS_NAMES = flags.DEFINE_string("class_names", "", "Class names of a single dataset: a name or a .json file.")
-_STANDARD_MODELS = flags.DEFINE_string("standard_models", "", "CSV of standard models, for effective robustness.")
-_OVERLAP = flags.DEFINE_string("overlap", "", "Directory of the training images' hashes, for the evaluator overlap.")
-_TRAIN_FILES = flags.DEFINE_string("train_files", "", "TFRecord shards to hash into --overlap first.")
-_BEAM_OPTIONS = flags.DEFINE_list("beam_options", [], "Hash with Apache Beam, e.g. --runner=DataflowRunner.")
-_MAX_DISTANCE = flags.DEFINE_integer("max_distance", 8, "Different bits of near-duplicates; 4 for 10⁸ images.")
-_GROUPS = flags.DEFINE_string("groups", "", "CSV with a header and a row per test image, for the evaluator bias.")
-_GROUP_COLUMNS = flags.DEFINE_list("group_columns", [], "Columns of --groups to combine; default: all.")
-_CATEGORIES = flags.DEFINE_string("categories", "", 'JSON file: {"crime": ["thief", "criminal"]}, for bias.')
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Images per batch, over all devices.", lower_bound=1)
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Computation dtype.")
-_CACHE_DIR = flags.DEFINE_string("cache_dir", "~/.cache/clip_jax/features", "Feature cache; '' for none.")
+flags.DEFINE_string("data_dir", "", "Directory of evaluation data: webdataset or class folders, TFDS.")
+flags.DEFINE_string("out", "", "Directory of the reports; default: evaluations/<name of the weights>.")
+flags.DEFINE_string("templates", "", "Templates of all datasets: a name or a .json file.")
+flags.DEFINE_string("class_names", "", "Class names of a single dataset: a name or a .json file.")
+flags.DEFINE_string("standard_models", "", "CSV of standard models, for effective robustness.")
+flags.DEFINE_string("overlap", "", "Directory of the training images' hashes, for the evaluator overlap.")
+flags.DEFINE_string("train_files", "", "TFRecord shards to hash into --overlap first.")
+flags.DEFINE_list("beam_options", [], "Hash with Apache Beam, e.g. --runner=DataflowRunner.")
+flags.DEFINE_integer("max_distance", 8, "Different bits of near-duplicates; 4 for 10⁸ images.")
+flags.DEFINE_string("groups", "", "CSV with a header and a row per test image, for the evaluator bias.")
+flags.DEFINE_list("group_columns", [], "Columns of --groups to combine; default: all.")
+flags.DEFINE_string("categories", "", 'JSON file: {"crime": ["thief", "criminal"]}, for bias.')
+flags.DEFINE_integer("batch_size", 256, "Images per batch, over all devices.", lower_bound=1)
+flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Computation dtype.")
+flags.DEFINE_string("cache_dir", "~/.cache/clip_jax/features", "Feature cache; '' for none.")
 _MODEL = flags.DEFINE_string("model", "", "Model name, e.g. vit_b32, for weights without a config.")
 _ACTIVATION = flags.DEFINE_string("activation", "", "quick_gelu, gelu or gelu_tanh, for weights without a config.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", "", "SentencePiece .model or tokenizer.json, for weights without one.")
@@ -71,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
                 "expected either --weights=FILE, e.g. runs/emoji/params.msgpack, or --follow=WORKDIR, e.g. runs/emoji"
             )
         failed = _evaluate()
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+    except (ValueError, FileNotFoundError) as error:
         _exit(REFUSED, str(error))
     except Exception as error:  # noqa: BLE001
         traceback.print_exc()
@@ -89,29 +90,12 @@ def _evaluate() -> int:
     from clip_jax.training.follow import follow
 
     for module in _MODULES.value:
-        importlib.import_module(module)
-    evaluation = prepare(
-        Options(
-            weights=_WEIGHTS.value or _FOLLOW.value,
-            datasets=_DATASETS.value,
-            evaluators=_EVALUATORS.value,
-            data_dir=_DATA_DIR.value,
-            out=_OUT.value,
-            templates=_TEMPLATES.value,
-            class_names=_CLASS_NAMES.value,
-            standard_models=_STANDARD_MODELS.value,
-            overlap=_OVERLAP.value,
-            train_files=_TRAIN_FILES.value,
-            beam_options=_BEAM_OPTIONS.value,
-            max_distance=_MAX_DISTANCE.value,
-            groups=_GROUPS.value,
-            group_columns=_GROUP_COLUMNS.value,
-            categories=_CATEGORIES.value,
-            batch_size=_BATCH_SIZE.value,
-            dtype=_DTYPE.value,
-            cache_dir=_CACHE_DIR.value,
-        )
-    )
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"--modules={module}: {error}; run in its directory or set PYTHONPATH") from error
+    values = {name: flags.FLAGS[name].value for name in Options.__dataclass_fields__ if name != "weights"}
+    evaluation = prepare(Options(_WEIGHTS.value or _FOLLOW.value, **values))
     if _WEIGHTS.value:
         weights = reading.read(
             _WEIGHTS.value, model=_MODEL.value, activation=_ACTIVATION.value, tokenizer=_TOKENIZER.value

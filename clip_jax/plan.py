@@ -8,7 +8,6 @@ does not fit; 2, invalid flags or config, with one line on stderr; 1, another er
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import pathlib
@@ -16,6 +15,7 @@ import sys
 import threading
 import time
 import traceback
+import types
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NoReturn
 
@@ -55,29 +55,12 @@ _LOSS_FLAGS = {  # and the config key with the same meaning
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """Values of the flags; see their help."""
-
-    topology: str | None
-    slices: int
-    search: bool
-    loss_only: bool
-    loss: str
-    global_batch: int
-    embed_dim: int
-    dtype: str
-    dump_hlo: str
-    json: bool
-    config: ConfigDict | None
-
-
 def main(argv: list[str]) -> None:
     """Plan by the flags, and exit with a documented code."""
     try:
         if len(argv) > 1:
             raise ValueError(f"unexpected argument {argv[1]!r}; flags begin with --")
-        options = Options(config=_CONFIG.value, **{flag.name: flag.value for flag in _OPTIONS})
+        options = types.SimpleNamespace(config=_CONFIG.value, **{flag.name: flag.value for flag in _OPTIONS})
         fits = _plan(options, given={name for name in _LOSS_FLAGS if flags.FLAGS[name].present})
     except (ValueError, ModuleNotFoundError) as error:
         _exit(INVALID, str(error))
@@ -87,7 +70,13 @@ def main(argv: list[str]) -> None:
     sys.exit(FITS if fits else DOES_NOT_FIT)
 
 
-def _plan(options: Options, given: set[str]) -> bool:
+def _plan(options: types.SimpleNamespace, given: set[str]) -> bool:
+    """Plan, print, and return whether it fits.
+
+    Args:
+      options: values of all flags by name.
+      given: flags of _LOSS_FLAGS on the command line.
+    """
     from clip_jax.planner.topology import parse_topology
 
     if not options.topology:
@@ -110,7 +99,7 @@ def _plan(options: Options, given: set[str]) -> bool:
     return plan.fits
 
 
-def _check_options(options: Options, given: set[str], topology: Topology) -> None:
+def _check_options(options: types.SimpleNamespace, given: set[str], topology: Topology) -> None:
     """Raise ValueError for flags without effect."""
     if options.loss_only and options.config is not None:
         raise ValueError("--loss_only has no --config; remove one of them")
@@ -124,7 +113,7 @@ def _check_options(options: Options, given: set[str], topology: Topology) -> Non
         raise ValueError(f"--dump_hlo={options.dump_hlo}: there is no such folder")
 
 
-def _plan_one(options: Options, config: configs.Config | None, topology: Topology) -> Plan:
+def _plan_one(options: types.SimpleNamespace, config: configs.Config | None, topology: Topology) -> Plan:
     from clip_jax.planner import predict
 
     if topology.chip.kind != "tpu":
@@ -137,7 +126,7 @@ def _plan_one(options: Options, config: configs.Config | None, topology: Topolog
         return predict.plan_step(config, topology)
 
 
-def _search(options: Options, config: configs.Config | None, topology: Topology) -> bool:
+def _search(options: types.SimpleNamespace, config: configs.Config | None, topology: Topology) -> bool:
     from clip_jax.planner.search import search, table
 
     if config is None or topology.chip.kind != "tpu":

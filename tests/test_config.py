@@ -1,6 +1,6 @@
-"""Configs: strict from the outside, checked number by number, and frozen as golden JSON.
+"""Configs: strict conversion, ranges of all numbers, golden JSON files.
 
-After a change that is meant to change a config: `python tests/test_config.py`; then read the diff of the JSON.
+After an intended change of a config, run `PYTHONPATH=. python tests/test_config.py` and review the diff of the JSON.
 """
 
 import dataclasses
@@ -8,7 +8,6 @@ import math
 import pathlib
 import runpy
 import sys
-import types
 import typing
 from collections.abc import Mapping
 
@@ -16,14 +15,14 @@ import ml_collections
 import pytest
 
 from clip_jax import config as c
-from clip_jax.config import MODELS, Architecture
-from clip_jax.config.ranges import RANGES
+from clip_jax.config import MODELS, TOWERS, Architecture
+from clip_jax.config.ranges import RANGES, ranges_of
 
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = ROOT / "tests/golden/configs"
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
-# Mappings have no keys of their own: one stands for all.
+# An example key for each mapping with free keys.
 EXAMPLE_KEYS = {
     "data.captions": "txt",
     "data.options": "examples",
@@ -37,39 +36,53 @@ def load(name):
     return runpy.run_path(str(ROOT / f"configs/{name}.py"))["get_config"]()
 
 
+class Number(typing.NamedTuple):
+    """A number in a config: its dotted key, key of its range, type, whether it is in a sequence, and its model."""
+
+    key: str
+    row: str
+    kind: type
+    many: bool
+    model: Architecture = Architecture()
+
+
 def numbers_of(hint, path=""):
-    """Yield (dotted key, row in RANGES, int or float, sequence or not) of every number below a type."""
+    """Yield all numbers of a config class; those of towers once for each registered tower."""
     origin, options = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        for name, inner in typing.get_type_hints(hint).items():
-            yield from numbers_of(inner, f"{path}.{name}".lstrip("."))
-    elif origin in (typing.Union, types.UnionType):
-        for option in options:
-            yield from numbers_of(option, path)
+    if isinstance(hint, type) and issubclass(hint, (c.ImageTower, c.TextTower)):
+        for tower in TOWERS.values():
+            if issubclass(tower, hint):
+                model = Architecture(**{path.rpartition(".")[2]: tower()})
+                yield from (number._replace(model=model) for number in numbers_of_fields(tower, path))
+    elif dataclasses.is_dataclass(hint):
+        yield from numbers_of_fields(hint, path)
     elif origin is tuple and options[0] in (int, float):
-        yield path, path, options[0], True
+        yield Number(path, path, options[0], True)
     elif isinstance(origin, type) and issubclass(origin, Mapping):
-        for key, row, kind, many in numbers_of(options[1], f"{path}.{EXAMPLE_KEYS[path]}"):
-            yield key, row.replace(EXAMPLE_KEYS[path], "*"), kind, many
+        for number in numbers_of(options[1], f"{path}.{EXAMPLE_KEYS[path]}"):
+            yield number._replace(row=number.row.replace(EXAMPLE_KEYS[path], "*"))
     elif hint in (int, float):
-        yield path, path, hint, False
+        yield Number(path, path, hint, False)
 
 
-NUMBERS = {key: rest for key, *rest in numbers_of(c.Config)}
-IMAGE_TOWERS = typing.get_args(typing.get_type_hints(Architecture)["image"])
+def numbers_of_fields(cls, path):
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        yield from numbers_of(hints[field.name], f"{path}.{field.name}".lstrip("."))
 
 
-def config_with(key, value):
-    """Return a whole config as nested dicts, with one value changed; its image tower is the first that has the key."""
-    tower = next(
-        (t for t in IMAGE_TOWERS if key.removeprefix("model.image.") in typing.get_type_hints(t)), IMAGE_TOWERS[0]
-    )
-    tree = dataclasses.asdict(c.Config(model=Architecture(image=tower())))
-    *parents, last = key.split(".")
+NUMBERS = list(numbers_of(c.Config))
+every_number = pytest.mark.parametrize("number", NUMBERS, ids=[f"{n.key}-{n.model.image.kind}" for n in NUMBERS])
+
+
+def config_with(number, value):
+    """Return a whole config as nested dicts, with one number changed."""
+    tree = dataclasses.asdict(c.Config(model=number.model))
+    *parents, last = number.key.split(".")
     node = tree
     for parent in parents:
         node = node[parent]
-    node[last] = value
+    node[last] = [value] if number.many else value
     return tree
 
 
@@ -77,34 +90,39 @@ def config_with(key, value):
 
 
 def test_every_number_has_a_range_and_every_range_a_number():
-    assert {row for row, _, _ in NUMBERS.values()} == set(RANGES)
+    assert {number.row for number in NUMBERS if not number.key.startswith(("model.image", "model.text"))} == set(RANGES)
+    for number in NUMBERS:
+        assert number.row in ranges_of(number.model)
+    for kind, tower in TOWERS.items():
+        part = "image" if issubclass(tower, c.ImageTower) else "text"
+        keys = {n.key for n in NUMBERS if n.key.startswith(f"model.{part}.") and getattr(n.model, part).kind == kind}
+        assert keys == {f"model.{part}.{key}" for key in tower.ranges()}
 
 
-@pytest.mark.parametrize("key", NUMBERS)
-def test_number_out_of_range_is_refused_by_name(key):
-    row, kind, many = NUMBERS[key]
-    low, high = RANGES[row]
-    step = 1 if kind is int else max(1e-9, abs(high) * 1e-6)
+@every_number
+def test_number_out_of_range_is_rejected_with_its_key(number):
+    low, high = ranges_of(number.model)[number.row]
+    step = 1 if number.kind is int else max(1e-9, abs(high) * 1e-6)
     for bad in (low - 1, high + step):
-        with pytest.raises(ValueError, match=rf"{key}.* is out of range; it must lie between") as error:
-            c.from_config_dict(config_with(key, [bad] if many else bad))
+        with pytest.raises(ValueError, match=rf"{number.key}.* is out of range; it must be between") as error:
+            c.from_config_dict(config_with(number, bad))
         assert f"{low:g} and {high:g}" in str(error.value)
     for good in (low, high):
-        c.from_config_dict(config_with(key, [kind(good)] if many else kind(good)))
+        c.from_config_dict(config_with(number, number.kind(good)))
 
 
-@pytest.mark.parametrize("key", NUMBERS)
+@every_number
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_nan_and_infinity_are_refused_everywhere(key, bad):
-    with pytest.raises(ValueError, match=key.replace(".", r"\.")):
-        c.from_config_dict(config_with(key, [bad] if NUMBERS[key][2] else bad))
+def test_nan_and_infinity_are_rejected(number, bad):
+    with pytest.raises(ValueError, match=number.key.replace(".", r"\.")):
+        c.from_config_dict(config_with(number, bad))
 
 
-@pytest.mark.parametrize("key", NUMBERS)
+@every_number
 @pytest.mark.parametrize("bad", ["3", True, None, [[1]]])
-def test_what_is_no_number_is_refused_everywhere(key, bad):
-    with pytest.raises(ValueError, match=key.replace(".", r"\.")):
-        c.from_config_dict(config_with(key, bad))
+def test_value_that_is_no_number_is_rejected(number, bad):
+    with pytest.raises(ValueError, match=number.key.replace(".", r"\.")):
+        c.from_config_dict(config_with(number._replace(many=False), bad))
 
 
 # ------------------------------------------------------------------------------------------- keys, types, unions
@@ -134,49 +152,49 @@ def test_what_is_no_number_is_refused_everywhere(key, bad):
         ({"train": 8}, "train=8 should be a mapping with the keys of TrainConfig"),
     ],
 )
-def test_error_says_what_is_wrong_and_what_is_right(tree, message):
+def test_error_has_the_key_and_a_suggestion(tree, message):
     with pytest.raises(ValueError, match=message):
         c.from_config_dict(tree)
 
 
-def test_a_flag_cannot_add_a_key():
+def test_flags_cannot_add_a_key():
     with pytest.raises(AttributeError, match="batch_size"):
         c.default_config().train.batchsize = 8
 
 
-def test_an_unknown_model_names_the_nearest():
-    with pytest.raises(ValueError, match="'vit_b23'; did you mean 'vit_b32'"):
+def test_unknown_model_is_rejected_with_the_nearest_name():
+    with pytest.raises(ValueError, match="unknown model 'vit_b23'; did you mean 'vit_b32'"):
         c.default_config("vit_b23")
 
 
-def test_an_unknown_name_of_a_registry_names_the_nearest():
+def test_name_that_is_not_registered_is_rejected_with_the_nearest_name():
     with pytest.raises(ValueError, match="loss.name='sofmax' is none of softmax, sigmoid; did you mean 'softmax'"):
         c.check_name("loss.name", "sofmax", {"softmax": None, "sigmoid": None})
 
 
-def test_an_integer_will_do_for_a_float():
+def test_integer_is_converted_to_float():
     rate = c.from_config_dict({"optim": {"learning_rate": 1}}).optim.learning_rate
     assert rate == 1.0
     assert isinstance(rate, float)
 
 
-def test_differences_are_named_by_dotted_key():
+def test_differences_have_dotted_keys():
     old, new = (c.from_config_dict({"train": {"seed": seed}}) for seed in (0, 1))
     assert c.differences(old, new) == {"train.seed": (0, 1)}
     assert c.differences(old, old) == {}
 
 
-# --------------------------------------------------------------------------------------------- the configs we ship
+# --------------------------------------------------------------------------------------------- the shipped configs
 
 
-def test_every_config_is_named_for_its_model_and_has_its_golden_file():
+def test_every_config_has_the_name_of_its_model_and_a_golden_file():
     assert set(CONFIGS) == {path.stem for path in GOLDEN.glob("*.json")}
     papers = {"rn50", "rn101", "rn50x4", "rn50x16", "rn50x64", "vit_b32", "vit_b16", "vit_l14", "vit_l14_336"}
     assert papers | {"siglip_b16", "emoji"} == set(CONFIGS) <= set(MODELS)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_config_is_its_golden_json_there_and_back(name):
+def test_config_equals_its_golden_json_in_both_directions(name):
     config = c.from_config_dict(load(name))
     golden = (GOLDEN / f"{name}.json").read_text()
     assert c.to_json(config) == golden
@@ -208,7 +226,7 @@ def test_config_resolves_and_is_locked(name):
         ("vit_l14_336", 12_207, 2e-5, 336),
     ],
 )
-def test_the_paper_s_recipe(name, steps, rate, size):
+def test_configs_have_the_papers_recipe(name, steps, rate, size):
     resolved = c.resolve(c.from_config_dict(load(name)), devices=256)
     config = resolved.config
     assert (resolved.total_steps, config.optim.learning_rate, config.train.batch_size) == (steps, rate, 32_768)
@@ -259,22 +277,25 @@ def resolve(devices=8, processes=1, examples=None, train=None, **rest):
             "patch_dropout=0.5 needs patches",
         ),
         (
-            {"model": {"text": {"projection": "none"}, "embed_dim": 640}},
+            {"model": {"text": {"kind": "transformer", "projection": "none"}, "embed_dim": 640}},
             "model.text has no projection, so model.embed_dim=640 has to be its width 512",
         ),
-        ({"model": {"text": {"heads": 7}}}, "model.text.width=512 is not a multiple of model.text.heads=7"),
+        (
+            {"model": {"text": {"kind": "transformer", "heads": 7}}},
+            "model.text.width=512 is not a multiple of model.text.heads=7",
+        ),
         (
             {"model": {"image": {"kind": "edges", "cell": 5}}},
             r"image_size=48 is not a multiple of model\.image\.cell · 2\*\*len\(model\.image\.channels\)=20; use 40",
         ),
     ],
 )
-def test_resolve_refuses_and_names_the_key(arguments, message):
+def test_resolve_rejects_inconsistent_configs_with_the_key(arguments, message):
     with pytest.raises(ValueError, match=message):
         resolve(**arguments)
 
 
-def test_the_batches_that_the_error_names_do_work():
+def test_batch_sizes_suggested_by_the_error_work():
     for batch in (992, 1024):
         assert resolve(devices=32, train={"batch_size": batch}).batch_per_device == batch // 32
 
@@ -287,7 +308,7 @@ def test_the_batches_that_the_error_names_do_work():
         ({"total_steps": 0, "total_epochs": 2.5}, 5000),
     ],
 )
-def test_length_is_the_same_in_steps_examples_and_epochs(train, steps):
+def test_duration_in_steps_examples_and_epochs_agrees(train, steps):
     assert resolve(train=train, examples=64 * 2000).total_steps == steps
 
 

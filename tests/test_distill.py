@@ -310,7 +310,7 @@ def test_missing_or_single_tower_teacher_weights_are_refused(weights, message):
 @pytest.mark.parametrize(
     ("teacher", "message"),
     [
-        ({"weight": 2.0}, "teacher.weight=2.0 is of a teacher, and there is none: set teacher.weights"),
+        ({"weight": 2.0}, "teacher.weight=2.0 has no effect without a teacher: set teacher.weights"),
         ({"weights": "t.pt", "model": "vit_b23"}, "teacher.model='vit_b23' is none of .* did you mean 'vit_b32'"),
     ],
 )

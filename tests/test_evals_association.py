@@ -139,4 +139,4 @@ def test_winogavil_is_loaded_from_its_folder_and_its_absence_explained(tmp_path)
     line = {"cue": "wing", "candidates": ["a.png", "b.png"], "associations": ["b.png"]}
     (folder / "associations.jsonl").write_text(json.dumps(line) + "\n")
     (found,) = load_split(row, "test", str(tmp_path)).cues
-    assert found.text == "wing" and found.right.tolist() == [False, True]
+    assert found.text == "wing" and found.associated.tolist() == [False, True]

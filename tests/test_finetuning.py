@@ -101,7 +101,7 @@ def test_learning_rate_0_exports_the_initial_weights(tmp_path):
 
 def _step(architecture, config, steps=2):
     model, mesh = make_model(architecture), sharding.make_mesh(jax.devices()[:1])
-    optimizer = optim.make_optimizer(config, 10)
+    optimizer = optim.make_optimizer(config, 10, architecture=architecture)
     train_step = step.make_train_step(model, optimizer, Config(model=architecture, optim=config), mesh)
     params = tiny_models.params(architecture)
     state = jax.device_put(step.init_state(params, optimizer, config), sharding.replicated(mesh))
@@ -159,13 +159,13 @@ def test_invalid_regular_expression_is_refused():
 
 
 def test_factors_decay_with_the_distance_from_the_output():
-    factors = optim.layer_decay_factors(tiny_models.params(VIT), 0.5)
+    factors = optim.layer_decay_factors(tiny_models.params(VIT), 0.5, VIT)
     image = factors["image"]
     assert (image["patch_embedding"], image["class_embedding"], image["positional_embedding"]) == (0.125,) * 3
     assert (image["norm_pre"]["scale"], factors["text"]["token_embedding"]["embedding"]) == (0.125, 0.125)
     np.testing.assert_array_equal(image["transformer"]["blocks"]["norm1"]["scale"], [[0.25], [0.5]])
     assert (image["norm_post"]["scale"], image["projection"], factors["logit_scale"]) == (1, 1, 1)
-    resnet = optim.layer_decay_factors(tiny_models.params(RESNET), 0.5)["image"]
+    resnet = optim.layer_decay_factors(tiny_models.params(RESNET), 0.5, RESNET)["image"]
     found = [resnet[f"stage{stage}_first"]["conv1"]["kernel"] for stage in range(4)]
     assert found == [0.5**4, 0.5**3, 0.5**2, 0.5]
     assert (resnet["stem_conv1"]["kernel"], resnet["pool"]["query"]["kernel"]) == (0.5**5, 1)
@@ -177,9 +177,9 @@ def test_factors_multiply_the_updates():
     updates = []
     for decay in (1.0, 0.5):
         config = OptimConfig(warmup_steps=0, layer_decay=decay, weight_decay=0.2)
-        optimizer = optim.make_optimizer(config, 10)
+        optimizer = optim.make_optimizer(config, 10, architecture=VIT)
         updates.append(optimizer.update(gradients, optimizer.init(params), params)[0])
-    factors = optim.layer_decay_factors(params, 0.5)
+    factors = optim.layer_decay_factors(params, 0.5, VIT)
     jax.tree.map(lambda a, b, f: np.testing.assert_allclose(b, a * f, rtol=1e-6), *updates, factors)
     assert optax.tree.norm(updates[1]) < optax.tree.norm(updates[0])
 

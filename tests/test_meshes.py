@@ -1,6 +1,6 @@
-"""The same run on other meshes, in other parts, by other means of computing: the same numbers.
+"""A training run has the same numbers on all meshes, with micro-batches, remat and unrolled loops.
 
-Ten steps of a ViT and of a ResNet; the reference is one device that does everything at once.
+Ten steps of a ViT and of a ResNet; the reference is one device with the full batch.
 """
 
 import dataclasses
@@ -33,10 +33,10 @@ TOWERS = {
     "resnet": Architecture(ResNet(32, 8, (2, 1), heads=2), TEXT, 16, logit_bias=True),
 }
 STEPS, BATCH = 10, 16
-# Sums in another order. The bias of a key has no gradient but rounding, since a softmax does not feel it, and Adam
-# turns the sign of that into steps: hence a tenth of one step of 1e-3.
+# Sums in another order. The gradient of a key bias is rounding error, because softmax is invariant to it, and Adam
+# turns its sign into steps: hence a tenth of one step of 1e-3.
 TOLERANCE = 1e-4
-# A ResNet divides by the deviations of 16 pictures' few pixels, which makes more of rounding.
+# Batch norm divides by the standard deviation over few pixels of 16 images, which amplifies rounding.
 TOLERANCES = {"vit": TOLERANCE, "resnet": 3e-4}
 MESHES = {"8 data": (8, 1, 1), "4 data, 2 fsdp": (8, 2, 1), "2 data, 2 fsdp, 2 tensor": (8, 2, 2)}
 
@@ -69,7 +69,7 @@ def _build(config: Config, devices: int):
 
 @functools.cache
 def _first_params(tower: str):
-    # This kind of key compiles in a tenth of the default's time.
+    # This generator compiles ten times faster than the default.
     return jax.device_get(jax.jit(make_model(TOWERS[tower]).init)(jax.random.key(0, impl="rbg")))
 
 
@@ -93,8 +93,8 @@ def reference(request):
 def _assert_same(run, reference):
     (state, losses), (tower, expected, expected_losses) = run, reference
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-4 if tower == "resnet" else 1e-5)
-    for part in ("params", "batch_stats", "ema"):
-        pairs = zip(*(jax.tree.leaves(getattr(s, part)) for s in (state, expected)), strict=True)
+    for name in ("params", "batch_stats", "ema"):
+        pairs = zip(*(jax.tree.leaves(getattr(s, name)) for s in (state, expected)), strict=True)
         for got, wanted in pairs:
             np.testing.assert_allclose(got, wanted, rtol=TOLERANCES[tower], atol=TOLERANCES[tower])
     assert int(state.step) == STEPS
@@ -102,13 +102,13 @@ def _assert_same(run, reference):
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_ten_steps_agree_across_meshes(reference, mesh):
-    """With captions packed, moments cut and everything computed again, as a run on a pod has it."""
+    """With packed captions, sharded moments and rematerialization, as on a pod."""
     devices, fsdp, tensor = MESHES[mesh]
     changes = {"remat": "names", "shard_moments": True}
     _assert_same(_run(reference[0], devices, fsdp=fsdp, tensor=tensor, **changes), reference)
 
 
-def test_unrolled_loops_give_the_same(reference):
+def test_ten_steps_agree_with_unrolled_loops(reference):
     _assert_same(_run(reference[0], unroll_layers=True, remat="full"), reference)
 
 
@@ -117,7 +117,7 @@ def test_unrolled_loops_give_the_same(reference):
 
 @pytest.fixture
 def float64(monkeypatch):
-    """Everything in float64: `jax.nn.dot_product_attention` has its softmax in float32 whatever comes."""
+    """Enable float64, with an attention to match: `jax.nn.dot_product_attention` has a float32 softmax."""
 
     def attention(query, key, value, mask=None, is_causal=False):
         scores = jnp.einsum("BLNK,BMNK->BNLM", query, key) / np.sqrt(query.shape[-1])
@@ -144,9 +144,9 @@ def _model64(config: Config, mesh):
 
 
 def _gradients(tower: str, devices: int, micro_batches: int, teacher: bool = False, **changes):
-    """Return loss, metrics, statistics and gradient in float64, where rounding hides nothing.
+    """Return loss, metrics, statistics and gradient in float64.
 
-    teacher: learn from another model of the same kind, too.
+    teacher: add distillation from another model of the same architecture.
     """
     config = _config(tower, micro_batches=micro_batches, **changes)
     mesh = sharding.make_mesh(jax.devices()[:devices])
@@ -163,8 +163,8 @@ def _gradients(tower: str, devices: int, micro_batches: int, teacher: bool = Fal
     ("loss", "devices", "micro_batches", "teacher"),
     [("softmax", 2, 4, False), ("sigmoid", 2, 2, False), ("softmax", 2, 4, True)],
 )
-def test_micro_batches_give_the_gradient_of_the_whole_batch(loss, devices, micro_batches, teacher, float64):
-    """Scale and bias included, with patches dropped, captions packed, layers computed again, on two devices."""
+def test_micro_batches_give_the_gradient_of_the_full_batch(loss, devices, micro_batches, teacher, float64):
+    """Including scale and bias, with patch dropout, packed captions and rematerialization, on two devices."""
     changes = {"name": loss, "patch_dropout": 0.5, "remat": "full", "teacher": teacher}
     (value, (metrics, _)), expected = _gradients("vit", 1, 1, **changes, text_capacity=1.0)
     (got_value, (got_metrics, _)), got = _gradients("vit", devices, micro_batches, **changes)
@@ -173,40 +173,40 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(loss, devices, micro
         np.testing.assert_allclose(got_metrics[name], metric, rtol=1e-6)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True):
         assert a.dtype == np.float64
-        # The bias of a key has none but rounding, hence the floor.
+        # The gradient of a key bias is rounding error, hence the minimum norm.
         assert np.linalg.norm(a - b) <= 1e-10 * max(np.linalg.norm(b), 1e-4), jax.tree_util.keystr(path)
 
 
-def test_micro_batches_of_a_frozen_tower_give_the_same(float64):
+def test_micro_batches_give_the_same_gradient_with_a_frozen_tower(float64):
     _, expected = _gradients("vit", 1, 1, freeze="^image/")
     _, got = _gradients("vit", 1, 4, freeze="^image/")
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(got["image"]))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-12), got, expected)
 
 
-def test_batch_norm_sees_a_micro_batch_at_a_time(float64):
-    """The statistics are each part's own, over all devices, and the running averages move once for each part."""
+def test_batch_norm_uses_the_statistics_of_each_micro_batch(float64):
+    """Statistics are per micro-batch, over all devices; running averages are updated once per micro-batch."""
     config = _config("resnet", micro_batches=2)
     mesh = sharding.make_mesh(jax.devices()[:2])
     model = _model64(config, mesh)
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), _first_params("resnet"))
     stats = params.pop("batch_stats")
     batch = _batch(config, 0)
-    # A device's rows are consecutive, and a part has the same share of each device's.
-    parts, key = [np.r_[0:4, 8:12], np.r_[4:8, 12:16]], jax.random.key(0)
+    # A device's rows are contiguous, and a micro-batch has an equal share of each device's.
+    micro_batches, key = [np.r_[0:4, 8:12], np.r_[4:8, 12:16]], jax.random.key(0)
 
-    def by_hand(params):
+    def reference(params):
         running, images = stats, []
-        for rows in parts:
+        for rows in micro_batches:
             with_stats = params | {"batch_stats": running}
             embedded, running = model.encode_image_train(with_stats, batch.image[rows], jax.random.split(key, 8))
             images.append(embedded)
-        order = np.argsort(np.concatenate(parts))
+        order = np.argsort(np.concatenate(micro_batches))
         image = jnp.concatenate(images)[order]
         text = model.encode_text(params, batch.text)
         return LOSSES["softmax"]()(image, text, jnp.exp(params["logit_scale"]))[0], running
 
-    (value, running), expected = jax.jit(jax.value_and_grad(by_hand, has_aux=True))(params)
+    (value, running), expected = jax.jit(jax.value_and_grad(reference, has_aux=True))(params)
     (got, (_, got_running)), gradient = _gradients("resnet", 2, 2)
     np.testing.assert_allclose(got, value, rtol=1e-12)
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10)  # noqa: E731
@@ -217,7 +217,7 @@ def test_batch_norm_sees_a_micro_batch_at_a_time(float64):
 # ------------------------------------------------------------------------------------------------ equal captions
 
 
-def test_equal_captions_can_count_as_matches():
+def test_equal_captions_can_be_positives():
     config = _config("vit", equal_captions="positives")
     mesh = sharding.make_mesh(jax.devices()[:2])
     batch = dataclasses.replace(_batch(config, 0), text=np.repeat(_batch(config, 0).text[::2], 2, axis=0))
@@ -227,12 +227,12 @@ def test_equal_captions_can_count_as_matches():
     (value, _), _ = gradient(params, None, sharding.to_global(batch, mesh), jax.random.key(0))
     image, text = model.encode_image(params, batch.image), model.encode_text(params, batch.text)
     logits = np.exp(params["logit_scale"]) * image @ text.T
-    matches = (batch.text[:, None] == batch.text[None]).all(-1)
-    sides = (-np.mean(np.mean(jax.nn.log_softmax(logits, axis), axis, where=matches)) for axis in (0, 1))
-    np.testing.assert_allclose(value, sum(sides) / 2, rtol=1e-5)
+    positives = (batch.text[:, None] == batch.text[None]).all(-1)
+    losses = (-np.mean(np.mean(jax.nn.log_softmax(logits, axis), axis, where=positives)) for axis in (0, 1))
+    np.testing.assert_allclose(value, sum(losses) / 2, rtol=1e-5)
 
 
-def test_ids_are_equal_for_equal_rows_alone():
+def test_caption_ids_are_equal_for_equal_captions_only():
     text = np.random.default_rng(0).integers(0, 49_408, (4096, 77)).astype(np.int32)
     text[1::2] = text[::2]
     text[1::2, 40] += np.arange(2048) % 2  # every second pair differs in one token

@@ -1,4 +1,4 @@
-"""The towers: counts, shapes, and a forward pass in NumPy that shares no code with them."""
+"""Models: parameter counts, a NumPy reference of the forward pass, recorded embeddings, precision, batch norm."""
 
 import math
 import pathlib
@@ -18,11 +18,12 @@ from clip_jax.config import (
     preprocess_of,
     with_activation,
 )
-from clip_jax.models import count_parameters, flops, make_model
+from clip_jax.models import count_parameters, flops, make_model, matmul_precision
+from clip_jax.models.attention import short_attention
 from clip_jax.models.layers import REMAT_POLICIES, Compute, Transformer
 from tests import tiny_models
 
-# Radford et al. 2021's released weights, counted.
+# Counted in the released weights of Radford et al. 2021.
 PARAMETERS = {
     "rn50": 102_007_137,
     "rn101": 119_688_033,
@@ -36,9 +37,9 @@ PARAMETERS = {
 }
 
 SMALL = Architecture(ViT(16, 8, 32, 3, 2), TextTransformer(64, 8, 63, width=32, layers=3, heads=2), 16)
-# Six layer norms and three blocks in float32 against float64.
+# Six layer norms and three blocks in float32, compared with float64.
 FORWARD_TOLERANCE = 2e-5
-PEERS_TOLERANCE = 1e-6  # of unit vectors: float32 sums in another order
+PEERS_TOLERANCE = 1e-6  # for unit vectors: float32 sums in another order
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def params():
 
 
 def _init(model):
-    return jax.jit(model.init)(jax.random.key(0, impl="rbg"))  # compiles in a tenth of the default's time
+    return jax.jit(model.init)(jax.random.key(0, impl="rbg"))  # compiles ten times faster than the default generator
 
 
 def _inputs(rows: int = 3):
@@ -63,13 +64,13 @@ def _keys(seed: int, rows: int):
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_the_papers_models_have_the_papers_parameters(name):
+def test_parameter_counts_are_the_papers(name):
     shapes = jax.eval_shape(make_model(MODELS[name]).init, jax.random.key(0))
     assert count_parameters(shapes) == PARAMETERS[name]
 
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
-def test_the_forward_pass_is_the_papers_in_numpy(params, activation):
+def test_embeddings_equal_a_numpy_reference(params, activation):
     architecture = with_activation(SMALL, activation)
     model = make_model(architecture)
     image, text = _inputs()
@@ -78,7 +79,7 @@ def test_the_forward_pass_is_the_papers_in_numpy(params, activation):
     np.testing.assert_allclose(model.encode_text(params, text), reference.text(text), atol=FORWARD_TOLERANCE)
 
 
-def test_what_follows_the_end_token_changes_nothing(params):
+def test_tokens_after_the_end_token_have_no_effect(params):
     _, text = _inputs()
     changed = text.copy()
     for row in changed:
@@ -87,7 +88,7 @@ def test_what_follows_the_end_token_changes_nothing(params):
     np.testing.assert_array_equal(model.encode_text(params, text), model.encode_text(params, changed))
 
 
-def test_the_first_end_token_is_the_one_that_counts(params):
+def test_text_is_pooled_at_the_first_end_token(params):
     model = make_model(SMALL)
     one, two = np.full((2, 1, 8), 3, np.int32)
     one[0, 4] = two[0, 4] = two[0, 7] = 63
@@ -95,7 +96,7 @@ def test_the_first_end_token_is_the_one_that_counts(params):
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
-def test_rematerialisation_changes_no_gradient(params, remat):
+def test_rematerialization_does_not_change_gradients(params, remat):
     image, _ = _inputs()
 
     def gradient(policy: str):
@@ -106,8 +107,8 @@ def test_rematerialisation_changes_no_gradient(params, remat):
 
 
 def _transformer(layers: int, **compute: object) -> Transformer:
-    tower = TextTransformer(64, 8, 63, width=32, layers=layers, heads=2, layer_scale=0.5)
-    return Transformer(tower, True, Compute(**compute))
+    config = TextTransformer(64, 8, 63, width=32, layers=layers, heads=2, layer_scale=0.5)
+    return Transformer(config, True, Compute(**compute))
 
 
 def _first_two(x_BLD):
@@ -118,29 +119,29 @@ def _first_two(x_BLD):
     ("layers", "unroll", "remat"),
     [*((4, False, remat) for remat in REMAT_POLICIES), (4, True, "names"), (1, False, "none")],
 )
-def test_a_last_block_of_the_pooled_alone_changes_nothing(layers, unroll, remat):
-    """Blocks that all go over all positions, in float64, are the reference."""
+def test_last_block_of_the_pooled_positions_equals_the_full_block(layers, unroll, remat):
+    """The reference computes all blocks at all positions, in float64."""
     with jax.enable_x64(True):
         x_BLD = jax.random.normal(jax.random.key(1), (3, 8, 32), jnp.float64)
         pooled = _transformer(layers, dtype=jnp.dtype("float64"), unroll=unroll, remat=remat)
         params = pooled.init(jax.random.key(0), x_BLD, pool=_first_two)
         noise = jax.random.normal(jax.random.key(2), (6, 32), jnp.float64)
 
-        def whole(params, x_BLD):
+        def full(params, x_BLD):
             return (_first_two(pooled.apply(params, x_BLD)) * noise).sum()
 
-        def alone(params, x_BLD):
+        def pooled_last(params, x_BLD):
             return (pooled.apply(params, x_BLD, pool=_first_two) * noise).sum()
 
-        found, expected = (jax.jit(jax.value_and_grad(f, (0, 1)))(params, x_BLD) for f in (alone, whole))
+        found, expected = (jax.jit(jax.value_and_grad(f, (0, 1)))(params, x_BLD) for f in (pooled_last, full))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), found, expected)
-        saved = flops.count(whole, params, x_BLD) - flops.count(alone, params, x_BLD)
-        assert saved == 2 * (3 * 8 - 6) * 9 * 32**2  # the projection and the perceptron, at what isn't pooled
+        saved = flops.count(full, params, x_BLD) - flops.count(pooled_last, params, x_BLD)
+        assert saved == 2 * (3 * 8 - 6) * 9 * 32**2  # projection and MLP at positions that are not pooled
 
 
 @pytest.mark.parametrize("remat", ["dots", "names", "full"])
-def test_the_loop_over_blocks_copies_no_stack(remat):
-    """Neither going forward nor back, where each layer's gradient is written to its place."""
+def test_scan_over_blocks_does_not_copy_the_stacked_parameters(remat):
+    """In the forward pass and in the backward pass, where each layer's gradient is written in place."""
     transformer, x_BLD = _transformer(24, remat=remat), jnp.ones((1, 2, 32))
     params = jax.eval_shape(transformer.init, jax.random.key(0), x_BLD)
     gradient = jax.grad(lambda params, x_BLD: transformer.apply(params, x_BLD, pool=_first_two).sum())
@@ -149,7 +150,7 @@ def test_the_loop_over_blocks_copies_no_stack(remat):
 
 
 @pytest.mark.parametrize("name", ["vit_b32", "emoji"])
-def test_the_logit_scale_starts_where_it_is_told(name):
+def test_logit_scale_has_its_initial_value(name):
     model = make_model(MODELS[name], logit_scale_init=1 / 0.07)
     if name == "emoji":
         np.testing.assert_allclose(jnp.exp(_init(model)["logit_scale"]), 1 / 0.07, rtol=1e-6)
@@ -157,7 +158,7 @@ def test_the_logit_scale_starts_where_it_is_told(name):
         assert jax.eval_shape(model.init, jax.random.key(0))["logit_scale"].dtype == jnp.float32
 
 
-def test_the_pixels_are_normalised_as_preprocessing_says(params):
+def test_pixels_are_normalized_with_mean_and_std_of_the_preprocessing(params):
     image, _ = _inputs()
     white = make_model(SMALL, Preprocess(mean=(1.0, 1.0, 1.0), std=(0.5, 0.5, 0.5)))
     black = make_model(SMALL, Preprocess(mean=(0.0, 0.0, 0.0), std=(0.5, 0.5, 0.5)))
@@ -168,30 +169,30 @@ def test_the_pixels_are_normalised_as_preprocessing_says(params):
     )
 
 
-def test_pixels_that_fill_no_patch_are_not_seen():
+def test_pixels_of_a_partial_patch_are_ignored():
     image = ViT(18, 8, 32, 2, 2, pool="attention", norm_pre=False, patch_bias=True, projection=False)
     architecture = Architecture(image, SMALL.text, 32)
     model = make_model(architecture)
     params = _init(model)
     assert params["image"]["positional_embedding"].shape == (4, 32)
-    seen = np.random.default_rng(0).integers(0, 256, (2, 18, 18, 3), dtype=np.uint8)
-    changed = seen.copy()
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 18, 18, 3), dtype=np.uint8)
+    changed = pixels.copy()
     changed[:, 16:], changed[:, :, 16:] = 0, 0
     encode = jax.jit(model.encode_image)
-    np.testing.assert_array_equal(encode(params, seen), encode(params, changed))
+    np.testing.assert_array_equal(encode(params, pixels), encode(params, changed))
 
 
-def test_patch_dropout_leaves_out_its_fraction_in_training_alone(params):
+def test_patch_dropout_drops_its_fraction_in_training_only(params):
     image, _ = _inputs()
     model, dropping = make_model(SMALL), make_model(SMALL, patch_dropout=0.5)
     np.testing.assert_array_equal(dropping.encode_image(params, image), model.encode_image(params, image))
-    # With two of four patches seen, what three of them hold can't all reach the embedding.
-    pixel_gradient = jax.grad(
-        lambda patch_kernel, key_B: dropping.encode_image_train(
-            params | {"image": params["image"] | {"positional_embedding": patch_kernel}}, image[:1], key_B
+    # With two of four patches kept, the embedding depends on the positions of two patches and the class token.
+    position_gradient = jax.grad(
+        lambda positions_LD, key_B: dropping.encode_image_train(
+            params | {"image": params["image"] | {"positional_embedding": positions_LD}}, image[:1], key_B
         )[0][0, 0]
     )
-    gradient = pixel_gradient(params["image"]["positional_embedding"], _keys(3, 1))
+    gradient = position_gradient(params["image"]["positional_embedding"], _keys(3, 1))
     assert [bool(np.any(row)) for row in gradient[1:]].count(True) == 2 and np.any(gradient[0])
     first, again, other = (dropping.encode_image_train(params, image, _keys(seed, 3))[0] for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
@@ -199,8 +200,8 @@ def test_patch_dropout_leaves_out_its_fraction_in_training_alone(params):
 
 
 @pytest.mark.parametrize("name", [name for name in tiny_models.ARCHITECTURES if name != "siglip_timm"])
-def test_features_are_those_of_open_clip_and_transformers(name):
-    """Recorded by golden/make_features.py; the weights follow from seeds."""
+def test_embeddings_equal_those_of_open_clip_and_transformers(name):
+    """Recorded by golden/make_features.py; the weights are drawn from seeds."""
     golden = np.load(pathlib.Path(__file__).parent / "golden/features.npz")
     architecture = tiny_models.ARCHITECTURES[name]
     params, (pixels, tokens) = tiny_models.params(architecture), tiny_models.inputs(architecture)
@@ -211,11 +212,52 @@ def test_features_are_those_of_open_clip_and_transformers(name):
     np.testing.assert_allclose(jax.jit(model.encode_text)(params, tokens), golden[f"{name}/text"], atol=PEERS_TOLERANCE)
 
 
+def _precisions(jaxpr) -> set:
+    """Return the precisions of all matmuls and convolutions in a jaxpr, inner jaxprs included."""
+    found = set()
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+            found.add(equation.params["precision"])
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                if hasattr(getattr(inner, "jaxpr", inner), "eqns"):
+                    found |= _precisions(getattr(inner, "jaxpr", inner))
+    return found
+
+
+FLOAT32 = (jax.lax.Precision.HIGHEST,) * 2
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet", "siglip", "emoji"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_float32_matmuls_have_float32_precision_in_both_passes(name, dtype):
+    """XLA's default for float32 is one bfloat16 pass on TPUs."""
+    architecture = MODELS["emoji"] if name == "emoji" else tiny_models.ARCHITECTURES[name]
+    model = make_model(architecture, dtype=dtype, remat="full", text_capacity=0.5)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    image, text = tiny_models.inputs(architecture, rows=4)
+    keys = jax.eval_shape(lambda: _keys(0, 4))
+
+    def objective(params, keys):
+        return model.encode_image_train(params, image, keys)[0].sum() + model.encode_text_train(params, text)[0].sum()
+
+    found = _precisions(jax.make_jaxpr(jax.grad(objective))(params, keys).jaxpr)
+    assert found == {FLOAT32} if dtype == "float32" else FLOAT32 not in found
+    assert matmul_precision(dtype) == ("float32" if dtype == "float32" else None)
+
+
+def test_float32_kernel_has_float32_precision():
+    query = jnp.ones((1, 8, 128))
+    f = lambda *x: short_attention(*x, head_dim=64, interpret=True).sum()  # noqa: E731
+    jaxpr = jax.make_jaxpr(jax.grad(f, argnums=(0, 1, 2)))(query, query, query).jaxpr
+    assert _precisions(jaxpr) == {FLOAT32}
+
+
 TINY_RESNET = Architecture(ResNet(64, 8, (2, 1, 1, 1), 4), SMALL.text, 16)
 
 
-def test_batch_statistics_are_torch_s():
-    """The running variance takes n / (n - 1) of the batch's, and a tenth of the new value."""
+def test_running_statistics_are_updated_as_in_torch():
+    """A tenth of the new value is added, and the variance of the batch is multiplied by n / (n - 1)."""
     model = make_model(TINY_RESNET)
     params = _init(model)
     image = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
@@ -243,7 +285,7 @@ def test_inference_uses_the_running_statistics():
 
 
 class _Numpy:
-    """CLIP after figure 3 and section 2.4 of the paper, in float64."""
+    """Reference of CLIP in float64 NumPy, after figure 3 and section 2.4 of the paper."""
 
     def __init__(self, params, architecture: Architecture):
         self.params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
@@ -253,9 +295,9 @@ class _Numpy:
         params, tower, spec = self.params["image"], self.architecture.image, Preprocess()
         pixels = (image / 255 - np.array(spec.mean)) / np.array(spec.std)
         p, rows = tower.patch_size, []
-        for picture in pixels:
+        for pixels_HWC in pixels:
             patches = [
-                np.einsum("hwc,hwcd->d", picture[y : y + p, x : x + p], params["patch_embedding"])
+                np.einsum("hwc,hwcd->d", pixels_HWC[y : y + p, x : x + p], params["patch_embedding"])
                 for y in range(0, tower.image_size, p)
                 for x in range(0, tower.image_size, p)
             ]

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from clip_jax.config import MODELS, OptimConfig, from_config_dict, resolve
+from clip_jax.config import MODELS, Architecture, OptimConfig, ViT, from_config_dict, resolve
 from clip_jax.models import make_model
 from clip_jax.training import optim
 from tests import tiny_models
@@ -18,6 +18,9 @@ TOTAL = 100
 # Every step has another learning rate; weight decay and first moments have a visible effect.
 CONFIG = OptimConfig(learning_rate=0.01, warmup_steps=2, weight_decay=0.2)
 ROUNDING = 1e-5  # relative, of float32 after a few operations
+
+
+ARCHITECTURE = Architecture(ViT(layers=3))  # of the parameters below
 
 
 def _params(seed=0):
@@ -40,7 +43,7 @@ def _gradients(params, seed, scale=1.0):
 
 def _updates(config, gradients, params, seed=0):
     """Return the updates of every step for constant parameters, and the last state."""
-    optimizer = optim.make_optimizer(config, TOTAL, seed=seed)
+    optimizer = optim.make_optimizer(config, TOTAL, architecture=ARCHITECTURE, seed=seed)
     state, found = optimizer.init(params), []
     update = jax.jit(optimizer.update)
     for grads in gradients:
@@ -166,7 +169,7 @@ def test_layer_decay_scales_updates(name):
     gradients = [_gradients(params, seed) for seed in range(3)]
     whole, _ = _updates(config, gradients, params)
     scaled, _ = _updates(dataclasses.replace(config, layer_decay=0.5), gradients, params)
-    factors = optim.layer_decay_factors(params, 0.5)
+    factors = optim.layer_decay_factors(params, 0.5, ARCHITECTURE)
     assert factors["image"]["patch_embedding"] == 0.5**4
     jax.tree.map(lambda a, b, f: np.testing.assert_allclose(a, b * f, rtol=ROUNDING), scaled[-1], whole[-1], factors)
 

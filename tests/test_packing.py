@@ -1,4 +1,4 @@
-"""Captions end to end: the same embeddings and gradients as captions in rows, for a part of the positions."""
+"""Packed captions: the embeddings and gradients of padded captions, at a fraction of the positions."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ TOLERANCE = 1e-6
 
 
 def _text(lengths):
-    """Return rows with these many tokens before the end token, and noise behind it."""
+    """Return token ids with these numbers of tokens before the end token, and noise after it."""
     text = np.random.default_rng(0).integers(0, END, (len(lengths), LENGTH)).astype(np.int32)
     text[np.arange(len(lengths)), lengths] = END
     return jnp.asarray(text)
@@ -43,39 +43,39 @@ LENGTHS = {
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_packed_captions_have_the_embeddings_and_gradients_of_rows(lengths, groups):
+def test_packed_captions_have_the_embeddings_and_gradients_of_padded_ones(lengths, groups):
     text = _text(LENGTHS[lengths])
-    expected, nothing, expected_gradient = _encode(text, 1.0)
+    expected, padded_metrics, expected_gradient = _encode(text, 1.0)
     got, metrics, gradient = _encode(text, 0.7, groups)
     np.testing.assert_allclose(got, expected, atol=TOLERANCE)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), gradient, expected_gradient)
-    assert nothing == {} and metrics["text/in_rows"] == 0
+    assert padded_metrics == {} and metrics["text/padded"] == 0
 
 
-def test_captions_that_need_more_room_are_encoded_in_rows():
+def test_captions_that_exceed_the_capacity_are_encoded_padded():
     text = _text([10, 9, 10, 8, 10, 10, 7, 9])
     expected, _, expected_gradient = _encode(text, 1.0)
     got, metrics, gradient = _encode(text, 0.5)
     np.testing.assert_allclose(got, expected, atol=TOLERANCE)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), gradient, expected_gradient)
-    assert metrics["text/in_rows"] == 1
+    assert metrics["text/padded"] == 1
     np.testing.assert_allclose(metrics["text/filled"], (73 + 8) / 88, rtol=1e-6)
 
 
-def test_one_caption_more_than_fits_is_noticed():
-    # 8 rows of 11 at 0.5 are 3 chunks of 16 tokens.
-    for last, in_rows in ((5, 0), (6, 1)):
+def test_one_token_more_than_the_capacity_is_detected():
+    # 8 texts of 11 tokens at 0.5 are 3 chunks of 16 tokens.
+    for last, padded in ((5, 0), (6, 1)):
         text = _text([5, 5, 5, 5, 5, 5, 5, last])
-        assert _encode(text, 0.5)[1]["text/in_rows"] == in_rows
+        assert _encode(text, 0.5)[1]["text/padded"] == padded
         np.testing.assert_allclose(_encode(text, 0.5)[0], _encode(text, 1.0)[0], atol=TOLERANCE)
 
 
-def test_a_row_without_an_end_token_is_pooled_where_rows_pool_it():
+def test_caption_without_end_token_is_pooled_at_the_same_position():
     text = _text([2, 3, 2, 1]).at[1].set(5)
     np.testing.assert_allclose(_encode(text, 0.7)[0], _encode(text, 1.0)[0], atol=TOLERANCE)
 
 
-def test_towers_that_see_their_padding_are_left_alone():
+def test_towers_that_attend_to_padding_are_not_packed():
     tower = TextTransformer(64, LENGTH, END, width=32, layers=1, heads=2, causal=False, pool="last")
     model = make_model(Architecture(ViT(16, 8, 32, 1, 2), tower, 16), text_capacity=0.5)
     params, text = model.init(jax.random.key(0)), _text([1] * 8)
@@ -84,14 +84,14 @@ def test_towers_that_see_their_padding_are_left_alone():
     np.testing.assert_array_equal(embeddings, model.encode_text(params, text))
 
 
-def test_half_the_room_is_half_the_work():
-    """The compiler's count of a gradient's operations, for captions that fill a quarter of 77 positions."""
+def test_half_the_capacity_takes_about_half_the_flops():
+    """FLOPs of a gradient, counted by the compiler, for 77 positions per caption."""
     tower = TextTransformer(512, 77, 511, width=128, layers=3, heads=2)
 
     def flops(capacity: float) -> float:
         model = make_model(Architecture(ViT(16, 8, 32, 1, 2), tower, 16), text_capacity=capacity)
         params = jax.eval_shape(model.init, jax.random.key(0))
-        # Without `cond`: its cost is that of all branches.
+        # Without `cond`, whose cost is the sum of its branches.
         encode = (
             model.encode_text
             if capacity == 1

@@ -1,4 +1,4 @@
-"""Where arrays lie: rules that fit every model, what each device holds, and what is refused."""
+"""Sharding: rules for all models, bytes per device, rejected meshes."""
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,10 @@ def _params(name: str):
     return params
 
 
+def _rules(name: str):
+    return sharding.sharding_rules(MODELS[name])
+
+
 def _state(mesh, **changes):
     config = Config(model=MODELS["vit_b32"], mesh=MeshConfig(mesh.shape["fsdp"]), optim=OptimConfig(**changes))
     model, optimizer = step.model_from_config(config, mesh), optim.make_optimizer(config.optim, 5000)
@@ -26,44 +30,44 @@ def _state(mesh, **changes):
 
 @pytest.mark.parametrize("name", ["vit_b32", "rn50", "rn50x64", "siglip_b16", "siglip2_b16", "vit_l14_clipa", "emoji"])
 def test_every_parameter_has_one_rule(name):
-    specs = sharding.param_specs(_params(name), sharding.make_mesh(fsdp=4))
-    cut = [spec for spec in jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, PartitionSpec)) if "fsdp" in spec]
-    assert len(cut) >= 6
+    specs = sharding.param_specs(_params(name), sharding.make_mesh(fsdp=4), _rules(name))
+    leaves = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    assert len([spec for spec in leaves if "fsdp" in spec]) >= 6
 
 
-def test_a_parameter_without_a_rule_and_one_with_two_are_named():
+def test_parameter_with_no_rule_or_two_is_rejected_by_name():
     mesh, params = sharding.make_mesh(), {"image": {"strange": jnp.zeros((2, 3))}}
-    with pytest.raises(ValueError, match=r"image/strange \(2, 3\) needs one rule .* and none fits"):
-        sharding.param_specs(params, mesh)
-    with pytest.raises(ValueError, match="'image/.*' and 'image/strange' fits"):
+    with pytest.raises(ValueError, match=r"image/strange \(2, 3\): expected one matching sharding rule, got none; see"):
+        sharding.param_specs(params, mesh, _rules("vit_b32"))
+    with pytest.raises(ValueError, match="got 'image/.*' and 'image/strange'"):
         sharding.param_specs(params, mesh, (("image/.*", ()), ("image/strange", ())))
 
 
-def test_an_axis_of_one_device_cuts_nothing():
-    specs = sharding.param_specs(_params("vit_b32"), sharding.make_mesh())
+def test_axis_of_one_device_shards_nothing():
+    specs = sharding.param_specs(_params("vit_b32"), sharding.make_mesh(), _rules("vit_b32"))
     assert set(jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, PartitionSpec))) == {PartitionSpec()}
 
 
-def test_heads_that_tensor_does_not_divide_are_named():
+def test_heads_that_tensor_does_not_divide_are_rejected():
     with pytest.raises(ValueError, match=r"mesh.tensor=8 does not divide 12, an axis of .*key/bias .*; use 4"):
-        sharding.param_specs(_params("vit_b32"), sharding.make_mesh(tensor=8))
+        sharding.param_specs(_params("vit_b32"), sharding.make_mesh(tensor=8), _rules("vit_b32"))
 
 
-def test_axes_that_do_not_divide_the_devices_are_named():
+def test_axes_that_do_not_divide_the_devices_are_rejected():
     with pytest.raises(ValueError, match="mesh.fsdp=3 times mesh.tensor=2 does not divide 8 devices"):
         sharding.make_mesh(fsdp=3, tensor=2)
 
 
 def test_fsdp_and_sharded_moments_divide_the_state():
-    """ViT-B/32: parameters and two moments of 577 MiB each. Gains, biases and positions are whole: 1 % of an eighth."""
-    whole = sharding.shard_bytes(_state(sharding.make_mesh()))
-    assert whole == pytest.approx(3 * 151_277_313 * 4, rel=1e-3)
-    assert sharding.shard_bytes(_state(sharding.make_mesh(fsdp=8))) == pytest.approx(whole / 8, rel=0.02)
-    moments_cut = sharding.shard_bytes(_state(sharding.make_mesh(), shard_moments=True))
-    assert moments_cut == pytest.approx(whole * (1 / 3 + 2 / 3 / 8), rel=0.01)
+    """ViT-B/32: parameters and two moments of 577 MiB each. Replicated biases and positions: 1 % of an eighth."""
+    replicated = sharding.shard_bytes(_state(sharding.make_mesh()))
+    assert replicated == pytest.approx(3 * 151_277_313 * 4, rel=1e-3)
+    assert sharding.shard_bytes(_state(sharding.make_mesh(fsdp=8))) == pytest.approx(replicated / 8, rel=0.02)
+    sharded_moments = sharding.shard_bytes(_state(sharding.make_mesh(), shard_moments=True))
+    assert sharded_moments == pytest.approx(replicated * (1 / 3 + 2 / 3 / 8), rel=0.01)
 
 
-def test_moments_lie_where_their_parameters_do():
+def test_moments_are_sharded_as_their_parameters():
     state = _state(sharding.make_mesh(fsdp=2))
     kernel = state.params["image"]["transformer"]["blocks"]["mlp"]["in"]["kernel"]
     found = [
@@ -74,18 +78,19 @@ def test_moments_lie_where_their_parameters_do():
     assert found == [kernel.sharding.spec] * 2 == [PartitionSpec(None, "fsdp")] * 2
 
 
-def test_neighbours_on_the_tensor_axis_have_the_same_rows():
+def test_devices_along_the_tensor_axis_have_the_same_rows():
     mesh = sharding.make_mesh(fsdp=2, tensor=2)
     rows = sharding.to_global(np.arange(8), mesh)
     held = {shard.device.id: tuple(np.asarray(shard.data)) for shard in rows.addressable_shards}
     assert [held[i] for i in range(8)] == [(0, 1), (0, 1), (2, 3), (2, 3), (4, 5), (4, 5), (6, 7), (6, 7)]
 
 
-def test_micro_batches_take_rows_of_every_device_and_go_back():
+def test_micro_batches_take_rows_of_every_device_and_join_to_the_batch():
     mesh = sharding.make_mesh(jax.devices()[:4])
     rows = sharding.to_global(np.arange(16), mesh)
     split, join = sharding.micro_batches(mesh, 2)
-    parts = jax.jit(split)(rows)
-    np.testing.assert_array_equal(parts, [[0, 1, 4, 5, 8, 9, 12, 13], [2, 3, 6, 7, 10, 11, 14, 15]])
-    assert {tuple(np.asarray(s.data)[:, 0]) for s in parts.addressable_shards} == {(0, 2), (4, 6), (8, 10), (12, 14)}
+    micro_batches = jax.jit(split)(rows)
+    np.testing.assert_array_equal(micro_batches, [[0, 1, 4, 5, 8, 9, 12, 13], [2, 3, 6, 7, 10, 11, 14, 15]])
+    held = {tuple(np.asarray(s.data)[:, 0]) for s in micro_batches.addressable_shards}
+    assert held == {(0, 2), (4, 6), (8, 10), (12, 14)}
     np.testing.assert_array_equal(jax.jit(lambda x: join(split(x)))(rows), np.arange(16))

@@ -55,6 +55,8 @@ def test_run_writes_config_versions_metrics_and_report(finished):
     assert "<html" in (directory / "report.html").read_text()
     assert list((directory / "tensorboard").glob("events*"))
     assert messages.splitlines()[-1] == "finished"
+    for tower in ("image", "text"):
+        assert messages.count(f"attention of the {tower} tower: XLA: the kernel needs a TPU") == 1
 
 
 def test_every_record_is_on_the_console_and_in_the_file(finished):

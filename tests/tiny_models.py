@@ -1,4 +1,4 @@
-"""Small models of each family, weights and inputs drawn by NumPy: the same for us and for peers."""
+"""Small models of each family, with weights and inputs drawn by NumPy, for comparisons with other libraries."""
 
 import math
 
@@ -17,7 +17,7 @@ _SIGLIP_TEXT = TextTransformer(
 )
 
 ARCHITECTURES = {
-    "vit": Architecture(_IMAGE, _TEXT, 32),  # with CLIP's whole vocabulary, for tokenizers too
+    "vit": Architecture(_IMAGE, _TEXT, 32),  # with CLIP's full vocabulary, for the tokenizers
     "vit_gelu": with_activation(Architecture(_IMAGE, _SMALL_TEXT, 32), "gelu"),
     "layer_scale": with_activation(
         Architecture(
@@ -60,7 +60,7 @@ ARCHITECTURES = {
 
 
 def params(architecture, seed=0):
-    """Return float32 parameters that keep activations near 1, statistics of batch norm included."""
+    """Return float32 parameters, batch statistics included, that keep activations near 1."""
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
@@ -74,7 +74,7 @@ def params(architecture, seed=0):
             return (0.3 if "_rest/norm3" in name or "first/norm3" in name else 1.0) + 0.1 * noise
         if name.endswith(("bias", "mean", "embedding", "positional_embedding", "class_embedding", "probe")):
             return 0.1 * noise
-        # A unit in, a unit out: deep towers of larger weights round off more than 1e-6.
+        # Unit variance in, unit variance out: with larger weights, rounding in deep towers exceeds 1e-6.
         shape = leaf.shape[1:] if "/blocks/" in name or "_rest/" in name else leaf.shape
         outputs = 2 if name.endswith(("query/kernel", "key/kernel", "value/kernel")) else 1
         return noise * np.float32(math.prod(shape[:-outputs]) ** -0.5)
@@ -84,10 +84,10 @@ def params(architecture, seed=0):
 
 
 def inputs(architecture, rows=3, seed=0):
-    """Return uint8 pictures and token ids; each text has its end token at another place."""
+    """Return uint8 images and token ids; each text has its end token at another position."""
     rng, image, text = np.random.default_rng([seed, 1]), architecture.image, architecture.text
-    # Coarse, since noise alone looks the same to every average pool; noisy, since equal patches sit on the same side of
-    # a ReLU, and rounding would move all of them at once.
+    # Coarse blocks, because average pooling removes noise; noise, because equal patches are on the same side of a ReLU,
+    # and rounding would flip all of them at once.
     coarse, repeat = rng.integers(20, 236, (rows, 4, 4, 3)), image.image_size // 4
     pixels = coarse.repeat(repeat, axis=1).repeat(repeat, axis=2)
     pixels = (pixels + rng.integers(-20, 20, pixels.shape)).astype(np.uint8)

@@ -28,17 +28,9 @@ from clip_jax.config.schema import (
     TrainConfig,
     WeightsConfig,
 )
-from clip_jax.models.architecture import (
-    Activation,
-    Architecture,
-    EdgeNet,
-    Preprocess,
-    ResNet,
-    TextTransformer,
-    ViT,
-    check,
-    with_activation,
-)
+from clip_jax.models.architecture import Architecture, Preprocess, check, with_activation
+from clip_jax.models.layers import Activation
+from clip_jax.models.towers import TOWERS, EdgeNet, ImageTower, ResNet, TextTower, TextTransformer, ViT
 
 __all__ = [
     "Activation",
@@ -49,6 +41,7 @@ __all__ = [
     "DataConfig",
     "EdgeNet",
     "EvalConfig",
+    "ImageTower",
     "EvalTask",
     "InitConfig",
     "MODELS",
@@ -58,7 +51,9 @@ __all__ = [
     "ResNet",
     "Resolved",
     "SIGLIP_PREPROCESS",
+    "TOWERS",
     "TeacherConfig",
+    "TextTower",
     "TextTransformer",
     "TokenizerConfig",
     "TrainConfig",

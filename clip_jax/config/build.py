@@ -1,7 +1,7 @@
 """Strict conversion between ConfigDicts and the dataclasses of the schema.
 
-`configs/*.py` start from `default_config()`, a locked ConfigDict, and change what differs. Flags change it further
-(`--config.train.batch_size=512`); `from_config_dict` then returns the dataclasses or an error that names the key.
+`configs/*.py` start from `default_config()`, a locked ConfigDict, and change values. Flags change it further
+(`--config.train.batch_size=512`). `from_config_dict` then returns the dataclasses or an error with the key.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import dataclasses
 import difflib
 import json
 import math
-import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -21,12 +20,28 @@ from clip_jax.config import ranges
 from clip_jax.config.models import MODELS, preprocess_of, tokenizer_of
 from clip_jax.config.schema import Config
 from clip_jax.losses import LOSSES, ContrastiveLoss
+from clip_jax.models.towers import TOWERS, Tower
 
 
 def default_config(model: str = "vit_b32") -> ml_collections.ConfigDict:
-    """Return the paper's recipe for a model of `config.MODELS`, every key there and locked."""
+    """Return the paper's recipe for a model.
+
+    Args:
+      model: a name in `config.MODELS`.
+
+    Returns:
+      A locked ConfigDict with every key.
+
+    Raises:
+      ValueError: for an unknown model.
+
+    Example:
+      >>> config = default_config("vit_b16")
+      >>> config.train.batch_size
+      32768
+    """
     if model not in MODELS:
-        raise ValueError(f"no model is called {model!r}{_nearest(model, MODELS)}; there are {', '.join(MODELS)}")
+        raise ValueError(f"unknown model {model!r}{_nearest(model, MODELS)}; expected one of {', '.join(MODELS)}")
     architecture = MODELS[model]
     return to_config_dict(
         Config(model=architecture, preprocess=preprocess_of(architecture), tokenizer=tokenizer_of(architecture))
@@ -34,7 +49,7 @@ def default_config(model: str = "vit_b32") -> ml_collections.ConfigDict:
 
 
 def to_config_dict(value: Any) -> ml_collections.ConfigDict:
-    """Return a dataclass as a locked ConfigDict that flags can override."""
+    """Convert a config dataclass to a locked ConfigDict, which flags can override."""
     result = ml_collections.ConfigDict()
     for field in dataclasses.fields(value):
         item = getattr(value, field.name)
@@ -47,41 +62,48 @@ def to_config_dict(value: Any) -> ml_collections.ConfigDict:
 
 
 def from_config_dict(config: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:
-    """Return the checked Config. Raises ValueError for unknown keys, wrong types and values out of range."""
+    """Convert nested mappings to a checked Config.
+
+    Absent keys have their defaults.
+
+    Raises:
+      ValueError: for unknown keys, wrong types and values out of range.
+
+    Example:
+      >>> from_config_dict({"train": {"batch_size": 512}}).train.batch_size
+      512
+    """
     if isinstance(config, ml_collections.ConfigDict):
         config = config.to_dict()
-    result = _build(Config, config, "")
-    ranges.check(flatten(dataclasses.asdict(result)))
+    result = build(Config, config)
+    ranges.check(flatten(dataclasses.asdict(result)), ranges.ranges_of(result.model))
     return result
 
 
-def build(cls: type, mapping: Mapping[str, Any], path: str = "") -> Any:
-    """Return dataclass `cls` from nested mappings, as strictly as `from_config_dict`, without the checks of ranges.
-
-    path: the dotted key of the mapping, for errors.
-    """
-    return _build(cls, mapping, path)
-
-
 def from_json(text: str) -> Config:
-    """Read back what `to_json` wrote, as strictly as `from_config_dict`."""
+    """Parse the output of `to_json`, as strictly as `from_config_dict`."""
     return from_config_dict(json.loads(text))
 
 
 def to_json(config: Any) -> str:
-    """Write a config dataclass as JSON, keys in order of definition, for people and for `from_json`."""
+    """Format a config dataclass as JSON, keys in order of definition."""
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """Return the dotted keys in which two configs differ, each with both values."""
+    """Return the old and new value of every dotted key in which two configs differ."""
     old_flat, new_flat = (flatten(dataclasses.asdict(c)) for c in (old, new))
     keys = [*old_flat, *(k for k in new_flat if k not in old_flat)]
     return {k: (old_flat.get(k), new_flat.get(k)) for k in keys if old_flat.get(k) != new_flat.get(k)}
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return `{'a': {'b': 1}}` as `{'a.b': 1}`."""
+    """Flatten nested mappings to dotted keys.
+
+    Example:
+      >>> flatten({"a": {"b": 1}})
+      {'a.b': 1}
+    """
     flat = {}
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
@@ -89,7 +111,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check_name(key: str, name: str, names: Iterable[str]) -> None:
-    """Raise ValueError if a registry does not list `name`."""
+    """Raise ValueError if `name`, the value of a config key, is not in a registry."""
     if name not in (names := list(names)):
         raise ValueError(f"{key}={name!r} is none of {', '.join(names)}{_nearest(name, names)}")
 
@@ -99,11 +121,20 @@ def _nearest(name: str, names: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _build(hint: Any, value: Any, path: str) -> Any:
-    """Return `value` as type `hint`; `path` is its dotted key, for errors."""
+def build(hint: Any, value: Any, path: str = "") -> Any:
+    """Convert a value to a type of the schema, without range checks.
+
+    Args:
+      hint: a dataclass or another type annotation of the schema.
+      value: nested mappings, sequences and scalars.
+      path: the value's dotted key, for errors.
+
+    Raises:
+      ValueError: for unknown keys and wrong types.
+    """
     origin, options = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return _build_union(options, value, path)
+    if isinstance(hint, type) and issubclass(hint, Tower):
+        return _build_tower(hint, value, path)
     if hint is ContrastiveLoss:
         return _build_loss(value, path)
     if dataclasses.is_dataclass(hint):
@@ -117,20 +148,21 @@ def _build(hint: Any, value: Any, path: str) -> Any:
     if origin is tuple:
         if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
             raise ValueError(f"{path}={value!r} should be a sequence, e.g. (1, 2)")
-        return tuple(_build(options[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+        return tuple(build(options[0], item, f"{path}[{i}]") for i, item in enumerate(value))
     if isinstance(origin, type) and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
             raise ValueError(f"{path}={value!r} should be a mapping from names to values")
-        return {str(k): _build(options[1], item, f"{path}.{k}") for k, item in value.items()}
+        return {str(k): build(options[1], item, f"{path}.{k}") for k, item in value.items()}
     return _build_scalar(hint, value, path)
 
 
-def _build_union(options: tuple[Any, ...], value: Any, path: str) -> Any:
-    kinds = {option.kind: option for option in options}
+def _build_tower(base: type[Tower], value: Any, path: str) -> Tower:
+    """Build the tower that is registered for the mapping's `kind`."""
+    towers = {kind: tower for kind, tower in TOWERS.items() if issubclass(tower, base)}
     kind = value.get("kind") if isinstance(value, Mapping) else None
-    if kind not in kinds:
-        raise ValueError(f"{path}.kind={kind!r} is none of {', '.join(map(repr, kinds))}")
-    return _build_dataclass(kinds[kind], value, path)
+    if kind not in towers:
+        raise ValueError(f"{path}.kind={kind!r} is none of {', '.join(map(repr, towers))}")
+    return _build_dataclass(towers[kind], value, path)
 
 
 def _build_loss(value: Any, path: str) -> ContrastiveLoss:
@@ -149,7 +181,7 @@ def _build_dataclass(cls: type, value: Any, path: str) -> Any:
     for key in value:
         if key not in names:
             raise ValueError(f"config has no key '{prefix}{key}'{_nearest(key, names)} (keys here: {', '.join(names)})")
-    return cls(**{key: _build(hints[key], item, prefix + key) for key, item in value.items()})
+    return cls(**{key: build(hints[key], item, prefix + key) for key, item in value.items()})
 
 
 def _build_scalar(hint: type, value: Any, path: str) -> Any:

@@ -1,4 +1,4 @@
-"""What every number of a config may be."""
+"""Allowed ranges of the numbers in a config."""
 
 from __future__ import annotations
 
@@ -6,32 +6,15 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-# (low, high) bounds, both allowed. Every number that a config holds has a row: tests/test_config.py sees to it.
+from clip_jax.models.architecture import Architecture
+from clip_jax.models.towers.base import Range
+
 _FRACTION = (0.0, 1.0)
 _COUNT = (1, 2**62)
-_COUNT_OR_NONE = (0, 2**62)
-RANGES: dict[str, tuple[float, float]] = {
+_COUNT_OR_ZERO = (0, 2**62)
+# Inclusive (low, high) bounds of every number in a config; those of tower fields are in the towers.
+RANGES: dict[str, Range] = {
     "tokenizer.pad_id": (-1, 2**31 - 1),
-    "model.image.image_size": (1, 4096),
-    "model.image.patch_size": (1, 4096),
-    "model.image.width": _COUNT,
-    "model.image.layers": _COUNT,
-    "model.image.heads": _COUNT,
-    "model.image.mlp_ratio": (0.01, 100.0),
-    "model.image.norm_epsilon": (1e-12, 1e-2),
-    "model.image.layer_scale": _FRACTION,
-    "model.image.orientations": _COUNT,
-    "model.image.cell": _COUNT,
-    "model.image.channels": _COUNT,
-    "model.text.vocab_size": _COUNT,
-    "model.text.length": (3, 2**20),
-    "model.text.eos_id": (0, 2**31 - 1),
-    "model.text.width": _COUNT,
-    "model.text.layers": _COUNT,
-    "model.text.heads": _COUNT,
-    "model.text.mlp_ratio": (0.01, 100.0),
-    "model.text.norm_epsilon": (1e-12, 1e-2),
-    "model.text.layer_scale": _FRACTION,
     "model.embed_dim": _COUNT,
     "preprocess.mean": _FRACTION,
     "preprocess.std": (1e-6, 10.0),
@@ -49,14 +32,14 @@ RANGES: dict[str, tuple[float, float]] = {
     "data.augment.cutout": _FRACTION,
     "data.texts_per_caption": (1, 1000),
     "data.max_bad_fraction": _FRACTION,
-    "data.decode_threads": _COUNT_OR_NONE,
+    "data.decode_threads": _COUNT_OR_ZERO,
     "data.prefetch_batches": _COUNT,
     "loss.logit_scale_init": (1e-3, 1e4),
     "loss.logit_scale_max": (1.0, 1e4),
     "loss.logit_bias_init": (-1e4, 1e4),
     "teacher.weight": (0.0, 1e4),
     "optim.learning_rate": (0.0, 10.0),
-    "optim.warmup_steps": _COUNT_OR_NONE,
+    "optim.warmup_steps": _COUNT_OR_ZERO,
     "optim.b1": (0.0, 0.9999999),
     "optim.b2": (0.0, 0.9999999),
     "optim.eps": (0.0, 1.0),
@@ -65,9 +48,9 @@ RANGES: dict[str, tuple[float, float]] = {
     "optim.max_grad_norm": (0.0, 1e9),
     "optim.ema_decay": (0.0, 0.9999999),
     "train.batch_size": _COUNT,
-    "train.total_steps": _COUNT_OR_NONE,
+    "train.total_steps": _COUNT_OR_ZERO,
     "train.total_epochs": (0.0, 1e9),
-    "train.total_examples": _COUNT_OR_NONE,
+    "train.total_examples": _COUNT_OR_ZERO,
     "train.seed": (0, 2**31 - 1),
     "train.log_every_steps": _COUNT,
     "train.max_nonfinite_steps": _COUNT,
@@ -78,20 +61,30 @@ RANGES: dict[str, tuple[float, float]] = {
     "mesh.tensor": _COUNT,
     "checkpoint.every_steps": _COUNT,
     "checkpoint.keep": _COUNT,
-    "checkpoint.keep_every_steps": _COUNT_OR_NONE,
-    "eval.every_steps": _COUNT_OR_NONE,
+    "checkpoint.keep_every_steps": _COUNT_OR_ZERO,
+    "eval.every_steps": _COUNT_OR_ZERO,
     "eval.batch_size": _COUNT,
     "eval.thresholds.*": (-1e9, 1e9),
 }
 
 
-def check(values: Mapping[str, Any]) -> None:
-    """Raise ValueError for the first number out of range, naming its key.
+def ranges_of(model: Architecture) -> dict[str, Range]:
+    """Return the ranges by dotted key, including those of the model's towers."""
+    towers = {"image": model.image, "text": model.text}
+    return RANGES | {
+        f"model.{name}.{key}": row for name, tower in towers.items() for key, row in tower.ranges().items()
+    }
 
-    values: by dotted key; of a sequence, every number has to be in range.
+
+def check(values: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:
+    """Raise ValueError for the first number out of range, with its key.
+
+    Args:
+      values: by dotted key; every number of a sequence must be in range.
+      ranges: inclusive bounds by dotted key, or by `<key>.*` for all keys of a mapping.
     """
     for key, value in values.items():
-        low, high = RANGES.get(key) or RANGES.get(key.rpartition(".")[0] + ".*") or (-math.inf, math.inf)
+        low, high = ranges.get(key) or ranges.get(key.rpartition(".")[0] + ".*") or (-math.inf, math.inf)
         for number in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(number, (int, float)) and not isinstance(number, bool) and not low <= number <= high:
-                raise ValueError(f"{key}={value} is out of range; it must lie between {low:g} and {high:g}")
+                raise ValueError(f"{key}={value} is out of range; it must be between {low:g} and {high:g}")

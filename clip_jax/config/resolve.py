@@ -1,4 +1,4 @@
-"""Checks of a config against the devices and the data, before any device work."""
+"""Checks of a config against the devices and the data, before any work on a device."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import re
 
 from clip_jax.config.build import check_name, differences
 from clip_jax.config.models import MODELS
-from clip_jax.config.schema import Config, TeacherConfig
+from clip_jax.config.schema import Config, OptimConfig, TeacherConfig, TrainConfig
 from clip_jax.models.architecture import check
 
 
 @dataclasses.dataclass(frozen=True)
 class Resolved:
-    """What a config means on these devices with this data."""
+    """A config with the quantities that depend on devices and data."""
 
     config: Config
     total_steps: int
-    batch_per_device: int  # rows of the batch; `mesh.tensor` neighbours have the same
+    batch_per_device: int  # rows; devices along `mesh.tensor` have the same rows
 
 
 LOCAL_PATHS = ("data.cache_dir", "eval.data_dir", "init.weights", "teacher.weights", "tokenizer.path")
@@ -55,73 +55,94 @@ def _check_thresholds(config: Config) -> None:
 
 
 def resolve(config: Config, *, devices: int, processes: int = 1, examples: int | None = None) -> Resolved:
-    """Check what needs the machine and the data's size, and return the run's length in steps.
+    """Check a config against devices and data, and compute the number of steps.
 
     Args:
-      devices: in all processes together.
-      examples: in the training source; None where only `total_epochs` would need it and it is not known.
+      config: the config.
+      devices: number of devices in all processes.
+      processes: number of processes.
+      examples: number of examples in the training source; None if unknown, which `total_epochs` does not allow.
 
     Raises:
-      ValueError: naming the key, what it is, what was expected and a value that works.
+      ValueError: with the config key, its value and a value that works.
+
+    Example:
+      >>> from clip_jax.config import from_config_dict
+      >>> config = from_config_dict({"train": {"batch_size": 512, "total_examples": 5_120_000}})
+      >>> resolve(config, devices=8).total_steps
+      10000
     """
     check_local_paths(config)
     _check_thresholds(config)
-    batch, total = config.train.batch_size, config.train
-    mesh = config.mesh
-    if devices % (mesh.fsdp * mesh.tensor):
-        raise ValueError(
-            f"mesh.fsdp={mesh.fsdp} times mesh.tensor={mesh.tensor} does not divide {devices} devices;"
-            f" use mesh.fsdp={math.gcd(mesh.fsdp, devices)} and mesh.tensor=1"
-        )
-    shards, parts = devices // mesh.tensor, config.train.micro_batches
-    for unit, into in ((shards, f"{shards} devices"), (shards * parts, f"{shards} devices in {parts} micro-batches")):
-        if batch % unit:
-            below, above = batch // unit * unit, -(-batch // unit) * unit
-            choices = f"{below} or {above}" if below else f"{above}"
-            raise ValueError(f"train.batch_size={batch} does not divide over {into}; use {choices}")
-    if devices % processes:
-        raise ValueError(f"{devices} devices do not divide over {processes} processes; every host needs as many")
-    lengths = {
-        "total_steps": total.total_steps,
-        "total_epochs": total.total_epochs,
-        "total_examples": total.total_examples,
-    }
-    given = {f"train.{name}": value for name, value in lengths.items() if value}
-    if len(given) != 1:
-        said = " and ".join(f"{k}={v}" for k, v in given.items()) or "none of them"
-        raise ValueError(
-            f"give one of train.total_steps, train.total_epochs, train.total_examples; got {said}."
-            " To change a config's choice, e.g. --config.train.total_epochs=0 --config.train.total_steps=1000"
-        )
-    if total.total_epochs and examples is None:
-        raise ValueError(f"train.total_epochs={total.total_epochs} needs the data at hand; give train.total_examples")
-    wanted = round(total.total_epochs * examples) if total.total_epochs else total.total_examples
-    steps = total.total_steps or max(1, wanted // batch)
+    batch_per_device = _batch_per_device(config, devices, processes)
+    steps = _total_steps(config.train, examples)
     if steps <= config.optim.warmup_steps:
         raise ValueError(
             f"optim.warmup_steps={config.optim.warmup_steps} does not end before the run's {steps} steps;"
             f" use at most {max(0, steps // 10)}"
         )
     check(config.model)
-    if config.optim.name == "adafactor" and not config.optim.b1 and config.optim.moment_dtype != "float32":
+    _check_optimizer(config.optim)
+    if config.loss.needs_logit_bias and not config.model.logit_bias:
+        raise ValueError(f"loss.name={config.loss.name!r} has a bias that the model lacks: set model.logit_bias=True")
+    _check_teacher(config.teacher)
+    if config.train.patch_dropout and not config.model.image.supports_patch_dropout:
+        raise ValueError(f"train.patch_dropout={config.train.patch_dropout} needs patches; set it to 0, or use a ViT")
+    return Resolved(config, steps, batch_per_device)
+
+
+def _batch_per_device(config: Config, devices: int, processes: int) -> int:
+    batch, mesh, micro_batches = config.train.batch_size, config.mesh, config.train.micro_batches
+    if devices % (mesh.fsdp * mesh.tensor):
         raise ValueError(
-            f"optim.moment_dtype={config.optim.moment_dtype!r}, but adafactor with optim.b1=0 has no moments"
+            f"mesh.fsdp={mesh.fsdp} times mesh.tensor={mesh.tensor} does not divide {devices} devices;"
+            f" use mesh.fsdp={math.gcd(mesh.fsdp, devices)} and mesh.tensor=1"
         )
+    shards = devices // mesh.tensor
+    units = (
+        (shards, f"{shards} devices"),
+        (shards * micro_batches, f"{shards} devices in {micro_batches} micro-batches"),
+    )
+    for unit, name in units:
+        if batch % unit:
+            below, above = batch // unit * unit, -(-batch // unit) * unit
+            choices = f"{below} or {above}" if below else f"{above}"
+            raise ValueError(f"train.batch_size={batch} does not divide over {name}; use {choices}")
+    if devices % processes:
+        raise ValueError(f"{devices} devices do not divide over {processes} processes; every host needs as many")
+    return batch // shards
+
+
+def _total_steps(train: TrainConfig, examples: int | None) -> int:
+    lengths = {key: getattr(train, key) for key in ("total_steps", "total_epochs", "total_examples")}
+    given = [f"train.{key}={value}" for key, value in lengths.items() if value]
+    if len(given) != 1:
+        raise ValueError(
+            "give one of train.total_steps, train.total_epochs, train.total_examples;"
+            f" got {' and '.join(given) or 'none of them'}."
+            " To replace a config's value, e.g. --config.train.total_epochs=0 --config.train.total_steps=1000"
+        )
+    if train.total_epochs and examples is None:
+        raise ValueError(f"train.total_epochs={train.total_epochs} needs the data at hand; give train.total_examples")
+    total_examples = round(train.total_epochs * examples) if train.total_epochs else train.total_examples
+    return train.total_steps or max(1, total_examples // train.batch_size)
+
+
+def _check_optimizer(optim: OptimConfig) -> None:
+    if optim.name == "adafactor" and not optim.b1 and optim.moment_dtype != "float32":
+        raise ValueError(f"optim.moment_dtype={optim.moment_dtype!r}, but adafactor with optim.b1=0 has no moments")
     for key in ("freeze", "no_weight_decay", "half_precision_params"):
-        pattern = getattr(config.optim, key)
+        pattern = getattr(optim, key)
         try:
             re.compile(pattern)
         except re.error as error:
             raise ValueError(f"optim.{key}={pattern!r} is no regular expression ({error}); e.g. '^image/'") from error
-    if config.loss.needs_logit_bias and not config.model.logit_bias:
-        raise ValueError(f"loss.name={config.loss.name!r} has a bias that the model lacks: set model.logit_bias=True")
-    teacher = config.teacher
+
+
+def _check_teacher(teacher: TeacherConfig) -> None:
     if teacher.model:
         check_name("teacher.model", teacher.model, MODELS)
     if not teacher.weights and teacher != TeacherConfig():
         changed = differences(Config(teacher=TeacherConfig()), Config(teacher=teacher))
         key, (_, value) = next(iter(changed.items()))
-        raise ValueError(f"{key}={value!r} is of a teacher, and there is none: set teacher.weights")
-    if config.train.patch_dropout and config.model.image.kind != "vit":
-        raise ValueError(f"train.patch_dropout={config.train.patch_dropout} needs patches; set it to 0, or use a ViT")
-    return Resolved(config, steps, batch // shards)
+        raise ValueError(f"{key}={value!r} has no effect without a teacher: set teacher.weights")

@@ -1,6 +1,6 @@
-"""The configuration schema: frozen dataclasses and their defaults.
+"""Configuration schema: frozen dataclasses and their defaults.
 
-Defaults are the paper's recipe for ViT (Radford et al. 2021, table 18 and section 2.5).
+The defaults are the paper's recipe for ViT models (Radford et al. 2021, section 2.5 and table 18).
 """
 
 from __future__ import annotations
@@ -15,166 +15,161 @@ from clip_jax.models.architecture import Architecture, Preprocess
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """Which tokenizer; its vocabulary must fit `model.text.vocab_size`, its length is `model.text.length`.
+    """Tokenizer. Its vocabulary must fit `model.text.vocab_size`; its length is `model.text.length`.
 
-    path: clip_bpe: empty for the published merge table. sentencepiece: the `.model` file. huggingface: tokenizer.json.
-
-    The rest is for the latter two, whose files don't say it:
-
-    clean: 'lower'; 'whitespace': mojibake and HTML undone, white space collapsed; 'canonicalize': that, punctuation
-      dropped, lower case.
-    pad_id: behind the end token; -1 for the file's own, or the end token where it has none.
-    keep_end: False for padding in place of the end token.
+    All fields after `path` are for "sentencepiece" and "huggingface", whose files do not contain them.
     """
 
     name: Literal["clip_bpe", "sentencepiece", "huggingface"] = "clip_bpe"
+    # clip_bpe: merge table, empty for the published one; sentencepiece: `.model` file; huggingface: tokenizer.json.
     path: str = ""
+    # 'whitespace': fix mojibake, unescape HTML, collapse white space. 'canonicalize': also remove punctuation and
+    # lowercase.
     clean: Literal["none", "lower", "whitespace", "canonicalize"] = "none"
-    pad_id: int = -1
-    keep_end: bool = True
+    pad_id: int = -1  # id after the end token; -1: the file's own, or the end token if it has none
+    keep_end: bool = True  # False: replace the end token by padding
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightsConfig:
-    """All that weights need to mean the same elsewhere: it travels in their file (clip_jax/interop/msgpack.py).
-
-    tokenizer_file: what `tokenizer.path` contained, so that the weights outlive that path; empty without a path.
-    source: for people: where the weights come from.
-    """
+    """Everything needed to use weights elsewhere; stored in weight files (clip_jax/interop/msgpack.py)."""
 
     model: Architecture = Architecture()
     tokenizer: TokenizerConfig = TokenizerConfig()
     preprocess: Preprocess = Preprocess()
-    source: str = ""
+    source: str = ""  # origin of the weights, for people
+    # Content of `tokenizer.path`, so that the weights do not depend on that file; empty without a path.
     tokenizer_file: bytes = dataclasses.field(default=b"", repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class AugmentConfig:
-    """Random changes of a training picture. The defaults are the paper's: a random square crop, nothing else."""
+    """Random augmentation of training images. The defaults are the paper's: a random square crop only."""
 
-    min_crop_area: float = 0.9  # of the largest square; 1 crops nothing away but the longer side
-    rotate_degrees: float = 0.0  # up to, either way
-    zoom: float = 0.0  # up to, as a fraction, in and out, after the crop
-    shift: float = 0.0  # up to, as a fraction of the side
-    brightness: float = 0.0  # up to, as a fraction of the range
-    contrast: float = 0.0  # up to, as a fraction
-    saturation: float = 0.0  # up to, as a fraction
-    hue_degrees: float = 0.0  # up to, either way
+    min_crop_area: float = 0.9  # of the largest square; 1: crop only the longer side
+    rotate_degrees: float = 0.0  # maximum, in both directions
+    zoom: float = 0.0  # maximum, in and out after the crop, as a fraction
+    shift: float = 0.0  # maximum, as a fraction of the side
+    brightness: float = 0.0  # maximum, as a fraction of the range
+    contrast: float = 0.0  # maximum, as a fraction
+    saturation: float = 0.0  # maximum, as a fraction
+    hue_degrees: float = 0.0  # maximum, in both directions
     grayscale_probability: float = 0.0
-    flip_probability: float = 0.0  # left to right; captions that say left or right become wrong
-    cutout: float = 0.0  # side of a square that is erased, up to, as a fraction
+    flip_probability: float = 0.0  # left to right; captions with "left" or "right" become wrong
+    cutout: float = 0.0  # maximum side of an erased square, as a fraction
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where the pairs come from and how they become arrays."""
+    """Training data."""
 
     source: str = "tfrecord"  # a name in clip_jax.data.SOURCES
-    # tfrecord: shards by glob, brace range or comma list, e.g. '/data/cc3m/{00000..00331}.tfrecord'.
+    # tfrecord: shards as a glob, brace range or comma-separated list, e.g. '/data/cc3m/{00000..00331}.tfrecord'.
     files: str = ""
-    # Features that hold captions, each with its weight; weights of absent and empty ones fall away.
+    # Features with captions and their sampling weights; absent and empty features are skipped.
     captions: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"txt": 1.0, "caption": 1.0})
-    # Up to so many texts of a record are drawn and joined by commas: for tags, and names that go with them.
+    # Maximum number of a record's texts that are sampled and joined by commas, e.g. for a name and its tags.
     texts_per_caption: int = 1
     augment: AugmentConfig = AugmentConfig()
-    # Settings of the source beyond these, e.g. {'examples': 4096} of `synthetic`: arguments of its `from_config`.
+    # Settings of the source, arguments of its `from_config`, e.g. {'examples': 4096} for `synthetic`.
     options: Mapping[str, object] = dataclasses.field(default_factory=dict)
-    cache_dir: str = "~/.cache/clip_jax"  # rendered pictures and indices of shards
-    max_bad_fraction: float = 0.01  # of the records read so far: above it, the run ends and names some
-    decode_threads: int = 0  # 0: as many as cores
+    cache_dir: str = "~/.cache/clip_jax"  # for rendered images and shard indices
+    max_bad_fraction: float = 0.01  # bad records / records read; above it the run stops and lists some of them
+    decode_threads: int = 0  # 0: one per core
     prefetch_batches: int = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class InitConfig:
-    """Weights to start from instead of random ones: anything that `clip_jax.load` takes, e.g. 'ViT-L-14.pt'.
+    """Pretrained weights to start from.
 
-    Picture size and context length may differ from `model`'s: position embeddings are resized. All else has to fit.
+    Image size and context length may differ from `model`'s: position embeddings are resized. All other sizes must
+    match.
     """
 
-    weights: str = ""  # empty: random
-    model: str = ""  # a name in MODELS, for files that can't tell
-    activation: str = ""  # likewise; the file's, not the run's
+    weights: str = ""  # anything that `clip_jax.load` reads, e.g. 'ViT-L-14.pt'; empty: random initialization
+    model: str = ""  # architecture of the file, a name in MODELS, if the file does not determine it
+    activation: str = ""  # activation of the file, if the file does not determine it
 
 
 @dataclasses.dataclass(frozen=True)
 class TeacherConfig:
-    """A trained model whose softmax over the batch is learnt from: anything that `clip_jax.load` takes.
+    """A frozen model whose softmax over the batch is distilled.
 
-    It is frozen, and sees the run's pictures and texts. Picture size and context length may differ from `model`'s as in
-    `init`; preprocessing and token ids have to be the same, all else is its own.
+    It encodes the run's images and texts. Image size and context length may differ from `model`'s as in `init`;
+    preprocessing and token ids must be the same.
     """
 
-    weights: str = ""  # empty: none
-    model: str = ""  # a name in MODELS, for files that can't tell
-    activation: str = ""  # likewise
-    weight: float = 1.0  # of the cross-entropy with the teacher; the loss's own is 1
+    weights: str = ""  # anything that `clip_jax.load` reads; empty: no teacher
+    model: str = ""  # architecture of the file, a name in MODELS, if the file does not determine it
+    activation: str = ""  # activation of the file, if the file does not determine it
+    weight: float = 1.0  # of the cross-entropy with the teacher; the contrastive loss has weight 1
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """An optimizer with warm-up and cosine decay to zero. The defaults are the paper's for ViT."""
+    """Optimizer with linear warm-up and cosine decay to zero. The defaults are the paper's for ViT models."""
 
     name: Literal["adamw", "adafactor", "lion"] = "adamw"
-    learning_rate: float = 5e-4  # lion: a third to a tenth, and as many times the weight decay
+    learning_rate: float = 5e-4  # peak; lion: 3 to 10 times smaller, with a weight decay 3 to 10 times larger
     warmup_steps: int = 2000
-    b1: float = 0.9  # adafactor: 0 keeps no first moment
-    b2: float = 0.98  # 0.999 for ResNets; adafactor: what 1 - t^-0.8 stops at
-    eps: float = 1e-6  # 1e-8 for ResNets; of adamw alone, the others have none
-    # What moments are stored in: the paper's half-precision Adam statistics. Stochastic rounding keeps them unbiased.
+    b1: float = 0.9  # adafactor: 0 for no first moment
+    b2: float = 0.98  # 0.999 for ResNets; adafactor: upper bound of 1 - t^-0.8
+    eps: float = 1e-6  # 1e-8 for ResNets; adamw only
+    # Storage of the moments, as the paper's half-precision Adam statistics. Stochastic rounding keeps them unbiased.
     moment_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    stochastic_rounding: bool = True  # of moments in half precision; False: to the nearest
-    # Parameters that are stored in bfloat16 and rounded stochastically after every update; the paper's: '^text/'.
+    stochastic_rounding: bool = True  # of half-precision moments; False: round to nearest
+    # Regular expression of parameters stored in bfloat16, rounded stochastically after each update; paper: '^text/'.
     half_precision_params: str = ""
     weight_decay: float = 0.2
-    # Parameters whose path matches are not decayed; gains, biases and the logit scale never are.
+    # Regular expression of parameters without weight decay; gains, biases and the logit scale never have it.
     no_weight_decay: str = ""
-    # Parameters whose path this regular expression finds are not trained: '^image/' is locked-image tuning.
+    # Regular expression of parameters that are not trained; '^image/' is locked-image tuning.
     freeze: str = ""
-    layer_decay: float = 1.0  # of the learning rate, for every layer further from a tower's end
+    layer_decay: float = 1.0  # factor of the learning rate per layer of distance from a tower's output
     max_grad_norm: float = 0.0  # 0: no clipping
-    ema_decay: float = 0.0  # 0: no average; evaluation and export use the average where there is one
-    shard_moments: bool = False  # over all devices that share the batch, though parameters are not (ZeRO 1)
+    ema_decay: float = 0.0  # of the parameter average, which is evaluated and exported; 0: no average
+    shard_moments: bool = False  # over all devices that share the batch, with replicated parameters (ZeRO 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """How long, how many at a time, in which precision. Give one of steps, epochs, examples; 0 is none."""
+    """Duration, batch and computation. Set exactly one of total_steps, total_epochs and total_examples."""
 
     batch_size: int = 32_768  # pairs in the global batch
     total_steps: int = 0
     total_epochs: float = 0.0
     total_examples: int = 0
     seed: int = 0
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the computation; parameters are float32
-    micro_batches: int = 1  # parts that are embedded one after another; the loss is still the whole batch's
-    # What the backward pass computes again: nothing; all but products; all but attention; all of a layer.
+    # Of the computation; parameters are float32. float32 uses full-precision matmuls, which are slow on TPUs.
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    micro_batches: int = 1  # encoded one after another to save memory; the loss is of the global batch
+    # Saved for the backward pass: everything; matmuls; outputs of attention and convolutions; inputs of layers.
     remat: Literal["none", "dots", "names", "full"] = "names"
     unroll_layers: bool = False  # write the loop over layers out: the same numbers, minutes to compile
-    # Causal towers: captions end to end, in room for this fraction of a batch's text positions. A batch that needs more
-    # is encoded in rows (metric text/in_rows; text/filled is what was needed). 1: all in rows.
+    # Packed captions, for causal towers: positions as a fraction of the batch's text positions. A batch that needs more
+    # (metric text/filled) is encoded padded (metric text/padded). 1: no packing.
     text_capacity: float = 0.35
     log_every_steps: int = 50
-    max_nonfinite_steps: int = 10  # in a row; then the run ends
-    patch_dropout: float = 0.0  # the fraction of a picture's patches that a step leaves out (Li et al. 2023)
+    max_nonfinite_steps: int = 10  # consecutive steps with a non-finite loss or gradient, after which the run stops
+    patch_dropout: float = 0.0  # fraction of an image's patches dropped in training (Li et al. 2023)
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How devices share the work: `data`, what remains of them, by the batch alone."""
+    """Device mesh. The batch is sharded over `fsdp` and over `data`, which has the remaining devices."""
 
-    fsdp: int = 1  # so many neighbours share the batch too, and each holds its part of every large parameter
-    tensor: int = 1  # so many neighbours share each layer's heads and perceptron, and have the same rows of the batch
+    fsdp: int = 1  # size of the fsdp axis: parameters, optimizer state and batch are sharded over it
+    tensor: int = 1  # size of the tensor axis: attention heads and MLP width are sharded over it
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """When the state is saved, and what is kept."""
+    """Checkpoint schedule."""
 
     every_steps: int = 1000
-    keep: int = 3  # the newest
-    keep_every_steps: int = 0  # besides, every so many steps for good; 0: none
+    keep: int = 3  # number of newest checkpoints to keep
+    keep_every_steps: int = 0  # keep every multiple of this permanently; 0: none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +195,7 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A run."""
+    """Configuration of a training run."""
 
     model: Architecture = Architecture()
     tokenizer: TokenizerConfig = TokenizerConfig()

@@ -1,8 +1,8 @@
-"""Accelerators by their datasheets: what one chip computes, moves and holds.
+"""Datasheet figures of accelerators: FLOP/s, memory, bandwidth.
 
 Sources: docs.cloud.google.com/tpu/docs/{v2,v3,v4,v5e,v5p,v6e,tpu7x} as of 2026; NVIDIA's datasheets of A100, H100,
-H200, B200 and L4, dense bfloat16. HBM of TPUs is what the compiler lets a program have, by its own error. Links count
-one direction, half of the "bidirectional" figure where only that is given.
+H200, B200 and L4, dense bfloat16. HBM of TPUs is the amount that the compiler allots to a program, from its error
+message. Links count one direction, half of the "bidirectional" figure where only that is published.
 """
 
 from __future__ import annotations
@@ -15,21 +15,16 @@ Number = int | float
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One chip as clouds sell it.
-
-    flops_per_second: dense bfloat16. hbm_bytes: for one program. hbm_bytes_per_second. link_bytes_per_second: to
-    neighbours, ICI or NVLink, all links together, one way. network_bytes_per_second: its share of the data centre's
-    network. devices: that JAX shows for it. chips_per_host.
-    """
+    """Figures of one chip."""
 
     name: str
-    flops_per_second: float
-    hbm_bytes: int
+    flops_per_second: float  # dense bfloat16
+    hbm_bytes: int  # available to one program
     hbm_bytes_per_second: float
-    link_bytes_per_second: float
-    network_bytes_per_second: float
+    link_bytes_per_second: float  # ICI or NVLink, sum of all links, one direction
+    network_bytes_per_second: float  # share of the data-center network
     chips_per_host: int
-    devices: int = 1
+    devices: int = 1  # JAX devices per chip
     kind: str = "tpu"
 
 
@@ -45,7 +40,7 @@ def _gpu(name: str, tera: Number, gigabytes: Number, hbm: Number, link: Number, 
     )
 
 
-# TFLOP/s, GiB, GB/s, GB/s, Gbit/s, chips of a host, devices of a chip.
+# TFLOP/s, GiB, GB/s of HBM, GB/s of links, Gbit/s of network, chips per host, devices per chip
 CHIPS: dict[str, Chip] = {
     chip.name: chip
     for chip in (
@@ -56,7 +51,7 @@ CHIPS: dict[str, Chip] = {
         _tpu("v5p", 459, 95.74, 2765, 600, 50, 4, 1),
         _tpu("v6e", 918, 31.25, 1638, 400, 100, 8, 1),
         _tpu("v7x", 2307, 189.5, 7380, 600, 100, 4, 2),
-        # TFLOP/s, GB, GB/s, GB/s of NVLink (PCIe for L4), Gbit/s
+        # TFLOP/s, GB, GB/s of HBM, GB/s of NVLink (PCIe for L4), Gbit/s of network
         _gpu("a100-40gb", 312, 40, 1555, 300, 200),
         _gpu("a100", 312, 80, 2039, 300, 200),
         _gpu("h100", 989, 80, 3350, 450, 400),
@@ -66,7 +61,7 @@ CHIPS: dict[str, Chip] = {
     )
 }
 
-# What JAX calls them: `device.device_kind`.
+# Names by JAX's `device.device_kind`.
 KINDS = {
     "TPU v2": "v2",
     "TPU v3": "v3",
@@ -86,5 +81,10 @@ KINDS = {
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """Return the chip that JAX calls so; None where its figures aren't known."""
+    """Return the chip with this `device.device_kind`, or None if its figures are unknown.
+
+    Example:
+      >>> chip_of("TPU v4").name
+      'v4'
+    """
     return CHIPS.get(KINDS.get(device_kind, ""))

@@ -237,7 +237,7 @@ class _Training:
 
     def solve(self, l2: float, start_QD=None):
         if start_QD is None:
-            start_QD = jnp.zeros((self.present_Q.sum(), len(self.problem.penalised_D)))
+            start_QD = jnp.zeros((self.present_Q.sum(), len(self.problem.penalized_D)))
         return logistic.minimize(self.problem, self.factor * l2, start_QD, self.tolerance).w_QD
 
     def coordinates(self, probe: LinearProbe | None):

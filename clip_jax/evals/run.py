@@ -163,7 +163,9 @@ def make_evaluated_model(
     config: WeightsConfig, params: Params, mesh: Mesh, options: Options, fingerprint: str = ""
 ) -> Model:
     """Return the model with its parameters replicated over a mesh. With a fingerprint, features are cached on disk."""
-    model = make_model(config.model, config.preprocess, dtype=options.dtype, rows=sharding.batch_sharding(mesh))
+    model = make_model(
+        config.model, config.preprocess, dtype=options.dtype, batch_sharding=sharding.batch_sharding(mesh)
+    )
     replicated, pixels = sharding.replicated(mesh), config.model.image.image_size
     batch_size = -(-options.batch_size // mesh.size) * mesh.size
     embedder = ModelEmbedder(

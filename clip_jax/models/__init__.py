@@ -1,5 +1,15 @@
-"""Encoders in linen, used as pure functions."""
+"""CLIP encoders in Flax linen, used as pure functions of their parameters."""
 
-from clip_jax.models.clip import Model, count_parameters, make_model
+from clip_jax.models.clip import Model, attention_implementations, count_parameters, make_model, matmul_precision
+from clip_jax.models.towers import TOWERS, ImageTower, TextTower
 
-__all__ = ["Model", "count_parameters", "make_model"]
+__all__ = [
+    "TOWERS",
+    "ImageTower",
+    "Model",
+    "TextTower",
+    "attention_implementations",
+    "count_parameters",
+    "make_model",
+    "matmul_precision",
+]

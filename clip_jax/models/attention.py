@@ -1,39 +1,50 @@
-"""Attention of short sequences: on TPUs one Pallas kernel, in which a head's scores never leave the chip's own memory.
+"""Attention for short sequences: on TPUs one Pallas kernel that keeps a head's scores in on-chip memory (VMEM).
 
-Up to some 600 tokens, the scores of a head fit into VMEM whole, so nothing is streamed and rescaled as in flash
-attention (Dao et al. 2022, arXiv:2205.14135): the softmax is the plain one. XLA writes float32 scores to HBM and reads
-them back some 13 times a layer, padded from 257 columns to 384: half of the bytes of a ViT-L/14's step. Elsewhere
-`jax.nn.dot_product_attention` does the same, by cuDNN's flash attention on GPUs. A backward pass keeps queries, keys
-and values only.
+Up to about 600 tokens, all scores of a head fit into VMEM, so the kernel computes a plain softmax and does not stream
+and rescale as flash attention does (Dao et al. 2022, arXiv:2205.14135). XLA writes float32 scores to HBM and reads them
+back about 13 times per layer, padded from 257 to 384 columns: half of the bytes of a ViT-L/14 step. On other devices,
+`jax.nn.dot_product_attention` computes the same, with cuDNN's flash attention on GPUs. The backward pass saves only
+queries, keys and values.
 
-What the compiler's count of bytes can't see, for ViT-L/14's image tower, 257 tokens and 16 heads of 64, bf16:
+Resources of the kernel, which the compiler's byte count does not include, for the image tower of ViT-L/14: 257 tokens,
+16 heads of 64, bfloat16.
 
-- VMEM. A grid step holds [r, 257, 128] of every operand, two heads side by side, twice for the pipeline: at r = 2,
-  2 · 257 · 128 · 2 bytes = 132 kB each, 4 forward and 7 backward, 1.8 MB. Scores f32[257, 257] are 264 · 384 · 4 =
-  406 kB, and up to four are alive, 1.6 MB. That is a fifth of the 16 MB which a kernel may use by default.
-- Matrix unit. A head's lanes are masked, not sliced: products contract or produce all 128 lanes, of which 64 count, as
-  a 128 × 128 unit would pad them anyway. With 257 padded to 264 rows and 384 columns, a third of what the unit does is
-  useful: 7 products of 2 · 264 · 384 · 128 a head and layer are 8.9 TFLOP a chip at 128 pictures, 32 ms at v4's peak,
-  of which 3.0 TFLOP, 11 ms, are counted.
-- Vector unit. About 15 operations per score forward and 25 backward, 384 · 264 scores a head: 2.0e11 operations, about
-  45 ms on v4, beside the products, where XLA's fusions would spend them too.
+- VMEM: a grid step holds [r, 257, 128] of every operand, two heads in the 128 lanes, twice for the pipeline: at r = 2,
+  2 · 257 · 128 · 2 bytes = 132 kB each, 4 forward and 7 backward, 1.8 MB. Scores f32[257, 257] take 264 · 384 · 4 =
+  406 kB, and up to four are live, 1.6 MB. The sum is a fifth of the 16 MB that a kernel may use by default.
+- Matrix unit: a head's lanes are masked, not sliced, so matmuls contract or produce all 128 lanes, of which 64 are
+  used; a 128 × 128 unit would pad them anyway. With 257 tokens padded to 264 rows and 384 columns, a third of the
+  work is useful: 7 matmuls of 2 · 264 · 384 · 128 per head and layer are 8.9 TFLOP per chip for 128 images, 32 ms
+  at v4's peak, of which 3.0 TFLOP, 11 ms, are counted.
+- Vector unit: about 15 operations per score forward and 25 backward, 384 · 264 scores per head: 2.0e11 operations,
+  about 45 ms on v4, in parallel with the matmuls. XLA's fusions would take the same time.
 """
 
 from __future__ import annotations
 
 import functools
+import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
-LANES = 128  # of a TPU's vector registers
-MAX_TOKENS = 640  # 577 are the most of the paper's models; a head's scores are 1.6 MB of VMEM at 640
-_BLOCK_BYTES = 1 << 18  # of one operand in one grid step: short sequences come several at a time
-_LOW = -1e30  # finite, unlike -inf, whose difference to itself is none
+LANES = 128  # per vector register of a TPU
+MAX_TOKENS = 640  # the paper's models have at most 577; the scores of a head take 1.6 MB of VMEM at 640
+_BLOCK_BYTES = 1 << 18  # of one operand in one grid step; a step takes several short sequences
+_MASKED = -1e30  # finite, because -inf - -inf is NaN
+
+
+class AttentionShape(NamedTuple):
+    """Sizes of a self-attention: heads, features per head, tokens."""
+
+    heads: int
+    head_dim: int
+    tokens: int
 
 
 def attend(
@@ -44,45 +55,83 @@ def attend(
     *,
     causal: bool = False,
     mask_BLM: Bool[Array, "B L M"] | None = None,
-    rows: jax.sharding.NamedSharding | None = None,
+    batch_sharding: NamedSharding | None = None,
 ) -> Float[Array, "B L X"]:
-    """Return softmax(Q Kᵀ / √K) V for every head; scores and softmax in float32.
+    """Compute softmax(Q Kᵀ / √K) V for each head; scores and softmax are float32.
 
     Args:
-      query_BLX, key_BMX, value_BMX: heads side by side, X = N · K.
-      causal: whether a token sees only itself and those before.
-      mask_BLM: which tokens see which, instead; each sees one at least.
-      rows: where the examples lie, on a mesh with an axis `tensor` for the heads; its devices decide what computes.
-        None: XLA, anywhere.
+      query_BLX, key_BMX, value_BMX: the heads' features side by side, X = N · K.
+      heads: number of heads, N.
+      causal: whether a token attends only to itself and earlier tokens.
+      mask_BLM: True where a token attends to another, instead of `causal`; at least once per row.
+      batch_sharding: sharding of the batch, on a mesh whose axis `tensor` shards the heads. Its devices determine the
+        implementation; None: XLA.
     """
-    if rows is not None and _fits_kernel(rows, query_BLX, key_BMX, heads):
-        wide = PartitionSpec(*rows.spec, None, "tensor")
-        kernel = functools.partial(short_attention, head_dim=query_BLX.shape[-1] // heads, causal=causal)
-        return jax.shard_map(  # the compiler can't cut a kernel
-            kernel, mesh=rows.mesh, in_specs=(wide, wide, wide, rows.spec), out_specs=wide, check_vma=False
-        )(query_BLX, key_BMX, value_BMX, mask_BLM)
+    if batch_sharding is not None:
+        shape = AttentionShape(heads, query_BLX.shape[-1] // heads, max(query_BLX.shape[1], key_BMX.shape[1]))
+        # The batch of one that initializes parameters does not divide over the devices.
+        divides = query_BLX.shape[0] % _batch_shards(batch_sharding) == 0
+        if divides and not _kernel_obstacle(shape, batch_sharding.mesh):
+            specs = PartitionSpec(*batch_sharding.spec, None, "tensor")
+            kernel = functools.partial(short_attention, head_dim=shape.head_dim, causal=causal)
+            return jax.shard_map(  # the compiler cannot partition a kernel
+                kernel,
+                mesh=batch_sharding.mesh,
+                in_specs=(specs, specs, specs, batch_sharding.spec),
+                out_specs=specs,
+                check_vma=False,
+            )(query_BLX, key_BMX, value_BMX, mask_BLM)
     query, key, value = (x.reshape(*x.shape[:2], heads, -1) for x in (query_BLX, key_BMX, value_BMX))
     mask_B1LM = None if mask_BLM is None else mask_BLM[:, None]
-    flash = mask_BLM is None and rows is not None and _fits_cudnn(rows, query)
-    chosen = {"implementation": "cudnn"} if flash else {}
-    y_BLNK = jax.nn.dot_product_attention(query, key, value, mask=mask_B1LM, is_causal=causal, **chosen)
+    flash = mask_BLM is None and batch_sharding is not None and _has_cudnn_flash(batch_sharding.mesh, query.dtype)
+    options = {"implementation": "cudnn"} if flash else {}
+    y_BLNK = jax.nn.dot_product_attention(query, key, value, mask=mask_B1LM, is_causal=causal, **options)
     return y_BLNK.reshape(query_BLX.shape)
 
 
-def _fits_kernel(rows: jax.sharding.NamedSharding, query_BLX: Array, key_BMX: Array, heads: int) -> bool:
-    """Tell whether the kernel computes these shapes on these devices."""
-    if (
-        rows.mesh.devices.flat[0].platform != "tpu" or query_BLX.shape[0] % rows.num_devices
-    ):  # as when parameters are made
-        return False
-    width, head_dim = query_BLX.shape[-1] // rows.mesh.shape["tensor"], query_BLX.shape[-1] // heads
-    return width % LANES == 0 and LANES % head_dim == 0 and max(query_BLX.shape[1], key_BMX.shape[1]) <= MAX_TOKENS
+def attention_implementation(
+    shape: AttentionShape, mesh: Mesh, dtype: str = "bfloat16", *, masked: bool = False
+) -> str:
+    """Return the implementation that `attend` selects on a mesh, and the reason if it is XLA's.
+
+    Args:
+      shape: sizes of the attention, of all devices together.
+      mesh: mesh with an axis `tensor`, which shards the heads.
+      dtype: of queries, keys and values.
+      masked: whether there is a mask, as with packed captions.
+    """
+    obstacle = _kernel_obstacle(shape, mesh)
+    if not obstacle:
+        return "Pallas kernel"
+    if not masked and _has_cudnn_flash(mesh, dtype):
+        return "cuDNN flash attention"
+    return f"XLA: {obstacle}"
 
 
-def _fits_cudnn(rows: jax.sharding.NamedSharding, query_BLNK: Array) -> bool:
-    """Tell whether these devices have cuDNN's flash attention: Ampere or later, half precision."""
-    device = rows.mesh.devices.flat[0]
-    half = query_BLNK.dtype in (jnp.bfloat16, jnp.float16)
+def _kernel_obstacle(shape: AttentionShape, mesh: Mesh) -> str:
+    """Return why the kernel cannot compute an attention on a mesh, or an empty string."""
+    if (platform := mesh.devices.flat[0].platform) != "tpu":
+        return f"the kernel needs a TPU, the platform is {platform}"
+    if LANES % shape.head_dim:
+        return f"head width {shape.head_dim} does not divide {LANES}"
+    if shape.heads * shape.head_dim // mesh.shape["tensor"] % LANES:
+        heads = shape.heads / mesh.shape["tensor"]
+        return f"{heads:g} heads of width {shape.head_dim} per device do not fill multiples of {LANES} lanes"
+    if shape.tokens > MAX_TOKENS:
+        return f"{shape.tokens} tokens exceed the kernel's {MAX_TOKENS}"
+    return ""
+
+
+def _batch_shards(batch_sharding: NamedSharding) -> int:
+    """Return the number of shards of the batch, which axes such as `tensor` do not multiply."""
+    axes = batch_sharding.spec[0]
+    return math.prod(batch_sharding.mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+
+
+def _has_cudnn_flash(mesh: Mesh, dtype: jnp.dtype | str) -> bool:
+    """Return whether cuDNN's flash attention is available: Ampere or later, half precision."""
+    device = mesh.devices.flat[0]
+    half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
     return half and device.platform == "gpu" and float(getattr(device, "compute_capability", 0)) >= 8.0
 
 
@@ -96,49 +145,49 @@ def short_attention(
     causal: bool = False,
     interpret: bool = False,
 ) -> Float[Array, "B L X"]:
-    """Run the kernel on one chip's part, as `attend` says. `head_dim` divides 128, and 128 divides X."""
+    """Run the kernel on one device's shard; arguments as for `attend`. `head_dim` divides 128, and 128 divides X."""
     return _attention((head_dim, causal, interpret), (query_BLX, key_BMX, value_BMX), mask_BLM)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(how, operands, mask):
-    return _call(_forward, how, operands, mask, like=operands[:1], products=2)[0]
+def _attention(options, operands, mask):
+    return _call(_forward, options, operands, mask, outputs=operands[:1], matmuls=2)[0]
 
 
-def _attention_forward(how, operands, mask):
-    return _attention(how, operands, mask), (operands, mask)
+def _attention_forward(options, operands, mask):
+    return _attention(options, operands, mask), (operands, mask)
 
 
-def _attention_backward(how, kept, d_out):
-    operands, mask = kept
-    return tuple(_call(_backward, how, (*operands, d_out), mask, like=operands, products=5)), None
+def _attention_backward(options, residuals, d_out):
+    operands, mask = residuals
+    return tuple(_call(_backward, options, (*operands, d_out), mask, outputs=operands, matmuls=5)), None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
-def _call(body, how, operands, mask, like, products):
-    """Run a kernel over examples, and groups of heads that fill the lanes; results have the shapes of `like`."""
-    head_dim, causal, interpret = how
-    (batch, length, width), (_, seen, _), dtype = operands[0].shape, operands[1].shape, operands[0].dtype
-    example_bytes = seen * LANES * dtype.itemsize
-    at_once = max(r for r in range(1, batch + 1) if batch % r == 0 and (r == 1 or r * example_bytes <= _BLOCK_BYTES))
+def _call(body, options, operands, mask, outputs, matmuls):
+    """Run a kernel over examples and groups of heads that fill the lanes; `outputs` have the results' shapes."""
+    head_dim, causal, interpret = options
+    (batch, length, width), (_, keys, _), dtype = operands[0].shape, operands[1].shape, operands[0].dtype
+    example_bytes = keys * LANES * dtype.itemsize
+    block = max(r for r in range(1, batch + 1) if batch % r == 0 and (r == 1 or r * example_bytes <= _BLOCK_BYTES))
 
     def blocks(arrays):
-        return [pl.BlockSpec((at_once, x.shape[1], LANES), lambda i, j: (i, 0, j)) for x in arrays]
+        return [pl.BlockSpec((block, x.shape[1], LANES), lambda i, j: (i, 0, j)) for x in arrays]
 
     masks = [] if mask is None else [mask.astype(jnp.int8)]
-    mask_block = pl.BlockSpec((at_once, length, seen), lambda i, j: (i, 0, 0))
-    scores = batch * width // head_dim * length * seen
-    traffic = sum(x.size * x.dtype.itemsize for x in (*operands, *masks, *like))
+    mask_block = pl.BlockSpec((block, length, keys), lambda i, j: (i, 0, 0))
+    scores = batch * width // head_dim * length * keys
+    traffic = sum(x.size * x.dtype.itemsize for x in (*operands, *masks, *outputs))
     return pl.pallas_call(
         functools.partial(body, head_dim=head_dim, causal=causal, masked=mask is not None),
-        grid=(batch // at_once, width // LANES),
+        grid=(batch // block, width // LANES),
         in_specs=[mask_block] * len(masks) + blocks(operands),
-        out_specs=blocks(like),
-        out_shape=[jax.ShapeDtypeStruct(x.shape, dtype) for x in like],
+        out_specs=blocks(outputs),
+        out_shape=[jax.ShapeDtypeStruct(x.shape, dtype) for x in outputs],
         cost_estimate=pl.CostEstimate(
-            flops=2 * products * scores * head_dim, transcendentals=scores, bytes_accessed=traffic
+            flops=2 * matmuls * scores * head_dim, transcendentals=scores, bytes_accessed=traffic
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=interpret,
@@ -147,14 +196,14 @@ def _call(body, how, operands, mask, like, products):
 
 
 def _forward(*refs, head_dim, causal, masked):
-    mask_ref, (query_ref, key_ref, value_ref, out_ref) = _mask_and_rest(refs, masked)
+    mask_ref, (query_ref, key_ref, value_ref, out_ref) = _split_mask(refs, masked)
 
     def example(i, _):
-        query, key, value, allowed = query_ref[i], key_ref[i], value_ref[i], _allowed(mask_ref, i, causal)
+        query, key, value, apply_mask = query_ref[i], key_ref[i], value_ref[i], _masking(mask_ref, i, causal)
         out = jnp.zeros(query.shape, jnp.float32)
-        for own in _heads(head_dim):
-            exp, total = _softmax(jnp.where(own, query, 0), key, head_dim, allowed)
-            out += jnp.where(own, _matmul(exp.astype(value.dtype), value) / total, 0)
+        for lanes in _head_lanes(head_dim):
+            exp, total = _softmax(jnp.where(lanes, query, 0), key, head_dim, apply_mask)
+            out += jnp.where(lanes, _matmul(exp.astype(value.dtype), value) / total, 0)
         out_ref[i] = out.astype(out_ref.dtype)
         return 0
 
@@ -162,24 +211,24 @@ def _forward(*refs, head_dim, causal, masked):
 
 
 def _backward(*refs, head_dim, causal, masked):
-    mask_ref, refs = _mask_and_rest(refs, masked)
+    mask_ref, refs = _split_mask(refs, masked)
     query_ref, key_ref, value_ref, d_out_ref, d_query_ref, d_key_ref, d_value_ref = refs
 
     def example(i, _):
         query, key, value, d_out = query_ref[i], key_ref[i], value_ref[i], d_out_ref[i]
-        allowed = _allowed(mask_ref, i, causal)
+        apply_mask = _masking(mask_ref, i, causal)
         d_query, d_key, d_value = (jnp.zeros(x.shape, jnp.float32) for x in (query, key, value))
-        for own in _heads(head_dim):
-            # What has other heads' lanes at 0 adds nothing to them, so the sum over heads puts each in its place.
-            own_query, own_key, own_d_out = (jnp.where(own, x, 0) for x in (query, key, d_out))
-            exp, total = _softmax(own_query, key, head_dim, allowed)
+        for lanes in _head_lanes(head_dim):
+            # Lanes of other heads are 0, so the sum over heads concatenates the heads.
+            head_query, head_key, head_d_out = (jnp.where(lanes, x, 0) for x in (query, key, d_out))
+            exp, total = _softmax(head_query, key, head_dim, apply_mask)
             weight = exp / total
-            d_weight = _matmul(own_d_out, value, contract=(1, 1))
+            d_weight = _matmul(head_d_out, value, contract=(1, 1))
             d_score = weight * (d_weight - jnp.sum(weight * d_weight, axis=1, keepdims=True))
             weight, d_score = weight.astype(query.dtype), d_score.astype(query.dtype)
-            d_value += _matmul(weight, own_d_out, contract=(0, 0))
-            d_query += _matmul(d_score, own_key)
-            d_key += _matmul(d_score, own_query, contract=(0, 0))
+            d_value += _matmul(weight, head_d_out, contract=(0, 0))
+            d_query += _matmul(d_score, head_key)
+            d_key += _matmul(d_score, head_query, contract=(0, 0))
         scale = head_dim**-0.5
         for ref, gradient in ((d_query_ref, d_query * scale), (d_key_ref, d_key * scale), (d_value_ref, d_value)):
             ref[i] = gradient.astype(ref.dtype)
@@ -188,38 +237,40 @@ def _backward(*refs, head_dim, causal, masked):
     jax.lax.fori_loop(0, query_ref.shape[0], example, 0)
 
 
-def _mask_and_rest(refs, masked):
+def _split_mask(refs, masked):
     return (refs[0], refs[1:]) if masked else (None, refs)
 
 
-def _heads(head_dim):
-    """Return for every head of a group which lanes are its own, [1, 128]."""
+def _head_lanes(head_dim):
+    """Return the lane mask [1, 128] of each head of a group."""
     head = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1) // head_dim
     return [head == i for i in range(LANES // head_dim)]
 
 
-def _allowed(mask_ref, i, causal):
-    """Return a function of scores [L, M] that makes low what an example's tokens don't see."""
+def _masking(mask_ref, i, causal):
+    """Return a function that masks an example's scores [L, M]."""
     if mask_ref is not None:
-        seen = mask_ref[i].astype(jnp.int32) != 0
-        return lambda score: jnp.where(seen, score, _LOW)
+        mask = mask_ref[i].astype(jnp.int32) != 0
+        return lambda score: jnp.where(mask, score, _MASKED)
     if not causal:
         return lambda score: score
 
-    def behind(score):
+    def mask_causal(score):
         row, column = (jax.lax.broadcasted_iota(jnp.int32, score.shape, axis) for axis in (0, 1))
-        return jnp.where(column <= row, score, _LOW)
+        return jnp.where(column <= row, score, _MASKED)
 
-    return behind
+    return mask_causal
 
 
-def _softmax(query, key, head_dim, allowed):
-    """Return exp(score - the row's maximum) and its sum over a row, float32."""
-    score = allowed(_matmul(query, key, contract=(1, 1)))
+def _softmax(query, key, head_dim, apply_mask):
+    """Return exp(score - row maximum) and its row sum, float32."""
+    score = apply_mask(_matmul(query, key, contract=(1, 1)))
     exp = jnp.exp((score - jnp.max(score, axis=1, keepdims=True)) * head_dim**-0.5)
     return exp, jnp.sum(exp, axis=1, keepdims=True)
 
 
 def _matmul(a, b, contract=(1, 0)):
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
-    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+    # Explicit, because the backward kernel is traced outside the context that sets the towers' precision.
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)

@@ -1,13 +1,14 @@
-"""Two towers and a temperature: the model as pure functions of its parameters.
+"""The CLIP model as pure functions of its parameters: two towers and a learned logit scale.
 
-Source: Radford et al. 2021, figure 3. Linen's `init` and `apply` are called here and nowhere else.
+Source: Radford et al. 2021, figure 3. Linen's `init` and `apply` are called only here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -17,30 +18,30 @@ from jaxtyping import Array, Float, Int32, Key, UInt8
 
 from clip_jax.models import packing
 from clip_jax.models.architecture import Architecture, Preprocess
-from clip_jax.models.edgenet import EdgeNet
-from clip_jax.models.layers import Compute, widen
-from clip_jax.models.resnet import ModifiedResNet
-from clip_jax.models.text import TextTransformer, end_positions
-from clip_jax.models.vit import VisionTransformer
+from clip_jax.models.attention import attention_implementation
+from clip_jax.models.layers import Compute, upcast
 from clip_jax.typing import ArrayLike, Metrics, Params
 
 
 class Model(NamedTuple):
-    """A CLIP as functions of `params`, a nested dict with these keys:
+    """A CLIP model as functions of `params`, a nested dict with these keys:
 
-    image, text: the towers'.
-    logit_scale: natural logarithm, float32. logit_bias: for losses that have one.
-    batch_stats: running averages, for towers with batch norm; not trained, but part of what weights are.
+    image, text: parameters of the towers.
+    logit_scale: natural logarithm of the logit scale, float32 scalar.
+    logit_bias: float32 scalar, if the architecture has one.
+    batch_stats: running averages of batch norm, if the image tower has it; stored with the weights and not trained.
 
-    init: key -> params, float32.
-    encode_image: (params, uint8[B H W 3]) -> float32[B E], unit rows.
-    image_features: (params, uint8[B H W 3]) -> float32[B D], the input of the image tower's projection, of any length:
-      what linear probes see (Radford et al. 2021, appendix A.3). Of a tower without projection its output; of a ResNet
-      the attention pool's heads, which the paper leaves open.
-    encode_image_train: (params, uint8[B H W 3], keys[B]) -> (float32[B E], batch_stats): statistics of the batch
-      itself, and the running averages after it, None without batch norm; a picture's patches are dropped by its key.
-    encode_text: (params, int32[B L]) -> float32[B E], unit rows.
-    encode_text_train: the same to rounding, and metrics: captions end to end where `text_capacity` says so.
+    Functions:
+      init: key -> params, float32.
+      encode_image: (params, uint8[B, H, W, 3]) -> float32[B, E], unit norm.
+      image_features: (params, uint8[B, H, W, 3]) -> float32[B, D], the input of the image tower's projection without
+        normalization, for linear probes (Radford et al. 2021, appendix A.3). For a tower without projection, its
+        output; for a ResNet, the concatenated heads of the attention pooling, which the paper does not specify.
+      encode_image_train: (params, uint8[B, H, W, 3], keys[B]) -> (float32[B, E], batch_stats). Batch norm uses the
+        statistics of the batch; the second result is the updated running averages, or None without batch norm.
+        Patches of each image are dropped by its key.
+      encode_text: (params, int32[B, L]) -> float32[B, E], unit norm.
+      encode_text_train: as encode_text, to rounding, plus metrics; captions are packed if `text_capacity` < 1.
     """
 
     init: Callable[[jax.Array], Params]
@@ -52,7 +53,7 @@ class Model(NamedTuple):
 
 
 class CLIP(nn.Module):
-    """The towers under one roof, so that their parameters make one tree."""
+    """Both towers in one module, so their parameters are one tree."""
 
     architecture: Architecture
     compute: Compute
@@ -61,14 +62,9 @@ class CLIP(nn.Module):
     patch_dropout: float
 
     def setup(self) -> None:
-        arch, compute = self.architecture, self.compute
-        if arch.image.kind == "vit":
-            self.image = VisionTransformer(arch.image, arch.embed_dim, compute, self.patch_dropout)
-        elif arch.image.kind == "resnet":
-            self.image = ModifiedResNet(arch.image, arch.embed_dim, compute)
-        else:
-            self.image = EdgeNet(arch.image, arch.embed_dim, compute.dtype)
-        self.text = TextTransformer(arch.text, arch.embed_dim, compute)
+        arch = self.architecture
+        self.image = arch.image.module(arch.embed_dim, self.compute, self.patch_dropout)
+        self.text = arch.text.module(arch.embed_dim, self.compute)
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(math.log(self.logit_scale_init)), ())
         if arch.logit_bias:
             self.logit_bias = self.param("logit_bias", nn.initializers.constant(self.logit_bias_init), ())
@@ -76,7 +72,7 @@ class CLIP(nn.Module):
     def encode_image(
         self, image: Float[Array, "B H W 3"], train: bool = False, key_B: Key[Array, "B"] | None = None
     ) -> Float[Array, "B E"]:
-        return self.image(image, train, key_B) if self.patch_dropout else self.image(image, train)
+        return self.image(image, train, key_B)
 
     def image_features(self, image: Float[Array, "B H W 3"]) -> Float[Array, "B D"]:
         return self.image(image, project=False)
@@ -101,21 +97,33 @@ def make_model(
     patch_dropout: float = 0.0,
     text_capacity: float = 1.0,
     text_groups: int = 1,
-    rows: jax.sharding.Sharding | None = None,
+    batch_sharding: jax.sharding.Sharding | None = None,
 ) -> Model:
     """Return the model's functions.
 
     Args:
-      dtype: of the computation; parameters and embeddings are float32, or wider if this is.
-      remat: 'none', 'dots', 'names' or 'full': what a backward pass recomputes.
-      unroll: write the loops over layers out. The numbers are the same, and compiling takes minutes.
-      patch_dropout: the fraction of patches that `encode_image_train` leaves out; for vision transformers.
-      text_capacity: the fraction of a batch's text positions for which `encode_text_train` makes room; captions that
-        need more are encoded in rows, as all are at 1. For towers that pool at the end token behind a causal mask.
-      text_groups: so many equal parts of a batch are packed each by itself: one for every part that a device has.
-      rows: the sharding of activations; see `Compute`. Batches must divide by it.
+      architecture: towers and embedding size; `clip_jax.config.MODELS` has the published ones.
+      preprocess: mean and standard deviation of the pixels.
+      dtype: of the computation, with matmul precision to match; see `matmul_precision`. Parameters and embeddings are
+        float32, or wider if this is.
+      remat: 'none', 'dots', 'names' or 'full': how much the backward pass recomputes.
+      unroll: whether to write the loops over layers out. The results are the same; compiling takes minutes.
+      patch_dropout: fraction of patches that `encode_image_train` drops, if the tower supports it.
+      text_capacity: packed positions as a fraction of the batch's text positions. A batch that needs more is encoded
+        padded, as all batches are at 1. Only for towers that support packing.
+      text_groups: number of equal groups of the batch that are packed separately, one per batch shard.
+      batch_sharding: sharding of activations over the batch; see `Compute`. It must divide the batch size.
+
+    Example:
+      >>> import jax, numpy as np
+      >>> from clip_jax.config import MODELS
+      >>> from clip_jax.models import make_model
+      >>> model = make_model(MODELS["emoji"])
+      >>> params = model.init(jax.random.key(0))
+      >>> model.encode_image(params, np.zeros((2, 48, 48, 3), np.uint8)).shape
+      (2, 128)
     """
-    compute = Compute(jnp.dtype(dtype), remat, unroll, rows)
+    compute = Compute(jnp.dtype(dtype), remat, unroll, batch_sharding)
     module = CLIP(architecture, compute, logit_scale_init, logit_bias_init, patch_dropout)
     mean, std = (np.array(channels, np.float32).reshape(1, 1, 1, 3) for channels in (preprocess.mean, preprocess.std))
 
@@ -124,68 +132,86 @@ def make_model(
         image = jnp.zeros((1, size, size, 3), compute.dtype)
         text = jnp.zeros((1, architecture.text.length), jnp.int32)
         variables = module.init(key, image, text)
-        return _params(variables)
+        return variables["params"] | ({"batch_stats": variables["batch_stats"]} if "batch_stats" in variables else {})
 
-    def normalise(image: UInt8[ArrayLike, "B H W 3"]) -> Float[Array, "B H W 3"]:
-        wide = jnp.promote_types(compute.dtype, jnp.float32)
-        return ((jnp.asarray(image, wide) / 255 - mean) / std).astype(compute.dtype)
+    def apply(method: str, params: Params, *inputs: Any, **options: Any) -> Any:
+        trained = {name: value for name, value in params.items() if name != "batch_stats"}
+        stats = {name: value for name, value in params.items() if name == "batch_stats"}
+        precision = matmul_precision(dtype)
+        with jax.default_matmul_precision(precision) if precision else contextlib.nullcontext():
+            return module.apply({"params": trained} | stats, *inputs, method=method, **options)
+
+    def normalize(image: UInt8[ArrayLike, "B H W 3"]) -> Float[Array, "B H W 3"]:
+        pixels = jnp.asarray(image, jnp.promote_types(compute.dtype, jnp.float32))
+        return ((pixels / 255 - mean) / std).astype(compute.dtype)
 
     def encode_image(params: Params, image: UInt8[ArrayLike, "B H W 3"]) -> Float[Array, "B E"]:
-        return _unit(module.apply(_variables(params), normalise(image), method="encode_image"))
+        return _unit_norm(apply("encode_image", params, normalize(image)))
 
     def image_features(params: Params, image: UInt8[ArrayLike, "B H W 3"]) -> Float[Array, "B D"]:
-        return widen(module.apply(_variables(params), normalise(image), method="image_features"))
+        return upcast(apply("image_features", params, normalize(image)))
 
     def encode_image_train(
         params: Params, image: UInt8[ArrayLike, "B H W 3"], key_B: Key[Array, "B"]
     ) -> tuple[Float[Array, "B E"], Params | None]:
-        embeddings, changed = module.apply(
-            _variables(params),
-            normalise(image),
-            train=True,
-            key_B=key_B,
-            method="encode_image",
-            mutable=["batch_stats"],
-        )
-        return _unit(embeddings), changed.get("batch_stats")
+        options = {"train": True, "key_B": key_B, "mutable": ["batch_stats"]}
+        embeddings, updated = apply("encode_image", params, normalize(image), **options)
+        return _unit_norm(embeddings), updated.get("batch_stats")
 
     def encode_text(params: Params, text: Int32[ArrayLike, "B L"] | packing.Stream) -> Float[Array, "B E"]:
-        return _unit(module.apply(_variables(params), text, method="encode_text"))
+        return _unit_norm(apply("encode_text", params, text))
 
     def encode_text_train(params: Params, text: Int32[ArrayLike, "B L"]) -> tuple[Float[Array, "B E"], Metrics]:
-        tower, (rows, length) = architecture.text, text.shape
-        count, size = packing.chunks(rows // text_groups, length, text_capacity)
-        room = rows // text_groups * length
-        if text_capacity >= 1 or not (tower.causal and tower.pool == "end") or count * size >= room:
+        tower, (batch, length) = architecture.text, text.shape
+        count, size = packing.chunks(batch // text_groups, length, text_capacity)
+        positions = batch // text_groups * length
+        if text_capacity >= 1 or not tower.supports_packing or count * size >= positions:
             return encode_text(params, text), {}
         text = jnp.asarray(text)
-        stream, tokens_S = packing.pack(text, end_positions(tower, text), text_groups, text_capacity)
+        stream, tokens_S = packing.pack(text, tower.end_positions(text), text_groups, text_capacity)
         fits = jnp.all(tokens_S <= count * size)
-        # What a rare batch needs in rows is computed again for its gradient, so that the others hold nothing for it.
-        in_rows = jax.checkpoint(lambda params: encode_text(params, text))
-        embeddings = jax.lax.cond(fits, lambda params: encode_text(params, stream), in_rows, params)
-        filled = jnp.max(tokens_S) / room
-        return embeddings, {"text/filled": filled, "text/in_rows": 1 - fits.astype(jnp.float32)}
+        # The rare padded branch is rematerialized, so that it saves no residuals when packing succeeds.
+        padded = jax.checkpoint(lambda params: encode_text(params, text))
+        embeddings = jax.lax.cond(fits, lambda params: encode_text(params, stream), padded, params)
+        filled = jnp.max(tokens_S) / positions
+        return embeddings, {"text/filled": filled, "text/padded": 1 - fits.astype(jnp.float32)}
 
     return Model(init, encode_image, image_features, encode_image_train, encode_text, encode_text_train)
 
 
-def _variables(params: Params) -> Params:
-    """Return `params` as linen has them: collections first."""
-    trained = {name: value for name, value in params.items() if name != "batch_stats"}
-    return {"params": trained} | ({"batch_stats": params["batch_stats"]} if "batch_stats" in params else {})
+def matmul_precision(dtype: str) -> str | None:
+    """Return the precision of the towers' matmuls and convolutions for a computation dtype.
+
+    XLA's default for float32 operands is one bfloat16 pass on TPUs and TF32 on GPUs. For float32 and wider this
+    returns "float32", which is the full precision on every device; for bfloat16 it returns None, XLA's default.
+    """
+    return "float32" if jnp.finfo(dtype).bits >= 32 else None
 
 
-def _params(variables: Params) -> Params:
-    return variables["params"] | ({"batch_stats": variables["batch_stats"]} if "batch_stats" in variables else {})
+def attention_implementations(
+    architecture: Architecture, mesh: jax.sharding.Mesh, *, dtype: str = "bfloat16", text_capacity: float = 1.0
+) -> dict[str, str]:
+    """Return for "image" and "text" how `attend` computes the tower's self-attention on a mesh, and why.
+
+    For example "Pallas kernel", or "XLA: head width 80 does not divide 128".
+    """
+    found = {}
+    for name, tower in (("image", architecture.image), ("text", architecture.text)):
+        shape = tower.attention_shape
+        packed = name == "text" and text_capacity < 1 and tower.supports_packing
+        if packed:
+            size = packing.chunks(1, shape.tokens, text_capacity)[1]
+            shape = shape._replace(tokens=2 * size)  # keys: the previous chunk and its own
+        found[name] = attention_implementation(shape, mesh, dtype, masked=packed) if shape else "no self-attention"
+    return found
 
 
 def count_parameters(params: Params) -> int:
-    """Return the number of trained parameters; works on shapes alone."""
+    """Return the number of trained parameters of a tree of arrays or shapes."""
     trained = {name: value for name, value in params.items() if name != "batch_stats"}
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trained))
 
 
-def _unit(x_BE: Float[Array, "B E"]) -> Float[Array, "B E"]:
-    x_BE = widen(x_BE)
+def _unit_norm(x_BE: Float[Array, "B E"]) -> Float[Array, "B E"]:
+    x_BE = upcast(x_BE)
     return x_BE / jnp.linalg.norm(x_BE, axis=-1, keepdims=True)

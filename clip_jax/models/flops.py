@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from clip_jax.models.architecture import Architecture, TextTransformer, ViT
+from clip_jax.models.architecture import Architecture
 from clip_jax.models.clip import make_model
 
 
@@ -25,7 +25,6 @@ def count(function: Callable, *args: Any, padding: bool = True) -> float:
     (predicate true), a Pallas kernel as its own cost estimate, and a `shard_map` body once per device.
 
     Args:
-      function: a function of arrays.
       *args: arrays or `jax.ShapeDtypeStruct`.
       padding: whether multiplications with a convolution's padding count. Published figures count them, XLA does not.
 
@@ -87,13 +86,7 @@ def valid_positions(
     """Return the number of (kernel element, output element) pairs of one dimension that read input and not padding.
 
     Args:
-      input_size: elements of the input.
-      kernel_size: elements of the kernel.
-      output_size: elements of the output.
-      stride: window stride.
       low: padding before the first element.
-      lhs_dilation: dilation of the input.
-      rhs_dilation: dilation of the kernel.
 
     >>> valid_positions(4, 3, 4, stride=1, low=1, lhs_dilation=1, rhs_dilation=1)  # of 12, 2 read padding
     10
@@ -122,22 +115,14 @@ def forward_flops(architecture: Architecture) -> tuple[float, float]:
     image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
     text = jax.ShapeDtypeStruct((1, length), jnp.int32)
     image_flops, text_flops = count(model.encode_image, params, image), count(model.encode_text, params, text)
-    if isinstance(architecture.image, ViT) and architecture.image.pool == "class":
-        image_flops += _mlp_flops(architecture.image, (size // architecture.image.patch_size) ** 2)
-    return image_flops, text_flops + _mlp_flops(architecture.text, length - 1)
+    return image_flops + architecture.image.uncounted_flops, text_flops + architecture.text.uncounted_flops
 
 
 def training_flops(architecture: Architecture, frozen_towers: Collection[str] = ()) -> float:
     """Return the FLOPs of a training step per image-text pair: one forward pass and a backward pass of twice its cost.
 
     Args:
-      architecture: the model.
       frozen_towers: of 'image' and 'text', the towers without a trained parameter, which have no backward pass.
     """
     times = (1 if tower in frozen_towers else 3 for tower in ("image", "text"))
     return sum(n * forward for n, forward in zip(times, forward_flops(architecture), strict=True))
-
-
-def _mlp_flops(tower: ViT | TextTransformer, positions: int) -> float:
-    """Return the FLOPs of a block after attention at some positions: the output projection and the MLP's two layers."""
-    return 2.0 * positions * (tower.width**2 + 2 * tower.width * int(tower.width * tower.mlp_ratio))

@@ -105,8 +105,6 @@ class Program:
         self._add_computation(cost, self.entry, 1.0)
         return cost
 
-    # ------------------------------------------------------------------------------------------------- control flow
-
     def _add_computation(self, cost: Cost, name: str, times: float) -> None:
         computation = self.computations[name]
         for op in computation.values():
@@ -142,8 +140,6 @@ class Program:
             for called in _CALLS.findall(op.attributes):
                 if called in self.computations:
                     yield from self._reachable(called)
-
-    # --------------------------------------------------------------------------------------------- one instruction
 
     def _add_op(self, cost: Cost, computation: Computation, op: Op, times: float) -> None:
         if op.opcode in _FREE or (op.opcode == "custom-call" and _target(op) in _FREE_CUSTOM):
@@ -187,8 +183,6 @@ class Program:
             reduced = sum(x.elements for x in sources[: len(op.results)]) - sum(x.elements for x in op.results)
             return 0.0, 0.0, float(reduced)
         return 0.0, 0.0, float(op.results[0].elements) if op.opcode in _ARITHMETIC else 0.0
-
-    # ------------------------------------------------------------------------------------------------------ HBM bytes
 
     def _hbm_bytes(self, computation: Computation, op: Op) -> Bytes:
         sources = [computation[name].results for name in op.operands if name in computation]
@@ -276,8 +270,6 @@ class Program:
                     return None
                 total = _sum(total, read)
         return total
-
-    # ------------------------------------------------------------------------------------------------------ collectives
 
     def _started_collective(self, name: str) -> tuple[Computation, str, Op] | None:
         """Return the collective that a fusion starts, and its kind.

@@ -40,6 +40,8 @@ def _title(plan: Plan) -> Iterator[str]:
     axis = f"slice {topology.slices}, " if topology.slices > 1 else ""
     yield f"mesh {axis}data {data}, fsdp {config.mesh.fsdp}, tensor {config.mesh.tensor}; remat {train.remat},"
     yield f"{train.micro_batches} micro-batch(es), text_capacity {train.text_capacity:g}, optimizer {config.optim.name}"
+    yield from (f"{tower} attention: {how}" for tower, how in plan.attention.items())
+    yield f"matmul precision: {plan.matmul_precision}"
 
 
 def _memory(plan: Plan) -> Iterator[str]:
@@ -141,7 +143,7 @@ def _smaller(plan: Plan) -> Iterator[str]:
     train = config.train
     if train.remat not in ("names", "full"):
         yield "--config.train.remat=names: recomputes everything but attention."
-    if train.remat == "names" and config.model.image.kind == "vit":
+    if train.remat == "names" and config.model.image.attention_shape:
         yield "--config.train.remat=full: recomputes attention, too."
     if config.mesh.fsdp == 1 and devices > 1:
         yield f"{_fsdp_flag(plan)}: shards parameters and moments over all chips of a slice."
@@ -156,12 +158,12 @@ def _faster(plan: Plan) -> Iterator[str]:
     """Yield changes that relieve the slowest resource, or use free memory."""
     config, capacity = plan.config, plan.topology.chip.hbm_bytes
     train, bound, free = config.train, plan.bound_by, capacity - plan.peak_bytes
-    if train.text_capacity >= 1 and config.model.text.causal and config.model.text.pool == "end":
+    if train.text_capacity >= 1 and config.model.text.supports_packing:
         yield "--config.train.text_capacity=0.35: skips the positions after the end token."
     idle = plan.seconds["hbm"] < 0.4 * plan.seconds["compute"] and free > 2 * plan.temporary_bytes
     if bound == "compute" and train.remat in ("names", "full") and idle:
         yield "--config.train.remat=dots: less recomputation; the saved activations fit."
-    if bound == "hbm" and train.remat != "names" and config.model.image.kind == "vit":
+    if bound == "hbm" and train.remat != "names" and config.model.image.attention_shape:
         yield "--config.train.remat=names: recomputes elementwise operations instead of reading their results."
     # An update reads and writes parameters, two moments and the gradient: about 3.5 times the optimizer state.
     update, replicated = 3.5 * plan.optimizer_bytes, config.mesh.fsdp == 1 and not config.optim.shard_moments

@@ -23,11 +23,15 @@ from clip_jax.devices import sharding
 from clip_jax.devices.chips import Number
 from clip_jax.losses import LOSSES
 from clip_jax.models import flops
+from clip_jax.models.clip import attention_implementations, matmul_precision
 from clip_jax.planner.cost import Cost, Program
 from clip_jax.planner.topology import Topology
 from clip_jax.training import optim, step
 from clip_jax.typing import Batch
 
+# Without tensor cores, which have no full float32: NVIDIA's datasheets of A100, H100, H200, B200 and L4.
+FLOAT32_FLOPS_PER_SECOND = {"a100-40gb": 19.5e12, "a100": 19.5e12, "h100": 67e12, "h200": 67e12, "b200": 75e12}
+FLOAT32_FLOPS_PER_SECOND |= {"l4": 30.3e12}
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -62,6 +66,8 @@ class Plan:
     unknown_trip_counts: tuple[str, ...] = ()  # loops that are counted once
     total_steps: int = 0
     config: Config | None = None
+    attention: dict[str, str] = dataclasses.field(default_factory=dict)  # implementation by tower
+    matmul_precision: str = ""  # of the towers
     compiled_text: str = ""
 
     @property
@@ -109,43 +115,27 @@ class Plan:
 
     def as_json(self) -> dict[str, Any]:
         """Return all figures as one object of JSON types."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        topology, config = fields.pop("topology"), fields.pop("config")
+        del fields["compiled_text"]
         return {
-            "program": self.program,
-            "topology": self.topology.name,
-            "chip": self.topology.chip.name,
-            "chips": self.topology.chips,
-            "slices": self.topology.slices,
-            "global_batch": self.global_batch,
-            **(_config_fields(self.config) if self.config else {}),
-            "fits": self.fits,
-            "needed_bytes": self.needed_bytes,
-            "hbm_capacity_bytes": self.topology.chip.hbm_bytes,
-            **{
-                name: getattr(self, name)
-                for name in (
-                    *("argument_bytes", "parameter_bytes", "optimizer_bytes", "batch_bytes"),
-                    *("activation_bytes", "temporary_bytes", "peak_bytes"),
-                    *("flops", "kernel_flops", "bf16_equivalent_flops", "traced_flops", "model_flops"),
-                    *("hbm_bytes", "hbm_bytes_padded"),
-                )
-            },
+            "topology": topology.name,
+            "chip": topology.chip.name,
+            "chips": topology.chips,
+            "slices": topology.slices,
+            **(_config_fields(config) if config else {}),
+            **fields,
+            "hbm_capacity_bytes": topology.chip.hbm_bytes,
             "collective_bytes": self.interconnect_bytes + self.network_bytes,
-            "collective_bytes_interconnect": self.interconnect_bytes,
-            "collective_bytes_network": self.network_bytes,
-            "collectives": list(self.collectives),
-            "collective_count": self.collective_count,
-            "hbm_bytes_by_source": self.hbm_bytes_by_source,
             "seconds": self.seconds,
             "bound_by": self.bound_by,
-            "step_seconds": list(self.step_seconds),
+            "step_seconds": self.step_seconds,
             "mfu_bound": self.mfu[0],
             "mfu_no_overlap": self.mfu[1],
             "images_per_second_per_chip": self.images_per_second[0],
             "images_per_second_per_chip_no_overlap": self.images_per_second[1],
-            "total_steps": self.total_steps,
-            "days": list(self.days),
-            "chip_hours": list(self.chip_hours),
-            "unknown_trip_counts": list(self.unknown_trip_counts),
+            "days": self.days,
+            "chip_hours": self.chip_hours,
         }
 
 
@@ -185,6 +175,7 @@ def plan_step(config: Config, topology: Topology) -> Plan:
         traced_flops=traced_flops(config, mesh) / topology.chips,
         total_steps=resolved.total_steps,
         config=config,
+        **_numerics(config, mesh),
     )
     return _with_compiled_cost(plan, lowered)
 
@@ -263,6 +254,13 @@ def _with_compiled_cost(plan: Plan, lowered: jax.stages.Lowered) -> Plan:
     )
 
 
+def _numerics(config: Config, mesh: Mesh) -> dict[str, Any]:
+    """Return the implementation of attention by tower, and the precision of matmuls, as fields of a plan."""
+    dtype = config.train.dtype
+    found = attention_implementations(config.model, mesh, dtype=dtype, text_capacity=config.train.text_capacity)
+    return {"attention": found, "matmul_precision": matmul_precision(dtype) or dtype}
+
+
 def _check_no_teacher(config: Config) -> None:
     if config.teacher.weights:
         raise ValueError(
@@ -274,7 +272,7 @@ def _check_no_teacher(config: Config) -> None:
 def lower_step(config: Config, mesh: Mesh, total_steps: int) -> tuple[jax.stages.Lowered, Any, Batch]:
     """Return the lowered training step for the devices of a mesh, and its abstract state and batch."""
     model = step.model_from_config(config, mesh)
-    optimizer = optim.make_optimizer(config.optim, total_steps)
+    optimizer = optim.make_optimizer(config.optim, total_steps, architecture=config.model)
     state, batch = step.abstract_state(model, optimizer, config, mesh), abstract_batch(config, mesh)
     train_step = step.make_train_step(model, optimizer, config, mesh)
     return train_step.lower(state, batch), state, batch
@@ -331,15 +329,12 @@ def _needed_bytes(message: str) -> float:
     return float(found[1]) * _UNITS[found[2]] if found else 0.0
 
 
-# ---------------------------------------------------------------------------------------------------- by datasheet
-
-
 def plan_by_datasheet(config: Config, topology: Topology) -> Plan:
     """Return lower bounds of a step's cost without compiling it, for GPUs.
 
     Memory: state, batch and saved activations, without other temporaries. HBM traffic: state and activations, read and
     written once. Collectives: one ring over the gradients of trained parameters, and with `mesh.fsdp` two gathers of
-    the parameters. float32 matmuls run as TF32, JAX's default on GPUs, at half of the bfloat16 rate.
+    the parameters.
 
     Raises:
       ValueError: if the config does not fit the number of devices, has a teacher, or `mesh.tensor` above 1.
@@ -356,13 +351,14 @@ def plan_by_datasheet(config: Config, topology: Topology) -> Plan:
     local = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=rows), mesh=MeshConfig())
     local_mesh, fsdp = sharding.make_mesh(jax.devices("cpu")[:1]), config.mesh.fsdp
     global_mesh = AbstractMesh((1, chips // fsdp, fsdp, 1), sharding.AXES)
-    optimizer = optim.make_optimizer(config.optim, resolved.total_steps)
+    optimizer = optim.make_optimizer(config.optim, resolved.total_steps, architecture=config.model)
     state = step.abstract_state(step.model_from_config(local, local_mesh), optimizer, config, global_mesh)
     parameters, state_bytes = sharding.shard_bytes(state.params), sharding.shard_bytes(state)
     batch, activations = sharding.shard_bytes(abstract_batch(local, local_mesh)), saved_bytes(local, local_mesh)
     peak = state_bytes + batch + activations
     sent = _gradient_and_gather_bytes(config, state.params) * (chips - 1) / chips
     traced = traced_flops(local, local_mesh)
+    rate = FLOAT32_FLOPS_PER_SECOND[chip.name] if config.train.dtype == "float32" else chip.flops_per_second
     hosts = -(-chips // chip.chips_per_host)
     return Plan(
         program=f"{config.train.dtype} step, by datasheet",
@@ -379,7 +375,7 @@ def plan_by_datasheet(config: Config, topology: Topology) -> Plan:
         peak_bytes=peak,
         flops=traced,
         traced_flops=traced,
-        bf16_equivalent_flops=traced if config.train.dtype == "bfloat16" else 2 * traced,
+        bf16_equivalent_flops=traced * (chip.flops_per_second / rate),
         model_flops=_flops_per_pair(config) * rows,
         hbm_bytes=2 * (state_bytes + activations),
         hbm_bytes_padded=2 * (state_bytes + activations),
@@ -388,7 +384,16 @@ def plan_by_datasheet(config: Config, topology: Topology) -> Plan:
         network_bytes=sent / chip.chips_per_host if hosts > 1 else 0,
         total_steps=resolved.total_steps,
         config=config,
+        **_numerics(config, Mesh(np.full((1, 1, 1, 1), _GPU(), object), sharding.AXES)),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _GPU:
+    """Stand-in for a JAX device; all GPUs of `CHIPS` are of this compute capability or higher."""
+
+    platform: str = "gpu"
+    compute_capability: str = "8.0"
 
 
 def _gradient_and_gather_bytes(config: Config, params: Any) -> int:

@@ -46,7 +46,6 @@ class Checkpoints:
         """Open or create the directory.
 
         Args:
-          directory: local path or URL.
           keep: number of newest checkpoints to keep.
           keep_every_steps: checkpoints at multiples of this many steps are kept permanently; 0: none.
           read_only: nothing is created, removed or renamed.
@@ -80,8 +79,6 @@ class Checkpoints:
         """Start a save and return when the arrays are copied and may be donated. An existing step is not saved again.
 
         Args:
-          step: number of the step.
-          state: arrays.
           info: JSON that is stored with the arrays, written by the main process.
         """
         if step in self._manager.all_steps():

@@ -19,7 +19,7 @@ def describe(config: Config, workdir: epath.Path) -> str:
     """
     resolved = resolve(config, devices=jax.device_count(), processes=jax.process_count())
     mesh = sharding.make_mesh(fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
-    optimizer = optim.make_optimizer(config.optim, resolved.total_steps)
+    optimizer = optim.make_optimizer(config.optim, resolved.total_steps, architecture=config.model)
     state = step.abstract_state(step.model_from_config(config, mesh), optimizer, config, mesh)
     batch, image, text = config.train.batch_size, config.model.image, config.model.text
     bytes_per_pair = image.image_size**2 * 3 + text.length * 4 + 1

@@ -37,7 +37,6 @@ def follow(
     `workdir` is only read. A checkpoint that the run removes before it is read is skipped. Call it on all hosts.
 
     Args:
-      workdir: workdir of the run.
       mesh: mesh of the evaluation, which may differ from the run's.
       evaluate: function of step, config of the weights, and evaluation parameters (the EMA, if there is one).
       evaluated: steps to skip.
@@ -49,7 +48,7 @@ def follow(
     config = stored_config(workdir)
     if config is None:
         raise ValueError(f"{workdir}: expected the --workdir of a run, which has a config.json, and found none")
-    optimizer = optim.make_optimizer(config.optim, _TOTAL_STEPS)
+    optimizer = optim.make_optimizer(config.optim, _TOTAL_STEPS, architecture=config.model)
     abstract_state = step.abstract_state(step.model_from_config(config, mesh), optimizer, config, mesh)
     weights = WeightsConfig(config.model, config.tokenizer, config.preprocess, source=f"clip_jax run {workdir.name}")
     newest = NONE

@@ -75,7 +75,6 @@ def teacher_params(config: Config, tokenizer: Tokenizer) -> tuple[Architecture, 
     """Return the architecture and the parameters in `teacher.weights`, with resized position embeddings.
 
     Args:
-      config: config of the run.
       tokenizer: tokenizer of the run. If the weights contain a tokenizer, both must return equal ids for sample texts.
 
     Raises:

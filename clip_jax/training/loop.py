@@ -31,7 +31,7 @@ from clip_jax.evals.report.tables import text_table
 from clip_jax.evals.report.writing import write_report
 from clip_jax.evals.suite import Suite, load_suite
 from clip_jax.interop.msgpack import write as write_weights
-from clip_jax.models import Model
+from clip_jax.models import Model, attention_implementations
 from clip_jax.models.flops import training_flops
 from clip_jax.preprocess import preprocess_many
 from clip_jax.tokenizers import make_tokenizer
@@ -75,7 +75,6 @@ def train(config: Config, directory: str, export: str | None = None) -> bool:
     """Train, evaluate, write the report and export the weights; resumes from the checkpoints in `directory`.
 
     Args:
-      config: config of the run.
       directory: workdir of the run, a local path or a URL that all hosts can reach.
       export: msgpack file for the final weights, a local path or a URL.
 
@@ -140,8 +139,15 @@ def prepare(config: Config, directory: epath.Path, export: str | None = None) ->
             workdir.check_outputs(directory, export)
             workdir.write_config(directory, config)
     mesh = sharding.make_mesh(fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
-    optimizer = optim.make_optimizer(config.optim, resolved.total_steps, seed=config.train.seed)
+    optimizer = optim.make_optimizer(
+        config.optim, resolved.total_steps, architecture=config.model, seed=config.train.seed
+    )
     model = step.model_from_config(config, mesh)
+    if distributed.is_main_process():
+        dtype, capacity = config.train.dtype, config.train.text_capacity
+        attention = attention_implementations(config.model, mesh, dtype=dtype, text_capacity=capacity)
+        for tower, implementation in attention.items():
+            log.info("attention of the %s tower: %s", tower, implementation)
     return Run(resolved, mesh, source, tokenizer, model, optimizer, directory, PreemptionMonitor())
 
 

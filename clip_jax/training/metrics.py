@@ -56,11 +56,8 @@ class TrainingLog:
         """Open the log and drop the records after `first_step`, which a resumed run computes again.
 
         Args:
-          workdir: local path or URL.
-          config: batch size, logging interval, limit of skipped steps.
           schedule: learning rate by step.
           first_step: step of the state from which training continues.
-          total_steps: of the run.
           epoch_examples: examples per epoch.
           pair_seconds: seconds per image-text pair at the peak FLOP/s of all devices; 0 if unknown.
           saved: `state()` of the checkpoint from which the run is resumed.
@@ -226,7 +223,6 @@ class Meter:
         """Start the clock.
 
         Args:
-          batch_size: image-text pairs per step.
           pair_seconds: seconds per pair at the peak FLOP/s of all devices, for `mfu`; 0 if unknown.
           window: `window()` of the checkpoint from which the run is resumed.
         """

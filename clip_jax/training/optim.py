@@ -25,8 +25,6 @@ from clip_jax.typing import ArrayLike, Params
 
 _NEVER_DECAYED = re.compile(r"(^|[/_])(bias|scale\d?)$")
 _ALWAYS_FLOAT32 = re.compile(r"^logit_(scale|bias)$")
-_STAGE = re.compile(r"^image/stage(\d+)_")
-_BEFORE_BLOCKS = re.compile(r"^(image|text)/(patch_|class_|positional_|token_|norm_pre|stem_)")
 
 _HALF = (jnp.bfloat16, jnp.float16)
 # Folded into the key of a seed or a step, so that moments and parameters are rounded with independent bits.
@@ -50,7 +48,9 @@ def make_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.warmup_steps, total_steps)
 
 
-def make_optimizer(config: OptimConfig, total_steps: int, *, seed: int = 0) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimConfig, total_steps: int, *, architecture: Architecture | None = None, seed: int = 0
+) -> optax.GradientTransformation:
     """Return the optimizer of a config. It computes in float32 and returns float32 updates for inputs of any dtype.
 
     The state per trained parameter: AdamW two moments; Lion one moment; Adafactor one moment, and the second moment
@@ -58,8 +58,7 @@ def make_optimizer(config: OptimConfig, total_steps: int, *, seed: int = 0) -> o
     scalars and Adafactor's second moment, which are float32.
 
     Args:
-      config: name and hyperparameters.
-      total_steps: length of the schedule.
+      architecture: the model, whose towers order their layers; required for `layer_decay` < 1.
       seed: seed of stochastic rounding; the random bits are a function of seed and step.
 
     >>> optimizer = make_optimizer(OptimConfig(warmup_steps=1), total_steps=10)
@@ -75,7 +74,7 @@ def make_optimizer(config: OptimConfig, total_steps: int, *, seed: int = 0) -> o
     )
     optimizer = optax.chain(clip, descend)
     if config.layer_decay < 1:
-        optimizer = optax.chain(optimizer, _scale_by_layer(config.layer_decay))
+        optimizer = optax.chain(optimizer, _scale_by_layer(config.layer_decay, architecture))
     if config.freeze:
         transforms = {True: optax.set_to_zero(), False: optimizer}
         optimizer = optax.partition(transforms, lambda params: frozen_mask(params, config.freeze))
@@ -179,8 +178,6 @@ def apply_updates(params: Params, updates: Params, key: jax.Array) -> Params:
     """Return `params + updates` in the dtypes of `params`; sums in half precision are rounded stochastically.
 
     Args:
-      params: float32 or half precision.
-      updates: float32.
       key: PRNG key of this step.
     """
     leaves, structure = jax.tree.flatten(params)
@@ -245,39 +242,36 @@ def _match_error(key: str, pattern: str, matched: str, params: Params) -> str:
 # ------------------------------------------------------------------------------ layer-wise learning rates, weight decay
 
 
-def _scale_by_layer(decay: float) -> optax.GradientTransformation:
+def _scale_by_layer(decay: float, architecture: Architecture | None) -> optax.GradientTransformation:
+    if architecture is None:
+        raise ValueError(f"optim.layer_decay={decay} needs the order of layers: give make_optimizer the architecture")
+
     def update(
         updates: Params, state: optax.EmptyState, params: Params | None = None
     ) -> tuple[Params, optax.EmptyState]:
-        factors = layer_decay_factors(updates, decay)
+        factors = layer_decay_factors(updates, decay, architecture)
         return jax.tree.map(lambda update, factor: update * factor, updates, factors), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def layer_decay_factors(params: Params, decay: float) -> PyTree:
+def layer_decay_factors(params: Params, decay: float, architecture: Architecture) -> PyTree:
     """Return `decay ** d` for every parameter, where d is its distance in layers from its tower's output.
 
-    Layers are blocks, or a ResNet's stages. Parameters after the last layer have factor 1. Parameters stacked over
-    layers have an array of factors, with axes to broadcast over the others.
+    Towers order their layers (`Tower.layer`). Parameters after the last layer and outside the towers have factor 1.
+    Parameters stacked over layers have an array of factors, with axes to broadcast over the others.
     """
-    depth: dict[str, int] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        tower, name = path[0].key, _name(path)
-        stage = _STAGE.search(name)
-        layers = leaf.shape[0] if "/blocks/" in name else int(stage[1]) + 1 if stage else 0
-        depth[tower] = max(depth.get(tower, 0), layers)
+    towers = {"image": architecture.image, "text": architecture.text}
 
     def factor(path: tuple, leaf: ArrayLike) -> ArrayLike | float:
-        tower, name = path[0].key, _name(path)
-        stage = _STAGE.search(name)
-        if "/blocks/" in name:
-            powers = decay ** np.arange(leaf.shape[0], 0, -1, dtype=np.float32)
+        tower = towers.get(path[0].key)
+        if tower is None:
+            return 1.0
+        layer = tower.layer(_name(path[1:]))
+        if isinstance(layer, range):
+            powers = decay ** (tower.output_layer - np.asarray(layer, np.float32))
             return powers.reshape(-1, *[1] * (leaf.ndim - 1))
-        if stage:
-            return decay ** (depth[tower] - int(stage[1]))
-        first = _BEFORE_BLOCKS.search(name) is not None
-        return decay ** (depth[tower] + 1) if first else 1.0
+        return decay ** (tower.output_layer - layer)
 
     return jax.tree_util.tree_map_with_path(factor, params)
 
@@ -292,7 +286,6 @@ def weight_decay_mask(params: Params, no_weight_decay: str = "") -> PyTree[bool]
     Gains and biases are recognized by name: parameters stacked over layers have another number of axes.
 
     Args:
-      params: arrays or shapes.
       no_weight_decay: regular expression; parameters whose path matches, e.g. 'text/token_embedding', are not decayed.
 
     >>> weight_decay_mask({"mlp": {"kernel": 1, "bias": 1}})

@@ -37,8 +37,6 @@ def stochastic_round(x: Float32[ArrayLike, "..."], dtype: str, key: jax.Array) -
     Finite numbers beyond the range become the largest number, the one case with another expected value.
 
     Args:
-      x: float32.
-      dtype: 'bfloat16' or 'float16'.
       key: PRNG key from `jax.random.split` or `fold_in`: its words are used as random numbers, because drawing more
         doubled the compilation time of a step. Equal keys round equally on every mesh.
     """

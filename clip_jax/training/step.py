@@ -103,7 +103,7 @@ def _compute_options(train: TrainConfig, mesh: Mesh) -> dict[str, Any]:
         "unroll": train.unroll_layers,
         "text_capacity": train.text_capacity,
         "text_groups": sharding.batch_shards(mesh),
-        "rows": sharding.batch_sharding(mesh),
+        "batch_sharding": sharding.batch_sharding(mesh),
     }
 
 
@@ -114,7 +114,8 @@ def make_teacher(architecture: Architecture, params: Params, config: Config, mes
       ValueError: if `mesh.tensor` does not divide the model.
     """
     model = make_model(architecture, config.preprocess, **_compute_options(config.train, mesh))
-    return Teacher(model, jax.jit(lambda x: x, out_shardings=sharding.param_shardings(params, mesh))(params))
+    shardings = sharding.param_shardings(params, mesh, architecture)
+    return Teacher(model, jax.jit(lambda x: x, out_shardings=shardings)(params))
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation, config: OptimConfig) -> TrainState:
@@ -135,7 +136,7 @@ def abstract_state(
       ValueError: if `mesh.tensor` does not divide the model.
     """
     shapes = jax.eval_shape(lambda key: init_state(model.init(key), optimizer, config.optim), jax.random.key(0))
-    shardings = sharding.state_shardings(shapes, mesh, shard_moments=config.optim.shard_moments)
+    shardings = sharding.state_shardings(shapes, mesh, config.model, shard_moments=config.optim.shard_moments)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 

@@ -15,14 +15,7 @@ VERSIONS_FILE = "versions.json"
 
 
 def to_path(path: str, flag: str) -> epath.Path:
-    """Return a local path or a URL that epath supports.
-
-    Args:
-      path: e.g. 'runs/b32' or 'gs://bucket/runs/b32'.
-      flag: name of the flag, for the error.
-
-    Raises:
-      ValueError: for the URL of an unsupported file system.
+    """Return a local path or a URL that epath supports. Raises ValueError with the flag's name for other URLs.
 
     >>> to_path("gs://bucket/runs", "--workdir").name
     'runs'
@@ -42,11 +35,10 @@ def check_writable(directory: epath.Path, suffix: str = "") -> None:
     """Create a directory, write a small file in it and remove the file.
 
     Args:
-      directory: created with its parents.
-      suffix: of the file's name, to separate the processes that check at the same time.
+      suffix: of the file's name, different for every process that checks at the same time.
 
     Raises:
-      Exception: of the file system: OSError, or TensorFlow's for an object store.
+      Exception: OSError, or TensorFlow's errors for an object store.
     """
     probe = directory / f".probe{suffix}"
     directory.mkdir(parents=True, exist_ok=True)
@@ -55,11 +47,7 @@ def check_writable(directory: epath.Path, suffix: str = "") -> None:
 
 
 def check_outputs(workdir: epath.Path, export: str | None) -> None:
-    """Check that the run can write its files.
-
-    Raises:
-      ValueError: --workdir or --export is not writable.
-    """
+    """Raise ValueError if --workdir or --export is not writable."""
     outputs = [("--workdir", workdir, workdir)]
     if export is not None:
         file = to_path(export, "--export")
