@@ -1,10 +1,10 @@
-"""Trained weights as functions of pictures and strings.
+"""Inference: a loaded model as functions of images and strings.
 
-    model = clip_jax.load("params.msgpack")  # or a file or directory of OpenAI's, open_clip's, Hugging Face's …
+    model = clip_jax.load("params.msgpack")  # or weights of OpenAI, open_clip, Hugging Face …
     model.zero_shot(["photo.jpg"], ["dog", "cat"])
 
-Each encoder is compiled once for every batch size of 1, 2, 4 … 64 that is met: other numbers of inputs are split and
-filled up. Neither TensorFlow nor Orbax is imported.
+Each encoder is compiled for batch sizes 1, 2, 4 … 64, each on first use; other numbers of inputs are split and padded.
+Neither TensorFlow nor Orbax is imported.
 
 Source of the zero-shot classifier: Radford et al. 2021, section 3.1.4.
 """
@@ -12,6 +12,7 @@ Source of the zero-shot classifier: Radford et al. 2021, section 3.1.4.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int32, UInt8
 
-from clip_jax.config import TokenizerConfig, WeightsConfig
+from clip_jax.config import MODELS, TokenizerConfig, WeightsConfig
 from clip_jax.evals.embed import average_prompts
 from clip_jax.interop import reading
 from clip_jax.models import make_model
@@ -30,12 +31,12 @@ from clip_jax.typing import Params, Tokenizer
 
 Images = Sequence[ImageLike] | UInt8[np.ndarray, "n H W 3"]
 
-_MAX_BATCH = 64  # 64 pictures of 336 px in ViT-L/14 take some 2 GiB of activations
+_MAX_BATCH = 64  # 64 images of 336 px need about 2 GiB of activations in ViT-L/14
 
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """A model with its weights. Images are PIL's, paths, encoded bytes, or uint8 arrays [H W 3]."""
+    """A CLIP model with its parameters. Images are PIL images, paths, encoded bytes, or uint8 arrays [H W 3]."""
 
     config: WeightsConfig
     params: Params = dataclasses.field(repr=False)
@@ -44,48 +45,70 @@ class Clip:
     _encode_text: Callable[..., jax.Array] = dataclasses.field(repr=False)
 
     def encode_image(self, images: Images) -> Float[np.ndarray, "n E"]:
-        """Return a unit vector for every picture.
+        """Return the embeddings of images, L2-normalized.
 
         Raises:
-          ValueError: if a picture can't be decoded, saying which.
-          TypeError: if one picture was given where several are expected.
+          ValueError: if an image can't be decoded, with its index.
+          TypeError: for a single image instead of a sequence.
+
+        >>> model = random_model("emoji")
+        >>> model.encode_image(np.zeros((1, 48, 48, 3), np.uint8)).shape
+        (1, 128)
         """
         size = self.config.model.image.image_size
 
         def prepare(batch: Sequence[ImageLike], first: int) -> np.ndarray:
             return preprocess_many(batch, size, self.config.preprocess, first=first)
 
-        return self._encode(self._encode_image, prepare, _several(images, "picture"))
+        return self._encode(self._encode_image, prepare, _as_list(images, "image"))
 
     def encode_text(self, texts: Sequence[str]) -> Float[np.ndarray, "n E"]:
-        """Return a unit vector for every text.
+        """Return the embeddings of texts, L2-normalized.
 
         Raises:
-          ValueError: if a text is too long, unless the model was loaded with `truncate=True`.
-          TypeError: if one text was given where several are expected.
+          ValueError: for a text that exceeds the context length, unless the model was loaded with `truncate=True`.
+          TypeError: for a single text instead of a sequence.
+
+        >>> model = random_model("emoji")
+        >>> model.encode_text(["a dog", "a cat"]).shape
+        (2, 128)
         """
-        return self._encode(self._encode_text, lambda batch, first: self.tokenizer(batch), _several(texts, "text"))
+        return self._encode(self._encode_text, lambda batch, first: self.tokenizer(batch), _as_list(texts, "text"))
 
     def logits(self, images: Images, texts: Sequence[str]) -> Float[np.ndarray, "n m"]:
-        """Return the cosine of every picture with every text, times the learnt scale, plus the bias if there is one."""
+        """Return `scale * cosine + logit_bias` for every pair of image and text; models without a bias have 0.
+
+        >>> model = random_model("emoji")
+        >>> model.logits(np.zeros((1, 48, 48, 3), np.uint8), ["a dog", "a cat"]).shape
+        (1, 2)
+        """
         bias = np.asarray(self.params.get("logit_bias", 0.0), np.float32)
         return self.scale * self.encode_image(images) @ self.encode_text(texts).T + bias
 
     def zero_shot(
         self, images: Images, classes: Sequence[str], templates: Sequence[str] = ("a photo of a {}.",)
     ) -> Float[np.ndarray, "n Q"]:
-        """Return the probability of every class for every picture; a row sums to 1.
+        """Return class probabilities: softmax over classes of the scaled cosine with each class embedding.
 
         Args:
-          templates: sentences with `{}` where the class's name goes. A class is the mean of its sentences' vectors.
+          classes: class names.
+          templates: prompts with `{}` for the class name. A class embedding is the normalized mean over the prompts.
+
+        Raises:
+          ValueError: for a template without `{}`.
+
+        >>> model = random_model("emoji")
+        >>> probabilities = model.zero_shot(np.zeros((1, 48, 48, 3), np.uint8), ["dog", "cat"], ["a {}."])
+        >>> probabilities.shape, probabilities.sum().round(4).item()
+        ((1, 2), 1.0)
         """
-        templates = _several(templates, "template")
+        templates = _as_list(templates, "template")
         for template in templates:
             if "{}" not in template:
                 raise ValueError(
-                    f"the template {template!r} has no '{{}}' for the class's name, e.g. 'a photo of a {{}}.'"
+                    f"templates: expected '{{}}' for the class name, got {template!r}; use e.g. 'a photo of a {{}}.'"
                 )
-        prompts = [template.replace("{}", name) for name in _several(classes, "class") for template in templates]
+        prompts = [template.replace("{}", name) for name in _as_list(classes, "class") for template in templates]
         class_QE = average_prompts(self.encode_text(prompts), np.full(len(classes), len(templates)))
         logits_nQ = self.scale * self.encode_image(images) @ class_QE.T
         exp_nQ = np.exp(logits_nQ - logits_nQ.max(axis=1, keepdims=True))
@@ -93,7 +116,7 @@ class Clip:
 
     @property
     def scale(self) -> np.float32:
-        """The factor between cosines and logits: the inverse of the learnt temperature."""
+        """The factor between cosines and logits, `exp(logit_scale)`."""
         return np.exp(np.asarray(self.params["logit_scale"], np.float32))
 
     def _encode(
@@ -102,9 +125,9 @@ class Clip:
         outputs = [np.zeros((0, self.config.model.embed_dim), np.float32)]
         for start in range(0, len(items), _MAX_BATCH):
             rows = prepare(items[start : start + _MAX_BATCH], start)
-            missing = _bucket(len(rows)) - len(rows)
-            filled = np.pad(rows, [(0, missing)] + [(0, 0)] * (rows.ndim - 1), mode="edge")
-            outputs.append(np.asarray(encode(self.params, filled))[: len(rows)])
+            padding = _batch_size(len(rows)) - len(rows)
+            padded = np.pad(rows, [(0, padding)] + [(0, 0)] * (rows.ndim - 1), mode="edge")
+            outputs.append(np.asarray(encode(self.params, padded))[: len(rows)])
         return np.concatenate(outputs)
 
 
@@ -118,27 +141,35 @@ def load(
     tokenizer: TokenizerConfig | str = "",
     truncate: bool = False,
 ) -> Clip:
-    """Return the model of a weight file, a directory, a published model or a repository of Hugging Face's hub.
+    """Load a model from a weight file, a directory, a name of an OpenAI model or a repository of the Hugging Face hub.
 
-    Formats: ours (`--export`, `clip_jax.convert`), OpenAI's archives, torch's state dicts and training checkpoints,
-    safetensors, open_clip's and Hugging Face's directories, Flax msgpack, big_vision's npz. What a file can't tell is
-    asked for, never guessed.
+    Formats: clip_jax (`--export`, `clip_jax.convert`), OpenAI's archives, torch state dicts and checkpoints,
+    safetensors, directories of open_clip and Hugging Face, Flax msgpack, big_vision npz, and others registered in
+    `clip_jax.interop.formats.FORMATS`. An unknown activation is an error, not a guess.
 
     Args:
-      path: a file or directory; or a name such as 'vit_b32', for OpenAI's weights as its own code leaves them in
-        ~/.cache/clip; or 'hf-hub:<owner>/<name>'.
-      model: a name in `config.MODELS`, for files that can't tell.
-      activation: 'quick_gelu', 'gelu' or 'gelu_tanh', for files that can't tell. It wins over what they say.
-      image_size: px, other than the model's: its position embeddings are resized as open_clip does.
-      context_length: tokens, other than the model's, likewise.
-      tokenizer: for weights that come without theirs: a SentencePiece `.model` or a Hugging Face `tokenizer.json`, used
-        as the published weights of such a model expect; or a TokenizerConfig, which says how.
-      truncate: cut texts that are longer than the model reads, keeping the end token; else they are an error, as in
-        OpenAI's code.
+      path: file or directory; name such as 'vit_b32' for OpenAI's weights in ~/.cache/clip; or
+        'hf-hub:<owner>/<name>'.
+      model: name in `config.MODELS`, for files without a config.
+      activation: 'quick_gelu', 'gelu' or 'gelu_tanh', for files without a config. It overrides a config.
+      image_size: px; position embeddings are resized to it, as in open_clip. 0: unchanged.
+      context_length: tokens, likewise.
+      tokenizer: for weights without one: path of a SentencePiece `.model` or a Hugging Face `tokenizer.json`, used with
+        the settings of the published models, or a TokenizerConfig.
+      truncate: truncate texts that exceed the context length and keep the end token; otherwise they are an error, as
+        in OpenAI's code.
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if the file is damaged or hostile, of a model that is not built, or not what its config describes.
+      ValueError: if the file is damaged, unsafe, of an unsupported model, or doesn't match its config.
+
+    >>> import tempfile
+    >>> from clip_jax.interop import msgpack
+    >>> path = tempfile.mkdtemp() + "/params.msgpack"
+    >>> random = random_model("emoji")
+    >>> msgpack.write(path, random.params, random.config)
+    >>> load(path).config.source
+    'random parameters, seed 0'
     """
     weights = reading.read(
         path,
@@ -149,35 +180,41 @@ def load(
         tokenizer=tokenizer,
     )
     config, params = weights.config, weights.params
-    del weights  # `_moved` frees each NumPy array after its copy
+    del weights  # `_to_device` frees each NumPy array after its copy
+    return _clip(config, _to_device(dict(params)), truncate)
+
+
+@functools.lru_cache(maxsize=1)
+def random_model(name: str, seed: int = 0) -> Clip:
+    """Return a preset of `config.MODELS` with randomly initialized parameters, e.g. to test code without weights."""
+    config = WeightsConfig(MODELS[name], source=f"random parameters, seed {seed}")
+    return _clip(config, jax.jit(make_model(config.model).init)(jax.random.key(seed)), truncate=False)
+
+
+def _clip(config: WeightsConfig, params: Params, truncate: bool) -> Clip:
     functions = make_model(config.model, config.preprocess)
-    return Clip(
-        config,
-        _moved(dict(params)),
-        _tokenizer(config, truncate),
-        jax.jit(functions.encode_image),
-        jax.jit(functions.encode_text),
-    )
+    tokenizer = _tokenizer(config, truncate)
+    return Clip(config, params, tokenizer, jax.jit(functions.encode_image), jax.jit(functions.encode_text))
 
 
-def _moved(params: dict[str, Any]) -> Params:
-    """Put arrays on the device, and empty `params` meanwhile: no more than one array is held twice."""
+def _to_device(params: dict[str, Any]) -> Params:
+    """Move arrays to the device one by one and remove each from `params`, so that only one is in memory twice."""
     moved = {}
     for name in list(params):
         value = params.pop(name)
-        moved[name] = _moved(value) if isinstance(value, dict) else jax.device_put(value)
+        moved[name] = _to_device(value) if isinstance(value, dict) else jax.device_put(value)
     return moved
 
 
 def _tokenizer(config: WeightsConfig, truncate: bool) -> Tokenizer:
     if config.tokenizer.name != "clip_bpe" and not (config.tokenizer.path or config.tokenizer_file):
-        return _NoTokenizer(config.model.text.vocab_size, config.model.text.length, 0, config.model.text.eos_id)
+        return _MissingTokenizer(config.model.text.vocab_size, config.model.text.length, 0, config.model.text.eos_id)
     return make_tokenizer(config.tokenizer, config.model.text, truncate=truncate, tokenizer_file=config.tokenizer_file)
 
 
 @dataclasses.dataclass(frozen=True)
-class _NoTokenizer:
-    """Stands for a tokenizer that did not come with the weights: pictures can be encoded without it."""
+class _MissingTokenizer:
+    """Placeholder for weights without a tokenizer: images can be encoded, a text is an error."""
 
     vocab_size: int
     length: int
@@ -186,19 +223,19 @@ class _NoTokenizer:
 
     def __call__(self, texts: Sequence[str]) -> Int32[np.ndarray, "n L"]:
         raise ValueError(
-            f"the weights came without their tokenizer of {self.vocab_size:,} tokens; load them with its file, e.g."
+            f"tokenizer: expected one of {self.vocab_size:,} tokens with the weights, got none; load its file, e.g."
             " load(…, tokenizer='/data/c4_en.model')"
         )
 
 
-def _several(items: Any, kind: str) -> list[Any]:
-    """Refuse one item where several are expected: a string is a sequence of letters, an array one of rows."""
+def _as_list(items: Any, kind: str) -> list[Any]:
+    """Return a sequence as a list. A single item is an error: strings and arrays are sequences of letters and rows."""
     single_array = isinstance(items, np.ndarray) and items.ndim < 4
     if isinstance(items, (str, bytes, os.PathLike)) or single_array or not hasattr(items, "__len__"):
         raise TypeError(f"expected a sequence, e.g. a list with one {kind}, got one {type(items).__name__}")
     return list(items)
 
 
-def _bucket(count: int) -> int:
-    """Return the power of two that holds `count` rows."""
+def _batch_size(count: int) -> int:
+    """Return the smallest power of two that is at least `count`."""
     return 1 << (count - 1).bit_length()

@@ -1,6 +1,6 @@
-"""Rank pictures by what they show: `python -m clip_jax.search --weights=params.msgpack "a happy dog"`.
+"""Command: rank images by similarity to texts, `python -m clip_jax.search --weights=params.msgpack "a happy dog"`.
 
-Several queries make several tables. Exit codes: 0; 2, wrong flags or input, with one sentence.
+Prints one table per query. Exit codes: 0; 2 for wrong flags or input, with a one-line error.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from jaxtyping import Float, Int64
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 REFUSED = 2
 
-_WEIGHTS = flags.DEFINE_string("weights", None, "A file that --export wrote, e.g. runs/emoji/params.msgpack.")
-_IMAGES = flags.DEFINE_string("images", "", "A folder: PNG, JPEG and WebP at any depth. Empty: the emoji.")
-_TOP = flags.DEFINE_integer("top", 10, "How many matches to print for each query.", lower_bound=1)
+_WEIGHTS = flags.DEFINE_string("weights", None, "Weights, e.g. runs/emoji/params.msgpack.")
+_IMAGES = flags.DEFINE_string("images", "", "Folder, searched recursively for PNG, JPEG and WebP. Empty: the emoji.")
+_TOP = flags.DEFINE_integer("top", 10, "Number of matches per query.", lower_bound=1)
 
 
 def main(argv: Sequence[str]) -> None:
-    """Print the best matches of every query."""
-    logging.getLogger("jax").setLevel(logging.WARNING)  # absl shows its search for a TPU
+    """Print the best matches of each query."""
+    logging.getLogger("jax").setLevel(logging.WARNING)  # no messages about the search for a TPU
     try:
         _search(_WEIGHTS.value, argv[1:], _IMAGES.value, _TOP.value)
     except (ValueError, FileNotFoundError) as error:
@@ -39,51 +39,51 @@ def _search(weights: str | None, queries: Sequence[str], folder: str, top: int) 
     if not weights or not queries:
         raise ValueError('expected --weights=FILE and a query, e.g. --weights=runs/emoji/params.msgpack "a happy dog"')
     model = load(weights)
-    text_nE = model.encode_text(queries)  # first: it is quick, and a query may be too long
-    images, names = files_below(folder) if folder else _emoji()
+    text_nE = model.encode_text(queries)  # first, because it is fast and a query may be too long
+    images, names = images_in(folder) if folder else _emoji()
     image_mE = model.encode_image(images)
     for query, text_E in zip(queries, text_nE, strict=True):
         order, similarity = ranking(image_mE, text_E)
-        print(f"\n{query!r} among {len(names):,} pictures\n" + table(names, order[:top], similarity[:top]))
+        print(f"\n{query!r} among {len(names):,} images\n" + table(names, order[:top], similarity[:top]))
 
 
-def files_below(folder: str | os.PathLike[str]) -> tuple[list[str], list[str]]:
-    """Return the pictures in a folder and its subfolders as paths, and as names relative to it.
+def images_in(folder: str | os.PathLike[str]) -> tuple[list[str], list[str]]:
+    """Return the paths of all images in a folder and its subfolders, and their names relative to it.
 
     Raises:
-      ValueError: if there is no such folder, or no picture in it.
+      ValueError: if there is no such folder, or no image in it.
     """
     root = pathlib.Path(folder).expanduser()
     if not root.is_dir():
-        raise ValueError(f"--images={folder}: there is no such folder")
+        raise ValueError(f"--images: expected a folder, got {folder}")
     paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     if not paths:
-        raise ValueError(f"--images={folder}: no picture in it or below; looked for {', '.join(sorted(SUFFIXES))}")
+        raise ValueError(f"--images: expected files with {', '.join(sorted(SUFFIXES))} in {folder}, got none")
     return [str(path) for path in paths], [str(path.relative_to(root)) for path in paths]
 
 
 def ranking(
     image_nE: Float[np.ndarray, "n E"], text_E: Float[np.ndarray, "E"]
 ) -> tuple[Int64[np.ndarray, "n"], Float[np.ndarray, "n"]]:
-    """Return the rows of the pictures, the most similar to the text first, and their cosines in that order."""
+    """Return image indices by descending cosine with the text, and the cosines in that order."""
     similarity = image_nE @ text_E
     order = np.argsort(-similarity, kind="stable")
     return order, similarity[order]
 
 
 def table(names: Sequence[str], order: Sequence[int] | np.ndarray, similarity: Sequence[float] | np.ndarray) -> str:
-    """Return one line for every match: its rank from 1, its cosine, its name."""
+    """Return a table with rank (from 1), cosine and name of each match."""
     matches = zip(order, similarity, strict=True)
     rows = [f"{rank:>4}  {cosine:>10.3f}  {names[i]}" for rank, (i, cosine) in enumerate(matches, start=1)]
-    return "\n".join([f"{'rank':>4}  {'similarity':>10}  picture", *rows])
+    return "\n".join([f"{'rank':>4}  {'similarity':>10}  image", *rows])
 
 
 def _emoji() -> tuple[list[bytes], list[str]]:
-    # TensorFlow comes with it, so only where it is wanted.
+    # Imports TensorFlow.
     from clip_jax.evals.load import load_dataset
 
-    pictures = load_dataset("emoji_search")
-    return list(pictures.images), list(pictures.image_names)
+    dataset = load_dataset("emoji_search")
+    return list(dataset.images), list(dataset.image_names)
 
 
 if __name__ == "__main__":

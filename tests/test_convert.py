@@ -1,4 +1,4 @@
-"""`python -m clip_jax.convert`, as a user types it."""
+"""The command `python -m clip_jax.convert`."""
 
 import os
 import subprocess
@@ -24,27 +24,27 @@ def _convert(folder, *arguments):
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("convert")
     params = tiny_models.params(ARCHITECTURE)
-    torch_file.write(folder / "theirs.pt", conversion.LazyTensors(ARCHITECTURE, params, name_tables.OPENAI))
+    torch_file.write(folder / "openai.pt", conversion.LazyTensors(ARCHITECTURE, params, name_tables.OPENAI))
     return folder
 
 
-def test_from_torch_to_each_format_and_on_without_a_flag_lost(folder):
-    result = _convert(folder, "theirs.pt", "ours.msgpack", "--activation=quick_gelu")
+def test_torch_to_msgpack_to_npz_to_directory_keeps_all_weights(folder):
+    result = _convert(folder, "openai.pt", "w.msgpack", "--activation=quick_gelu")
     assert result.returncode == 0, result.stderr
     for line in (
-        "found    theirs.pt: OpenAI's names, torch",
+        "found    openai.pt: OpenAI names, torch",
         "parameters",
         "image:         64 px, 2 layers of 128, patches of 16 px",
         "text:          77 tokens of 49,408, 2 layers of 64",
         "activation:    quick_gelu",
         "preprocessing: shortest, bicubic, mean (0.48145466",
-        "wrote    ours.msgpack: clip_jax.load('ours.msgpack')",
+        "wrote    w.msgpack: clip_jax.load('w.msgpack')",
     ):
         assert line in result.stdout
-    assert _convert(folder, "ours.msgpack", "ours.npz", "--to=npz").returncode == 0
-    result = _convert(folder, "ours.npz", "dir", "--to=directory")
+    assert _convert(folder, "w.msgpack", "w.npz", "--to=npz").returncode == 0
+    result = _convert(folder, "w.npz", "dir", "--to=directory")
     assert "transformers:  AutoModel.from_pretrained('dir')" in result.stdout
-    for file in ("ours.msgpack", "ours.npz", "dir", "dir/model.safetensors", "dir/open_clip_model.safetensors"):
+    for file in ("w.msgpack", "w.npz", "dir", "dir/model.safetensors", "dir/open_clip_model.safetensors"):
         found = reading.read(folder / file)
         assert found.config.model == ARCHITECTURE
         jax.tree.map(np.testing.assert_array_equal, found.params, tiny_models.params(ARCHITECTURE))
@@ -53,16 +53,14 @@ def test_from_torch_to_each_format_and_on_without_a_flag_lost(folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("theirs.pt",), "expected SRC and DST"),
-        (("theirs.pt", "x.msgpack"), "does not say which activation"),
+        (("openai.pt",), "expected SRC and DST"),
+        (("openai.pt", "x.msgpack"), "expected an activation, got none"),
+        (("openai.pt", "x.msgpack", "--to=torch"), "--to: expected one of directory, npz, msgpack, got 'torch'"),
         (("nothing.pt", "x.msgpack"), "nothing.pt: there is no such file"),
-        (
-            ("theirs.pt", "x.msgpack", "--activation=gelu", "--image_size=50"),
-            "image_size=50 is not a multiple of 16; use 48",
-        ),
+        (("openai.pt", "x.msgpack", "--activation=gelu", "--image_size=50"), "multiple of 16, got 50; use 48"),
     ],
 )
-def test_wrong_input_ends_with_one_sentence_and_writes_nothing(folder, arguments, message):
+def test_wrong_input_exits_with_one_line_and_writes_nothing(folder, arguments, message):
     result = _convert(folder, *arguments)
     assert (result.returncode, result.stdout) == (2, "")
     assert message in result.stderr and len(result.stderr.splitlines()) == 1

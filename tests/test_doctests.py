@@ -22,3 +22,4 @@ def test_examples_of_module(module):
 
 def test_modules_with_public_functions_have_examples():
     assert {"clip_jax.data", "clip_jax.preprocess", "clip_jax.tokenizers"} <= set(MODULES)
+    assert {"clip_jax.inference", "clip_jax.interop.convert", "clip_jax.interop.msgpack"} <= set(MODULES)

@@ -1,4 +1,4 @@
-"""Loaded weights as functions: the model's own numbers, whatever the number of inputs, without TensorFlow."""
+"""Inference with loaded weights: embeddings, batching, zero-shot, errors; no TensorFlow import."""
 
 import dataclasses
 import subprocess
@@ -19,7 +19,7 @@ from clip_jax.config import (
     WeightsConfig,
     with_activation,
 )
-from clip_jax.inference import _several, load
+from clip_jax.inference import _as_list, load
 from clip_jax.interop import directory, msgpack
 from clip_jax.models import make_model
 from clip_jax.preprocess import preprocess
@@ -32,7 +32,7 @@ TINY = Architecture(
     embed_dim=8,
 )
 CONFIG = WeightsConfig(TINY, preprocess=Preprocess(mean=(0.2, 0.3, 0.4)), source="a test")
-# One vector comes from programs compiled for different batch sizes, whose float32 sums may be ordered differently.
+# Programs compiled for different batch sizes may order float32 sums differently.
 ROUNDING = 1e-5
 TEXTS = ["a dog", "two cats", "", "!"]
 
@@ -62,7 +62,7 @@ def images():
     return [Image.fromarray(rng.integers(0, 256, (20 + i, 30, 3), np.uint8)) for i in range(5)]
 
 
-def test_embeddings_are_the_models_own(model, params, images):
+def test_embeddings_equal_those_of_the_model_functions(model, params, images):
     reference = jax.tree.map(jax.jit, make_model(TINY, CONFIG.preprocess))
     pixels = np.stack([preprocess(image, 16, CONFIG.preprocess) for image in images])
     tokens = ClipBPE(length=12, vocab_size=600)(TEXTS)
@@ -77,7 +77,7 @@ def test_rows_are_unit_float32_vectors(model, images):
 
 
 @pytest.mark.parametrize("count", [1, 3, 64, 65, 130])
-def test_a_row_does_not_depend_on_how_many_there_are(model, images, count):
+def test_embedding_is_independent_of_the_number_of_inputs(model, images, count):
     many = [images[i % len(images)] for i in range(count)]
     one_by_one = np.concatenate([model.encode_image([image]) for image in images])
     np.testing.assert_allclose(model.encode_image(many), np.resize(one_by_one, (count, 8)), atol=ROUNDING)
@@ -85,19 +85,19 @@ def test_a_row_does_not_depend_on_how_many_there_are(model, images, count):
     np.testing.assert_allclose(model.encode_text(texts), np.resize(model.encode_text(TEXTS), (count, 8)), atol=ROUNDING)
 
 
-def test_each_encoder_compiles_once_for_each_power_of_two(file, images):
+def test_encoder_compiles_once_per_power_of_two(file, images):
     model = load(file)
     for count in (1, 2, 3, 4, 50, 64, 65, 100, 130, 3):  # batches of 1, 2, 4 and 64; 100 is 64 and 64 for 36
         model.encode_text(["a dog"] * count)
     assert model._encode_text._cache_size() == 4
 
 
-def test_nothing_in_nothing_out(model):
+def test_empty_input_gives_empty_output(model):
     assert model.encode_image([]).shape == model.encode_text([]).shape == (0, 8)
 
 
-def test_paths_bytes_arrays_and_pictures_mean_the_same(model, images, tmp_path):
-    path = tmp_path / "picture.png"
+def test_paths_bytes_arrays_and_pil_images_are_equivalent(model, images, tmp_path):
+    path = tmp_path / "image.png"
     images[0].save(path)
     rows = model.encode_image([images[0], path, str(path), path.read_bytes(), np.array(images[0])])
     np.testing.assert_allclose(rows, np.repeat(rows[:1], 5, axis=0), atol=ROUNDING)
@@ -111,7 +111,7 @@ def test_logits_are_scaled_cosines(model, images):
     np.testing.assert_allclose(model.logits(images, TEXTS), expected, atol=scale * ROUNDING)
 
 
-def test_zero_shot_is_the_softmax_over_classes_of_the_mean_prompt(model, images):
+def test_zero_shot_is_the_softmax_over_mean_prompt_embeddings(model, images):
     templates, classes = ("a {}", "the {}!"), ["dog", "cat", "owl"]
     vectors = []
     for name in classes:
@@ -122,58 +122,58 @@ def test_zero_shot_is_the_softmax_over_classes_of_the_mean_prompt(model, images)
     np.testing.assert_allclose(model.zero_shot(images, classes, templates), expected, atol=100 * ROUNDING)
 
 
-def test_zero_shot_takes_names_with_braces_and_refuses_templates_without(model, images):
+def test_zero_shot_accepts_class_names_with_braces_and_refuses_templates_without(model, images):
     assert model.zero_shot(images, ["{x}", "{}"], ["a {}"]).shape == (5, 2)
-    with pytest.raises(ValueError, match=r"'a photo' has no '\{\}'"):
+    with pytest.raises(ValueError, match=r"templates: expected '\{\}' for the class name, got 'a photo'"):
         model.zero_shot(images, ["dog"], ["a photo"])
 
 
 @pytest.mark.parametrize("single", ["a dog", b"bytes", Image.new("RGB", (9, 9)), np.zeros((9, 9, 3), np.uint8)])
-def test_one_item_is_refused_where_several_are_expected(single):
-    with pytest.raises(TypeError, match="expected a sequence, e.g. a list with one picture"):
-        _several(single, "picture")
+def test_single_item_instead_of_a_sequence_is_refused(single):
+    with pytest.raises(TypeError, match="expected a sequence, e.g. a list with one image"):
+        _as_list(single, "image")
 
 
-def test_one_string_is_not_a_sequence_of_texts(model):
+def test_single_string_instead_of_texts_is_refused(model):
     with pytest.raises(TypeError, match="e.g. a list with one text, got one str"):
         model.encode_text("a dog")
 
 
-def test_errors_number_pictures_across_batches(model, images):
+def test_error_has_the_image_index_across_batches(model, images):
     with pytest.raises(ValueError, match="image 66: .*can't be decoded"):
         model.encode_image([images[0]] * 66 + [b"broken"])
 
 
-def test_overlong_texts_raise_unless_told_to_cut(file, model):
+def test_overlong_text_raises_unless_truncate_is_set(file, model):
     with pytest.raises(ValueError, match=r"model\.text\.length=12"):
         model.encode_text(["dog " * 50])
     assert load(file, truncate=True).encode_text(["dog " * 50]).shape == (1, 8)
 
 
-def test_the_model_says_what_it_is(model):
+def test_model_has_its_config_and_a_short_repr(model):
     assert model.config == CONFIG and model.tokenizer.vocab_size == 600
     assert "Array" not in repr(model) and len(repr(model)) < 2000
     with pytest.raises(dataclasses.FrozenInstanceError):
         model.params = {}
 
 
-def test_weights_of_other_shapes_are_refused_by_name(params, tmp_path):
+def test_parameter_with_another_shape_is_refused_with_its_name(params, tmp_path):
     text = dataclasses.replace(TINY.text, width=16)
     msgpack.write(tmp_path / "a", params, dataclasses.replace(CONFIG, model=dataclasses.replace(TINY, text=text)))
-    with pytest.raises(ValueError, match=r"the parameter text/\S+ has shape \(.*\), its config describes \("):
+    with pytest.raises(ValueError, match=r"parameter text/\S+: expected shape \(.*\) by its config, got \("):
         load(tmp_path / "a")
 
 
-def test_missing_and_additional_parameters_are_refused_by_name(params, tmp_path):
+def test_missing_and_additional_parameters_are_refused_with_their_names(params, tmp_path):
     msgpack.write(tmp_path / "less", {k: v for k, v in params.items() if k != "logit_scale"}, CONFIG)
-    with pytest.raises(ValueError, match=r"logit_scale has shape none, its config describes \(\)"):
+    with pytest.raises(ValueError, match=r"logit_scale: expected shape \(\) by its config, got none"):
         load(tmp_path / "less")
     msgpack.write(tmp_path / "more", {**params, "bias": np.zeros(3)}, CONFIG)
-    with pytest.raises(ValueError, match=r"bias has shape \(3,\), its config describes none"):
+    with pytest.raises(ValueError, match=r"bias: expected shape none by its config, got \(3,\)"):
         load(tmp_path / "more")
 
 
-def test_a_tokenizer_that_does_not_fit_is_refused(params, tmp_path):
+def test_tokenizer_with_another_vocabulary_is_refused(params, tmp_path):
     config = dataclasses.replace(CONFIG, tokenizer=TokenizerConfig(path="own"), tokenizer_file=b"t h\nth e</w>\n")
     msgpack.write(tmp_path / "a", params, config)
     with pytest.raises(ValueError, match=r"model\.text\.vocab_size=600 .*use 515 to 516"):
@@ -183,7 +183,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(params, tmp_path):
 def test_loading_and_encoding_import_neither_tensorflow_nor_orbax(file):
     script = f"""
 import sys, clip_jax
-assert not {{"jax", "flax", "numpy"}} & sys.modules.keys(), "import clip_jax is to be quick"
+assert not {{"jax", "flax", "numpy"}} & sys.modules.keys(), "import clip_jax must be fast"
 model = clip_jax.load({str(file)!r})
 model.encode_text(["a dog"])
 import clip_jax.search
@@ -192,16 +192,16 @@ assert not {{"tensorflow", "orbax", "torch"}} & sys.modules.keys()
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
 
-def test_an_attribute_that_the_package_lacks_is_an_attribute_error():
+def test_unknown_attribute_of_the_package_is_an_attribute_error():
     assert clip_jax.load is load and "load" in dir(clip_jax)
     with pytest.raises(AttributeError, match="no attribute 'laod'"):
         _ = clip_jax.laod
 
 
-# ------------------------------------------------------------------------------------------ weights of other projects
+# ------------------------------------------------------------------------------------------ weights of other libraries
 
 
-def test_a_directory_of_others_is_loaded_with_its_activation_and_pixels(params, images, tmp_path):
+def test_directory_is_loaded_with_its_activation_and_preprocessing(params, images, tmp_path):
     gelu = with_activation(TINY, "gelu")
     directory.write(tmp_path / "dir", params, WeightsConfig(gelu, preprocess=CONFIG.preprocess))
     loaded = load(tmp_path / "dir")
@@ -212,19 +212,19 @@ def test_a_directory_of_others_is_loaded_with_its_activation_and_pixels(params, 
     assert np.abs(load(tmp_path / "dir", activation="quick_gelu").encode_image(images) - reference).max() > 1e-4
 
 
-def test_another_size_and_length_are_taken(file, images):
+def test_image_size_and_context_length_are_resized(file, images):
     larger = load(file, image_size=32, context_length=20)
     assert larger.encode_image(images).shape == (5, 8)
     assert larger.tokenizer(["a"]).shape == (1, 20)
-    with pytest.raises(ValueError, match="image_size=30 is not a multiple of 8; use 24"):
+    with pytest.raises(ValueError, match="image_size: expected a multiple of 8, got 30; use 24"):
         load(file, image_size=30)
 
 
-def test_weights_without_their_tokenizer_encode_pictures_and_say_what_is_missing(params, images, tmp_path):
+def test_weights_without_tokenizer_encode_images_and_refuse_texts(params, images, tmp_path):
     msgpack.write(tmp_path / "w.msgpack", params, WeightsConfig(TINY, TokenizerConfig("sentencepiece")))
     loaded = load(tmp_path / "w.msgpack")
     assert loaded.encode_image(images).shape == (5, 8)
-    with pytest.raises(ValueError, match="came without their tokenizer of 600 tokens; load them with its file"):
+    with pytest.raises(ValueError, match="tokenizer: expected one of 600 tokens .*, got none; load its file"):
         loaded.encode_text(["a dog"])
     (tmp_path / "own.model").write_bytes(sentencepiece_model(vocab_size=50))
     with pytest.raises(ValueError, match=r"model\.text\.vocab_size=600 does not fit tokenizer\.name='sentencepiece'"):
@@ -232,7 +232,7 @@ def test_weights_without_their_tokenizer_encode_pictures_and_say_what_is_missing
     assert load(tmp_path / "w.msgpack", tokenizer=TokenizerConfig()).encode_text(["a dog"]).shape == (1, 8)
 
 
-def test_a_logit_bias_is_added(params, images, tmp_path):
+def test_logit_bias_is_added(params, images, tmp_path):
     biased = dataclasses.replace(TINY, logit_bias=True)
     msgpack.write(tmp_path / "w.msgpack", params | {"logit_bias": np.float32(-3)}, WeightsConfig(biased))
     loaded = load(tmp_path / "w.msgpack")

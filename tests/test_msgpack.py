@@ -1,4 +1,4 @@
-"""Weight files: what is read is what was written, or an error says why not."""
+"""clip_jax weight files: round trip, damage, atomic writes."""
 
 import hashlib
 import os
@@ -28,8 +28,8 @@ def parameters():
     }
 
 
-def same(left, right):
-    """Equal to the bit, names, shapes and dtypes included."""
+def is_bit_equal(left, right):
+    """Compare names, shapes, dtypes and bytes."""
     if jax.tree.structure(left) != jax.tree.structure(right):
         return False
     pairs = zip(map(np.asarray, jax.tree.leaves(left)), map(np.asarray, jax.tree.leaves(right)), strict=True)
@@ -45,12 +45,12 @@ def file(tmp_path):
 
 def test_round_trip_is_bit_identical(file):
     params, config = msgpack.read(file)
-    assert same(params, parameters()) and config == CONFIG
+    assert is_bit_equal(params, parameters()) and config == CONFIG
     assert params["logit_scale"].shape == () and params["text"]["brain"].dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_models_config_travels(name, tmp_path):
+def test_config_of_every_preset_is_stored(name, tmp_path):
     config = WeightsConfig(
         MODELS[name], preprocess=Preprocess(mean=(0.1, 0.2, 0.3), interpolation="bilinear", resize="squash"), source="é"
     )
@@ -58,24 +58,24 @@ def test_every_models_config_travels(name, tmp_path):
     assert msgpack.read(tmp_path / "a")[1] == config
 
 
-def test_the_same_parameters_make_the_same_bytes(file, tmp_path):
+def test_bytes_do_not_depend_on_the_order_of_parameters(file, tmp_path):
     reordered = {key: parameters()[key] for key in reversed(parameters())}
     msgpack.write(tmp_path / "again", reordered, CONFIG)
     assert (tmp_path / "again").read_bytes() == file.read_bytes()
 
 
-def test_a_tokenizers_file_travels_inside(tmp_path):
+def test_tokenizer_file_is_stored(tmp_path):
     (tmp_path / "own.model").write_bytes(b"pieces")
     config = WeightsConfig(MODELS["emoji"], tokenizer=TokenizerConfig("sentencepiece", str(tmp_path / "own.model")))
     msgpack.write(tmp_path / "a", parameters(), config)
     (tmp_path / "own.model").unlink()
     read = msgpack.read(tmp_path / "a")[1]
     assert read.tokenizer_file == b"pieces" and read.tokenizer == config.tokenizer
-    msgpack.write(tmp_path / "b", parameters(), read)  # the path leads nowhere now, and isn't needed
+    msgpack.write(tmp_path / "b", parameters(), read)  # without the original tokenizer file
     assert (tmp_path / "b").read_bytes() == (tmp_path / "a").read_bytes()
 
 
-def test_a_missing_tokenizers_file_is_refused_before_anything_is_written(tmp_path):
+def test_missing_tokenizer_file_is_an_error_and_nothing_is_written(tmp_path):
     config = WeightsConfig(MODELS["emoji"], tokenizer=TokenizerConfig("sentencepiece", "/nowhere.model"))
     with pytest.raises(ValueError, match=r"tokenizer\.path='/nowhere\.model'"):
         msgpack.write(tmp_path / "a", parameters(), config)
@@ -85,8 +85,8 @@ def test_a_missing_tokenizers_file_is_refused_before_anything_is_written(tmp_pat
 # ------------------------------------------------------------------------------------------------------- damage
 
 
-def test_no_flipped_byte_changes_what_is_read(tmp_path):
-    """Every byte of a small file, two ways: an error, or (a shape of -3 for 3) the very same parameters."""
+def test_flipped_byte_is_an_error_or_changes_nothing(tmp_path):
+    """Every byte of a small file, in two ways. A shape of -3 for 3 changes nothing."""
     path = tmp_path / "params.msgpack"
     msgpack.write(path, parameters(), CONFIG)
     data = path.read_bytes()
@@ -101,11 +101,11 @@ def test_no_flipped_byte_changes_what_is_read(tmp_path):
             except ValueError:
                 caught += 1
             else:
-                assert same(params, parameters()) and config == CONFIG, (position, flip)
+                assert is_bit_equal(params, parameters()) and config == CONFIG, (position, flip)
     assert caught >= 2 * len(data) - 20
 
 
-def test_flipped_bits_of_weights_are_damage_by_name(tmp_path):
+def test_flipped_bit_in_weights_is_an_error_with_the_path(tmp_path):
     path = tmp_path / "big.msgpack"
     weights = np.random.default_rng(0).normal(size=(256, 256)).astype(np.float32)
     msgpack.write(path, {"w": weights}, CONFIG)
@@ -115,24 +115,24 @@ def test_flipped_bits_of_weights_are_damage_by_name(tmp_path):
         damaged = bytearray(data)
         damaged[start + offset] ^= 0x10
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"big\.msgpack is damaged: its checksum does not fit"):
+        with pytest.raises(ValueError, match=r"big\.msgpack: damaged, the checksum does not match"):
             msgpack.read(path)
 
 
-def test_every_truncation_is_refused(file):
+def test_every_truncated_file_is_refused(file):
     data = file.read_bytes()
     for length in range(len(data)):
         file.write_bytes(data[:length])
-        with pytest.raises(ValueError, match="is empty|is truncated|is damaged|is not a weight file"):
+        with pytest.raises(ValueError, match="an empty file|a truncated file|damaged|a file that starts with"):
             msgpack.read(file)
     file.write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match=rf"params\.msgpack is truncated: its {len(data) // 2:,} bytes end before"):
+    with pytest.raises(ValueError, match=rf"params\.msgpack: .* got a truncated file of {len(data) // 2:,} bytes"):
         msgpack.read(file)
 
 
 def test_trailing_bytes_are_refused(file):
     file.write_bytes(file.read_bytes() + b"\0")
-    with pytest.raises(ValueError, match="is damaged"):
+    with pytest.raises(ValueError, match="damaged"):
         msgpack.read(file)
 
 
@@ -145,21 +145,24 @@ def test_trailing_bytes_are_refused(file):
         serialization.msgpack_serialize([1, 2]),
     ],
 )
-def test_a_foreign_file_is_refused_by_how_it_begins(content, tmp_path):
+def test_file_of_another_format_is_refused_with_its_first_bytes(content, tmp_path):
     (tmp_path / "other").write_bytes(content)
-    with pytest.raises(ValueError, match="is not a weight file.* begins with " + re.escape(repr(content[:12]))):
+    with pytest.raises(
+        ValueError,
+        match="got a file that starts with " + re.escape(repr(content[:12])),
+    ):
         msgpack.read(tmp_path / "other")
 
 
-def test_a_newer_version_is_refused(file):
+def test_newer_version_is_refused(file):
     content = serialization.msgpack_restore(file.read_bytes())
     file.write_bytes(serialization.msgpack_serialize({**content, "version": 2, "more": "x"}))
-    with pytest.raises(ValueError, match="is of version 2, this clip_jax reads up to 1"):
+    with pytest.raises(ValueError, match="expected version 1, got 2; install a newer clip_jax"):
         msgpack.read(file)
 
 
-def test_a_config_key_that_is_unknown_is_named(file):
-    """A hand-made file with a fitting checksum."""
+def test_unknown_config_key_is_an_error_with_its_name(file):
+    """The checksum is recomputed, so only the key is wrong."""
     content = serialization.msgpack_restore(file.read_bytes())
     content["config"] = content["config"].replace('"source"', '"sauce"')
     content["sha256"] = msgpack._checksum(content)
@@ -168,7 +171,7 @@ def test_a_config_key_that_is_unknown_is_named(file):
         msgpack.read(file)
 
 
-def test_the_checksum_tells_shapes_dtypes_names_and_tokenizers_apart():
+def test_checksum_depends_on_shapes_dtypes_names_config_and_tokenizer():
     base = {"config": "{}", "tokenizer": b"", "params": {"a": np.zeros(4, np.float32)}}
     variants = [
         base,
@@ -186,7 +189,7 @@ def test_the_checksum_tells_shapes_dtypes_names_and_tokenizers_apart():
 # ------------------------------------------------------------------------------------------------------- writing
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(file, monkeypatch):
+def test_failed_write_keeps_the_old_file_and_leaves_no_other(file, monkeypatch):
     before = file.read_bytes()
 
     def full(handle):
@@ -198,14 +201,14 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(file, monkeypat
     assert file.read_bytes() == before and os.listdir(file.parent) == [file.name]
 
 
-def test_a_write_replaces_the_old_file_in_a_folder_that_it_makes(tmp_path):
+def test_write_creates_the_folder_and_replaces_the_old_file(tmp_path):
     path = tmp_path / "new" / "folder" / "params.msgpack"
     for value in (1, 2):
         msgpack.write(path, {"w": np.full(9, value, np.float32)}, CONFIG)
     assert msgpack.read(path)[0]["w"][0] == 2 and os.listdir(path.parent) == [path.name]
 
 
-def test_files_can_be_read_by_whom_the_umask_says(tmp_path):
+def test_file_mode_follows_the_umask(tmp_path):
     before = os.umask(0o027)
     try:
         msgpack.write(tmp_path / "a", parameters(), CONFIG)
@@ -214,11 +217,11 @@ def test_files_can_be_read_by_whom_the_umask_says(tmp_path):
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
 
 
-def test_remote_paths_are_refused_with_a_way_out():
-    with pytest.raises(ValueError, match="gs://bucket/a is not a local path.*storage cp"):
+def test_remote_path_is_refused_with_an_alternative():
+    with pytest.raises(ValueError, match="gs://bucket/a: expected a local path, got a URL.*storage cp"):
         msgpack.write("gs://bucket/a", parameters(), CONFIG)
 
 
-def test_a_missing_file_is_a_file_not_found(tmp_path):
+def test_missing_file_raises_file_not_found(tmp_path):
     with pytest.raises(FileNotFoundError):
         msgpack.read(tmp_path / "nothing")

@@ -1,4 +1,4 @@
-"""The search command, as it is typed."""
+"""The command `python -m clip_jax.search`."""
 
 import subprocess
 import sys
@@ -33,13 +33,13 @@ def weights(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
+def image_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
     (folder / "below" / "it").mkdir(parents=True)
     rng = np.random.default_rng(0)
     for name in ("a.png", "b.JPG", "below/c.webp", "below/it/d.jpeg", "below/it/e.png"):
         Image.fromarray(rng.integers(0, 256, (20, 30, 3), np.uint8)).save(folder / name)
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "notes.txt").write_text("no image")
     (folder / "odd.png").mkdir()
     return folder
 
@@ -49,24 +49,24 @@ def run(*arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
-def test_pictures_are_found_at_any_depth_in_one_order(pictures):
-    paths, names = search.files_below(pictures)
+def test_images_are_found_recursively_in_sorted_order(image_folder):
+    paths, names = search.images_in(image_folder)
     assert names == ["a.png", "b.JPG", "below/c.webp", "below/it/d.jpeg", "below/it/e.png"]
-    assert paths == [str(pictures / name) for name in names]
+    assert paths == [str(image_folder / name) for name in names]
 
 
-def test_ranking_is_by_cosine_and_ties_keep_their_order():
+def test_ranking_is_by_cosine_and_stable():
     image_nE = np.float32([[0, 1], [1, 0], [0, 1], [0.6, 0.8]])
     order, similarity = search.ranking(image_nE, np.float32([0, 1]))
     assert order.tolist() == [0, 2, 3, 1]
     np.testing.assert_allclose(similarity, [1, 1, 0.8, 0])
 
 
-def test_the_command_prints_rank_cosine_and_name(weights, pictures):
-    done = run(f"--weights={weights}", f"--images={pictures}", "--top=3", "a happy dog", "two cats")
+def test_command_prints_rank_cosine_and_name(weights, image_folder):
+    done = run(f"--weights={weights}", f"--images={image_folder}", "--top=3", "a happy dog", "two cats")
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.strip().split("\n\n")
-    assert first.startswith("'a happy dog' among 5 pictures") and second.startswith("'two cats' among 5 pictures")
+    assert first.startswith("'a happy dog' among 5 images") and second.startswith("'two cats' among 5 images")
     rows = [line.split() for line in first.splitlines()[2:]]
     assert [row[0] for row in rows] == ["1", "2", "3"] and len({row[2] for row in rows}) == 3
     cosines = [float(row[1]) for row in rows]
@@ -79,15 +79,15 @@ def test_the_command_prints_rank_cosine_and_name(weights, pictures):
         (["a dog"], "expected --weights=FILE and a query"),
         (["--weights=WEIGHTS"], "expected --weights=FILE and a query"),
         (["--weights=/nowhere", "a dog"], "/nowhere"),
-        (["--weights=WEIGHTS", "--images=/nowhere", "a dog"], "--images=/nowhere: there is no such folder"),
-        (["--weights=WEIGHTS", "--images=EMPTY", "a dog"], "no picture in it or below; looked for .jpeg, .jpg"),
+        (["--weights=WEIGHTS", "--images=/nowhere", "a dog"], "--images: expected a folder, got /nowhere"),
+        (["--weights=WEIGHTS", "--images=EMPTY", "a dog"], "--images: expected files with .jpeg, .jpg"),
         (["--weights=WEIGHTS", "dog " * 99], "model.text.length=12"),
     ],
 )
-def test_wrong_input_ends_with_one_sentence(arguments, message, weights, tmp_path, capsys):
+def test_wrong_input_exits_with_one_line(arguments, message, weights, tmp_path, capsys):
     known = {"WEIGHTS": str(weights), "EMPTY": str(tmp_path)}
-    for word, meant in known.items():
-        arguments = [argument.replace(word, meant) for argument in arguments]
+    for word, path in known.items():
+        arguments = [argument.replace(word, path) for argument in arguments]
     with flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
         search.main(flags.FLAGS(["search", *arguments]))
     assert ended.value.code == search.REFUSED

@@ -1,4 +1,4 @@
-"""Files of torch's form, hostile ones above all; that torch's own are read is shown in tests/peers/test_files.py."""
+"""torch files, mainly damaged and hostile ones. Files that torch wrote: tests/peers/test_files.py."""
 
 import collections
 import io
@@ -27,16 +27,16 @@ def file(tmp_path):
     return tmp_path / "w.pt"
 
 
-def test_what_is_written_is_read(file):
-    found = torch_file.read(file)
+def test_round_trip(file):
+    found = torch_file.read(file)[0]
     assert found.keys() == TENSORS.keys()
     for name, array in TENSORS.items():
         assert found[name].shape == array.shape and found[name].dtype == np.float32
         np.testing.assert_array_equal(found[name], array)
 
 
-def test_tensors_are_views_of_the_file_and_read_only(file):
-    found = torch_file.read(file)["a.weight"]
+def test_tensors_are_read_only_views_of_the_file(file):
+    found = torch_file.read(file)[0]["a.weight"]
     assert not found.flags.writeable and not found.flags.owndata
 
 
@@ -50,7 +50,7 @@ def _archive(path, pickled, storages=(), compression=zipfile.ZIP_STORED, byteord
 
 
 def _opcodes(size=(2,), strides=(1,), offset=0, count=2, storage="FloatStorage"):
-    """Return the pickle of {'t': tensor}, as torch would write it of these numbers."""
+    """Return the pickle that torch writes for {'t': tensor} with these sizes."""
 
     def text(value):
         return b"X" + struct.pack("<I", len(value)) + value.encode()
@@ -71,35 +71,35 @@ def _opcodes(size=(2,), strides=(1,), offset=0, count=2, storage="FloatStorage")
 TWO = np.float32([1, 2]).tobytes()
 
 
-def test_compressed_members_are_read_too(tmp_path):
+def test_compressed_members_are_read(tmp_path):
     path = _archive(tmp_path / "w.pt", _opcodes(), [TWO], zipfile.ZIP_DEFLATED)
-    np.testing.assert_array_equal(torch_file.read(path)["t"], [1, 2])
+    np.testing.assert_array_equal(torch_file.read(path)[0]["t"], [1, 2])
 
 
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [
-        ({"size": (3,)}, r"shape \(3,\) reaches beyond its storage of 2"),
-        ({"offset": 1}, "reaches beyond its storage"),
-        ({"strides": (2,)}, "reaches beyond its storage"),
-        ({"strides": (-1,), "offset": 1}, r"the strides \(-1,\) at 1"),
+        ({"size": (3,)}, r"shape \(3,\) exceeds its storage of 2"),
+        ({"offset": 1}, "exceeds its storage"),
+        ({"strides": (2,)}, "exceeds its storage"),
+        ({"strides": (-1,), "offset": 1}, r"invalid strides \(-1,\) at offset 1"),
         ({"offset": -1}, "strides"),
         ({"size": (2, 2), "strides": (1,)}, "strides"),
-        # A stride of 0 makes terabytes of two numbers.
-        ({"size": (2**40,), "strides": (0,)}, "reaches beyond its storage"),
-        ({"count": 3}, "has 8 bytes, which are fewer than 3 float32"),
-        ({"count": -1}, "has -1 numbers"),
-        ({"storage": "QInt8Storage"}, "asks for torch.QInt8Storage"),
+        # A stride of 0 expands two numbers to terabytes.
+        ({"size": (2**40,), "strides": (0,)}, "exceeds its storage"),
+        ({"count": 3}, "expected 3 float32, got 8 bytes"),
+        ({"count": -1}, "expected a size, got -1"),
+        ({"storage": "QInt8Storage"}, "got torch.QInt8Storage"),
     ],
 )
-def test_a_tensor_outside_its_storage_is_refused(tmp_path, numbers, message):
+def test_tensor_outside_its_storage_is_refused(tmp_path, numbers, message):
     path = _archive(tmp_path / "w.pt", _opcodes(**numbers), [TWO])
     with pytest.raises(ValueError, match=message) as error:
         torch_file.read(path)
     assert str(path) in str(error.value)
 
 
-TRACE = f"{tempfile.gettempdir()}/clip_jax_was_here_{os.getpid()}"
+TRACE = f"{tempfile.gettempdir()}/clip_jax_trace_{os.getpid()}"
 
 
 class _Runs:
@@ -112,20 +112,22 @@ class _Runs:
 
 @pytest.mark.parametrize("payload", [_Runs(eval, "1/0"), _Runs(open, TRACE, "w"), _Runs(getattr, "a", "b")])
 @pytest.mark.parametrize("legacy", [False, True])
-def test_a_pickle_that_asks_for_more_than_tensors_is_refused_and_named(tmp_path, payload, legacy):
+def test_pickle_with_other_functions_is_refused_with_their_names(tmp_path, payload, legacy):
     path = tmp_path / "evil.pt"
     if legacy:
         header = [0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}]
         path.write_bytes(b"".join(pickle.dumps(item, 2) for item in [*header, {"w": payload}, []]))
     else:
         _archive(path, pickle.dumps({"w": payload}))
-    with pytest.raises(ValueError, match=rf"its pickle asks for \w+\.{payload.call[0].__name__}, and only tensors"):
+    with pytest.raises(
+        ValueError, match=rf"expected a pickle of tensors alone, got \w+\.{payload.call[0].__name__}, which"
+    ):
         torch_file.read(path)
     assert not pathlib.Path(TRACE).exists()
 
 
-def _legacy(cut=0):
-    """Return a file of two numbers as torch wrote it before 1.6."""
+def _legacy(missing=0):
+    """Return a file of two numbers in the format before torch 1.6, without its last `missing` bytes."""
     stream = io.BytesIO()
     for item in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}):
         pickle.dump(item, stream, 2)
@@ -133,31 +135,31 @@ def _legacy(cut=0):
     pickle.dump(["0"], stream, 2)
     stream.write(struct.pack("<q", 2) + TWO)
     data = stream.getvalue()
-    return data[: len(data) - cut]
+    return data[: len(data) - missing]
 
 
-def test_the_format_before_torch_1_6_is_read(tmp_path):
+def test_format_before_torch_1_6_is_read(tmp_path):
     (tmp_path / "w.pt").write_bytes(_legacy())
-    np.testing.assert_array_equal(torch_file.read(tmp_path / "w.pt")["t"], [1, 2])
+    np.testing.assert_array_equal(torch_file.read(tmp_path / "w.pt")[0]["t"], [1, 2])
 
 
-@pytest.mark.parametrize("cut", [1, 8, 12, 40])
-def test_a_legacy_file_that_is_cut_short_is_refused(tmp_path, cut):
-    (tmp_path / "w.pt").write_bytes(_legacy(cut))
+@pytest.mark.parametrize("missing", [1, 8, 12, 40])
+def test_truncated_legacy_file_is_refused(tmp_path, missing):
+    (tmp_path / "w.pt").write_bytes(_legacy(missing))
     with pytest.raises(ValueError, match=r"w\.pt"):
         torch_file.read(tmp_path / "w.pt")
 
 
-def test_every_way_of_cutting_an_archive_is_refused(file, tmp_path):
+def test_truncated_archive_is_refused(file, tmp_path):
     data = file.read_bytes()
     for kept in range(0, len(data), 37):
-        (tmp_path / "cut.pt").write_bytes(data[:kept])
-        with pytest.raises(ValueError, match=r"cut\.pt"):
-            torch_file.read(tmp_path / "cut.pt")
+        (tmp_path / "truncated.pt").write_bytes(data[:kept])
+        with pytest.raises(ValueError, match=r"truncated\.pt"):
+            torch_file.read(tmp_path / "truncated.pt")
 
 
-def test_damaged_bytes_raise_nothing_but_value_errors(file, tmp_path):
-    """A byte of the pickle may become any other: what comes is tensors or a ValueError that names the file."""
+def test_damaged_pickle_raises_only_value_errors(file, tmp_path):
+    """One byte of the pickle is replaced: the result is tensors, or a ValueError with the path."""
     data, rng = bytearray(file.read_bytes()), np.random.default_rng(0)
     begin, end = data.index(b"\x80\x02}"), data.index(b"u.") + 2
     refused = 0
@@ -176,29 +178,29 @@ def test_damaged_bytes_raise_nothing_but_value_errors(file, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "not a file of torch"),
-        (b"hello world, this is text", "not a file of torch: it begins with b'hello world,"),
-        (pickle.dumps({"a": 1}, 2), "a pickle, but not one of torch"),
+        (b"", "expected a torch file"),
+        (b"hello world, this is text", "expected a torch file, got a file that starts with b'hello world,"),
+        (pickle.dumps({"a": 1}, 2), "expected a torch file, got another pickle"),
     ],
 )
-def test_other_files_are_refused(tmp_path, content, message):
+def test_files_of_other_formats_are_refused(tmp_path, content, message):
     (tmp_path / "w.pt").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         torch_file.read(tmp_path / "w.pt")
 
 
-def test_big_endian_numbers_are_refused(tmp_path):
+def test_big_endian_tensors_are_refused(tmp_path):
     with pytest.raises(ValueError, match="big-endian"):
         torch_file.read(_archive(tmp_path / "w.pt", _opcodes(), [TWO], byteorder=b"big"))
 
 
-def test_a_checkpoint_s_state_dict_is_found_and_nothing_else_of_it(tmp_path):
+def test_only_the_state_dict_of_a_checkpoint_is_read(tmp_path):
     state = b"X\x0a\x00\x00\x00state_dict" + _opcodes()[2:-1]
     content = b"\x80\x02}(X\x05\x00\x00\x00epochK\x03" + state + b"u."
-    assert list(torch_file.read(_archive(tmp_path / "w.pt", content, [TWO]))) == ["t"]
+    assert list(torch_file.read(_archive(tmp_path / "w.pt", content, [TWO]))[0]) == ["t"]
 
 
-def test_a_file_without_tensors_is_refused(tmp_path):
+def test_file_without_tensors_is_refused(tmp_path):
     content = pickle.dumps(collections.OrderedDict(epoch=3), 2)
-    with pytest.raises(ValueError, match="holds no tensors"):
+    with pytest.raises(ValueError, match="got no tensors"):
         torch_file.read(_archive(tmp_path / "w.pt", content))

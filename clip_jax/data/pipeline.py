@@ -339,8 +339,7 @@ class _Repair:
                 continue
             if prepared := self._prepare_one(candidate, epoch):
                 return candidate, *prepared
-            if not self._bad_reason(candidate):
-                self._log_bad(candidate, UNSTABLE)
+            self._bad_reason(candidate)  # logs it
         raise ValueError(
             f"none of {MAX_ATTEMPTS} records could replace {self._source.key(example)}: {self._first_reasons()}."
             f" The source has {len(self._source)} records; check data.files and data.captions"

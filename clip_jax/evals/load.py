@@ -76,7 +76,10 @@ def load_dataset(
         kind = f"{len(dataset.texts)} {'captions' if row.task == 'retrieval' else 'classes'}"
         metric = row.metric if row.task == "retrieval" else dataset.metric
         description = f"{len(dataset.images):,} images; {kind}; metric {metric}"
-        return dataclasses.replace(dataset, name=row.name, description=description)
+        prompts_source = f"{sum(map(len, dataset.texts)):,} prompts of the dataset"
+        return dataclasses.replace(
+            dataset, name=row.name, description=description, prompts=prompts_source, class_names=dataset.texts
+        )
     split = check_size(row, load("test"))
     parts = [f"{len(split.images):,} images of the {row.test} split", f"metric {row.metric}"]
     if row.classes:

@@ -1,1 +1,1 @@
-"""Weights in and out: `reading` takes any format; msgpack and npz are ours, `directory` is what others load."""
+"""Pretrained weights, read and written. `reading.read` reads every format in `formats.FORMATS`."""

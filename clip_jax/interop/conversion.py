@@ -1,6 +1,6 @@
-"""Parameters from the tensors of a file, and back, by a table of names (name_tables.py).
+"""Conversion between clip_jax parameters and the tensors of a file, by a name table (name_tables.py).
 
-What is read is copied once, into memory that JAX takes as it is; what is written is made tensor by tensor.
+Reading copies each tensor once, into memory that JAX uses without another copy; writing makes one tensor at a time.
 """
 
 from __future__ import annotations
@@ -9,95 +9,103 @@ import concurrent.futures
 import functools
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
 
 from clip_jax.config import Architecture
-from clip_jax.interop.name_tables import Place, Table
+from clip_jax.interop.name_tables import Table, Tensor
 from clip_jax.models import make_model
 from clip_jax.typing import Params
 
-# Ends of names that files have beside parameters: counters, masks and the like, which follow from the shapes.
-IGNORED = ("position_ids", "num_batches_tracked", "attn_mask", "input_resolution", "context_length", "vocab_size")
+# Suffixes of tensors that are no parameters and follow from the shapes.
+_IGNORED = ("position_ids", "num_batches_tracked", "attn_mask", "input_resolution", "context_length", "vocab_size")
+_FLOATING = ("float16", "bfloat16", "float32", "float64")
 
 
 def params_from_tensors(
-    model: Architecture, tensors: Mapping[str, np.ndarray], table: Table, where: str, *, tower: str = ""
+    model: Architecture, tensors: Mapping[str, np.ndarray], table: Table, file: str, *, tower: str = ""
 ) -> Params:
-    """Return our parameters, float32, from a file's tensors.
+    """Return float32 parameters from a file's tensors.
 
     Args:
-      where: the file's name, for errors.
-      tower: 'image' or 'text' for the parameters of that tower alone; other tensors are left where they are.
+      file: name for error messages.
+      tower: 'image' or 'text': the parameters of that tower alone; other tensors are ignored.
 
     Raises:
-      ValueError: naming file and tensor, what was expected and what was found; for tensors that are left over too.
+      ValueError: for a missing, additional or unusable tensor, with file, tensor, expected and found shape.
     """
     used: set[str] = set()
 
-    def take(path: str, shape: tuple[int, ...], layer: int | None) -> np.ndarray:
-        place = table[path]
-        name = place.name if layer is None else place.name.format(layer + place.first)
+    def convert(path: str, shape: tuple[int, ...], layer: int | None) -> np.ndarray:
+        source = table[path]
+        name = _tensor_name(source, layer)
         if name not in tensors:
-            raise ValueError(f"{where} has no tensor {name!r}, which the model's {path} comes from")
-        tensor, expected = tensors[name], tensor_shape(path, shape, place)
+            raise ValueError(f"{file}: expected a tensor {name!r} for {path}, got none")
+        tensor, expected = tensors[name], tensor_shape(path, shape, source)
         if _squeezed(tensor.shape) != _squeezed(expected) and _squeezed(tensor.shape) != _squeezed(shape):
-            raise ValueError(f"{where}: the tensor {name} has shape {tensor.shape}, expected {expected} for {path}")
-        if tensor.dtype.name not in ("float16", "bfloat16", "float32", "float64"):
-            raise ValueError(f"{where}: the tensor {name} is {tensor.dtype}, expected floating point for {path}")
+            raise ValueError(f"{file}: tensor {name}: expected shape {expected} for {path}, got {tensor.shape}")
+        if tensor.dtype.name not in _FLOATING:
+            raise ValueError(f"{file}: tensor {name}: expected floating point for {path}, got {tensor.dtype}")
         used.add(name)
-        number, parts = place.part
-        rows = len(tensor) // parts if parts > 1 else 0
-        return _to_ours(tensor[number * rows : (number + 1) * rows] if parts > 1 else tensor, shape, place)
+        tensor = _chunk(tensor, source)
+        if source.transposed:
+            tensor = tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
+        return tensor.reshape(shape)
 
     def parameter(path: str, shape: tuple[int, ...], layers: int) -> np.ndarray:
         if path not in table:
-            raise ValueError(f"{where}: this format has no place for {path}")
-        array = _empty((layers, *shape) if layers else shape)
+            raise ValueError(f"{file}: this format cannot store the parameter {path}")
+        array = _aligned_empty((layers, *shape) if layers else shape)
         for layer in range(layers) if layers else (None,):
-            _copy(array if layer is None else array[layer], take(path, shape, layer))
+            _copy(array if layer is None else array[layer], convert(path, shape, layer))
         return array
 
     shapes = {path: shape for path, shape in parameter_shapes(model).items() if not tower or tower in path.split("/")}
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # NumPy copies without the interpreter's lock
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # NumPy releases the GIL while it copies
         arrays = pool.map(lambda path: parameter(path, *shapes[path]), shapes)
         params = nested(dict(zip(shapes, arrays, strict=True)))
-    left = sorted(name for name in tensors if name not in used and not name.endswith(IGNORED))
-    if left and not tower:
-        raise ValueError(f"{where} has {len(left)} tensors that the model has no place for: {', '.join(left[:5])}")
+    unused = sorted(name for name in tensors if name not in used and not name.endswith(_IGNORED))
+    if unused and not tower:
+        raise ValueError(f"{file}: expected no other tensors, got {len(unused)} unused: {', '.join(unused[:5])}")
     return params
 
 
 class LazyTensors(Mapping[str, np.ndarray]):
-    """A format's tensors, float32, each made from our parameters when it is asked for: all together are never held.
+    """The float32 tensors of a format; each is converted from the parameters on access, to save memory.
 
-    Raises ValueError where the format has no place for one of the model's parameters.
+    Raises:
+      ValueError: if the format cannot store one of the model's parameters.
     """
 
     def __init__(self, model: Architecture, params: Params, table: Table):
         self._leaves, self._table = flat(params), table
-        self._parts: dict[str, list[tuple[str, int | None]]] = {}
+        self._sources: dict[str, list[tuple[str, int | None]]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for path, (shape, layers) in parameter_shapes(model).items():
             if path not in table:
-                raise ValueError(f"this format has no place for the model's {path}")
-            place = table[path]
+                raise ValueError(f"this format cannot store the parameter {path}")
+            source = table[path]
             for layer in range(layers) if layers else (None,):
-                name = place.name if layer is None else place.name.format(layer + place.first)
-                self._parts.setdefault(name, []).append((path, layer))
-                self.shapes[name] = tensor_shape(path, shape, place)
+                name = _tensor_name(source, layer)
+                self._sources.setdefault(name, []).append((path, layer))
+                self.shapes[name] = tensor_shape(path, shape, source)
 
     def __getitem__(self, name: str) -> np.ndarray:
         tensor = np.empty(self.shapes[name], np.float32)
-        for path, layer in self._parts[name]:
-            place = self._table[path]
-            number, parts = place.part
-            rows = len(tensor) // parts if parts > 1 else 0
-            target = tensor[number * rows : (number + 1) * rows] if parts > 1 else tensor
-            leaf = np.asarray(self._leaves[path] if layer is None else self._leaves[path][layer])
-            _copy(target, _to_theirs(leaf, target.shape, place))
+        for path, layer in self._sources[name]:
+            source = self._table[path]
+            target = _chunk(tensor, source)
+            array = np.asarray(self._leaves[path] if layer is None else self._leaves[path][layer])
+            if not source.transposed:
+                array = array.reshape(target.shape)
+            elif array.ndim == 4:
+                array = array.transpose(3, 2, 0, 1)
+            else:
+                array = array.reshape(target.shape[::-1]).T
+            _copy(target, array)
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -109,62 +117,61 @@ class LazyTensors(Mapping[str, np.ndarray]):
 
 @functools.cache
 def parameter_shapes(model: Architecture) -> dict[str, tuple[tuple[int, ...], int]]:
-    """Return the model's parameters by path: the shape of one layer, and how many are stacked, 0 for none."""
+    """Return for each parameter's path its shape per layer and the number of stacked layers, 0 if not stacked."""
     shapes = jax.eval_shape(lambda: make_model(model).init(jax.random.key(0)))
     found = {}
     for path, leaf in flat(shapes).items():
-        stacked = "/blocks/" in path or "_rest/" in path
+        name, _, rest = path.removeprefix("batch_stats/").partition("/")
+        stacked = name in ("image", "text") and re.fullmatch(getattr(model, name).stacked, rest)
         found[path] = (leaf.shape[1:], leaf.shape[0]) if stacked else (leaf.shape, 0)
     return found
 
 
-def tensor_shape(path: str, shape: tuple[int, ...], place: Place) -> tuple[int, ...]:
-    """Return the shape in a file of the tensor that our parameter of `shape`, one layer of it, lies in."""
-    if place.transposed and len(shape) == 4:
-        height, width, inner, outer = shape
-        shape = (outer, inner, height, width)
-    elif place.transposed or (place.merged and len(shape) == 3):
-        # Only the projection behind attention has its heads on the inner side.
-        inner = len(shape) - 1 if path.endswith("out/kernel") else 1
-        shape = (math.prod(shape[:inner]), math.prod(shape[inner:]))
-        shape = shape[::-1] if place.transposed else shape
+def tensor_shape(path: str, shape: tuple[int, ...], source: Tensor) -> tuple[int, ...]:
+    """Return the shape of the tensor that stores a parameter of `shape` (per layer)."""
+    if source.transposed and len(shape) == 4:
+        height, width, inputs, outputs = shape
+        shape = (outputs, inputs, height, width)
+    elif source.transposed or (source.merged_heads and len(shape) == 3):
+        # Only the output projection of attention has its heads on the input side.
+        inputs = len(shape) - 1 if path.endswith("out/kernel") else 1
+        shape = (math.prod(shape[:inputs]), math.prod(shape[inputs:]))
+        shape = shape[::-1] if source.transposed else shape
     elif len(shape) > 1 and path.endswith("/bias"):
         shape = (math.prod(shape),)
-    if place.part[1] > 1:
-        shape = (shape[0] * place.part[1], *shape[1:])
-    return (1,) * place.leading + shape
+    if source.chunk[1] > 1:
+        shape = (shape[0] * source.chunk[1], *shape[1:])
+    return (1,) * source.leading_axes + shape
 
 
-def _to_ours(tensor: np.ndarray, shape: tuple[int, ...], place: Place) -> np.ndarray:
-    if place.transposed:
-        tensor = tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
-    return tensor.reshape(shape)
+def _tensor_name(source: Tensor, layer: int | None) -> str:
+    return source.name if layer is None else source.name.format(layer + source.first_layer)
 
 
-def _empty(shape: tuple[int, ...]) -> np.ndarray:
-    """Return float32 at a multiple of 64 bytes: JAX takes such an array on a CPU as it is, any other it copies."""
+def _chunk(tensor: np.ndarray, source: Tensor) -> np.ndarray:
+    number, chunks = source.chunk
+    rows = len(tensor) // chunks if chunks > 1 else 0
+    return tensor[number * rows : (number + 1) * rows] if chunks > 1 else tensor
+
+
+def _aligned_empty(shape: tuple[int, ...]) -> np.ndarray:
+    """Return an uninitialized float32 array aligned to 64 bytes, which JAX uses on CPU without a copy."""
     size = 4 * math.prod(shape)
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64
     return memory[start : start + size].view(np.float32).reshape(shape)
 
 
-_LINE = 16  # numbers of float32 in 64 bytes
+_CACHE_LINE = 16  # float32 values in 64 bytes
 
 
 def _copy(target: np.ndarray, source: np.ndarray) -> None:
-    """Copy in strips as wide as a line of the cache: a transposed matrix takes a third of NumPy's own time so."""
+    """Copy in strips of a cache line: for a transposed matrix it takes a third of the time of NumPy's copy."""
     if target.ndim < 2 or source.flags.c_contiguous:
         target[...] = source
         return
-    for start in range(0, target.shape[-1], _LINE):
-        target[..., start : start + _LINE] = source[..., start : start + _LINE]
-
-
-def _to_theirs(array: np.ndarray, shape: tuple[int, ...], place: Place) -> np.ndarray:
-    if not place.transposed:
-        return array.reshape(shape)
-    return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.reshape(shape[::-1]).T
+    for start in range(0, target.shape[-1], _CACHE_LINE):
+        target[..., start : start + _CACHE_LINE] = source[..., start : start + _CACHE_LINE]
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -172,20 +179,17 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def flat(tree: Params) -> dict:
-    """Return a nested tree's leaves by path, e.g. `text/projection`."""
+    """Return the leaves of a nested tree by path, e.g. `text/projection`."""
     return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in jax.tree.leaves_with_path(tree)}
 
 
 def nested(leaves: Mapping[str, np.ndarray]) -> Params:
-    """Return the tree of leaves by path: `flat` the other way."""
+    """Return the nested tree of leaves by path, the inverse of `flat`."""
     tree: dict = {}
     for path, value in leaves.items():
-        _insert(tree, path, value)
+        *parents, leaf = path.split("/")
+        node = tree
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[leaf] = value
     return tree
-
-
-def _insert(tree: dict, path: str, value: np.ndarray) -> None:
-    *parents, leaf = path.split("/")
-    for name in parents:
-        tree = tree.setdefault(name, {})
-    tree[leaf] = value

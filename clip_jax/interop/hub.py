@@ -1,7 +1,7 @@
-"""Where weights that others published lie on this machine: OpenAI's by our models' names, and Hugging Face's hub.
+"""Local paths of published weights: OpenAI's by clip_jax model names, and repositories of the Hugging Face hub.
 
-OpenAI's are found where its own code puts them (`~/.cache/clip`); the hub's are fetched by `huggingface_hub`, of the
-extra `interop`, into its cache, and need a network once.
+OpenAI's files are looked up in the cache of its code (`~/.cache/clip`). The hub's are downloaded by `huggingface_hub`
+(extra `interop`) into its cache.
 """
 
 from __future__ import annotations
@@ -22,34 +22,36 @@ OPENAI = {
     "vit_l14": "ViT-L/14",
     "vit_l14_336": "ViT-L/14@336px",
 }
-# All that any format of weights consists of; the hub's repositories often hold several, and pictures.
+# Files that the formats consist of. Repositories often contain several formats, and images.
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "merges.txt", "open_clip_pytorch_model.bin", "pytorch_model*.bin"]
 
 
 def locate(path: str | os.PathLike[str]) -> pathlib.Path:
-    """Return the file or directory of a path, a name in OPENAI, or `hf-hub:<owner>/<name>`.
+    """Return the local path of a path, a name in `OPENAI`, or `hf-hub:<owner>/<name>`, which is downloaded.
 
     Raises:
-      FileNotFoundError: if it is not on this machine, saying how to get it.
-      ValueError: if the hub's library isn't installed.
+      FileNotFoundError: if OpenAI's file is not in the cache, with the command that downloads it.
+      ValueError: for a URL, or if `huggingface_hub` is not installed.
     """
     name = os.fspath(path)
+    if "://" in name:
+        raise ValueError(f"{name}: expected a local path, got a URL; copy it first, e.g. gcloud storage cp {name} .")
     if name.startswith(HUB):
-        return _from_hub(name.removeprefix(HUB))
-    place = pathlib.Path(name).expanduser()
-    if name not in OPENAI or place.exists():
-        return place
-    theirs = OPENAI[name]
-    file = pathlib.Path(CACHE).expanduser() / f"{theirs.replace('/', '-').replace('@', '-')}.pt"
+        return _download(name.removeprefix(HUB))
+    local = pathlib.Path(name).expanduser()
+    if name not in OPENAI or local.exists():
+        return local
+    published = OPENAI[name]
+    file = pathlib.Path(CACHE).expanduser() / f"{published.replace('/', '-').replace('@', '-')}.pt"
     if not file.exists():
         raise FileNotFoundError(
-            f"the weights of {name} are not at {file}. OpenAI's code puts them there: pip install clip-anytorch;"
-            f" python -c \"import clip; clip.load('{theirs}', 'cpu')\""
+            f"{name}: expected OpenAI's weights at {file}, got no file; download them: pip install clip-anytorch;"
+            f" python -c \"import clip; clip.load('{published}', 'cpu')\""
         )
     return file
 
 
-def _from_hub(repository: str) -> pathlib.Path:
+def _download(repository: str) -> pathlib.Path:
     try:
         import huggingface_hub
     except ImportError as error:

@@ -1,7 +1,7 @@
-"""Hugging Face's configurations of CLIPModel and SiglipModel, read and written.
+"""Hugging Face configurations of CLIPModel and SiglipModel, read and written.
 
-Source: transformers `configuration_clip.py`, `configuration_siglip.py` (they give what a config.json leaves out) and
-`image_processing_clip.py`. An `eos_token_id` of 2 is their mark of old configs: the end token is then the greatest id.
+Source: transformers `configuration_clip.py`, `configuration_siglip.py` (defaults of keys that a config.json omits) and
+`image_processing_clip.py`. `eos_token_id=2` marks configs of early versions: the end token is then the greatest id.
 """
 
 from __future__ import annotations
@@ -26,41 +26,50 @@ _CLIP_TEXT |= {"vocab_size": 49_408, "max_position_embeddings": 77, "hidden_act"
 _SIGLIP_IMAGE = _CLIP_IMAGE | {"patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
 _SIGLIP_TEXT = _SIGLIP_IMAGE | {"vocab_size": 32_000, "max_position_embeddings": 64}
 
+# Fields that transformers does not configure, by model_type: image tower, text tower.
+_FIXED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "clip": (
+        {"pool": "class", "norm_pre": True, "projection": True, "patch_bias": False, "layer_scale": 0.0},
+        {"pool": "end", "causal": True, "projection": "linear", "layer_scale": 0.0},
+    ),
+    "siglip": (
+        {"pool": "attention", "norm_pre": False, "projection": False, "patch_bias": True, "layer_scale": 0.0},
+        {"pool": "last", "causal": False, "projection": "bias", "layer_scale": 0.0},
+    ),
+}
 
-def architecture(config: Mapping[str, Any], where: str) -> Architecture:
+
+def architecture(config: Mapping[str, Any], file: str) -> Architecture:
     """Return the architecture of a config.json.
 
     Raises:
-      ValueError: if it is of another model, or asks for something that clip_jax doesn't build.
+      ValueError: for another model type or an unsupported activation.
     """
-    kind = config.get("model_type")
-    if kind not in ("clip", "siglip"):
-        raise ValueError(f"{where}: model_type={kind!r} is not built by clip_jax; it reads 'clip' and 'siglip'")
-    defaults = (_CLIP_IMAGE, _CLIP_TEXT) if kind == "clip" else (_SIGLIP_IMAGE, _SIGLIP_TEXT)
-    image, text = (
-        d | dict(config.get(k) or {}) for d, k in zip(defaults, ("vision_config", "text_config"), strict=True)
-    )
-    common_image, common_text = _transformer(image, where), _transformer(text, where)
-    common_text |= {"vocab_size": text["vocab_size"], "length": text["max_position_embeddings"]}
-    common_image |= {"image_size": image["image_size"], "patch_size": image["patch_size"]}
-    if kind == "clip":
+    family = config.get("model_type")
+    if family not in _FIXED:
+        raise ValueError(f"{file}: model_type: expected {' or '.join(map(repr, _FIXED))} for clip_jax, got {family!r}")
+    defaults = (_CLIP_IMAGE, _CLIP_TEXT) if family == "clip" else (_SIGLIP_IMAGE, _SIGLIP_TEXT)
+    image = defaults[0] | dict(config.get("vision_config") or {})
+    text = defaults[1] | dict(config.get("text_config") or {})
+    if family == "clip":
         eos_id = text.get("eos_token_id", 49_407)
         eos_id = text["vocab_size"] - 1 if eos_id == 2 else eos_id
-        return Architecture(
-            ViT(**common_image), TextTransformer(**common_text, eos_id=eos_id), config.get("projection_dim", 512)
-        )
-    tower = ViT(**common_image, pool="attention", norm_pre=False, patch_bias=True, projection=False)
+        embed_dim = config.get("projection_dim", 512)
+    else:
+        eos_id, embed_dim = 1, text.get("projection_size") or text["hidden_size"]
+    sizes = {"image_size": image["image_size"], "patch_size": image["patch_size"]}
+    tokens = {"vocab_size": text["vocab_size"], "length": text["max_position_embeddings"], "eos_id": eos_id}
     return Architecture(
-        tower,
-        TextTransformer(**common_text, eos_id=1, causal=False, pool="last", projection="bias"),
-        text.get("projection_size") or text["hidden_size"],
-        logit_bias=True,
+        ViT(**sizes, **_transformer(image, file), **_FIXED[family][0]),
+        TextTransformer(**tokens, **_transformer(text, file), **_FIXED[family][1]),
+        embed_dim,
+        logit_bias=family == "siglip",
     )
 
 
-def _transformer(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _transformer(config: Mapping[str, Any], file: str) -> dict[str, Any]:
     if config["hidden_act"] not in _ACTIVATIONS:
-        raise ValueError(f"{where}: hidden_act={config['hidden_act']!r} is none of {', '.join(_ACTIVATIONS)}")
+        raise ValueError(f"{file}: hidden_act: expected {', '.join(_ACTIVATIONS)}, got {config['hidden_act']!r}")
     return {
         "width": config["hidden_size"],
         "layers": config["num_hidden_layers"],
@@ -72,21 +81,21 @@ def _transformer(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def mlp_ratio(width: int, hidden: int) -> float:
-    """Return the ratio whose product with `width`, cut to an integer, is `hidden`: with few digits where they do."""
+    """Return a ratio with `int(width * ratio) == hidden`, rounded to four digits if possible."""
     exact = hidden / width
     candidates = [round(exact, 4), round(exact + 5e-5, 4), exact, math.nextafter(exact, math.inf)]
     return next(ratio for ratio in candidates if int(width * ratio) == hidden)
 
 
 def preprocess(config: Mapping[str, Any], model: Architecture) -> Preprocess:
-    """Return what a preprocessor_config.json asks for; what it leaves out is as usual for the model.
+    """Return the preprocessing of a preprocessor_config.json; omitted keys have the model's defaults.
 
     Raises:
-      ValueError: for a way of resizing that clip_jax doesn't have.
+      ValueError: for an unsupported interpolation.
     """
     default = preprocess_of(model)
     if (resample := config.get("resample", 3)) not in _RESAMPLE:
-        raise ValueError(f"preprocessor_config.json: clip_jax resizes by {_RESAMPLE}, not by resample={resample!r}")
+        raise ValueError(f"preprocessor_config.json: resample: expected one of {_RESAMPLE}, got {resample!r}")
     size = config.get("size", {"height": 0} if default.resize == "squash" else {"shortest_edge": 0})
     return Preprocess(
         mean=tuple(map(float, config.get("image_mean", default.mean))),
@@ -97,24 +106,23 @@ def preprocess(config: Mapping[str, Any], model: Architecture) -> Preprocess:
     )
 
 
+def model_type(model: Architecture) -> str | None:
+    """Return 'clip' or 'siglip', or None if transformers has no such model."""
+    towers = (model.image, model.text)
+    if not (isinstance(model.image, ViT) and isinstance(model.text, TextTransformer)):
+        return None
+    for family, fixed in _FIXED.items():
+        if all(vars(tower) | fields == vars(tower) for tower, fields in zip(towers, fixed, strict=True)):
+            return family
+    return None
+
+
 def config(model: Architecture) -> dict[str, Any]:
-    """Return the config.json of a model. Raises ValueError for models that transformers doesn't have."""
-    image, text = model.image, model.text
-    siglip = image.kind == "vit" and image.pool == "attention"
-    plain = ("class", True, True, False, "end", True, "linear")
-    form = ("attention", False, False, True, "last", False, "bias") if siglip else plain
-    if (
-        image.kind != "vit"
-        or image.layer_scale
-        or text.layer_scale
-        or form
-        != (
-            *(image.pool, image.norm_pre, image.projection, image.patch_bias),
-            *(text.pool, text.causal, text.projection),
-        )
-    ):
-        raise ValueError("transformers has no such model: its CLIPModel and SiglipModel are plain vision transformers")
-    names = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
+    """Return the config.json of a model. Raises ValueError for a model that transformers does not have."""
+    image, text, family = model.image, model.text, model_type(model)
+    if family is None:
+        raise ValueError("transformers has no such model: its CLIPModel and SiglipModel are plain Vision Transformers")
+    activations = {value: name for name, value in reversed(_ACTIVATIONS.items())}
 
     def transformer(tower: ViT | TextTransformer) -> dict[str, Any]:
         return {
@@ -122,27 +130,23 @@ def config(model: Architecture) -> dict[str, Any]:
             "intermediate_size": int(tower.width * tower.mlp_ratio),
             "num_hidden_layers": tower.layers,
             "num_attention_heads": tower.heads,
-            "hidden_act": names[tower.activation],
+            "hidden_act": activations[tower.activation],
             "layer_norm_eps": tower.norm_epsilon,
         }
 
     vision = transformer(image) | {"image_size": image.image_size, "patch_size": image.patch_size}
     words = transformer(text) | {"vocab_size": text.vocab_size, "max_position_embeddings": text.length}
-    if siglip:
+    if family == "siglip":
         words |= {"projection_size": model.embed_dim}
-        return {"model_type": "siglip", "architectures": ["SiglipModel"], "vision_config": vision, "text_config": words}
-    ends = {"bos_token_id": text.vocab_size - 2, "eos_token_id": text.eos_id, "projection_dim": model.embed_dim}
-    return {
-        "model_type": "clip",
-        "architectures": ["CLIPModel"],
-        "projection_dim": model.embed_dim,
-        "vision_config": vision | {"projection_dim": model.embed_dim},
-        "text_config": words | ends,
-    }
+        return {"model_type": family, "architectures": ["SiglipModel"], "vision_config": vision, "text_config": words}
+    projection = {"projection_dim": model.embed_dim}
+    words |= projection | {"bos_token_id": text.vocab_size - 2, "eos_token_id": text.eos_id}
+    sections = {"vision_config": vision | projection, "text_config": words}
+    return {"model_type": family, "architectures": ["CLIPModel"]} | projection | sections
 
 
 def preprocessor_config(spec: Preprocess, size: int, siglip: bool) -> dict[str, Any]:
-    """Return the preprocessor_config.json."""
+    """Return the preprocessor_config.json for images of `size` px."""
     squash = spec.resize == "squash"
     sides = {"height": size, "width": size}
     return {
@@ -162,5 +166,5 @@ def preprocessor_config(spec: Preprocess, size: int, siglip: bool) -> dict[str, 
 
 
 def special_tokens(start: str, end: str) -> dict[str, str]:
-    """Return what CLIP's special tokens are called: the end token stands for padding and for the unknown too."""
+    """Return the roles of CLIP's special tokens: the end token is also the padding and the unknown token."""
     return {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}

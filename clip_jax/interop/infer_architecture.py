@@ -1,9 +1,9 @@
-"""A model's architecture from the shapes of its tensors, where no configuration comes with them.
+"""Architecture from the shapes of a model's tensors, for files without a config.
 
-Heads don't show in shapes: they are those of the known towers of that width, else 64 wide, as all of CLIP's paper are.
-Nor does the activation, which whoever calls this has to add.
+The number of attention heads is not visible in torch's shapes: it is that of the preset of the same width, or one per
+64 features, as in all models of the CLIP paper. The activation is not visible either; the caller supplies it.
 
-Source of the idea: openai/CLIP `clip/model.py` (`build_model`).
+Source of the method: openai/CLIP `clip/model.py` (`build_model`).
 """
 
 from __future__ import annotations
@@ -15,103 +15,103 @@ import numpy as np
 
 from clip_jax.config import MODELS, Architecture, ResNet, TextTransformer, ViT
 from clip_jax.interop.huggingface import mlp_ratio
-from clip_jax.interop.name_tables import BIG_VISION, Table
+from clip_jax.interop.name_tables import Naming
+
+_BLOCKS = "transformer/blocks"
 
 
-def architecture(tensors: Mapping[str, np.ndarray], table: Table, where: str) -> Architecture:
+def architecture(tensors: Mapping[str, np.ndarray], naming: Naming, file: str) -> Architecture:
     """Return the architecture with the default activation.
 
     Raises:
-      ValueError: where the shapes leave something open, or a tensor that they are read from is missing.
+      ValueError: if the shapes are ambiguous, or a required tensor is missing.
     """
-    found = _Shapes(tensors, table, where)
-    logit_bias = found.has("logit_bias")
-    siglip = logit_bias or table is BIG_VISION  # LiT's text tower is SigLIP's
-    image = _image(found)
-    blocks = "text/transformer/blocks"
-    vocab_size, width = found.of("text/token_embedding/embedding")
+    shapes = _Shapes(tensors, naming, file)
+    logit_bias = shapes.has("logit_bias")
+    siglip = logit_bias or naming.siglip
+    image = _image(shapes)
+    vocab_size, width = shapes.of("text/token_embedding/embedding")
     text = TextTransformer(
         vocab_size=vocab_size,
-        length=found.of("text/positional_embedding")[-2],
+        length=shapes.of("text/positional_embedding")[-2],
         eos_id=1 if siglip else vocab_size - 1,  # OpenAI pools at the greatest id
         width=width,
-        layers=found.layers(f"{blocks}/norm1/scale"),
-        heads=_heads(found, "text", width),
-        mlp_ratio=mlp_ratio(width, found.of(f"{blocks}/mlp/in/bias")[0]),
+        layers=shapes.layers(f"text/{_BLOCKS}/norm1/scale"),
+        heads=_heads(shapes, "text", width),
+        mlp_ratio=mlp_ratio(width, shapes.of(f"text/{_BLOCKS}/mlp/in/bias")[0]),
         causal=not siglip,
         pool="last" if siglip else "end",
         norm_epsilon=1e-6 if siglip else 1e-5,
-        projection="bias" if found.has("text/projection_bias") else "linear",
-        layer_scale=float(found.has(f"{blocks}/layer_scale1")),
+        projection="bias" if shapes.has("text/projection_bias") else "linear",
+        layer_scale=float(shapes.has(f"text/{_BLOCKS}/layer_scale1")),
     )
-    embed_dim = found.of("text/projection")[0 if found.transposed("text/projection") else -1]
+    embed_dim = shapes.of("text/projection")[0 if shapes.transposed("text/projection") else -1]
     return Architecture(image, text, embed_dim, logit_bias=logit_bias)
 
 
-def image_tower(tensors: Mapping[str, np.ndarray], table: Table, where: str) -> ViT | ResNet:
-    """Return the image tower alone, as `architecture` would."""
-    return _image(_Shapes(tensors, table, where))
+def image_tower(tensors: Mapping[str, np.ndarray], naming: Naming, file: str) -> ViT | ResNet:
+    """Return the image tower with the default activation. See `architecture`."""
+    return _image(_Shapes(tensors, naming, file))
 
 
-def _image(found: _Shapes) -> ViT | ResNet:
-    return _resnet(found) if found.has("image/stem_norm3/scale") else _vit(found)
+def _image(shapes: _Shapes) -> ViT | ResNet:
+    return _resnet(shapes) if shapes.has("image/stem_norm3/scale") else _vit(shapes)
 
 
-def _vit(found: _Shapes) -> ViT:
-    tokens, width = found.of("image/positional_embedding")[-2:]
-    class_token, pooled = found.has("image/class_embedding"), found.has("image/pool/probe")
-    big_vision = pooled or found.has("image/patch_bias")  # SigLIP and LiT
-    if class_token == pooled or found.has("image/norm_pre/scale") == big_vision:
-        raise ValueError(f"{found.where}: its image tower is neither CLIP's nor SigLIP's; say which, e.g."
-                         " model='vit_l14_clipa'")  # fmt: skip
-    patch = found.of("image/patch_embedding")[-1 if found.transposed("image/patch_embedding") else 0]
+def _vit(shapes: _Shapes) -> ViT:
+    tokens, width = shapes.of("image/positional_embedding")[-2:]
+    class_token, attention_pool = shapes.has("image/class_embedding"), shapes.has("image/pool/probe")
+    big_vision = attention_pool or shapes.has("image/patch_bias")  # SigLIP and LiT
+    if class_token == attention_pool or shapes.has("image/norm_pre/scale") == big_vision:
+        raise ValueError(
+            f"{shapes.file}: expected the image tower of CLIP, SigLIP or LiT, got another; give the model, e.g."
+            " model='vit_l14_clipa'"
+        )
+    patch = shapes.of("image/patch_embedding")[-1 if shapes.transposed("image/patch_embedding") else 0]
     side = math.isqrt(tokens - class_token)
     if side * side != tokens - class_token:
-        raise ValueError(f"{found.where}: the image tower has {tokens} positions, which are no square of patches")
-    blocks = "image/transformer/blocks"
+        raise ValueError(f"{shapes.file}: expected position embeddings of a square grid of patches, got {tokens}")
     return ViT(
         image_size=side * patch,
         patch_size=patch,
         width=width,
-        layers=found.layers(f"{blocks}/norm1/scale"),
-        heads=_heads(found, "image", width),
-        mlp_ratio=mlp_ratio(width, found.of(f"{blocks}/mlp/in/bias")[0]),
-        pool="attention" if pooled else "class",
+        layers=shapes.layers(f"image/{_BLOCKS}/norm1/scale"),
+        heads=_heads(shapes, "image", width),
+        mlp_ratio=mlp_ratio(width, shapes.of(f"image/{_BLOCKS}/mlp/in/bias")[0]),
+        pool="attention" if attention_pool else "class",
         norm_pre=not big_vision,
         norm_epsilon=1e-6 if big_vision else 1e-5,
         patch_bias=big_vision,
-        projection=found.has("image/projection"),
-        layer_scale=float(found.has(f"{blocks}/layer_scale1")),
+        projection=shapes.has("image/projection"),
+        layer_scale=float(shapes.has(f"image/{_BLOCKS}/layer_scale1")),
     )
 
 
-def _resnet(found: _Shapes) -> ResNet:
-    width = found.of("image/stem_norm3/scale")[0]
-    layers = tuple(1 + found.layers(f"image/stage{stage}_rest/norm1/scale") for stage in range(4))
-    side = math.isqrt(found.of("image/pool/positional_embedding")[0] - 1)
+def _resnet(shapes: _Shapes) -> ResNet:
+    width = shapes.of("image/stem_norm3/scale")[0]
+    layers = tuple(1 + shapes.layers(f"image/stage{stage}_rest/norm1/scale") for stage in range(4))
+    side = math.isqrt(shapes.of("image/pool/positional_embedding")[0] - 1)
     return ResNet(32 * side, width, layers, width // 2)
 
 
-def _heads(found: _Shapes, tower: str, width: int) -> int:
-    query = found.of(f"{tower}/transformer/blocks/attention/query/kernel")
-    if len(query) == 3:  # big_vision's and ours: width, heads, width of a head
+def _heads(shapes: _Shapes, tower: str, width: int) -> int:
+    query = shapes.of(f"{tower}/{_BLOCKS}/attention/query/kernel")
+    if len(query) == 3:  # big_vision: width, heads, head dimension
         return query[1]
-    for model in MODELS.values():
-        known = getattr(model, tower)
-        if known.kind != "resnet" and known.width == width and width >= 512:
-            return known.heads
+    presets = (getattr(model, tower) for model in MODELS.values())
+    for preset in presets:
+        if isinstance(preset, (ViT, TextTransformer)) and preset.width == width >= 512:
+            return preset.heads
     if width % 64:
-        raise ValueError(
-            f"{found.where}: a width of {width} is no multiple of 64, so its heads can't be told; give model="
-        )
+        raise ValueError(f"{shapes.file}: expected a width that is a multiple of 64, got {width}; give model=")
     return width // 64
 
 
 class _Shapes:
-    """The shapes of a file's tensors, by our names."""
+    """Shapes of a file's tensors by clip_jax paths."""
 
-    def __init__(self, tensors: Mapping[str, np.ndarray], table: Table, where: str):
-        self._tensors, self._table, self.where = tensors, table, where
+    def __init__(self, tensors: Mapping[str, np.ndarray], naming: Naming, file: str):
+        self._tensors, self._table, self.file = tensors, naming.table, file
 
     def transposed(self, path: str) -> bool:
         return self._table[path].transposed
@@ -122,7 +122,7 @@ class _Shapes:
     def of(self, path: str) -> tuple[int, ...]:
         name = self._name(path, 0)
         if name not in self._tensors:
-            raise ValueError(f"{self.where} has no tensor {name!r}, which the model's {path} comes from")
+            raise ValueError(f"{self.file}: expected a tensor {name!r} for {path}, got none")
         return self._tensors[name].shape
 
     def layers(self, path: str) -> int:
@@ -132,5 +132,5 @@ class _Shapes:
         return count
 
     def _name(self, path: str, layer: int) -> str:
-        place = self._table[path]
-        return place.name.format(layer + place.first)
+        source = self._table[path]
+        return source.name.format(layer + source.first_layer)

@@ -1,15 +1,13 @@
-"""NumPy's archives: ours, with the configuration inside, and big_vision's.
+"""NumPy archives: clip_jax's, which contain the configuration, and big_vision's.
 
-Ours hold the parameters by their paths (`image/transformer/blocks/norm1/scale`), `config.json` as bytes and, where the
-tokenizer has a file, `tokenizer` as bytes: any language that reads NumPy's format reads them, without clip_jax.
+clip_jax archives contain the parameters by path (`image/transformer/blocks/norm1/scale`), `config.json` as bytes and,
+if the tokenizer has a file, `tokenizer` as bytes: every language with a reader of NumPy's format can read them.
 
-Source of big_vision's: `big_vision/utils.py` (`load_checkpoint_np`, `save_checkpoint`); its bfloat16 are NumPy's void.
+Source of big_vision's layout: `big_vision/utils.py` (`load_checkpoint_np`, `save_checkpoint`).
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 import os
 import pathlib
@@ -21,68 +19,68 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from clip_jax.config import WeightsConfig, build
+from clip_jax.config import WeightsConfig
 from clip_jax.interop.conversion import flat, nested
-from clip_jax.interop.msgpack import tokenizer_content, write_atomically
+from clip_jax.interop.msgpack import config_from_json, config_json, tokenizer_content, write_atomically
 from clip_jax.typing import Params
 
 _CONFIG, _TOKENIZER = "config.json", "tokenizer"
-# Weights hardly shrink when they are compressed. An archive that grows more than this is made to fill a memory.
-_MAX_GROWTH = 50
+# Weights hardly compress: an archive with a larger ratio is a decompression bomb.
+_MAX_COMPRESSION_RATIO = 50
 _STACKED = re.compile(r"^(.*/encoderblock)(/.*)$")
 
 
 def write(path: str | os.PathLike[str], params: Params, config: WeightsConfig) -> None:
-    """Write a file that is there in full or not at all. Raises ValueError if the tokenizer's file is missing."""
+    """Write an archive atomically. Raises ValueError if the tokenizer file is missing."""
     content = tokenizer_content(config)
-    fields = dataclasses.asdict(config)
-    del fields["tokenizer_file"]
     arrays = {name: np.asarray(value) for name, value in flat(params).items()}
-    extra = {_CONFIG: np.frombuffer(json.dumps(fields).encode(), np.uint8)}
+    extra = {_CONFIG: np.frombuffer(config_json(config).encode(), np.uint8)}
     extra |= {_TOKENIZER: np.frombuffer(content, np.uint8)} if content else {}
     write_atomically(pathlib.Path(path).expanduser(), lambda file: np.savez(file, **arrays, **extra))
 
 
-def is_ours(path: pathlib.Path) -> bool:
-    """Tell whether a file is an archive that `write` wrote."""
-    if not zipfile.is_zipfile(path):
+def detect(path: pathlib.Path, head: bytes) -> bool:
+    """Return whether a file is a zip archive of arrays alone."""
+    if head[:2] != b"PK" or not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
-        return f"{_CONFIG}.npy" in archive.namelist()
+        members = archive.namelist()
+    return bool(members) and all(name.endswith(".npy") for name in members)
 
 
-def read(path: str | os.PathLike[str]) -> tuple[Params, WeightsConfig]:
-    """Return the parameters and what they mean. Raises ValueError for a damaged file, naming what is wrong."""
-    arrays = read_tensors(pathlib.Path(path))
-    config = json.loads(bytes(arrays.pop(_CONFIG)))
-    content = bytes(arrays.pop(_TOKENIZER, b""))
-    return nested(arrays), build(WeightsConfig, {**config, "tokenizer_file": content})
+def read(path: str | os.PathLike[str]) -> tuple[Params, WeightsConfig | None]:
+    """Return parameters and configuration of a clip_jax archive; of another, arrays by name and None.
 
-
-def read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """Return all arrays of an archive; big_vision's stacked layers one by one, its bfloat16 as such.
+    big_vision's stacked layers become one array per layer, its void type becomes bfloat16.
 
     Raises:
-      ValueError: for a damaged archive, one with Python objects in it, or one that unpacks to many times its size.
+      ValueError: for a damaged archive, one with Python objects, or a decompression bomb.
     """
-    with zipfile.ZipFile(path) as archive:
-        unpacked = sum(info.file_size for info in archive.infolist())
-    if unpacked > _MAX_GROWTH * path.stat().st_size + (1 << 20):
-        raise ValueError(f"{path}: {path.stat().st_size:,} bytes that unpack to {unpacked:,} are no weights")
+    arrays = _arrays(pathlib.Path(path))
+    if _CONFIG not in arrays:
+        return _with_class_position(_unstacked(arrays)), None
+    text, content = bytes(arrays.pop(_CONFIG)), bytes(arrays.pop(_TOKENIZER, b""))
+    return nested(arrays), config_from_json(text, content)
+
+
+def _arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(info.file_size for info in archive.infolist())
+        if unpacked > _MAX_COMPRESSION_RATIO * path.stat().st_size + (1 << 20):
+            raise ValueError(f"{path.stat().st_size:,} bytes that decompress to {unpacked:,}")
         with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: _numbers(archive[name]) for name in archive.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zipfile.zlib.error) as error:
-        raise ValueError(f"{path} can't be read as NumPy's npz: {error}") from error
-    return _with_class_position(_unstacked(arrays))
-
-
-def _numbers(array: np.ndarray) -> np.ndarray:
-    return array.view(ml_dtypes.bfloat16) if array.dtype == np.dtype("V2") else array
+            arrays = {name: archive[name] for name in archive.files}
+        if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+            raise ValueError("a zip archive with other members than arrays")
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zipfile.zlib.error) as error:
+        raise ValueError(f"{path}: expected a NumPy archive (npz) of weights, got {error}") from error
+    # NumPy saves bfloat16 as void.
+    return {name: a.view(ml_dtypes.bfloat16) if a.dtype == np.dtype("V2") else a for name, a in arrays.items()}
 
 
 def _unstacked(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Return big_vision's scanned layers, one array for all, under the names of single layers."""
+    """Split arrays that big_vision stacked over layers (`scan=True`) into one per layer."""
     result: dict[str, np.ndarray] = {}
     for name, array in arrays.items():
         if match := _STACKED.match(name):
@@ -93,7 +91,7 @@ def _unstacked(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _with_class_position(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Give the class token of big_vision's ViTs the position that ours has: zero, or what older files have there."""
+    """Add the class token's position embedding: zero, as big_vision adds none; older files contain one."""
     for prefix in ("img", "params/img"):
         old, new = f"{prefix}/Transformer/posembed_input/pos_embedding", f"{prefix}/pos_embedding"
         if old in arrays:

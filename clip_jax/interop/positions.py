@@ -1,72 +1,79 @@
-"""Another picture size or context length for trained weights: their position embeddings, resized as open_clip does.
+"""Position embeddings resized to another image size or context length, as open_clip does.
 
-Source: open_clip `model.py` (`resize_pos_embed`, `resize_text_pos_embed`). Hugging Face's own interpolation gives other
-numbers (another cubic, no antialiasing).
+Source: open_clip `model.py` (`resize_pos_embed`, `resize_text_pos_embed`). Hugging Face's interpolation gives different
+numbers (another cubic kernel, no antialiasing).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import numpy as np
 
-from clip_jax.config import Architecture
+from clip_jax.config import Architecture, ImageTower
 from clip_jax.typing import Params
+
+_MIN_LENGTH = 3  # tokens: start, one of the text, end
 
 
 def resize(model: Architecture, params: Params, *, image_size: int = 0, length: int = 0) -> tuple[Architecture, Params]:
-    """Return the model with other sizes, and its parameters.
+    """Return architecture and parameters with another image size or context length.
 
-    The grid of patches is resized by a bicubic with antialiasing, a class token's position stays; text positions are
-    interpolated linearly, without antialiasing: what open_clip does.
+    The patch grid is resized by antialiased bicubic interpolation and a class token's position is unchanged; text
+    positions are interpolated linearly without antialiasing.
 
     Args:
-      image_size: px; 0 for the model's own.
-      length: tokens; 0 for the model's own.
+      image_size: px; 0: unchanged.
+      length: tokens; 0: unchanged.
 
     Raises:
-      ValueError: if the model has no positions to resize, or the size leaves no patch.
+      ValueError: if the tower has no positions to resize, or the size is invalid.
     """
     if image_size and image_size != model.image.image_size:
-        model, params = _image(model, params, image_size)
+        tower = dataclasses.replace(model.image, image_size=image_size)
+        path = ("image", *_positions_path(model, image_size))
+        params = _updated(params, path, functools.partial(_resize_grid, tower=tower))
+        model = dataclasses.replace(model, image=tower)
     if length and length != model.text.length:
-        if length < 3:
-            raise ValueError(f"context_length={length} leaves no room for a text; use at least 3, e.g. 77")
-        positions = np.asarray(params["text"]["positional_embedding"])
-        resized = jax.image.resize(positions, (length, positions.shape[1]), "linear", antialias=False)
-        params = params | {"text": params["text"] | {"positional_embedding": np.asarray(resized)}}
+        if length < _MIN_LENGTH:
+            raise ValueError(f"context_length: expected at least {_MIN_LENGTH}, got {length}; use e.g. 77")
+        params = _updated(params, ("text", "positional_embedding"), functools.partial(_resize_text, length=length))
         model = dataclasses.replace(model, text=dataclasses.replace(model.text, length=length))
     return model, params
 
 
-def _image(model: Architecture, params: Params, size: int) -> tuple[Architecture, Params]:
-    if model.image.kind == "edges":
+def _positions_path(model: Architecture, size: int) -> tuple[str, ...]:
+    """Return the path of the image tower's position embedding. Raises ValueError for an invalid size."""
+    tower = model.image
+    stride, path = tower.stride, tower.positions_path
+    if path is None:
         raise ValueError(
-            f"image_size={size}: this tower has no positions to resize; it takes {model.image.image_size} px"
+            f"image_size: expected {tower.image_size}, as this tower has no position embeddings to resize, got {size}"
         )
-    step = 2 << len(model.image.layers) if model.image.kind == "resnet" else model.image.patch_size
-    side = size // step
-    if not side:
-        raise ValueError(f"image_size={size} is less than a patch; use a multiple of {step}, e.g. {8 * step}")
-    if size % step and getattr(model.image, "pool", "") != "attention":
-        raise ValueError(f"image_size={size} is not a multiple of {step}; use {side * step}")
-    old = _positions(params["image"], model)
-    first = int(model.image.kind == "resnet" or model.image.pool != "attention")  # a class token's, or the mean's
-    old_side = math.isqrt(len(old) - first)
-    grid = old[first:].reshape(old_side, old_side, -1)
+    if size < stride or (size % stride and not tower.ignores_partial_patch):
+        multiple = size // stride * stride or 8 * stride
+        raise ValueError(f"image_size: expected a multiple of {stride}, got {size}; use {multiple}")
+    return path
+
+
+def _resize_grid(old: np.ndarray, tower: ImageTower) -> np.ndarray:
+    prefix, side = tower.num_prefix_tokens, tower.image_size // tower.stride
+    old_side = math.isqrt(len(old) - prefix)
+    grid = old[prefix:].reshape(old_side, old_side, -1)
     resized = jax.image.resize(grid, (side, side, grid.shape[2]), "bicubic")
-    new = np.concatenate([old[:first], np.asarray(resized).reshape(side * side, -1)])
-    model = dataclasses.replace(model, image=dataclasses.replace(model.image, image_size=size))
-    return model, params | {"image": _with_positions(params["image"], model, new)}
+    return np.concatenate([old[:prefix], np.asarray(resized).reshape(side * side, -1)])
 
 
-def _positions(image: Params, model: Architecture) -> np.ndarray:
-    return np.asarray((image["pool"] if model.image.kind == "resnet" else image)["positional_embedding"])
+def _resize_text(old: np.ndarray, length: int) -> np.ndarray:
+    return np.asarray(jax.image.resize(old, (length, old.shape[1]), "linear", antialias=False))
 
 
-def _with_positions(image: Params, model: Architecture, positions: np.ndarray) -> Params:
-    if model.image.kind == "resnet":
-        return image | {"pool": image["pool"] | {"positional_embedding": positions}}
-    return image | {"positional_embedding": positions}
+def _updated(tree: Params, path: tuple[str, ...], update: Callable[[np.ndarray], np.ndarray]) -> Params:
+    """Return a copy of a nested tree with one leaf replaced by a function of it."""
+    if not path:
+        return update(np.asarray(tree))
+    return tree | {path[0]: _updated(tree[path[0]], path[1:], update)}

@@ -1,6 +1,6 @@
-"""LazyTensors of .safetensors files, read as views of the mapped file, and written one by one: none is held twice.
+"""safetensors files: tensors are views of the mapped file, and are written one at a time.
 
-The library checks what a file says of itself; it would copy each tensor when reading, and want all of them to write.
+The safetensors library only validates the header: its reader copies every tensor, its writer needs all of them at once.
 
 Source of the format: huggingface/safetensors `README.md`: the length of a JSON header, the header, the data.
 """
@@ -33,13 +33,18 @@ _DTYPES = {
 }
 
 
-def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """Return a file's tensors by name, read-only. Raises ValueError if it is cut short, damaged or of unknown types."""
+def detect(path: pathlib.Path, head: bytes) -> bool:
+    """Return whether a file has a JSON header after its eight bytes of length."""
+    return head[8:9] == b"{"
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], None]:
+    """Return read-only tensors by name. Raises ValueError for a truncated or damaged file or an unsupported dtype."""
     try:
-        with safetensors.safe_open(path, framework="numpy"):  # compares the header with the file's length
+        with safetensors.safe_open(path, framework="numpy"):  # validates the header against the file size
             pass
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is truncated or damaged: it can't be read as safetensors ({error})") from error
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: expected safetensors, got a truncated or damaged file ({error})") from error
     mapped = np.memmap(path, np.uint8, "r")
     (length,) = struct.unpack("<Q", mapped[:8].tobytes())
     header, data = json.loads(mapped[8 : 8 + length].tobytes()), mapped[8 + length :]
@@ -48,21 +53,21 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         if name == "__metadata__":
             continue
         if entry["dtype"] not in _DTYPES:
-            raise ValueError(f"{path}: the tensor {name} is {entry['dtype']}, expected one of {', '.join(_DTYPES)}")
+            raise ValueError(f"{path}: tensor {name}: expected dtype {', '.join(_DTYPES)}, got {entry['dtype']}")
         start, end = entry["data_offsets"]
         tensors[name] = data[start:end].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
-    return tensors
+    return tensors, None
 
 
 def write(path: str | os.PathLike[str], tensors: LazyTensors) -> None:
-    """Write a file as `safetensors.torch.save_file` would; float32."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers 4.57 refuses files without it
+    """Write float32 tensors in the layout of `safetensors.torch.save_file`."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers 4.57 requires it
     end = 0
     for name, shape in tensors.shapes.items():
         start, end = end, end + 4 * math.prod(shape)
         header[name] = {"dtype": "F32", "shape": shape, "data_offsets": (start, end)}
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that every number lies at a multiple of its size
+    text += b" " * (-len(text) % 8)  # aligns the data
     with pathlib.Path(path).open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors.values():

@@ -1,7 +1,7 @@
-"""Tensors of torch's files, read without torch: zip archives, TorchScript's too, and the format before torch 1.6.
+"""torch files, read and written without torch: zip archives, including TorchScript, and the format before torch 1.6.
 
-A pickle is a program. This reader knows the handful of names that rebuild tensors and refuses every other by its name,
-before anything of it runs. Tensors are views of the mapped file: nothing is read until it is used.
+A pickle is a program. This reader implements the few functions that rebuild tensors and refuses every other name before
+it is imported. Tensors are views of the mapped file and are read on first use.
 
 Source of the formats: pytorch `torch/serialization.py`, `torch/_utils.py`, `torch/csrc/jit/serialization/pickler.h`.
 """
@@ -37,40 +37,45 @@ _DTYPES = {
     "IntStorage": np.int32,
     "LongStorage": np.int64,
 }
-_MAX_CODE = 1 << 24  # bytes; the published archives have some 100 kB
-_LOCAL_HEADER = 30  # bytes, before a zip member's name
+_MAX_CODE = 1 << 24  # bytes; the published archives have about 100 kB
+_LOCAL_HEADER = 30  # bytes before the name of a zip member
 
 
-def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """Return the tensors of a state dict, a training checkpoint or a TorchScript archive, by name, read-only.
+def detect(path: pathlib.Path, head: bytes) -> bool:
+    """Return whether a file starts like a zip archive or a pickle."""
+    return head[:2] == b"PK" or head[:1] == b"\x80"
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], None]:
+    """Return read-only tensors by name, from a state dict, a training checkpoint or a TorchScript archive.
 
     Raises:
-      ValueError: naming the file: cut short, damaged, or asking for more than tensors.
+      ValueError: for a truncated or damaged file, or a pickle with anything but tensors and containers.
     """
     file = pathlib.Path(path)
     try:
         if zipfile.is_zipfile(file):
             content = _read_zip(file)
         elif file.open("rb").read(2) == b"PK":
-            raise ValueError("truncated: the list of its contents, at the end of a zip file, is missing")
+            raise _Refused("truncated: expected a zip directory at its end, got none; copy it again")
         else:
             content = _read_legacy(file)
     except _Refused as error:
         raise ValueError(f"{path}: {error}") from error
-    # What pickle and zipfile are known to raise for damaged files; a damaged byte may name anything.
+    # Exceptions of pickle and zipfile for damaged files.
     except (
-        *(pickle.UnpicklingError, zipfile.BadZipFile, EOFError, ValueError, KeyError, IndexError),
+        *(pickle.UnpicklingError, zipfile.BadZipFile, EOFError, ValueError, KeyError, IndexError, OSError),
         *(TypeError, AttributeError, struct.error, UnicodeDecodeError, OverflowError, NotImplementedError),
     ) as error:
-        raise ValueError(f"{path} can't be read as a file of torch: {type(error).__name__}: {error}") from error
-    tensors = dict(_tensors(_state_dict(content)))
+        raise ValueError(f"{path}: damaged torch file: {type(error).__name__}: {error}; copy it again") from error
+    tensors = dict(_named_tensors(_state_dict(content)))
     if not tensors:
-        raise ValueError(f"{path} holds no tensors; expected a state dict, a checkpoint or a TorchScript archive")
-    return tensors
+        raise ValueError(f"{path}: expected a state dict, a checkpoint or a TorchScript archive, got no tensors")
+    return tensors, None
 
 
 def torchscript_code(path: str | os.PathLike[str]) -> str:
-    """Return the code that a TorchScript archive carries, '' for other files: to look at, never to run."""
+    """Return the source code in a TorchScript archive, '' for other files. It is searched, never executed."""
     if not zipfile.is_zipfile(path):
         return ""
     with zipfile.ZipFile(path) as archive:
@@ -79,13 +84,13 @@ def torchscript_code(path: str | os.PathLike[str]) -> str:
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> None:
-    """Write a state dict as torch does since 1.6, float32: what `torch.load` and `clip.load` read.
+    """Write a float32 state dict in the format of torch 1.6 and later, for `torch.load` and `clip.load`.
 
-    The pickle is written by its opcodes, since the names in it are torch's: protocol 2, a dict of
+    The pickle is written as opcodes, because the names in it are torch's: protocol 2, a dict of
     `_rebuild_tensor_v2(storage, 0, shape, strides, False, OrderedDict())`.
     """
     pickled = [b"\x80\x02}("]
-    with zipfile.ZipFile(path, "w") as archive:  # stored, not compressed
+    with zipfile.ZipFile(path, "w") as archive:  # not compressed
         for key, (name, tensor) in enumerate(tensors.items()):
             array = np.asarray(tensor, "<f4", order="C")
             with archive.open(f"model/data/{key}", "w", force_zip64=True) as member:
@@ -113,7 +118,7 @@ def _integers(numbers: Sequence[int]) -> bytes:
 
 
 class _Refused(ValueError):
-    """What a file asks for is not done."""
+    """The file is damaged or contains something that this reader does not support."""
 
 
 # ------------------------------------------------------------------------------------------------------ containers
@@ -125,22 +130,20 @@ def _read_zip(file: pathlib.Path) -> Any:
         members = {info.filename: info for info in archive.infolist()}
         pickles = [name for name in members if name.rpartition("/")[2] == "data.pkl"]
         if len(pickles) != 1:
-            raise _Refused(f"this is a zip file, but not one of torch: it has {len(pickles)} members data.pkl")
+            raise _Refused(f"expected a torch zip archive with one data.pkl, got {len(pickles)}")
         root = pickles[0].removesuffix("data.pkl")
         if f"{root}byteorder" in members and archive.read(f"{root}byteorder") != b"little":
-            raise _Refused("its numbers are big-endian; save it again on a little-endian machine")
+            raise _Refused("expected little-endian tensors, got big-endian; save it again on a little-endian machine")
 
         def storage(dtype: np.dtype, key: str, count: int) -> np.ndarray:
             info = members.get(f"{root}data/{key}")
             if info is None:
                 raise _Refused(f"the data of tensor storage {key!r} is missing")
             if info.file_size < count * dtype.itemsize:
-                raise _Refused(
-                    f"tensor storage {key!r} has {info.file_size} bytes, which are fewer than {count} {dtype}"
-                )
+                raise _Refused(f"tensor storage {key!r}: expected {count} {dtype}, got {info.file_size} bytes")
             if info.compress_type != zipfile.ZIP_STORED:
                 return np.frombuffer(archive.read(info), dtype, count)
-            # A member's local header may have other extra bytes than the list at the end says.
+            # The extra field of a local header may be longer than that in the zip directory.
             header = mapped[info.header_offset : info.header_offset + _LOCAL_HEADER].tobytes()
             name_length, extra_length = struct.unpack("<HH", header[26:30])
             start = info.header_offset + _LOCAL_HEADER + name_length + extra_length
@@ -150,43 +153,43 @@ def _read_zip(file: pathlib.Path) -> Any:
 
 
 def _read_legacy(file: pathlib.Path) -> Any:
-    """Read what torch wrote before 1.6: five pickles, the fourth the object, then the storages, each with its size."""
+    """Read the format before torch 1.6: five pickles, the fourth is the object, then each storage with its size."""
     mapped = np.memmap(file, np.uint8, "r") if file.stat().st_size else np.zeros(0, np.uint8)
     sizes: dict[str, tuple[np.dtype, int]] = {}
     data: dict[str, np.ndarray] = {}
 
-    def size(dtype: np.dtype, key: str, count: int) -> None:
+    def record_size(dtype: np.dtype, key: str, count: int) -> None:
         sizes[key] = dtype, count
 
     with file.open("rb") as stream:
         if stream.read(2)[:1] != b"\x80":
-            raise _Refused(f"this is not a file of torch: it begins with {bytes(mapped[:12])!r}")
+            raise _Refused(f"expected a torch file, got a file that starts with {bytes(mapped[:12])!r}")
         stream.seek(0)
-        if _Unpickler(stream, size).load() != _LEGACY_MAGIC or _Unpickler(stream, size).load() != _LEGACY_PROTOCOL:
-            raise _Refused("this is a pickle, but not one of torch")
-        _Unpickler(stream, size).load()  # sizes of C's types on the machine that wrote it
-        begin = stream.tell()
-        _Unpickler(stream, size).load()  # the object, for the sizes of its storages: they lie behind it
-        keys = _Unpickler(stream, size).load()
+        if any(_Unpickler(stream, record_size).load() != number for number in (_LEGACY_MAGIC, _LEGACY_PROTOCOL)):
+            raise _Refused("expected a torch file, got another pickle")
+        _Unpickler(stream, record_size).load()  # sizes of C types on the machine that wrote the file
+        start_of_object = stream.tell()
+        _Unpickler(stream, record_size).load()  # the object, for the sizes of its storages, which follow it
+        keys = _Unpickler(stream, record_size).load()
         end = stream.tell()
         for key in keys:
             dtype, count = sizes[key]
-            at, start, end = end, end + 8, end + 8 + count * dtype.itemsize
-            if end > len(mapped) or struct.unpack("<q", mapped[at:start].tobytes()) != (count,):
-                raise _Refused(f"truncated: the data of tensor storage {key!r} is not whole")
+            head, start, end = end, end + 8, end + 8 + count * dtype.itemsize
+            if end > len(mapped) or struct.unpack("<q", mapped[head:start].tobytes()) != (count,):
+                raise _Refused(f"truncated: the data of tensor storage {key!r} is incomplete; copy it again")
             data[key] = mapped[start:end].view(dtype)
-        stream.seek(begin)
+        stream.seek(start_of_object)
         return _Unpickler(stream, lambda dtype, key, count: data[key]).load()
 
 
 # --------------------------------------------------------------------------------------------------------- pickles
 
-# Returns the numbers of a storage: (dtype, key, count).
+# (dtype, key, count) -> data of a storage
 Storage = Callable[[np.dtype, str, int], np.ndarray | None]
 
 
 class _Module:
-    """A TorchScript object: its attributes, none of its code."""
+    """A TorchScript object: its attributes without its code."""
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.__dict__.update(state)
@@ -194,13 +197,13 @@ class _Module:
 
 @dataclasses.dataclass
 class _StorageType:
-    """What torch.HalfStorage and its like stand for. Not the dtype itself: a pickle may change what it is given."""
+    """Stands for torch.HalfStorage and the like. Not the dtype itself, because a pickle can modify its objects."""
 
     dtype: np.dtype
 
 
 class _Unpickler(pickle.Unpickler):
-    """A pickle reader that knows tensors and containers, and nothing else."""
+    """Pickle reader restricted to tensors and containers."""
 
     def __init__(self, stream: io.BufferedIOBase, storage: Storage):
         super().__init__(stream, encoding="utf-8")
@@ -211,45 +214,45 @@ class _Unpickler(pickle.Unpickler):
             return _StorageType(np.dtype(_DTYPES[name]))
         if module.split(".")[0] == "__torch__":
             return _Module
-        if (module, name) not in _KNOWN:
+        if (module, name) not in _FUNCTIONS:
             raise _Refused(
-                f"its pickle asks for {module}.{name}, and only tensors are read: a pickle can run any program."
-                " If you trust the file, save its state dict alone with torch, or as .safetensors"
+                f"expected a pickle of tensors alone, got {module}.{name}, which could run any program. If you trust"
+                " the file, save its state dict with torch, or as .safetensors"
             )
-        return _KNOWN[module, name]
+        return _FUNCTIONS[module, name]
 
     def persistent_load(self, pid: Any) -> np.ndarray | None:
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or not isinstance(pid[1], _StorageType):
-            raise _Refused(f"its pickle refers to {str(pid)[:80]}, which is no tensor storage")
+            raise _Refused(f"expected a tensor storage, got {str(pid)[:80]}")
         _, kind, key, _device, count = pid[:5]
         if not isinstance(count, int) or count < 0:
-            raise _Refused(f"the tensor storage {key!r} has {count!r} numbers")
+            raise _Refused(f"tensor storage {key!r}: expected a size, got {count!r}")
         return self._storage(kind.dtype, str(key), count)
 
 
 def _tensor(storage: np.ndarray | None, offset: int, size: tuple, stride: tuple, *_: Any) -> np.ndarray | None:
-    """Return the view of a storage, after a look at its bounds: strides from a file may point anywhere."""
+    """Return a view of a storage after a bounds check: the file's strides could point outside it."""
     if storage is None:
         return None
-    whole = (offset, *size, *stride)
-    if len(size) != len(stride) or not all(isinstance(n, int) and n >= 0 for n in whole):
-        raise _Refused(f"a tensor of shape {size} has the strides {stride} at {offset}")
+    numbers = (offset, *size, *stride)
+    if len(size) != len(stride) or not all(isinstance(n, int) and n >= 0 for n in numbers):
+        raise _Refused(f"a tensor of shape {size} has invalid strides {stride} at offset {offset}")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if math.prod(size) and (last >= len(storage) or math.prod(size) > len(storage)):
-        raise _Refused(f"a tensor of shape {size} reaches beyond its storage of {len(storage)} numbers")
+        raise _Refused(f"a tensor of shape {size} exceeds its storage of {len(storage)} elements")
     view = storage[offset : last + 1] if math.prod(size) else storage[:0]
     steps = [step * storage.itemsize for step in stride]
     return np.lib.stride_tricks.as_strided(view, size, steps, writeable=False)
 
 
-_KNOWN: dict[tuple[str, str], Callable] = {
+_FUNCTIONS: dict[tuple[str, str], Callable] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("torch._utils", "_rebuild_tensor"): _tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
     ("torch", "Size"): tuple,
     ("torch", "device"): lambda *_: None,
-    # TorchScript's lists carry their types.
+    # TorchScript annotates its lists with types.
     ("torch.jit._pickle", "build_intlist"): list,
     ("torch.jit._pickle", "build_doublelist"): list,
     ("torch.jit._pickle", "build_boollist"): list,
@@ -262,7 +265,7 @@ _KNOWN: dict[tuple[str, str], Callable] = {
 
 
 def _state_dict(content: Any) -> Any:
-    """Return what holds the model in a checkpoint: open_clip's and Lightning's have it under `state_dict`."""
+    """Return the model's part of a checkpoint: open_clip and Lightning store it as `state_dict`."""
     while isinstance(content, Mapping) and not any(isinstance(value, np.ndarray) for value in content.values()):
         inner = next((content[key] for key in ("state_dict", "model", "module") if key in content), None)
         if inner is None:
@@ -271,11 +274,11 @@ def _state_dict(content: Any) -> Any:
     return content
 
 
-def _tensors(content: Any, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
+def _named_tensors(content: Any, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
     if isinstance(content, _Module):
         content = vars(content)
     if isinstance(content, np.ndarray):
         yield prefix, content
     elif isinstance(content, Mapping):
         for name, value in content.items():
-            yield from _tensors(value, f"{prefix}.{name}" if prefix else str(name))
+            yield from _named_tensors(value, f"{prefix}.{name}" if prefix else str(name))

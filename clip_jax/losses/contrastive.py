@@ -35,8 +35,9 @@ Ids = tuple[Int32[ArrayLike, "b"], Int32[ArrayLike, " c"]]  # of the images and 
 class ContrastiveLoss:
     """A loss over all image–text pairs of the global batch, with logits `scale · cosine similarity + bias`.
 
-    Subclasses are registered in `LOSSES` and add their own parameters as fields. The loss is the sum of two means: of
-    `example_loss` over the rows (images) and over the columns (texts).
+    The loss is the sum of two means, of `example_loss` over the rows (images) and over the columns (texts). Subclasses
+    implement the four methods below, add their own parameters as fields (with checks in `__post_init__`), and are
+    registered in `LOSSES`.
     """
 
     needs_logit_bias: ClassVar[bool] = False  # whether the model must have a logit bias (`model.logit_bias`)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from clip_jax.losses.contrastive import ContrastiveLoss, Ids
+from clip_jax.losses.contrastive import ContrastiveLoss
 from clip_jax.losses.ring import Axis, Ring, in_mesh_order
 from clip_jax.losses.tiles import (
     Embeddings,
@@ -37,25 +38,21 @@ def distilled(loss: ContrastiveLoss, weight: float) -> Callable[..., tuple[Scala
     """Return the loss plus `weight` times `distillation_loss`.
 
     Returns:
-      A function with the arguments of `loss`, and as keywords the teacher's embeddings of the same images and texts
+      A function of keywords: the arguments of `loss`, the teacher's embeddings of the same images and texts
       (`teacher_image_bG`, `teacher_text_bG`) and its logit scale (`teacher_logit_scale`).
     """
 
     def distilled_loss(
-        image_bE: Array,
-        text_bE: Array,
-        logit_scale: Array,
-        logit_bias: Array | None = None,
-        axis: Axis = None,
-        ids: Ids | None = None,
-        *,
-        teacher_image_bG: Array,
-        teacher_text_bG: Array,
-        teacher_logit_scale: Array,
+        *, teacher_image_bG: Array, teacher_text_bG: Array, teacher_logit_scale: Array, **arguments: Any
     ) -> tuple[Scalar, Metrics]:
-        value, metrics = loss(image_bE, text_bE, logit_scale, logit_bias, axis, ids)
-        scales = logit_scale, teacher_logit_scale
-        distillation, more = distillation_loss(image_bE, text_bE, teacher_image_bG, teacher_text_bG, *scales, axis)
+        value, metrics = loss(**arguments)
+        student = {name: arguments.get(name) for name in ("image_bE", "text_bE", "logit_scale", "axis")}
+        distillation, more = distillation_loss(
+            teacher_image_bG=teacher_image_bG,
+            teacher_text_bG=teacher_text_bG,
+            teacher_logit_scale=teacher_logit_scale,
+            **student,
+        )
         return value + weight * distillation, metrics | more
 
     return distilled_loss

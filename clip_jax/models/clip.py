@@ -115,13 +115,13 @@ def make_model(
       batch_sharding: sharding of activations over the batch; see `Compute`. It must divide the batch size.
 
     Example:
-      >>> import jax, numpy as np
       >>> from clip_jax.config import MODELS
-      >>> from clip_jax.models import make_model
-      >>> model = make_model(MODELS["emoji"])
-      >>> params = model.init(jax.random.key(0))
-      >>> model.encode_image(params, np.zeros((2, 48, 48, 3), np.uint8)).shape
-      (2, 128)
+      >>> model = make_model(MODELS["vit_b32"])
+      >>> params = jax.eval_shape(model.init, jax.random.key(0))  # shapes; jax.jit(model.init) returns arrays
+      >>> count_parameters(params)
+      151277313
+      >>> jax.eval_shape(model.encode_image, params, np.zeros((2, 224, 224, 3), np.uint8)).shape
+      (2, 512)
     """
     compute = Compute(jnp.dtype(dtype), remat, unroll, batch_sharding)
     module = CLIP(architecture, compute, logit_scale_init, logit_bias_init, patch_dropout)

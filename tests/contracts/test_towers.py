@@ -259,8 +259,10 @@ def test_every_parameter_has_a_gradient(architecture):
 @every_kind
 def test_unrolled_and_rematerialized_loops_have_the_same_gradients(kind):
     expected, found = _gradients(BY_KIND[kind]), _gradients(BY_KIND[kind], unroll=True, remat="names")
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(found), strict=True):
-        atol = LOOP_TOLERANCE * np.abs(a).max()
+        # The gradient of a key bias is rounding error, because softmax is invariant to it: hence the minimum.
+        atol = LOOP_TOLERANCE * max(np.abs(a).max(), 1e-3 * largest)
         np.testing.assert_allclose(b, a, atol=atol, rtol=0, err_msg=jax.tree_util.keystr(path))
 
 
@@ -286,7 +288,7 @@ def test_image_features_are_the_input_of_the_projection(architecture):
 @every_kind
 def test_sharded_state_survives_a_checkpoint_bit_for_bit(kind, tmp_path):
     train = TrainConfig(batch_size=8, dtype="float32")
-    config = Config(model=BY_KIND[kind], train=train, optim=OptimConfig(layer_decay=0.5, ema_decay=0.9))
+    config = Config(model=BY_KIND[kind], train=train, optim=OptimConfig(warmup_steps=1, layer_decay=0.5, ema_decay=0.9))
     mesh = sharding.make_mesh(fsdp=2, tensor=2)
     model = step.model_from_config(config, mesh)
     optimizer = optim.make_optimizer(config.optim, 10, architecture=config.model)

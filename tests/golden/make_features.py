@@ -39,7 +39,7 @@ def main() -> None:
             status = peer_models.write(pathlib.Path(folder) / "weights", architecture, tiny_models.params(architecture))
             load = (
                 peer_models.load_transformers
-                if status["open_clip"].startswith("left out")
+                if status["open_clip"].startswith("skipped")
                 else peer_models.load_open_clip
             )
             model = load(f"{folder}/weights")

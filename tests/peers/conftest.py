@@ -1,4 +1,4 @@
-"""The peers, imported as far as they go without compiled torchvision: its wheels are for CUDA."""
+"""Imports the peers without torchvision's compiled operators, whose wheels need CUDA."""
 
 import sys
 import types
@@ -10,7 +10,7 @@ def _import_peers() -> None:
 
     torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     torch.library.define("torchvision::qnms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    # clip-anytorch looks for `packaging` where current setuptools no longer has it.
+    # clip-anytorch imports `packaging` from pkg_resources, which current setuptools no longer has.
     if "pkg_resources" not in sys.modules:
         import packaging.version
 
@@ -23,7 +23,7 @@ def _import_peers() -> None:
     torch.set_num_threads(2)
 
 
-# They warn of what is deprecated in each other; ours stay errors.
+# The peers' own deprecation warnings are ignored; warnings in tests stay errors.
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     _import_peers()

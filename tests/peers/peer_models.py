@@ -1,4 +1,4 @@
-"""Peers' models with the weights of tests/tiny_models.py, and their answers as NumPy arrays."""
+"""Models of other libraries with the weights of tests/tiny_models.py, and their features."""
 
 import dataclasses
 import pathlib
@@ -15,7 +15,7 @@ from clip_jax.interop import directory
 
 
 def write(folder: pathlib.Path, architecture, params) -> dict[str, str]:
-    """Write the directory that all of them load, and return what became of each part."""
+    """Write a directory for all libraries and return the report of `directory.write`."""
     spec = SIGLIP_PREPROCESS if architecture.logit_bias else Preprocess()
     spec = dataclasses.replace(spec, implementation="openai")
     bpe = architecture.text.eos_id == architecture.text.vocab_size - 1
@@ -34,22 +34,22 @@ def load_transformers(folder):
 
 def load_clip(folder):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it tries torch.jit.load first, which is deprecated
+        warnings.simplefilter("ignore")  # clip.load tries the deprecated torch.jit.load first
         model, _ = clip.load(f"{folder}/clip.pt", device="cpu")
     return model.float()
 
 
 def features(model, pixels, tokens, spec=None):
-    """Return the unit embeddings of uint8 pictures and token ids, torch tensors that can be derived."""
-    image = model.get_image_features(normalised(pixels, spec)) if hasattr(model, "get_image_features") else None
+    """Return the normalized embeddings of uint8 images and of token ids, as torch tensors with gradients."""
+    image = model.get_image_features(normalized(pixels, spec)) if hasattr(model, "get_image_features") else None
     if image is None:
-        image, text = model.encode_image(normalised(pixels, spec)), model.encode_text(torch.tensor(tokens).long())
+        image, text = model.encode_image(normalized(pixels, spec)), model.encode_text(torch.tensor(tokens).long())
     else:
         text = model.get_text_features(torch.tensor(tokens).long())
     return tuple(torch.nn.functional.normalize(getattr(x, "pooler_output", x), dim=-1) for x in (image, text))
 
 
-def normalised(pixels, spec=None):
+def normalized(pixels, spec=None):
     spec = spec or Preprocess()
     mean, std = np.array(spec.mean, np.float32), np.array(spec.std, np.float32)
     return torch.tensor(((pixels.astype(np.float32) / 255 - mean) / std).transpose(0, 3, 1, 2).copy())

@@ -1,4 +1,4 @@
-"""Features, logits, losses and gradients of every family against open_clip, transformers and OpenAI's code, float32."""
+"""Features, logits, losses and gradients of all model families against open_clip, transformers and openai/CLIP."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from clip_jax.models import make_model
 from tests import tiny_models
 from tests.peers import peer_models
 
-# What float32 sums in another order amount to, as shared/reference and other ports measured them.
+# Differences of float32 sums in another order, as measured in shared/reference and in other ports.
 FEATURES, LOGITS, LOSS, GRADIENT = 1e-6, 1e-4, 1e-5, 1e-5
 # clip.load rounds weights to float16 before anything else.
 FEATURES_HALF = 1e-3
@@ -26,9 +26,9 @@ FULL_SIZE = ["rn50", "vit_b32", "siglip_b16"]
 ARCHITECTURES = TINY | {name: MODELS[name] for name in FULL_SIZE}
 TINY_CASES = [("open_clip", name) for name in IN_OPEN_CLIP] + [("transformers", name) for name in IN_TRANSFORMERS]
 CASES = TINY_CASES + [("open_clip", name) for name in FULL_SIZE]
-# Not rn50's: some of its millions of ReLUs are at their kink, and torch's own gradients in float32 are 2e-3 from those
-# in float64.
-DERIVED = [*IN_OPEN_CLIP, "vit_b32", "siglip_b16"]
+# Without rn50: some of its millions of ReLU inputs are at zero, and torch's float32 gradients differ by 2e-3 from its
+# float64 gradients.
+WITH_GRADIENTS = [*IN_OPEN_CLIP, "vit_b32", "siglip_b16"]
 
 
 @pytest.fixture(scope="module")
@@ -51,47 +51,45 @@ def _spec(architecture):
 
 def _compare(architecture, params, model, tolerance=FEATURES):
     pixels, tokens = tiny_models.inputs(architecture)
-    ours = make_model(architecture, _spec(architecture))
-    image, text = jax.jit(ours.encode_image)(params, pixels), jax.jit(ours.encode_text)(params, tokens)
+    functions = make_model(architecture, _spec(architecture))
+    image, text = jax.jit(functions.encode_image)(params, pixels), jax.jit(functions.encode_text)(params, tokens)
     with torch.no_grad():
-        their_image, their_text = peer_models.features(model, pixels, tokens, _spec(architecture))
-    np.testing.assert_allclose(image, their_image.numpy(), atol=tolerance, rtol=0)
-    np.testing.assert_allclose(text, their_text.numpy(), atol=tolerance, rtol=0)
-    # Rows differ: an embedding that ignored its input would pass the lines above.
+        peer_image, peer_text = peer_models.features(model, pixels, tokens, _spec(architecture))
+    np.testing.assert_allclose(image, peer_image.numpy(), atol=tolerance, rtol=0)
+    np.testing.assert_allclose(text, peer_text.numpy(), atol=tolerance, rtol=0)
+    # An embedding that ignores its input would pass the lines above.
     assert np.abs(image[0] - image[1]).max() > 1e-3 and np.abs(text[0] - text[1]).max() > 1e-3
-    return image, text, their_image, their_text
+    return image, text, peer_image, peer_text
 
 
 @pytest.mark.parametrize(("peer", "name"), CASES)
-def test_features_and_logits_are_theirs(folder, peer, name):
+def test_features_and_logits_equal_those_of_the_peer(folder, peer, name):
     architecture = ARCHITECTURES[name]
     params = tiny_models.params(architecture)
     model = LOADERS[peer](folder(name))
-    image, text, their_image, their_text = _compare(architecture, params, model)
+    image, text, peer_image, peer_text = _compare(architecture, params, model)
     scale = float(np.exp(params["logit_scale"]))
-    np.testing.assert_allclose(
-        scale * image @ text.T, scale * (their_image @ their_text.T).numpy(), atol=LOGITS, rtol=0
-    )
+    np.testing.assert_allclose(scale * image @ text.T, scale * (peer_image @ peer_text.T).numpy(), atol=LOGITS, rtol=0)
     np.testing.assert_allclose(model.logit_scale.detach().numpy().reshape(()), params["logit_scale"])
 
 
 @pytest.mark.parametrize("name", ["vit"])
-def test_clip_load_has_the_features_but_for_its_rounding(folder, name):
+def test_features_equal_those_of_clip_load_up_to_its_rounding(folder, name):
     _compare(TINY[name], tiny_models.params(TINY[name]), peer_models.load_clip(folder(name)), FEATURES_HALF)
 
 
-@pytest.mark.parametrize("name", DERIVED)
-def test_loss_and_gradients_are_open_clip_s(folder, name):
+@pytest.mark.parametrize("name", WITH_GRADIENTS)
+def test_loss_and_gradients_equal_those_of_open_clip(folder, name):
     architecture = ARCHITECTURES[name]
-    # Four rows of vit_b32: the terms of the scale's gradient cancel to 6 %, and rounding is 1e-5 of what is left.
+    # With four rows of vit_b32 the terms of the gradient of the scale cancel to 6 %, and rounding is 1e-5 of the rest.
     rows = 3 if name in FULL_SIZE else 4
     params, (pixels, tokens) = tiny_models.params(architecture), tiny_models.inputs(architecture, rows)
-    ours = make_model(architecture, _spec(architecture))
+    functions = make_model(architecture, _spec(architecture))
 
     def objective(trained):
         tree = trained | ({"batch_stats": params["batch_stats"]} if "batch_stats" in params else {})
         loss = LOSSES["sigmoid" if architecture.logit_bias else "softmax"]()
-        image, text = ours.encode_image(tree, pixels), ours.encode_text(tree, tokens)
+        image, text = functions.encode_image(tree, pixels), functions.encode_text(tree, tokens)
         return loss(image, text, jnp.exp(tree["logit_scale"]), tree.get("logit_bias"))[0]
 
     trained = {key: value for key, value in params.items() if key != "batch_stats"}
@@ -107,26 +105,26 @@ def test_loss_and_gradients_are_open_clip_s(folder, name):
     np.testing.assert_allclose(value, loss.item(), atol=LOSS, rtol=0)
     stats = jax.tree.map(np.zeros_like, params.get("batch_stats", {}))
     table = name_tables.OPEN_CLIP_SIGLIP if architecture.logit_bias else name_tables.OPENAI
-    in_their_names = conversion.LazyTensors(architecture, gradients | ({"batch_stats": stats} if stats else {}), table)
+    tensors = conversion.LazyTensors(architecture, gradients | ({"batch_stats": stats} if stats else {}), table)
     for parameter, tensor in model.named_parameters():
-        expected, got = tensor.grad.numpy(), in_their_names[parameter].reshape(tensor.shape)
+        expected, got = tensor.grad.numpy(), tensors[parameter].reshape(tensor.shape)
         if "in_proj_bias" in parameter or parameter.endswith(("qkv.bias", "kv.bias")):
-            expected, got = _without_keys(expected, parameter), _without_keys(got, parameter)
+            expected, got = _without_key_bias(expected, parameter), _without_key_bias(got, parameter)
         if parameter.endswith("k_proj.bias"):
             continue
         norm = np.linalg.norm(expected)
         assert np.linalg.norm(got - expected) <= GRADIENT * norm, parameter
 
 
-def _without_keys(bias, parameter):
-    """A softmax does not feel the keys' bias: its gradient is rounding, in any framework."""
+def _without_key_bias(bias, parameter):
+    """Drop the bias of the keys: the softmax is invariant to it, so its gradient is rounding error."""
     parts = np.split(bias, 2 if parameter.endswith(".kv.bias") else 3)
     return np.concatenate(parts[1:] if parameter.endswith(".kv.bias") else [parts[0], parts[2]])
 
 
 @pytest.mark.parametrize(("peer", "name"), TINY_CASES)
-def test_their_weights_come_back_bit_by_bit(folder, peer, name, tmp_path):
-    """Ours, theirs, saved by them, ours."""
+def test_weights_saved_by_the_peer_are_read_bit_equal(folder, peer, name, tmp_path):
+    """Written by clip_jax, loaded and saved by the peer, read by clip_jax."""
     model = LOADERS[peer](folder(name))
     if peer == "transformers":
         model.save_pretrained(tmp_path)

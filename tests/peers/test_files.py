@@ -1,4 +1,4 @@
-"""Files that torch itself wrote, in all the forms that people have them, read without it."""
+"""Files written by torch in all common forms, read without torch."""
 
 import collections
 import json
@@ -24,26 +24,26 @@ def state_dict():
     }
 
 
-def _same(path, tolerance=0.0, **arguments):
+def _assert_read(path, tolerance=0.0, **arguments):
     found = reading.read(path, **arguments)
     assert found.config.model == ARCHITECTURE
-    _compare(found.params, tolerance)
+    _assert_params(found.params, tolerance)
 
 
-def _compare(params, tolerance=0.0):
-    ours, theirs = conversion.flat(PARAMS), conversion.flat(params)
-    assert ours.keys() == theirs.keys()
-    for name, expected in ours.items():
-        assert theirs[name].dtype == np.float32
-        np.testing.assert_allclose(theirs[name], expected, rtol=tolerance, atol=tolerance / 100, err_msg=name)
+def _assert_params(params, tolerance=0.0):
+    expected, found = conversion.flat(PARAMS), conversion.flat(params)
+    assert expected.keys() == found.keys()
+    for name, array in expected.items():
+        assert found[name].dtype == np.float32
+        np.testing.assert_allclose(found[name], array, rtol=tolerance, atol=tolerance / 100, err_msg=name)
 
 
-HALF, BRAIN = 2**-11, 2**-8  # what rounding to float16 and bfloat16 costs
+HALF, BRAIN = 2**-11, 2**-8  # relative rounding errors of float16 and bfloat16
 FORMS = {
     "state dict": (lambda sd: sd, 0.0),
     "float16": (lambda sd: {k: v.half() for k, v in sd.items()}, HALF),
     "bfloat16": (lambda sd: {k: v.bfloat16() for k, v in sd.items()}, BRAIN),
-    "from several devices": (lambda sd: {f"module.{k}": v for k, v in sd.items()}, 0.0),
+    "DataParallel": (lambda sd: {f"module.{k}": v for k, v in sd.items()}, 0.0),
     "compiled": (lambda sd: {f"_orig_mod.{k}": v for k, v in sd.items()}, 0.0),
     "custom text tower": (
         lambda sd: {k if k.startswith(("visual", "logit")) else f"text.{k}": v for k, v in sd.items()},
@@ -73,21 +73,21 @@ FORMS = {
 def test_torch_files_are_read(state_dict, form, legacy, tmp_path):
     make, tolerance = FORMS[form]
     torch.save(make(state_dict), tmp_path / "w.pt", _use_new_zipfile_serialization=not legacy)
-    _same(tmp_path / "w.pt", tolerance, activation="quick_gelu")
+    _assert_read(tmp_path / "w.pt", tolerance, activation="quick_gelu")
 
 
 def test_views_of_one_storage_are_read(tmp_path):
     base = torch.arange(24.0).reshape(4, 6)
     torch.save({"t": base.t(), "row": base[1], "parameter": torch.nn.Parameter(base[:, 2:4])}, tmp_path / "w.pt")
-    found = torch_file.read(tmp_path / "w.pt")
+    found = torch_file.read(tmp_path / "w.pt")[0]
     np.testing.assert_array_equal(found["t"], base.t())
     np.testing.assert_array_equal(found["row"], base[1])
     np.testing.assert_array_equal(found["parameter"], base[:, 2:4])
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_openai_s_torchscript_archives_are_read(state_dict, tmp_path, half):
-    """Traced as the released ones are; these keep norms and embeddings in float32 and the rest in float16."""
+def test_torchscript_archives_of_openai_are_read(state_dict, tmp_path, half):
+    """Traced like the released archives, which keep norms and embeddings in float32 and the rest in float16."""
     image, text = ARCHITECTURE.image, ARCHITECTURE.text
     sizes = (image.image_size, image.layers, image.width, image.patch_size)
     model = clip.model.CLIP(
@@ -101,20 +101,20 @@ def test_openai_s_torchscript_archives_are_read(state_dict, tmp_path, half):
         model.register_buffer(name, torch.tensor(value))
     pixels, tokens = tiny_models.inputs(ARCHITECTURE, 1)
     pixels = torch.tensor(pixels.transpose(0, 3, 1, 2).copy()).to(model.dtype)
-    with pytest.warns(Warning):  # torch calls tracing deprecated, and notices the shapes that it takes for constant
+    with pytest.warns(Warning):  # deprecation of tracing, and shapes that become constants
         traced = torch.jit.trace_module(model.eval(), {"encode_image": pixels}, check_trace=False)
     with pytest.warns(DeprecationWarning):
         torch.jit.save(traced, tmp_path / "ViT.pt")
-    _same(tmp_path / "ViT.pt", 2 * HALF if half else 0.0)
+    _assert_read(tmp_path / "ViT.pt", 2 * HALF if half else 0.0)
 
 
-def test_safetensors_of_torch_are_read(state_dict, tmp_path):
+def test_safetensors_written_by_torch_are_read(state_dict, tmp_path):
     save_file({k: v.bfloat16() for k, v in state_dict.items()}, tmp_path / "w.safetensors")
     found = reading.read(tmp_path / "w.safetensors", activation="quick_gelu")
-    _compare(found.params, BRAIN)
+    _assert_params(found.params, BRAIN)
 
 
-def test_what_we_write_torch_reads(tmp_path):
+def test_written_files_are_read_by_torch(tmp_path):
     tensors = {
         "a": np.arange(6, dtype=np.float32).reshape(2, 3),
         "scalar": np.float32(2.5) * np.ones(()),
@@ -125,28 +125,28 @@ def test_what_we_write_torch_reads(tmp_path):
     assert {name: tuple(x.shape) for name, x in found.items()} == {"a": (2, 3), "scalar": (), "empty": (0, 2)}
     np.testing.assert_array_equal(found["a"], tensors["a"])
     assert found["scalar"] == 2.5
-    ours = torch_file.read(tmp_path / "w.pt")
-    np.testing.assert_array_equal(ours["a"], tensors["a"])
+    read_back, _ = torch_file.read(tmp_path / "w.pt")
+    np.testing.assert_array_equal(read_back["a"], tensors["a"])
 
 
-def test_open_clip_s_configs_are_built_or_refused_by_name():
+def test_configs_of_open_clip_are_supported_or_refused_with_their_names():
     import open_clip
 
     from clip_jax.config import tokenizer_of
-    from clip_jax.interop import open_clip as ours
+    from clip_jax.interop import open_clip as configs
 
     built, refused = [], {}
     for name in open_clip.list_models():
         config = open_clip.get_model_config(name)
         try:
-            model = ours.architecture(json.loads(json.dumps(config)), name)
+            model = configs.architecture(json.loads(json.dumps(config)), name)
         except ValueError as error:
             refused[name] = str(error)
             continue
         built.append(name)
-        spec = ours.preprocess({})
-        written = ours.config(model, spec, tokenizer_of(model))["model_cfg"]
-        assert ours.architecture(written, name) == model
+        spec = configs.preprocess({})
+        written = configs.config(model, spec, tokenizer_of(model))["model_cfg"]
+        assert configs.architecture(written, name) == model
     assert len(built) >= 81 and not {
         "ViT-B-32",
         "RN50x64",
