@@ -48,10 +48,10 @@ def test_ridge_generalizes_to_new_combinations_and_nearest_neighbor_to_shifted_i
         "baseline/ridge_pixels_hog/unseen/image_to_text/recall_at_5",
         "baseline/ridge_pixels_hog/shifted/image_to_text/recall_at_1",
         "baseline/ridge_pixels_hog/shifted/image_to_text/recall_at_5",
-        "baseline/nearest_neighbour/shifted/image_to_text/recall_at_1",
+        "baseline/nearest_neighbor/shifted/image_to_text/recall_at_1",
     }
     assert metrics["baseline/ridge_pixels_hog/unseen/image_to_text/recall_at_1"] >= 3 / 6  # chance is 1 of 6
-    assert metrics["baseline/nearest_neighbour/shifted/image_to_text/recall_at_1"] >= 0.9  # chance is 1 of 24
+    assert metrics["baseline/nearest_neighbor/shifted/image_to_text/recall_at_1"] >= 0.9  # chance is 1 of 24
 
 
 def test_ridge_is_not_above_chance_for_unrelated_texts():

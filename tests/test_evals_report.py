@@ -39,7 +39,7 @@ METRICS = {
     "zeroshot/emoji_categories/top1/chance": 0.125,
     "zeroshot/emoji_categories/top1/majority_class": 0.2,
     "baseline/ridge_pixels_hog/emoji_unseen/image_to_text/recall_at_5": 0.361,
-    "baseline/nearest_neighbour/emoji_unseen/image_to_text/recall_at_5": 0.1,
+    "baseline/nearest_neighbor/emoji_unseen/image_to_text/recall_at_5": 0.1,
     "baseline/ridge_pixels_hog/elsewhere/image_to_text/recall_at_5": 0.5,
 }
 CURVES = [
@@ -77,7 +77,7 @@ class FakeEmbedder:
 
 IMAGES = [png(c) for c in ("red", "green", "blue", "black")]
 TEXTS = ["red", "green", "blue", "<script>alert('black')</script>"]
-SET = EvalDataset("emoji_colours", IMAGES, [(t,) for t in TEXTS], np.arange(4), ["rouge", "vert", "bleu", "noir & <b>"])
+SET = EvalDataset("emoji_colors", IMAGES, [(t,) for t in TEXTS], np.arange(4), ["rouge", "vert", "bleu", "noir & <b>"])
 
 
 def make_panels(image_nE=None, text_mE=None, **counts):

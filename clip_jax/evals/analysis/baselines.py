@@ -33,7 +33,7 @@ def baselines(train: EvalDataset, datasets: Sequence[EvalDataset]) -> dict[str, 
 
     Returns:
       `baseline/ridge_pixels_hog/<dataset>/image_to_text/recall_at_{1,5}` and, for datasets whose texts are all in
-      `train`, `baseline/nearest_neighbour/<dataset>/image_to_text/recall_at_1`.
+      `train`, `baseline/nearest_neighbor/<dataset>/image_to_text/recall_at_1`.
     """
     check_dataset(train)
     features_nD = pixels_and_hog(train.images)
@@ -45,7 +45,7 @@ def baselines(train: EvalDataset, datasets: Sequence[EvalDataset]) -> dict[str, 
             if (value := metrics.get(f"retrieval/{dataset.name}/{metric}")) is not None:
                 found[f"baseline/ridge_pixels_hog/{dataset.name}/{metric}"] = value
         if (recall := _nearest_neighbor_recall(features_nD, train, dataset)) is not None:
-            found[f"baseline/nearest_neighbour/{dataset.name}/image_to_text/recall_at_1"] = recall
+            found[f"baseline/nearest_neighbor/{dataset.name}/image_to_text/recall_at_1"] = recall
     return found
 
 

@@ -1,7 +1,7 @@
 """Registry of evaluation datasets: storage, prompts, metrics, and published results.
 
-Only `published_results` performs I/O. Sources: Radford et al. 2021, tables 9 and 11, for the paper's datasets, splits
-and metrics; datacomp's tasklist.yml and download_evalsets.py
+Only `published_results` and `generate` perform I/O. Sources: Radford et al. 2021, tables 9 and 11, for datasets, splits
+and metrics of the paper; datacomp's tasklist.yml and download_evalsets.py
 (https://github.com/mlfoundations/datacomp/tree/4a8df1992566ef8334773f7152e1855b1f716162) for its 38 datasets and their
 folders; TFDS 4.9.10 for its names and splits; VTAB's task_adaptation for the 60/20/20 % splits of EuroSAT and RESISC45.
 

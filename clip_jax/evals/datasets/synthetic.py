@@ -12,9 +12,9 @@ IMAGES_PER_CLASS = 2
 
 
 def load(config: DataConfig, split: str) -> EvalDataset:
-    """Return drawings of every colour and shape, for retrieval and zero-shot classification; `split` is 'test'.
+    """Return drawings of every color and shape, for retrieval and zero-shot classification; `split` is 'test'.
 
-    A class is a colour and a shape; its prompts name one background each.
+    A class is a color and a shape; its prompts name one background each.
     """
     del config  # independent of the training data
     if split != "test":
