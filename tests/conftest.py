@@ -13,3 +13,15 @@ install_import_hook("clip_jax", "beartype.beartype")
 import jax  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+import gc  # noqa: E402
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(autouse=True, scope="module")
+def clear_caches():
+    """Free a file's compiled programs at its end: a worker that kept all of them would hold more than 5 GB."""
+    yield
+    jax.clear_caches()
+    gc.collect()
