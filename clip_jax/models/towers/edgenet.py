@@ -2,8 +2,8 @@
 
 The stem is a convolution initialized as Sobel's operator in eight directions, pooled over cells and normalized over
 neighboring cells as in histograms of oriented gradients (Dalal and Triggs, CVPR 2005), and trained from there. An image
-becomes 12 × 12 cells, on which convolutions are fast. The README compares it with other towers on the demo's 1,260
-concepts. There is no published model of this kind.
+becomes 12 × 12 cells, on which convolutions are fast. docs/emoji.md compares it with other towers on 1,260
+concepts. No model of this kind is published.
 """
 
 from __future__ import annotations
