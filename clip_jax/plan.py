@@ -37,7 +37,7 @@ HEARTBEAT_SECONDS = 20
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run, e.g. configs/vit_l14.py.", lock_config=True)
 _OPTIONS = (
     flags.DEFINE_string("topology", None, "Cloud name: v5e-256, v4-512 (cores), v4:4x8x8, h100-64 …"),
-    flags.DEFINE_integer("slices", 1, "TPU slices of this size, joined by the data centre network.", lower_bound=1),
+    flags.DEFINE_integer("slices", 1, "TPU slices of this size, joined by the data center network.", lower_bound=1),
     flags.DEFINE_bool("search", False, "Find the largest batch that fits, by remat policy and mesh: an hour or more."),
     flags.DEFINE_bool("loss_only", False, "Plan value and gradient of the loss alone, instead of --config."),
     flags.DEFINE_string("loss", "softmax", "For --loss_only: name of the loss."),

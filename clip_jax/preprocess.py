@@ -1,13 +1,13 @@
 """Inference preprocessing with Pillow: uint8 pixels equal to OpenAI's, open_clip's or Hugging Face's.
 
-The shorter side is resized to `size`, the centre is cropped, and the result becomes RGB; the model divides by 255 and
+The shorter side is resized to `size`, the center is cropped, and the result becomes RGB; the model divides by 255 and
 normalizes on the device. Pillow antialiases and rounds to uint8 between its two passes: bicubic resizing of TensorFlow,
 JAX or torch gives other bytes. Pillow 13 resizes the height first if it shrinks more, so images more than twice as high
 as wide differ by a few levels from Pillow 12's.
 
 `preprocess.implementation` selects whose pipeline:
   * openai: resize in the image's own mode (palette: nearest pixel), crop at `round((side - size) / 2)`, half to even,
-    then convert to RGB. Alpha is dropped, so the hidden colour of transparent pixels shows; 16-bit grey is clipped at
+    then convert to RGB. Alpha is dropped, so the hidden color of transparent pixels shows; 16-bit grey is clipped at
     255, which makes nearly every such image white. OpenAI's and open_clip's weights were trained with this.
   * huggingface: composite on white and convert to RGB, then resize; crop at `(side - size) // 2`, which differs
     if the margin is odd.

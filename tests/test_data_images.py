@@ -242,7 +242,7 @@ def test_crops_are_squares_of_the_configured_area_at_any_position():
     crops = np.stack([_augment(AugmentConfig(0.25), coordinates, 8, np.array([1, s])) for s in range(200)]).astype(int)
     widths, heights = crops[:, 4, -1, 0] - crops[:, 4, 0, 0], crops[:, -1, 4, 1] - crops[:, 0, 4, 1]
     np.testing.assert_allclose(widths, heights, atol=2)
-    # The centres of the corner pixels are 7/8 of the side apart: sides of 50 to 100 pixels.
+    # The centers of the corner pixels are 7/8 of the side apart: sides of 50 to 100 pixels.
     assert 42 <= widths.min() < 50 and 80 < widths.max() <= 88
     assert crops[:, 0, 0, 0].min() < 15 and crops[:, 0, -1, 0].max() > 185
 

@@ -342,8 +342,8 @@ class _Numpy:
 
     @staticmethod
     def _norm(x, params):
-        centred = x - x.mean(-1, keepdims=True)
-        return centred / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * params["scale"] + params["bias"]
+        centered = x - x.mean(-1, keepdims=True)
+        return centered / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * params["scale"] + params["bias"]
 
     @staticmethod
     def _unit(rows):

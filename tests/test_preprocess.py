@@ -53,10 +53,10 @@ def resize_axis0(pixels, size, kernel, support):
     scale = max(length / size, 1.0)
     output = np.empty((size, *pixels.shape[1:]), np.uint8)
     for i in range(size):
-        centre = (i + 0.5) * length / size
-        first = max(int(centre - support * scale + 0.5), 0)
-        last = min(int(centre + support * scale + 0.5), length)
-        weights = kernel((np.arange(first, last) - centre + 0.5) / scale)
+        center = (i + 0.5) * length / size
+        first = max(int(center - support * scale + 0.5), 0)
+        last = min(int(center + support * scale + 0.5), length)
+        weights = kernel((np.arange(first, last) - center + 0.5) / scale)
         weights = weights / weights.sum()
         fixed = np.where(weights < 0, weights * 2**ROUNDING_BITS - 0.5, weights * 2**ROUNDING_BITS + 0.5).astype(
             np.int64
@@ -191,8 +191,8 @@ def test_opaque_alpha_channel_changes_nothing(mode):
 def test_transparent_colour_of_a_png_becomes_white(mode):
     image = Image.new("RGB", (40, 40), (10, 10, 10))
     image = image.quantize(2) if mode == "P" else image.convert(mode)
-    colour = {"P": image.getpixel((0, 0)), "L": 10, "RGB": (10, 10, 10)}[mode]
-    assert (preprocess(encoded(image, transparency=colour), 32, OPENAI) == 255).all()
+    color = {"P": image.getpixel((0, 0)), "L": 10, "RGB": (10, 10, 10)}[mode]
+    assert (preprocess(encoded(image, transparency=color), 32, OPENAI) == 255).all()
     assert (preprocess(encoded(image), 32, OPENAI) == 10).all()
 
 

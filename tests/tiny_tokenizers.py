@@ -6,7 +6,7 @@ import io
 import sentencepiece
 
 _NOUNS = ("dog", "wolf", "owl", "mouse", "bridge", "jacket", "zebra", "vixen", "quince", "harp", "church", "oven")
-SENTENCES = [f"a {colour} {noun} in the park" for colour in ("red", "yellow", "blue") for noun in _NOUNS]
+SENTENCES = [f"a {color} {noun} in the park" for color in ("red", "yellow", "blue") for noun in _NOUNS]
 
 
 @functools.cache

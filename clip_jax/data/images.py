@@ -4,7 +4,7 @@ Decoding agrees with Pillow's, composited on white, except where noted:
 
 * JPEG uses libjpeg's accurate integer transform (TensorFlow's default is the fast one, off by up to 4 of 255). CMYK
   becomes RGB. EXIF orientation is not applied, as in CLIP's own preprocessing.
-* Alpha is composited on white. Decoding three channels instead would show the hidden colour of transparent pixels.
+* Alpha is composited on white. Decoding three channels instead would show the hidden color of transparent pixels.
 * 16-bit PNG keeps its high byte; Pillow clips at 255.
 * GIF, BMP, animated WebP (first frame) and PNG of fewer than 8 bits per channel, which TensorFlow 2.21 decodes with an
   alpha of 1 of 255, are decoded by Pillow inside the graph.
@@ -226,7 +226,7 @@ def _resize(image: tf.Tensor, size: int) -> tf.Tensor:
 
 
 def _affine(pixels: tf.Tensor, size: int, uniform: tf.Tensor, config: AugmentConfig) -> tf.Tensor:
-    """Rotate, zoom and shift about the centre in one transform; the outside is white."""
+    """Rotate, zoom and shift about the center in one transform; the outside is white."""
     angle = _signed(uniform[ROTATE]) * math.radians(config.rotate_degrees)
     scale = 1.0 / (1.0 + _signed(uniform[ZOOM]) * config.zoom)  # from output to input coordinates
     cos, sin = scale * tf.cos(angle), scale * tf.sin(angle)
@@ -266,7 +266,7 @@ def _color(pixels: tf.Tensor, size: int, uniform: tf.Tensor, config: AugmentConf
 
 
 def _cutout(pixels: tf.Tensor, size: int, uniform: tf.Tensor, fraction: float) -> tf.Tensor:
-    """Fill a square with white: side up to `fraction` of the image's, centre anywhere."""
+    """Fill a square with white: side up to `fraction` of the image's, center anywhere."""
     half = uniform[CUTOUT_SIDE] * fraction * size / 2
     at = tf.range(size, dtype=tf.float32) + 0.5
     in_x = tf.abs(at - uniform[CUTOUT_X] * size) < half

@@ -5,7 +5,7 @@ offset to the example. Nothing is stored: a resumed run needs only the number of
 reads the same global batches.
 
 The permutation is TensorFlow's `RandomIndexShuffle`, a block cipher with cycle walking. Its Python wrapper,
-`tf.random.experimental.index_shuffle`, uses 4 rounds: with a million examples, neighbours then correlate by up to 0.4.
+`tf.random.experimental.index_shuffle`, uses 4 rounds: with a million examples, neighbors then correlate by up to 0.4.
 24 rounds leave 0.003, the level of chance.
 
 All other randomness of an example (caption, augmentation, replacement of a damaged record) is a hash of (seed, epoch,

@@ -216,7 +216,7 @@ def _best_step(values: dict[int, float]) -> int:
 
 
 def _warm_start(solved: dict, step: int):
-    """Return the mean of the neighbouring optima, whose error is of second order, or the nearest optimum."""
+    """Return the mean of the neighboring optima, whose error is of second order, or the nearest optimum."""
     sides = [[s for s in solved if s < step], [s for s in solved if s > step]]
     near = [solved[min(side, key=lambda s: abs(s - step))] for side in sides if side]
     return sum(near) / len(near) if near else None

@@ -1,6 +1,6 @@
 """Collectives of the tiled losses: texts visit all devices, and their statistics and gradients return to their owners.
 
-Devices form groups of neighbours. A group gathers its texts into one block, as far as `BLOCK_BYTES` allows, and the
+Devices form groups of neighbors. A group gathers its texts into one block, as far as `BLOCK_BYTES` allows, and the
 groups form a ring of `ppermute` over which every device sends its own texts. A small batch on a large pod is therefore
 one all-gather instead of hundreds of dependent permutes; a large batch is a ring whose messages overlap with the
 computation on the current block. Groups never span TPU slices: over the data center network a device sends only its own

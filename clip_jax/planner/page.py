@@ -13,7 +13,7 @@ RESOURCES = {
     "compute": "compute",
     "hbm": "HBM bandwidth",
     "interconnect": "the interconnect (ICI or NVLink)",
-    "network": "the data centre network",
+    "network": "the data center network",
 }
 
 
@@ -134,7 +134,7 @@ def _advice(plan: Plan) -> Iterator[str]:
     if plan.topology.chip.kind == "gpu":
         yield "Not compiled: lower bounds of memory, FLOPs and bytes. Temporaries come on top."
     elif plan.fits:
-        yield "Times are roofline bounds from datasheets; the inside of kernels and fusions is not modelled."
+        yield "Times are roofline bounds from datasheets; the inside of kernels and fusions is not modeled."
 
 
 def _smaller(plan: Plan) -> Iterator[str]:

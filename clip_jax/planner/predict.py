@@ -59,7 +59,7 @@ class Plan:
     hbm_bytes: Number = 0  # traffic without tile padding
     hbm_bytes_padded: Number = 0  # traffic with tile padding
     interconnect_bytes: Number = 0  # sent over ICI or NVLink
-    network_bytes: Number = 0  # sent over the data centre network
+    network_bytes: Number = 0  # sent over the data center network
     collective_count: Number = 0
     collectives: tuple[dict[str, Any], ...] = ()
     hbm_bytes_by_source: dict[str, Number] = dataclasses.field(default_factory=dict)

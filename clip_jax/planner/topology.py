@@ -96,7 +96,7 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
 
     Args:
       name: chip and size.
-      slices: number of TPU slices of this size, joined by the data centre network.
+      slices: number of TPU slices of this size, joined by the data center network.
 
     Raises:
       ValueError: for an unknown chip, or a size that is not sold.

@@ -202,9 +202,9 @@ _NONE = 1 << 30  # greater than any id
 
 
 def _merge(ids: list[int], merges: Mapping[tuple[int, int], int]) -> list[int]:
-    """Merge neighbours, the lowest new id first and from left to right, until no pair is in the table."""
+    """Merge neighbors, the lowest new id first and from left to right, until no pair is in the table."""
     find = merges.get
-    merged = [find(pair, _NONE) for pair in itertools.pairwise(ids)]  # new id of each id and its right neighbour
+    merged = [find(pair, _NONE) for pair in itertools.pairwise(ids)]  # new id of each id and its right neighbor
     while merged and (best := min(merged)) != _NONE:
         place = merged.index(best)
         ids[place : place + 2] = [best]
@@ -223,7 +223,7 @@ def _merge_long(ids: list[int], merges: Mapping[tuple[int, int], int]) -> Iterat
     creates a pair that should have been merged earlier.
     """
     count, queue = len(ids), []
-    left, right = list(range(-1, count - 1)), list(range(1, count + 1))  # indices of the remaining neighbours
+    left, right = list(range(-1, count - 1)), list(range(1, count + 1))  # indices of the remaining neighbors
 
     def push(first: int, second: int) -> None:
         merged = merges.get((ids[first], ids[second]))
@@ -236,7 +236,7 @@ def _merge_long(ids: list[int], merges: Mapping[tuple[int, int], int]) -> Iterat
         merged, place = heapq.heappop(queue)
         removed = right[place]
         if removed == count or merges.get((ids[place], ids[removed])) != merged:
-            continue  # one of the two was merged with another neighbour
+            continue  # one of the two was merged with another neighbor
         ids[place], ids[removed] = merged, _REMOVED
         right[place] = after = right[removed]
         if after < count:

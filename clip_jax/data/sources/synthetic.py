@@ -1,6 +1,6 @@
-"""A training source without data: images of one coloured shape on a plain background, drawn when they are read.
+"""A training source without data: images of one colored shape on a plain background, drawn when they are read.
 
-6 shapes × 8 colours × 3 backgrounds at a random place and size. Record `index` is a function of `index` alone.
+6 shapes × 8 colors × 3 backgrounds at a random place and size. Record `index` is a function of `index` alone.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def caption(color: str, shape: str, background: str) -> str:
 
 
 def background_of(index: int) -> str:
-    """Return the background colour of record `index`."""
+    """Return the background color of record `index`."""
     return tuple(BACKGROUNDS)[_choose(index, "background", len(BACKGROUNDS))]
 
 
