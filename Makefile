@@ -1,5 +1,5 @@
 # make demo          train a CLIP on emoji, evaluate it, search with it (README: "Two commands")
-# make test          lint and the tests for people: at most 10 minutes on 2 cores
+# make test          lint and the tests that are not marked slow: at most 10 minutes on 2 cores
 # make test-all      `make test`, then the tests marked slow
 # make test-lowest   all tests with the lowest versions that setup.py allows
 # make test-peers    features, gradients, files and inputs against open_clip, transformers and OpenAI's code
