@@ -45,7 +45,7 @@ flags.DEFINE_string("standard_models", "", "CSV of standard models, for effectiv
 flags.DEFINE_string("overlap", "", "Directory of the training images' hashes, for the evaluator overlap.")
 flags.DEFINE_string("train_files", "", "TFRecord shards to hash into --overlap first.")
 flags.DEFINE_list("beam_options", [], "Hash with Apache Beam, e.g. --runner=DataflowRunner.")
-flags.DEFINE_integer("max_distance", 8, "Different bits of near-duplicates; 4 for 10⁸ images.")
+flags.DEFINE_integer("max_distance", 8, "Bits in which near-duplicates may differ; use 4 for 10⁸ training images.")
 flags.DEFINE_string("groups", "", "CSV with a header and a row per test image, for the evaluator bias.")
 flags.DEFINE_list("group_columns", [], "Columns of --groups to combine; default: all.")
 flags.DEFINE_string("categories", "", 'JSON file: {"crime": ["thief", "criminal"]}, for bias.')

@@ -5,13 +5,13 @@ normalizes on the device. Pillow antialiases and rounds to uint8 between its two
 JAX or torch gives other bytes. Pillow 13 resizes the height first if it shrinks more, so images more than twice as high
 as wide differ by a few levels from Pillow 12's.
 
-`preprocess.implementation` selects whose pipeline:
+`preprocess.implementation` selects the pipeline:
   * openai: resize in the image's own mode (palette: nearest pixel), crop at `round((side - size) / 2)`, half to even,
-    then convert to RGB. Alpha is dropped, so the hidden color of transparent pixels shows; 16-bit grey is clipped at
+    then convert to RGB. Alpha is dropped, so the hidden color of transparent pixels shows; 16-bit gray is clipped at
     255, which makes nearly every such image white. OpenAI's and open_clip's weights were trained with this.
   * huggingface: composite on white and convert to RGB, then resize; crop at `(side - size) // 2`, which differs
     if the margin is odd.
-  * clip_jax: as openai, but transparency is composited on white and 16-bit grey keeps its high byte, as in training.
+  * clip_jax: as openai, but transparency is composited on white and 16-bit gray keeps its high byte, as in training.
 
 None of them applies EXIF orientation; to apply it, call `PIL.ImageOps.exif_transpose` first.
 
@@ -125,7 +125,7 @@ def _open(image: ImageLike) -> Image.Image:
 
 
 def _opaque(image: Image.Image) -> Image.Image:
-    """Composite transparency on white; keep the high byte of 16-bit grey."""
+    """Composite transparency on white; keep the high byte of 16-bit gray."""
     if image.mode in _SIXTEEN_BIT:
         samples = np.frombuffer(image.tobytes(), _SIXTEEN_BIT[image.mode])
         return Image.fromarray((samples >> 8).astype(np.uint8).reshape(image.height, image.width))

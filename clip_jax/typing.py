@@ -124,7 +124,7 @@ class DatasetSplit:
 
 @dataclasses.dataclass(frozen=True)
 class EvalDataset:
-    """The test split of an evaluation dataset, with candidate texts, as evaluators get it."""
+    """The input of an evaluator: the test split of an evaluation dataset, with candidate texts."""
 
     name: str  # in metric keys: `<evaluator>/<name>/<metric>`
     images: Sequence[bytes]  # encoded (PNG, JPEG, WebP), read on access
@@ -159,12 +159,12 @@ class EvalDataset:
         return np.nonzero(self.targets) if self.targets.ndim == 2 else (np.arange(len(self.targets)), self.targets)
 
     def positive_texts(self, images: slice | Int64[np.ndarray, "m"]) -> Bool[np.ndarray, "m M"]:
-        """Return for the given images which texts match."""
+        """Return the mask of the texts that match each image."""
         targets = self.targets[images]
         return targets if targets.ndim == 2 else targets[:, None] == np.arange(len(self.texts))
 
     def positive_images(self, texts: Int64[np.ndarray, "m"]) -> Bool[np.ndarray, "m n"]:
-        """Return for the given texts which images match."""
+        """Return the mask of the images that match each text."""
         return self.targets[:, texts].T if self.targets.ndim == 2 else texts[:, None] == self.targets
 
     def query_texts(self) -> Int64[np.ndarray, "m"]:
@@ -178,7 +178,7 @@ class Unavailable(RuntimeError):
 
 @runtime_checkable
 class Embedder(Protocol):
-    """A model as evaluators see it. Embedders of models with features also have `features(images) -> float[n D]`.
+    """Encoders of images and texts, the model of an evaluator. Optional: `features(images) -> float[n D]`.
 
     Embeddings are unit vectors, or NaN where the model's output is not finite; there is one row per input.
     """

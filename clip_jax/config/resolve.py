@@ -49,7 +49,7 @@ def _check_thresholds(config: Config) -> None:
         if len(parts) < 3 or parts[1] not in config.eval.tasks:
             tasks = ", ".join(config.eval.tasks) or "none"
             raise ValueError(
-                f"eval.thresholds: expected <evaluator>/<task>/<measure> with a task of eval.tasks ({tasks}),"
+                f"eval.thresholds: expected <evaluator>/<task>/<metric> with a task of eval.tasks ({tasks}),"
                 f" got {key!r}"
             )
 
@@ -58,9 +58,7 @@ def resolve(config: Config, *, devices: int, processes: int = 1, examples: int |
     """Check a config against devices and data, and compute the number of steps.
 
     Args:
-      config: the config.
       devices: number of devices in all processes.
-      processes: number of processes.
       examples: number of examples in the training source; None if unknown, which `total_epochs` does not allow.
 
     Raises:

@@ -37,7 +37,7 @@ class WeightsConfig:
     model: Architecture = Architecture()
     tokenizer: TokenizerConfig = TokenizerConfig()
     preprocess: Preprocess = Preprocess()
-    source: str = ""  # origin of the weights, for people
+    source: str = ""  # origin of the weights, for reports
     # Content of `tokenizer.path`, so that the weights do not depend on that file; empty without a path.
     tokenizer_file: bytes = dataclasses.field(default=b"", repr=False)
 
@@ -128,7 +128,7 @@ class OptimConfig:
     freeze: str = ""
     layer_decay: float = 1.0  # factor of the learning rate per layer of distance from a tower's output
     max_grad_norm: float = 0.0  # 0: no clipping
-    ema_decay: float = 0.0  # of the parameter average, which is evaluated and exported; 0: no average
+    ema_decay: float = 0.0  # of the parameters' moving average, which is evaluated and exported; 0: no EMA
     shard_moments: bool = False  # over all devices that share the batch, with replicated parameters (ZeRO 1)
 
 
@@ -144,7 +144,8 @@ class TrainConfig:
     # Of the computation; parameters are float32. float32 uses full-precision matmuls, which are slow on TPUs.
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     micro_batches: int = 1  # encoded one after another to save memory; the loss is of the global batch
-    # Saved for the backward pass: everything; matmuls; outputs of attention and convolutions; inputs of layers.
+    # Residuals saved for the backward pass. 'none': all; 'dots': matmuls; 'names': outputs of attention and
+    # convolutions; 'full': inputs of layers.
     remat: Literal["none", "dots", "names", "full"] = "names"
     unroll_layers: bool = False  # write the loop over layers out: the same numbers, minutes to compile
     # Packed captions, for causal towers: positions as a fraction of the batch's text positions. A batch that needs more

@@ -1,7 +1,7 @@
 """Training input: sources of image–text pairs, and the pipeline from their records to the host's arrays.
 
-TensorFlow is imported here and nowhere else. To add a source, write a class in a file of `sources/` that keeps
-`clip_jax.typing.DataSource` and has two classmethods, and add it to SOURCES:
+TensorFlow is imported here and nowhere else. To add a source, write a class in a file of `sources/` that implements
+`clip_jax.typing.DataSource` and two classmethods, and add it to SOURCES:
 
 * `from_config(config, **options)` opens the source. `config` is the run's DataConfig, `options` is `data.options`.
 * `tiny_config(folder)` returns a DataConfig of about 60 records for tests/contracts/test_sources.py; it may write to

@@ -71,7 +71,7 @@ def decode(encoded: tf.Tensor) -> tf.Tensor:
 
 
 def decoding_error(encoded: bytes) -> str | None:
-    """Return why `decode` refuses an image, by Pillow's message if it fails too; None if the image is good."""
+    """Return the reason why `decode` fails, with Pillow's message if Pillow fails too; None if the image is good."""
     try:
         _decode_function(tf.constant(encoded))
     except tf.errors.OpError as error:
@@ -181,7 +181,6 @@ def augment(image: tf.Tensor, size: int, seed: tf.Tensor, config: AugmentConfig)
       image: uint8[H W 3].
       size: height and width of the result, in pixels.
       seed: int64[2], for TensorFlow's stateless random functions.
-      config: strengths of the augmentations.
     """
     uniform = tf.random.stateless_uniform([DRAWS], seed, alg="philox")
     pixels = _resize(_random_square(image, uniform, config.min_crop_area), size)
@@ -254,7 +253,7 @@ def _tone(pixels: tf.Tensor, uniform: tf.Tensor, config: AugmentConfig) -> tf.Te
 
 
 def _color(pixels: tf.Tensor, size: int, uniform: tf.Tensor, config: AugmentConfig) -> tf.Tensor:
-    """Change hue and saturation, or convert to grey, by one 3 × 3 matrix on the chroma plane."""
+    """Change hue and saturation, or convert to gray, by one 3 × 3 matrix on the chroma plane."""
     saturation = 1.0 + _signed(uniform[SATURATION]) * config.saturation
     saturation = tf.where(uniform[GRAYSCALE] < config.grayscale_probability, 0.0, saturation)
     angle = _signed(uniform[HUE]) * math.radians(config.hue_degrees)

@@ -4,9 +4,9 @@ The only state is the number of the next step. Positions of the infinite sequenc
 `order.indices`; Python reads and tokenizes records in chunks; TensorFlow decodes and augments chunks in parallel, in
 order.
 
-A bad record (wrong checksum, undecodable image, no usable caption) becomes a blank row with `ok` False; rows never
-shift, so hosts stay in step. `_Repair` then fills these rows with other records, selected by a hash of the bad record's
-index and prepared by the same functions, and reports them in `HostBatch.replaced`. If more than
+A bad record (wrong checksum, undecodable image, no usable caption) becomes a blank row with `ok` False, so
+the other rows keep their positions. `_Repair` then fills these rows with other records, selected by a hash of the bad
+record's index and prepared by the same functions, and reports them in `HostBatch.replaced`. If more than
 `data.max_bad_fraction` of the records are bad, the run ends.
 
 Blank rows come from `ignore_errors` on a dataset of one chunk inside the graph; its start-up time, 0.4 ms, is shared
@@ -313,7 +313,7 @@ class _Repair:
         return HostBatch(Batch(image, tokens, np.ones(len(ok), bool)), example_ids, tuple(replaced))
 
     def _bad_reason(self, example: int) -> str | None:
-        """Return why a record is bad, or None if it is good now (transient error)."""
+        """Return the reason why a record is bad, or None if it is good now (transient error)."""
         known = self._reasons.get(self._source.key(example))
         if known is None and (reason := _check_record(self._source, example, self._config)) is not None:
             return self._log_bad(example, reason)
@@ -361,7 +361,7 @@ class _Repair:
 
 
 def _check_record(source: DataSource, example: int, config: DataConfig) -> str | None:
-    """Read a record again and return why it is bad, or None."""
+    """Read a record again and return the reason why it is bad, or None."""
     try:
         record = source.read(example)
     except BadRecord as error:

@@ -22,7 +22,7 @@ class Chip:
     hbm_bytes: int  # available to one program
     hbm_bytes_per_second: float
     link_bytes_per_second: float  # ICI or NVLink, sum of all links, one direction
-    network_bytes_per_second: float  # share of the data-center network
+    network_bytes_per_second: float  # share of the data center network
     chips_per_host: int
     devices: int = 1  # JAX devices per chip
     kind: str = "tpu"

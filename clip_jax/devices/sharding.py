@@ -1,6 +1,6 @@
 """Mesh, sharding of parameters and optimizer state, and assembly of global batches.
 
-The mesh has four axes. The batch is sharded over `slice`, `data` and `fsdp`. `slice` spans the data-center network,
+The mesh has four axes. The batch is sharded over `slice`, `data` and `fsdp`. `slice` spans the data center network,
 which carries gradients and the loss's embeddings. `fsdp` also shards parameters and optimizer state, and each layer is
 gathered when it is used (Zhao et al. 2023, arXiv:2304.11277). `tensor` shards attention heads and MLP width within a
 layer (Shoeybi et al. 2019, arXiv:1909.08053). Every sharding names its mesh, so no mesh context is needed.
@@ -129,12 +129,11 @@ def param_shardings(params: Params, mesh: Mesh, architecture: Architecture) -> P
 def state_shardings(state: Any, mesh: AnyMesh, architecture: Architecture, *, shard_moments: bool = False) -> Any:
     """Return the sharding of every array of a train state.
 
-    Arrays with a parameter's path and shape, such as its moments and average, are sharded as the parameter; all others
+    Arrays with a parameter's path and shape, such as its moments and EMA, are sharded as the parameter; all others
     are replicated.
 
     Args:
       state: a dataclass of arrays or shapes with a field `params`.
-      mesh: the mesh.
       architecture: the model, whose towers have the rules.
       shard_moments: shard the optimizer state over the batch axes within a slice too, where these divide it: stage 1
         of ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054).

@@ -1,4 +1,4 @@
-"""Loads evaluation datasets by name: the stored test split, with prompts, as evaluators get it.
+"""Loads evaluation datasets by name: the stored test split and its prompts, as an EvalDataset.
 
 With several processes, all of them load a split or none: an error in one process is raised on all.
 """

@@ -32,7 +32,7 @@ class EvalReport(NamedTuple):
     failed: dict[str, str]  # error: damaged data
 
     def add_error(self, key: str, error: Exception) -> None:
-        """Record why there are no metrics. Call it while the exception is handled."""
+        """Record the reason for missing metrics. Call it while the exception is handled."""
         if isinstance(error, (Unavailable, Undefined)):
             log.warning("%s is skipped: %s", key, str(error).splitlines()[0])
             self.skipped[key] = str(error)

@@ -53,7 +53,7 @@ def write(path: str | os.PathLike[str], params: Params, config: WeightsConfig) -
     """Write a directory atomically.
 
     Returns:
-      For 'transformers', 'open_clip' and 'clip.load', how to load the model, or 'skipped: ' and the reason.
+      For 'transformers', 'open_clip' and 'clip.load' the call that loads the model, or 'skipped: ' and the reason.
 
     Raises:
       ValueError: if the directory exists and is not empty, or no library has the model.

@@ -31,7 +31,7 @@ class Format:
     detect: (path, first 16 bytes, empty for a directory) -> whether the path has this format.
     read: path -> (parameters, config); or (tensors by the names of the library that wrote them, None) for formats
       without a clip_jax config. Raises ValueError, `<file>: …`, for a damaged or unsafe file.
-    write: (path, parameters, config) -> None, or per library how to load the result. None: the format is read-only.
+    write: (path, parameters, config) -> None, or by library the call that loads the result. None: read-only.
     """
 
     detect: Callable[[pathlib.Path, bytes], bool]

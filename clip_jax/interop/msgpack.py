@@ -9,7 +9,7 @@ A file is Flax msgpack of one mapping:
     params     nested mappings of arrays
     sha256     hex, over the above
 
-The checksum is verified before anything is used: a flipped bit in a weight changes results and no shape.
+The checksum is verified before anything is used: no other check finds a flipped bit in a weight.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Collectives of the tiled losses: texts visit all devices, and their statistics and gradients return to their owners.
+"""Collectives of the tiled losses: a ring sends texts to all devices and reduces their statistics and gradients.
 
 Devices form groups of neighbors. A group gathers its texts into one block, as far as `BLOCK_BYTES` allows, and the
 groups form a ring of `ppermute` over which every device sends its own texts. A small batch on a large pod is therefore

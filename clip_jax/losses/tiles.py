@@ -2,8 +2,8 @@
 
 A loss over B images and B texts needs B·B similarities; neither value nor gradient stores them. A device computes them
 tile by tile, twice: once for statistics of every row (image) and column (text), and once for the gradient, whose only
-inputs are the embeddings and residuals computed from these statistics. Images stay on their device and texts visit all
-devices (`losses/ring.py`), together with the statistics of their columns and, in the second scan, their gradients.
+inputs are the embeddings and residuals computed from these statistics. Images stay on their device; texts are sent to
+all devices (`losses/ring.py`) with the statistics of their columns and, in the second scan, with their gradients.
 
 Statistics are dicts of arrays [n], one number per row or column. The name decides how two of them are merged
 (`merge_statistics`): `max` by the maximum, `sum_exp…` as sums of exp(scale · (similarity − max)), others by addition.

@@ -109,7 +109,7 @@ def attention_implementation(
 
 
 def _kernel_obstacle(shape: AttentionShape, mesh: Mesh) -> str:
-    """Return why the kernel cannot compute an attention on a mesh, or an empty string."""
+    """Return the reason why the kernel cannot compute an attention on a mesh, or an empty string."""
     if (platform := mesh.devices.flat[0].platform) != "tpu":
         return f"the kernel needs a TPU, the platform is {platform}"
     if LANES % shape.head_dim:

@@ -191,9 +191,9 @@ def matmul_precision(dtype: str) -> str | None:
 def attention_implementations(
     architecture: Architecture, mesh: jax.sharding.Mesh, *, dtype: str = "bfloat16", text_capacity: float = 1.0
 ) -> dict[str, str]:
-    """Return for "image" and "text" how `attend` computes the tower's self-attention on a mesh, and why.
+    """Return the implementation of each tower's self-attention on a mesh, and the reason if it is XLA's.
 
-    For example "Pallas kernel", or "XLA: head width 80 does not divide 128".
+    For example {"image": "Pallas kernel", "text": "XLA: head width 80 does not divide 128"}.
     """
     found = {}
     for name, tower in (("image", architecture.image), ("text", architecture.text)):

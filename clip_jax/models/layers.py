@@ -41,7 +41,7 @@ ACTIVATIONS: dict[str, Callable] = {
 # Selects positions: [B, L, D] -> [N, D], for any D.
 Pool = Callable[[Float[Array, "B L D"]], Float[Array, "N D"]]
 
-# Residuals that the backward pass finds in memory; it recomputes all others.
+# Residuals that are saved for the backward pass; it recomputes all others.
 REMAT_POLICIES = {
     # "layer" names a layer's parameters, which are a slice of the stacked parameters and need no copy.
     "none": jax.checkpoint_policies.save_anything_except_these_names("layer"),
@@ -292,7 +292,6 @@ class Transformer(nn.Module):
             params = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), stack)
             return apply(x_BLD, checkpoint_name(jax.tree.map(_second_with_gradient_to_first, slot, params), "layer"))
 
-        # XLA cannot merge the recomputation across iterations of a loop, so the barrier of prevent_cse would only cost.
         step = compute.remat_function(step, prevent_cse=compute.unroll)
         layers = (jnp.arange(last), jax.tree.map(lambda leaf: leaf[:last], stack))
         unroll = max(1, last) if compute.unroll else 1

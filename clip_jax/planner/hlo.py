@@ -27,17 +27,16 @@ class Array(NamedTuple):
 
     @property
     def elements(self) -> int:
-        """Return the number of elements."""
         return math.prod(self.shape)
 
     @property
     def logical_bytes(self) -> int:
-        """Return the size in bytes without padding."""
+        """Size in bytes without padding."""
         return -(-self.elements * element_bits(self.dtype) // 8)
 
     @property
     def padded_bytes(self) -> int:
-        """Return the size in bytes with the minor dimensions rounded up to whole tiles."""
+        """Size in bytes with the minor dimensions rounded up to whole tiles."""
         sides = [self.shape[d] for d in self.minor_to_major]
         for axis, side in enumerate(reversed(self.tile)):
             if axis < len(sides):

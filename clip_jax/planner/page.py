@@ -18,7 +18,6 @@ RESOURCES = {
 
 
 def page(plan: Plan) -> str:
-    """Return the report."""
     parts = [_title(plan), _memory(plan)]
     if plan.flops:
         parts += [_work(plan), _speed(plan)]

@@ -72,7 +72,7 @@ class Plan:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Return the time that each resource needs alone."""
+        """Time of each resource alone."""
         chip = self.topology.chip
         return {
             "compute": self.bf16_equivalent_flops / chip.flops_per_second,
@@ -83,34 +83,34 @@ class Plan:
 
     @property
     def bound_by(self) -> str:
-        """Return the slowest resource."""
+        """The slowest resource."""
         return max(self.seconds, key=self.seconds.__getitem__)
 
     @property
     def step_seconds(self) -> tuple[float, float]:
-        """Return the time of a step with full overlap of the resources, and with no overlap."""
+        """Time of a step with full overlap of the resources, and with no overlap."""
         return max(self.seconds.values()), sum(self.seconds.values())
 
     @property
     def mfu(self) -> tuple[float, float]:
-        """Return the model FLOPs utilization with full overlap, and with no overlap."""
+        """Model FLOPs utilization with full overlap, and with no overlap."""
         ideal = self.model_flops / self.topology.chip.flops_per_second
         return tuple(ideal / t if t else 0.0 for t in self.step_seconds)
 
     @property
     def images_per_second(self) -> tuple[float, float]:
-        """Return the pairs per second and chip with full overlap, and with no overlap."""
+        """Pairs per second and chip with full overlap, and with no overlap."""
         rows = self.global_batch / self.topology.chips
         return tuple(rows / t if t else 0.0 for t in self.step_seconds)
 
     @property
     def days(self) -> tuple[float, float]:
-        """Return the duration of all steps with full overlap, and with no overlap; evaluation is not included."""
+        """Duration of all steps with full overlap, and with no overlap; evaluation is not included."""
         return tuple(self.total_steps * t / 86_400 for t in self.step_seconds)
 
     @property
     def chip_hours(self) -> tuple[float, float]:
-        """Return `days` times the number of chips, in hours."""
+        """`days` times the number of chips, in hours."""
         return tuple(24 * self.topology.chips * t for t in self.days)
 
     def as_json(self) -> dict[str, Any]:

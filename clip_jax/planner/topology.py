@@ -36,12 +36,12 @@ class Topology:
 
     @property
     def chips(self) -> int:
-        """Return the number of chips in all slices."""
+        """Number of chips in all slices."""
         return self.chips_per_slice * self.slices
 
     @property
     def devices_per_slice(self) -> int:
-        """Return the number of JAX devices of one slice."""
+        """Number of JAX devices of one slice."""
         return self.chips_per_slice * self.chip.devices
 
     def devices(self) -> list[Any]:

@@ -40,7 +40,7 @@ def follow(
       mesh: mesh of the evaluation, which may differ from the run's.
       evaluate: function of step, config of the weights, and evaluation parameters (the EMA, if there is one).
       evaluated: steps to skip.
-      every_seconds: interval between two looks at the directory.
+      every_seconds: interval between two reads of the directory.
 
     Raises:
       ValueError: there is no run in `workdir`.

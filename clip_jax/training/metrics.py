@@ -110,7 +110,6 @@ class TrainingLog:
         return {"window": self._meter.window(), "replaced_records": self._replaced}
 
     def close(self) -> None:
-        """Flush and close the files."""
         self._progress.end()
         self.writer.close()
 
@@ -186,7 +185,6 @@ class Writer:
         return self._active and step in self._evaluated_steps
 
     def close(self) -> None:
-        """Flush and close."""
         if self._active:
             self.flush()
             self._board.close()
@@ -284,7 +282,7 @@ class Progress:
         self._live = active and sys.stderr.isatty()
 
     def show(self, step: int, record: Mapping[str, float]) -> None:
-        """Show those of the metrics that the record has; the remaining time includes evaluations and checkpoints."""
+        """Print a record's metrics and the remaining time, which includes evaluations and checkpoints."""
         if not self._active:
             return
         rate = (time.monotonic() - self._start) / max(step - self._first, 1)

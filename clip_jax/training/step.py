@@ -64,7 +64,7 @@ class TrainState:
 
     @property
     def eval_params(self) -> Params:
-        """Parameters for evaluation and export, float32: the moving average if there is one."""
+        """Parameters for evaluation and export, float32: the EMA if there is one."""
         return _with_stats(optim.upcast(self.params) if self.ema is None else self.ema, self.batch_stats)
 
 

@@ -5,7 +5,7 @@ in English, names in 13 more languages. Everything is rendered once to TFRecord 
 folder per vendor; a folder appears when it is complete.
 
 A concept is an emoji without skin tones that both training vendors draw, flags excluded. Concepts are split by family,
-not by emoji: man, woman and person running share everything but a sign, so a random split leaks (recall@5 of 32 %
+not by emoji: the images of man, woman and person running are nearly equal, so a random split leaks (recall@5 of 32 %
 against 21 %). The bucket of a family is sha1(family) mod 10: 0 is test, 1 is validation, the rest is train.
 """
 
@@ -107,12 +107,10 @@ class EmojiSource(TFRecordSource):
 
     @classmethod
     def from_config(cls, config: DataConfig) -> EmojiSource:
-        """Open the training split."""
         return cls(config.cache_dir, config.captions)
 
     @classmethod
     def tiny_config(cls, folder: Path) -> DataConfig:
-        """Return a config for tests."""
         return DataConfig(source="emoji", cache_dir=str(folder))
 
 
@@ -128,7 +126,6 @@ def family(character: str) -> str:
 
 
 def split_of(family_: str) -> str:
-    """Return the split of a family."""
     bucket = int(hashlib.sha1(family_.encode()).hexdigest(), 16) % 10
     return {0: "test", 1: "validation"}.get(bucket, "train")
 

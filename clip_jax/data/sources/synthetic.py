@@ -47,13 +47,11 @@ class SyntheticSource:
 
     @classmethod
     def from_config(cls, config: DataConfig, examples: int = 4096) -> SyntheticSource:
-        """Return a source of `examples` records."""
         del config
         return cls(examples)
 
     @classmethod
     def tiny_config(cls, folder: Path) -> DataConfig:
-        """Return a config for tests."""
         del folder
         return DataConfig(source="synthetic", options={"examples": 60})
 
@@ -61,11 +59,9 @@ class SyntheticSource:
         return self._examples
 
     def key(self, index: int) -> str:
-        """Return 'synthetic/<index>'."""
         return f"synthetic/{index}"
 
     def read(self, index: int) -> Record:
-        """Return record `index`."""
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         color, shape = CLASSES[_choose(index, "class", len(CLASSES))]

@@ -91,7 +91,7 @@ def _mean_and_std(features_nD: Float[np.ndarray, "n D"]) -> tuple[Float[np.ndarr
 def _nearest_neighbor_recall(
     features_nD: Float[np.ndarray, "n D"], train: EvalDataset, dataset: EvalDataset
 ) -> float | None:
-    """Return how often the nearest training image has the correct text; None unless `train` has all texts."""
+    """Return the fraction of images whose nearest training image has their text; None unless `train` has all texts."""
     known = {prompt for prompts in train.texts for prompt in prompts}
     if dataset.targets.ndim == 2 or any(known.isdisjoint(prompts) for prompts in dataset.texts):
         return None

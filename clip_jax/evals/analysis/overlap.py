@@ -1,7 +1,7 @@
 """Effect of overlap with the training data on the accuracy of an evaluation dataset.
 
     distances, rows = nearest_hash(hash_images(images), blocks)            # clip_jax.evals.analysis.near_duplicates
-    overlap = analyze_overlap(hits(scored), distances <= MAX_DISTANCE, tests=len(names))
+    overlap = analyze_overlap(hits(predictions), distances <= MAX_DISTANCE, tests=len(names))
 
 Source: Radford et al. 2021, section 5 and figure 17. Examples with a near-duplicate in the training source are
 overlapping, the others are clean. `gain` is the accuracy on all examples minus that on the clean ones. `p_value` tests
@@ -80,7 +80,7 @@ def analyze_overlap(hits_n: Bool[np.ndarray, "n"], overlapping_n: Bool[np.ndarra
     n, overlapping = len(hits_n), int(np.sum(overlapping_n))
     if hits_n.dtype != bool or overlapping_n.dtype != bool or hits_n.shape != overlapping_n.shape or not n:
         raise ValueError(
-            f"hits, overlapping: expected bool[n] twice, n ≥ 1, such as hits(scored) and distances <= 8, got "
+            f"hits, overlapping: expected bool[n] twice, n ≥ 1, such as hits(predictions) and distances <= 8, got "
             f"{hits_n.dtype}{list(hits_n.shape)} and {overlapping_n.dtype}{list(overlapping_n.shape)}"
         )
     if tests < 1:

@@ -114,7 +114,7 @@ def model_card(run: Mapping[str, Any], report: EvalReport, config: WeightsConfig
         "",
         "Fractions with 95 % confidence intervals; few-shot: range over draws. Ties count as errors.",
         "",
-        "| dataset and measure | value | interval | published |",
+        "| metric | value | interval | published |",
         "|---|--:|--:|--:|",
     ]
     for result in results(report.metrics):

@@ -148,12 +148,12 @@ class ImageTower(Tower):
 
     @property
     def positions_path(self) -> tuple[str, ...] | None:
-        """Path of the positional embedding [L, D] of the position grid, in row-major order; None if there is none."""
+        """Path of the position embedding [L, D] of the position grid, in row-major order; None if there is none."""
         return None
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Number of rows of the positional embedding before the grid's, such as a class token's."""
+        """Number of rows of the position embedding before the grid's, such as a class token's."""
         return 0
 
 
