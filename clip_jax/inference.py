@@ -91,7 +91,6 @@ class Clip:
         """Return class probabilities: softmax over classes of the scaled cosine with each class embedding.
 
         Args:
-          classes: class names.
           templates: prompts with `{}` for the class name. A class embedding is the normalized mean over the prompts.
 
         Raises:

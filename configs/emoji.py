@@ -1,4 +1,4 @@
-"""A small CLIP on emoji: real images, human-written names, eight minutes on two CPU cores.
+"""A small CLIP on emoji: real images, human-written names, nine minutes on two CPU cores.
 
 The experiments behind these values: docs/emoji.md.
 
@@ -39,7 +39,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train.total_steps = 900
     config.train.dtype = "float32"
     config.train.remat = "none"
-    config.train.text_capacity = 1.0  # joined texts fill their rows
+    config.train.text_capacity = 1.0  # joined texts fill their positions
     config.train.log_every_steps = 20
     config.optim.learning_rate = 1e-3
     config.optim.warmup_steps = 60

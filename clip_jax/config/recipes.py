@@ -29,7 +29,7 @@ def paper(
 ) -> ml_collections.ConfigDict:
     """Return the recipe of Radford et al. 2021, section 2.5 and table 18, for a model of `MODELS`.
 
-    The defaults are 32 epochs of 400 M pairs, 32,768 at a time: 390,625 steps. ResNets get their own Adam values.
+    The defaults are 32 epochs of 400 M pairs in batches of 32,768: 390,625 steps. ResNets have other Adam values.
 
     Args:
       arg: the text behind the colon of `--config=FILE:ARG`; see `with_argument`.

@@ -43,7 +43,7 @@ def _quiet_stderr() -> Iterator[None]:
 with _quiet_stderr():
     import tensorflow as tf
 
-# JAX owns the accelerators: TensorFlow would allocate most of a GPU's memory, or the whole TPU.
+# The accelerators are for JAX: TensorFlow would allocate most of a GPU's memory, or the whole TPU.
 tf.config.set_visible_devices([], "GPU")
 tf.config.set_visible_devices([], "TPU")
 

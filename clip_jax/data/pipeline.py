@@ -320,7 +320,6 @@ class _Repair:
         return known
 
     def _log_bad(self, example: int, reason: str) -> str:
-        """Log a bad record and return the reason."""
         key = self._source.key(example)
         self._reasons[key] = reason
         logger.warning("bad record %s: %s; it is replaced by another", key, reason)

@@ -56,7 +56,6 @@ def _slice_index(device: jax.Device) -> int:
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Return the number of shards of the batch."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
@@ -66,7 +65,6 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def replicated(mesh: AnyMesh) -> NamedSharding:
-    """Return the sharding of replicated arrays."""
     return NamedSharding(mesh, REPLICATED)
 
 
@@ -134,7 +132,6 @@ def state_shardings(state: Any, mesh: AnyMesh, architecture: Architecture, *, sh
 
     Args:
       state: a dataclass of arrays or shapes with a field `params`.
-      architecture: the model, whose towers have the rules.
       shard_moments: shard the optimizer state over the batch axes within a slice too, where these divide it: stage 1
         of ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054).
     """

@@ -1,7 +1,7 @@
 """Few-shot linear probes with 1, 2, 4, 8 and 16 examples per class (Radford et al. 2021, section 3.1, figure 6).
 
-Draws are nested: with the same seed, the two examples of a class contain the one. Deviation: the paper
-does not report how it selected l2; here each draw searches l2 on the validation split, without fitting to it.
+Draws are nested: with the same seed, a draw contains all smaller draws of the class. Deviation: the paper does not
+report how it selected l2; here each draw searches l2 on the validation split, without fitting to it.
 """
 
 from __future__ import annotations
@@ -68,7 +68,6 @@ class FewShot:
 
     @property
     def mean(self) -> float:
-        """The mean over seeds."""
         return float(np.mean(self.values))
 
     @property

@@ -116,7 +116,6 @@ class LinearProbe:
         return features_nD.astype(np.float32) @ self.weight_DQ + self.bias_Q[None]
 
     def evaluate(self, metric: Metric, examples: Examples) -> float:
-        """Return a metric of the logits."""
         return metric(Predictions(self.scores(examples.features_nD), examples.targets))
 
 

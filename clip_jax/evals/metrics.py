@@ -176,7 +176,7 @@ def roc_auc(predictions: Predictions) -> float:
 
     The score of an example is float[n], or the difference of its scores of the two classes.
 
-    Raises: Undefined if all examples are of one class.
+    Raises Undefined if all examples are of one class.
     """
     scores, targets = predictions.scores, predictions.targets
     if targets.ndim != 1 or scores.shape[1:] not in ((), (2,)):
@@ -382,7 +382,7 @@ def bootstrap_metric(
     With strata, examples are drawn within each stratum. Resamples for which the metric is undefined (e.g. without
     negatives) are ignored. A minimum over groups is biased low in resamples.
 
-    Raises: the errors of the metric for the examples themselves.
+    Raises the errors of the metric for the examples themselves.
     """
     metric(predictions)  # raises its errors, and caches the ranks
     rng = np.random.default_rng(seed)

@@ -107,7 +107,6 @@ class Evaluation:
 
     @property
     def evaluated_steps(self) -> set[int]:
-        """The steps that are already evaluated."""
         return {int(line["step"]) for line in self.steps}
 
     def evaluate(self, config: WeightsConfig, params: Params, step: int | None = None) -> EvalReport:
@@ -240,7 +239,6 @@ def _hashes(options: Options) -> tuple[np.ndarray, ...]:
 
 
 def _group_options(options: Options) -> dict[str, Any]:
-    """Return the options of the evaluator bias."""
     categories = json.loads(pathlib.Path(options.categories).read_text()) if options.categories else {}
     if not options.groups:
         return {"categories": categories}

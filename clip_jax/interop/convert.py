@@ -17,7 +17,6 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], *, t
 
     Args:
       source: see `reading.read`.
-      target: path to write.
       to: writable format in `formats.FORMATS`: 'msgpack', 'npz', 'directory' (for other libraries), or one registered.
       **options: arguments of `reading.read`: model, activation, image_size, context_length, tokenizer.
 

@@ -219,7 +219,6 @@ class TransformerConfig(Protocol):
 
 
 def mlp_width(config: TransformerConfig) -> int:
-    """Return the hidden width of the MLP."""
     return int(config.width * config.mlp_ratio)
 
 

@@ -83,7 +83,6 @@ class Plan:
 
     @property
     def bound_by(self) -> str:
-        """The slowest resource."""
         return max(self.seconds, key=self.seconds.__getitem__)
 
     @property

@@ -95,7 +95,6 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
     """Return the topology of a cloud name such as v4-512, v5e-256, v4:4x4x8 or h100-64.
 
     Args:
-      name: chip and size.
       slices: number of TPU slices of this size, joined by the data center network.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Tokenizers: texts to rows of token ids. `make_tokenizer` checks that tokenizer and text tower agree."""
+"""Tokenizers: texts to rows of token ids. `make_tokenizer` checks that tokenizer and text tower match."""
 
 from __future__ import annotations
 
@@ -48,14 +48,13 @@ def make_tokenizer(
     [[49406, 320, 900, 1929, 49407, 0]]
 
     Args:
-      config: which tokenizer.
       text: the text tower, for vocabulary size, length and end token.
       truncate: truncate texts that are too long, keeping the end token; False raises ValueError. Training and
         evaluation truncate; `clip_jax.load` raises by default, as OpenAI's `tokenize` does.
       tokenizer_file: content of the file `config.path`, if it is stored with the weights; empty to read the path.
 
     Raises:
-      ValueError: if tokenizer and text tower disagree, or if the tokenizer's file can't be used.
+      ValueError: if tokenizer and text tower do not match, or if the tokenizer's file can't be used.
     """
     tokenizer = TOKENIZERS[config.name](config, text, truncate, tokenizer_file)
     # An embedding table may be padded to a round number of rows: CLIPA has 32,000 for 30,522 tokens.

@@ -1,4 +1,4 @@
-"""Evaluation of a run's checkpoints as they appear, in processes of its own, parallel to training."""
+"""Evaluation of a run's checkpoints as they appear, in separate processes, parallel to training."""
 
 from __future__ import annotations
 

@@ -305,6 +305,5 @@ class Progress:
             print(line, file=sys.stderr, flush=True)
 
     def end(self) -> None:
-        """End the updated line."""
         if self._live:
             print(file=sys.stderr)

@@ -175,11 +175,7 @@ def upcast(tree: PyTree) -> PyTree:
 
 
 def apply_updates(params: Params, updates: Params, key: jax.Array) -> Params:
-    """Return `params + updates` in the dtypes of `params`; sums in half precision are rounded stochastically.
-
-    Args:
-      key: PRNG key of this step.
-    """
+    """Return `params + updates` in the dtypes of `params`; sums in half precision are rounded stochastically."""
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.fold_in(key, _PARAMS), len(leaves))
 

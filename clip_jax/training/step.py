@@ -46,7 +46,7 @@ class TrainState:
     """The arrays that training updates, which are the contents of a checkpoint.
 
     step: int32, number of steps taken; it determines the position in the data.
-    params: float32, or bfloat16 where `optim.half_precision_params` matches. Placement: `sharding.state_shardings`.
+    params: float32, or bfloat16 where `optim.half_precision_params` matches. Sharding: `sharding.state_shardings`.
     opt_state: see `optim.make_optimizer`.
     batch_stats: running averages of batch norm; None for models without it.
     ema: exponential moving average of the parameters, float32; None without `optim.ema_decay`.

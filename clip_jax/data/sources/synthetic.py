@@ -80,7 +80,6 @@ def caption(color: str, shape: str, background: str) -> str:
 
 
 def background_of(index: int) -> str:
-    """Return the background color of record `index`."""
     return tuple(BACKGROUNDS)[_choose(index, "background", len(BACKGROUNDS))]
 
 

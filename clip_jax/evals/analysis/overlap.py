@@ -40,7 +40,6 @@ class Overlap:
 
     @property
     def fraction(self) -> float:
-        """Fraction of examples that overlap."""
         return self.overlapping / self.n
 
     @property

@@ -17,7 +17,6 @@ def load_split(row: Dataset, part: str, data_dir: str) -> DatasetSplit:
 
     Args:
       part: 'test', 'train' or 'validation'.
-      data_dir: directory of the evaluation data.
 
     Raises:
       Unavailable: if the split is not on this machine. The message lists the places and how to prepare the data.

@@ -57,7 +57,6 @@ class _Axes:
     bottom: Number
 
     def pixel(self, x: Number, y: Number) -> tuple[float, float]:
-        """Return the pixel of a data point."""
         across = (x - self.x[0]) / ((self.x[1] - self.x[0]) or 1) * (self.right - self.left)
         up = (y - self.y[0]) / ((self.y[1] - self.y[0]) or 1) * (self.bottom - self.top)
         return round(self.left + across, 1), round(self.bottom - up, 1)

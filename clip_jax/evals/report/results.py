@@ -1,4 +1,4 @@
-"""Metrics with their reference values, and how reports format them.
+"""Metrics with their reference values, and their formats in reports.
 
 Metric keys are paths. Below a metric `a/b/c` are its reference values: `a/b/c/candidates`, `/chance`, `/majority_class`
 (accuracy of a classifier that always predicts the most frequent class), `/threshold` (required value), `/ci_low` and
