@@ -21,7 +21,6 @@ from clip_jax.evals.report.results import (
     results,
 )
 
-EVALUATED = ("retrieval/", "zeroshot/", "linear_probe/", "few_shot/")
 NOTES = ("failed", "skipped")  # keys of `run` that map datasets without a result to the reason
 CURVES = {
     "loss": "Loss",
@@ -30,7 +29,7 @@ CURVES = {
     "learning_rate": "Learning rate",
     "images_per_second": "Images per second",
 }
-LANGUAGE_MEASURES = tuple(f"{way}/recall_at_{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5))
+LANGUAGE_METRICS = tuple(f"{way}/recall_at_{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5))
 
 
 def render_page(
@@ -82,7 +81,7 @@ def _languages(metrics: Mapping[str, Number | None]) -> list[dict[str, Any]]:
     rows = []
     for name in dict.fromkeys(key.split("/")[1] for key in metrics if key.startswith("retrieval/")):
         if language(name):
-            values = [finite_or_none(metrics.get(f"retrieval/{name}/{measure}")) for measure in LANGUAGE_MEASURES]
+            values = [finite_or_none(metrics.get(f"retrieval/{name}/{metric}")) for metric in LANGUAGE_METRICS]
             chance = finite_or_none(metrics.get(f"retrieval/{name}/image_to_text/recall_at_5/chance"))
             rows.append({"dataset": name, "language": language(name), "values": values, "chance": chance})
     return sorted(rows, key=lambda row: -(row["values"][1] or 0))
@@ -94,16 +93,16 @@ def _charts(curves: Sequence[Mapping[str, Number | None]]) -> list[tuple[str, li
     for key, title in CURVES.items():
         points: Points = [(r["step"], or_nan(r[key])) for r in curves if key in r and "loss" in r]
         charts.append((title, [], line_chart({title: points}, title)))
-    evaluations = [r for r in curves if any(k.startswith(EVALUATED) for k in r)]
-    for measure in ("image_to_text/recall_at_5", "top1"):
-        keys = dict.fromkeys(k for r in evaluations for k in r if k.startswith(EVALUATED) and k.endswith(f"/{measure}"))
+    evaluations = [r for r in curves if "loss" not in r]
+    for metric in ("image_to_text/recall_at_5", "top1"):
+        keys = dict.fromkeys(k for r in evaluations for k in r if k.endswith(f"/{metric}"))
         series = {
             format_key(k.split("/")[1]): [(r["step"], or_nan(r[k])) for r in evaluations if k in r]
             for k in keys
             if not language(k.split("/")[1])
         }
         series = dict(list(series.items())[:SERIES])
-        title = f"{format_key(measure)}, held out"
+        title = f"{format_key(metric)}, held out"
         charts.append((title[0].upper() + title[1:], list(series), line_chart(series, title)))
     return [chart for chart in charts if chart[2]]
 

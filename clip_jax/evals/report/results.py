@@ -43,7 +43,7 @@ class Result:
         return self.key.split("/")[1] if self.key.count("/") >= 2 else self.key
 
     @property
-    def measure(self) -> str:
+    def metric(self) -> str:
         return self.key.split("/", 2)[2] if self.key.count("/") >= 2 else self.key
 
     @property
@@ -77,11 +77,9 @@ def results(metrics: Mapping[str, Number | None]) -> list[Result]:
         if key.startswith("baseline/") or (last in REFERENCES and parent in metrics):
             continue
         below = {name: finite_or_none(metrics.get(f"{key}/{name}")) for name in REFERENCES}
-        same_measure = [
-            k for k in metrics if k.startswith("baseline/") and k.split("/", 2)[2:] == key.split("/", 1)[1:]
-        ]
-        matched |= set(same_measure)
-        values = {format_key(k.split("/")[1]): finite_or_none(metrics[k]) for k in same_measure}
+        same_metric = [k for k in metrics if k.startswith("baseline/") and k.split("/", 2)[2:] == key.split("/", 1)[1:]]
+        matched |= set(same_metric)
+        values = {format_key(k.split("/")[1]): finite_or_none(metrics[k]) for k in same_metric}
         values["most frequent class"] = below["majority_class"]
         baselines = {name: value for name, value in values.items() if value is not None}
         best = max(baselines, key=baselines.__getitem__, default="")

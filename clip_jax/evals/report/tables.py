@@ -35,7 +35,7 @@ def text_table(metrics: Mapping[str, Number | None]) -> str:
     The columns interval, published and threshold exist where a metric has them. A dataset whose name ends in a language
     code gets a single row, image-to-text recall@5; report.json has all of its metrics.
     """
-    rows = [r for r in results(metrics) if not language(r.dataset) or r.measure == "image_to_text/recall_at_5"]
+    rows = [r for r in results(metrics) if not language(r.dataset) or r.metric == "image_to_text/recall_at_5"]
     columns = {
         "metric": [r.key for r in rows],
         "value": [r.format(r.value) for r in rows],
