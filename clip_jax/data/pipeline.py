@@ -28,7 +28,7 @@ from clip_jax.config import AugmentConfig, DataConfig
 from clip_jax.data import images, order
 from clip_jax.typing import BadRecord, Batch, DataSource, HostBatch, Record, Replaced, Tokenizer
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 CHUNK = 32  # records that are read and decoded together
 READ_THREADS = 16  # they wait for disk or network
@@ -322,7 +322,7 @@ class _Repair:
     def _log_bad(self, example: int, reason: str) -> str:
         key = self._source.key(example)
         self._reasons[key] = reason
-        logger.warning("bad record %s: %s; it is replaced by another", key, reason)
+        log.warning("bad record %s: %s; it is replaced by another", key, reason)
         return reason
 
     def _check_bad_fraction(self) -> None:

@@ -33,7 +33,7 @@ from clip_jax.config import DataConfig
 from clip_jax.data.sources.tfrecord import TFRecordSource, write_tfrecord
 from clip_jax.typing import Unavailable
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 VERSION = 1  # of the rendered shards; increment when they change
 SIDE = 72  # pixels
@@ -310,7 +310,7 @@ def _rendered(cache: Path, vendor: str) -> Path:
             raise
     finally:
         shutil.rmtree(working, ignore_errors=True)
-    logger.info("rendered %d emoji of %s to %s", len(images), vendor, folder)
+    log.info("rendered %d emoji of %s to %s", len(images), vendor, folder)
     return folder
 
 

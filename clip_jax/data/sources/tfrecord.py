@@ -32,7 +32,7 @@ from clip_jax.config import DataConfig
 from clip_jax.data.sources.synthetic import SyntheticSource
 from clip_jax.typing import BadRecord, Record
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 IMAGE_FEATURES = ("jpg", "jpeg", "png", "webp", "image")
 HEADER_BYTES, FOOTER_BYTES = 12, 4
@@ -288,14 +288,14 @@ def _stat(path: str) -> tuple[int, int]:
 def _log_skipped_bytes(path: str, offsets: np.ndarray, size: int) -> None:
     complete, end = len(offsets) - 1, int(offsets[-1])
     if not size:
-        logger.warning("%s is empty", path)
+        log.warning("%s is empty", path)
     elif end < size:
         with _open(path) as file:
             file.seek(end)
             header = file.read(HEADER_BYTES)
         damaged = len(header) == HEADER_BYTES and _header_length(header) is None
         problem = "has a damaged header" if damaged else "is truncated"
-        logger.warning(
+        log.warning(
             "%s: record %d at byte %d %s; %d records before it are used, %d bytes from it on are skipped",
             *(path, complete, end, problem, complete, size - end),
         )

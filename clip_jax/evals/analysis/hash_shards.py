@@ -23,7 +23,7 @@ from jaxtyping import UInt64
 
 from clip_jax.evals.analysis.near_duplicates import NO_HASH, NO_MATCH, perceptual_hash
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 SUFFIX = ".hashes.npy"
 
@@ -47,7 +47,7 @@ def hash_shards(files: Sequence[str], output_dir: str, options: Sequence[str] | 
         )
     epath.Path(output_dir).mkdir(parents=True, exist_ok=True)
     remaining = [path for path in files if not _output_path(path, output_dir).exists()]
-    logger.info("%d of %d shards are hashed already", len(files) - len(remaining), len(files))
+    log.info("%d of %d shards are hashed already", len(files) - len(remaining), len(files))
     if options is None:
         for path in remaining:
             hash_shard(path, output_dir)
@@ -69,14 +69,14 @@ def hash_shard(path: str, output_dir: str) -> None:
     try:
         source = TFRecordSource([path], captions=(), cache_dir="")
     except ValueError as error:  # a shard without records, which training skips too if other shards have some
-        logger.warning("%s", error)
+        log.warning("%s", error)
         source = ()
     hashes = np.full(len(source), NO_HASH)
     for index in range(len(source)):
         try:
             hashes[index] = perceptual_hash(source.read(index).image)
         except ValueError as error:  # or its subclass BadRecord
-            logger.info("%s has no hash: %s", source.key(index), error)
+            log.info("%s has no hash: %s", source.key(index), error)
     output = _output_path(path, output_dir)
     partial = output.with_name(output.name + f".{os.getpid()}.partial")
     with partial.open("wb") as file:

@@ -23,7 +23,7 @@ from clip_jax.config import Preprocess
 from clip_jax.evals.ranking import BLOCK_SCORES, unit
 from clip_jax.preprocess import ImageLike, preprocess
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 HASH_BITS = 64
 NO_HASH = np.uint64(0)  # the hash of an image without one
@@ -159,7 +159,7 @@ def _log_invalid(seen: int, invalid: int, invalid_eval: int, reason: str) -> Non
     if not seen:
         raise ValueError("the training source has no rows: expected blocks of it, such as [embeddings] or [hashes]")
     if invalid or invalid_eval:
-        logger.warning(
+        log.warning(
             "%d evaluation images and %d of %d training images have %s: they are not compared and never count as "
             "duplicates",
             *(invalid_eval, invalid, seen, reason),
