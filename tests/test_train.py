@@ -93,8 +93,8 @@ def test_workdir_of_another_config_is_refused(finished):
 @pytest.mark.parametrize(
     ("section", "changes", "message"),
     [
-        ("data", {"source": "tfrecord"}, "data.files"),
-        ("data", {"source": "tfrecord", "files": "/nowhere/*.tfrecord"}, "/nowhere/"),
+        ("data", {"source": "tfrecord", "options": {}}, "data.files"),
+        ("data", {"source": "tfrecord", "options": {}, "files": "/nowhere/*.tfrecord"}, "/nowhere/"),
         ("train", {"batch_size": 12}, "train.batch_size=12 does not divide over 8 devices; use 8 or 16"),
         ("train", {"total_steps": 0}, "give one of train.total_steps"),
         ("optim", {"warmup_steps": 40}, "optim.warmup_steps=40"),
