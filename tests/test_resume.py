@@ -124,8 +124,8 @@ def test_preempted_during_evaluation_evaluates_that_step_when_resumed(config, un
 
 def test_preempted_run_with_remote_workdir(config, uninterrupted, tmp_path, monkeypatch):
     """An object store cannot append: every flush is an object, and the export is written once."""
-    monkeypatch.setattr(metrics, "is_url", lambda path: True)
-    monkeypatch.setattr(paths, "is_url", lambda path: True)
+    for module in (metrics, paths):
+        monkeypatch.setattr(module, "is_url", lambda path: str(path).startswith(str(tmp_path)))
     directory, export = tmp_path / "run", tmp_path / "export/params.msgpack"
     with monkeypatch.context() as patch:
         _preempt(patch, checks=EVERY + 3 + 1)  # three batches are evaluated at step 4
