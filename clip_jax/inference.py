@@ -186,7 +186,7 @@ def random_model(name: str, seed: int = 0) -> Clip:
 def _clip(config: WeightsConfig, params: Params, truncate: bool) -> Clip:
     text, functions = config.model.text, make_model(config.model, config.preprocess)
     if config.tokenizer.name != "clip_bpe" and not (config.tokenizer.path or config.tokenizer_file):
-        tokenizer = _MissingTokenizer(text.vocab_size, text.length, 0, text.eos_id)
+        tokenizer = _MissingTokenizer(text.vocab_size, text.context_length, 0, text.eos_id)
     else:
         tokenizer = make_tokenizer(config.tokenizer, text, truncate=truncate, tokenizer_file=config.tokenizer_file)
     return Clip(config, params, tokenizer, jax.jit(functions.encode_image), jax.jit(functions.encode_text))

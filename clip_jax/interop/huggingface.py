@@ -30,7 +30,7 @@ _SIGLIP_TEXT = _SIGLIP_IMAGE | {"vocab_size": 32_000, "max_position_embeddings":
 _FIELDS = {"width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads"}
 _FIELDS |= {"norm_epsilon": "layer_norm_eps"}
 _IMAGE_FIELDS = _FIELDS | {"image_size": "image_size", "patch_size": "patch_size"}
-_TEXT_FIELDS = _FIELDS | {"vocab_size": "vocab_size", "length": "max_position_embeddings"}
+_TEXT_FIELDS = _FIELDS | {"vocab_size": "vocab_size", "context_length": "max_position_embeddings"}
 
 # Fields that transformers does not configure, by model_type: image tower, text tower.
 _FIXED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -105,7 +105,7 @@ def _text_tower(text: dict[str, Any], activation: Activation, file: str) -> Text
     biased = text.pop("proj_bias", False)
     tower = TextTransformer(
         vocab_size=vocab_size,
-        length=text.pop("context_length", 77),
+        context_length=text.pop("context_length", 77),
         # 'argmax' pools at the greatest id, which is the end token of CLIP's vocabulary.
         eos_id=vocab_size - 1 if pool == "argmax" else eos_id if pool == "eos" else min(1, vocab_size - 1),
         heads=text.pop("heads", 8),
@@ -215,7 +215,7 @@ _VISION_CONFIGS: dict[type, Callable[[Any], dict[str, Any]]] = {ViT: _vit_config
 
 
 def _text_config(text: TextTransformer, tokenizer: TokenizerConfig) -> dict[str, Any]:
-    config = _transformer_config(text) | {"context_length": text.length, "vocab_size": text.vocab_size}
+    config = _transformer_config(text) | {"context_length": text.context_length, "vocab_size": text.vocab_size}
     config |= {"heads": text.heads} | ({} if text.causal else {"no_causal_mask": True})
     config |= {"linear": {}, "bias": {"proj_bias": True}, "none": {"proj_type": "none"}}[text.projection]
     # The default tokenizer of open_clip is CLIP's with all merges; 'local' reads the tokenizer files of the directory.

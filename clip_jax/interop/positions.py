@@ -19,7 +19,9 @@ from clip_jax.typing import Params
 _MIN_LENGTH = 3  # tokens: start, one of the text, end
 
 
-def resize(model: Architecture, params: Params, image_size: int = 0, length: int = 0) -> tuple[Architecture, Params]:
+def resize(
+    model: Architecture, params: Params, image_size: int = 0, context_length: int = 0
+) -> tuple[Architecture, Params]:
     """Return architecture and parameters with another image size or context length.
 
     The patch grid is resized by antialiased bicubic interpolation and a class token's position is unchanged; text
@@ -27,7 +29,7 @@ def resize(model: Architecture, params: Params, image_size: int = 0, length: int
 
     Args:
       image_size: px; 0: unchanged.
-      length: tokens; 0: unchanged.
+      context_length: tokens; 0: unchanged.
 
     Raises:
       ValueError: if the tower has no positions to resize, or the size is invalid.
@@ -37,13 +39,13 @@ def resize(model: Architecture, params: Params, image_size: int = 0, length: int
         path = "/".join(("image", *_positions_path(model.image, image_size)))
         model = dataclasses.replace(model, image=dataclasses.replace(model.image, image_size=image_size))
         leaves[path] = _resize_grid(np.asarray(leaves[path]), model.image)
-    if length and length != model.text.length:
-        if length < _MIN_LENGTH:
-            raise ValueError(f"context_length: expected at least {_MIN_LENGTH}, got {length}; use e.g. 77")
+    if context_length and context_length != model.text.context_length:
+        if context_length < _MIN_LENGTH:
+            raise ValueError(f"context_length: expected at least {_MIN_LENGTH}, got {context_length}; use e.g. 77")
         path = "text/positional_embedding"
-        model = dataclasses.replace(model, text=dataclasses.replace(model.text, length=length))
+        model = dataclasses.replace(model, text=dataclasses.replace(model.text, context_length=context_length))
         old = np.asarray(leaves[path])
-        leaves[path] = np.asarray(jax.image.resize(old, (length, old.shape[1]), "linear", antialias=False))
+        leaves[path] = np.asarray(jax.image.resize(old, (context_length, old.shape[1]), "linear", antialias=False))
     return model, conversion.nested(leaves)
 
 

@@ -146,7 +146,7 @@ def read_tower(path: str | os.PathLike[str], tower: str, model: Architecture) ->
     if config is not None:
         _check_shapes(local, params, config.model)
         stored, found = config.model, getattr(config.model, tower)
-        sizes = {key: getattr(found, key, None) for key in ("image_size", "length") if hasattr(expected, key)}
+        sizes = {key: getattr(found, key, None) for key in ("image_size", "context_length") if hasattr(expected, key)}
         if found != dataclasses.replace(expected, **sizes):
             raise ValueError(f"{local}: expected the {tower} tower {expected}, got {found}")
     else:
@@ -154,10 +154,10 @@ def read_tower(path: str | os.PathLike[str], tower: str, model: Architecture) ->
         if tower == "image":
             sizes = {"image_size": infer_architecture.image_tower(tensors, naming, os.fspath(local)).image_size}
         else:
-            sizes = {"length": tensors[naming.table["text/positional_embedding"].name].shape[-2]}
+            sizes = {"context_length": tensors[naming.table["text/positional_embedding"].name].shape[-2]}
         stored = dataclasses.replace(model, **{tower: dataclasses.replace(expected, **sizes)})
         params = conversion.params_from_tensors(stored, tensors, naming.table, os.fspath(local), tower=tower)
-    size, length = (model.image.image_size, 0) if tower == "image" else (0, model.text.length)
+    size, length = (model.image.image_size, 0) if tower == "image" else (0, model.text.context_length)
     _, params = positions.resize(stored, params, size, length)
     return {key: params[key] for key in (tower, *(["batch_stats"] if tower == "image" else [])) if key in params}
 

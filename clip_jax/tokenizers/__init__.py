@@ -16,14 +16,14 @@ def _clip_bpe(config: TokenizerConfig, text: TextTransformer, truncate: bool, to
     for key in ("clean", "pad_id", "keep_end"):
         if (value := getattr(config, key)) != (default := getattr(TokenizerConfig(), key)):
             raise ValueError(f"tokenizer.{key}: expected {default!r} with clip_bpe, got {value!r}; remove it")
-    return ClipBPE(text.length, text.vocab_size, truncate, tokenizer_file or config.path)
+    return ClipBPE(text.context_length, text.vocab_size, truncate, tokenizer_file or config.path)
 
 
 def _from_file(
     cls: type[FileTokenizer], config: TokenizerConfig, text: TextTransformer, truncate: bool, tokenizer_file: bytes
 ) -> Tokenizer:
     settings = {"clean": config.clean, "pad_id": config.pad_id, "keep_end": config.keep_end}
-    return cls(tokenizer_file or config.path, text.length, truncate, **settings)
+    return cls(tokenizer_file or config.path, text.context_length, truncate, **settings)
 
 
 # config key `tokenizer.name` -> function of (config, text tower, truncate, content of the tokenizer's file or b"")
@@ -39,7 +39,7 @@ def make_tokenizer(
 ) -> Tokenizer:
     """Return the tokenizer of a text tower.
 
-    >>> tokenizer = make_tokenizer(TokenizerConfig("clip_bpe"), TextTransformer(length=6))
+    >>> tokenizer = make_tokenizer(TokenizerConfig("clip_bpe"), TextTransformer(context_length=6))
     >>> tokenizer(["a happy dog"]).tolist()
     [[49406, 320, 900, 1929, 49407, 0]]
 

@@ -20,7 +20,7 @@ class RowTokenizer:
 
     def __init__(self, length: int, truncate: bool):
         if length < 3:
-            raise ValueError(f"model.text.length: expected at least 3, got {length}; use e.g. 77")
+            raise ValueError(f"model.text.context_length: expected at least 3, got {length}; use e.g. 77")
         self.length, self.truncate = length, truncate
 
     def __call__(self, texts: Sequence[str]) -> Int32[np.ndarray, "n L"]:
@@ -37,8 +37,8 @@ class RowTokenizer:
             if len(ids) > self.length:
                 if not self.truncate:
                     raise ValueError(
-                        f"the text {text[:60]!r}…: expected at most model.text.length={self.length} tokens with start"
-                        f" and end, got {len(ids)}; shorten it, or pass truncate=True"
+                        f"the text {text[:60]!r}…: expected at most model.text.context_length={self.length} tokens with"
+                        f" start and end, got {len(ids)}; shorten it, or pass truncate=True"
                     )
                 ids = [*ids[: self.length - 1], self.eos_id]
             row[: len(ids)] = ids
