@@ -131,6 +131,7 @@ def test_preempted_run_with_remote_workdir(config, uninterrupted, tmp_path, monk
         _preempt(patch, checks=EVERY + 3 + 1)  # three batches are evaluated at step 4
         assert not loop.train(config, str(directory), str(export))
     assert loop.train(config, str(directory), str(export))
+    monkeypatch.undo()
     assert not (directory / metrics.METRICS_FILE).exists()
     assert len(list((directory / metrics.METRICS_FOLDER).iterdir())) > 2
     _assert_same_run(directory, uninterrupted)
