@@ -1,12 +1,9 @@
-"""Scans over all image–text pairs of the global batch at constant memory.
+"""Losses over all image–text pairs of the global batch at constant memory.
 
 A loss over B images and B texts needs B·B similarities; neither value nor gradient stores them. A device computes them
 tile by tile, twice: once for statistics of every row (image) and column (text), and once for the gradient, whose only
 inputs are the embeddings and residuals computed from these statistics. Images stay on their device; texts are sent to
 all devices (`losses/ring.py`) with the statistics of their columns and, in the second scan, with their gradients.
-
-Statistics are dicts of arrays [n], one number per row or column. The name decides how two of them are merged
-(`merge_statistics`): `max` by the maximum, `sum_exp…` as sums of exp(scale · (similarity − max)), others by addition.
 
 Prior work: the chunked ring of SigLIP (Zhai et al. 2023, section 3.3); Inf-CL (Cheng et al. 2024, arXiv:2410.17243),
 tiled softmax in CUDA; online softmax (Milakov & Gimelshein 2018, arXiv:1805.02867).
@@ -14,6 +11,7 @@ tiled softmax in CUDA; online softmax (Milakov & Gimelshein 2018, arXiv:1805.028
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable
@@ -24,12 +22,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from clip_jax.losses.ring import Axis, Ring
-from clip_jax.typing import ArrayLike
+from clip_jax.typing import ArrayLike, Metrics
 
-Statistics = dict[str, Array]  # [n] each, for n rows or n columns
+# One number per row or column, [n] each. The name decides how two of them are merged (`merge_statistics`).
+Statistics = dict[str, Array]
+Groups = dict[str, Statistics]  # statistics of groups of pairs, such as positives and negatives
 Scalar = Float[Array, ""]
+Scalars = dict[str, Scalar]
 Tile = Float[Array, "r c"]  # one number per pair of an image and a text
 Mask = Bool[Array, "r c"]
+# Loss, metrics, derivatives with respect to scalars, residuals of rows and of columns.
+Value = tuple[Scalar, Metrics, Scalars, Statistics, Statistics]
 
 # Rows and columns of a tile: 1024² float32 similarities are 4 MiB, and 1024 × 768 matmuls keep a matrix unit busy.
 TILE_SIZE = 1024
@@ -40,6 +43,7 @@ LOWEST = -1e9
 class Embeddings(NamedTuple):
     """Embeddings of one modality, with integer ids: an image and a text match if their ids are equal.
 
+    ids: -1 for padding rows of a tile.
     aux: further arrays [n …] that are sent together with the rows.
     """
 
@@ -48,20 +52,73 @@ class Embeddings(NamedTuple):
     aux: Any = None
 
 
-def scan_tiles_statistics(
-    images: Embeddings,
-    texts: Embeddings,
-    block: Embeddings,
-    ring: Ring,
-    tile_statistics: Callable[[Embeddings, Embeddings], tuple[Any, Any]],
-    merge: Callable[[Any, Any], Any],
-) -> tuple[Any, Any]:
+class TiledLoss:
+    """A loss as functions of tiles, hashable. `scalars` has the logit scale, "scale", and the loss's own scalars."""
+
+    def statistics(self, image: Embeddings, text: Embeddings, scalars: Scalars) -> tuple[Groups, Groups]:
+        """Return groups of statistics of a tile's rows and of its columns.
+
+        A group with the name of a scalar is merged with that scalar as logit scale.
+        """
+
+    def value(self, images: Embeddings, texts: Embeddings, rows: Groups, columns: Groups, scalars: Scalars) -> Value:
+        """Return the loss of this device's examples, metrics, derivatives by scalars except "scale", and residuals."""
+
+    def gradient(
+        self, image: Embeddings, text: Embeddings, rows: Statistics, columns: Statistics, scalars: Scalars
+    ) -> tuple[Tile, Tile]:
+        """Return the derivatives of the row's and of the column's loss with respect to the logits of a tile.
+
+        The residuals are [r 1] for rows and [1 c] for columns. Values of padding rows are ignored.
+        """
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def tiled_loss(
+    loss: TiledLoss, axis: Axis, images: Embeddings, texts: Embeddings, scalars: Scalars
+) -> tuple[Scalar, Metrics]:
+    """Return a loss over the global batch and its metrics, both replicated.
+
+    Differentiable in `rows` of images and texts, the logit scale, and scalars of which the loss returns a derivative.
+    """
+    return _forward(loss, axis, images, texts, scalars)[0]
+
+
+def _forward(loss: TiledLoss, axis: Axis, images: Embeddings, texts: Embeddings, scalars: Scalars) -> tuple:
+    ring = Ring.create(axis, (texts.rows, texts.aux))
+    block = ring.gather(texts)
+    rows, columns = _scan_statistics(loss, images, texts, block, scalars, ring)
+    *means, row_residuals, column_residuals = loss.value(images, texts, rows, columns, scalars)
+    value, metrics, d_scalars = means if axis is None else jax.lax.pmean(means, axis)
+    # The block of a single group is small, and saving it spares a second gather.
+    saved_block = block if ring.groups == 1 else None
+    return (value, metrics), (images, texts, saved_block, scalars, d_scalars, row_residuals, column_residuals)
+
+
+def _backward(loss: TiledLoss, axis: Axis, residuals: tuple, cotangents: tuple) -> tuple:
+    images, texts, saved_block, scalars, d_scalars, rows, columns = residuals
+    ring, cotangent = Ring.create(axis, (texts.rows, texts.aux)), cotangents[0]
+    block = ring.gather(texts) if saved_block is None else saved_block
+    d_image, d_text = _scan_gradient(loss, images, texts, block, rows, columns, scalars, ring)
+    d_scale = jnp.sum(upcast(images.rows) * d_image)  # Σ logit gradient × similarity
+    d_scalars = d_scalars | {"scale": d_scale if axis is None else jax.lax.psum(d_scale, axis)}
+    d_images, d_texts = (
+        Embeddings((cotangent * scalars["scale"] * d_rows).astype(side.rows.dtype), None)
+        for side, d_rows in ((images, d_image), (texts, d_text))
+    )
+    constant = dict.fromkeys(scalars)
+    return d_images, d_texts, constant | {x: (cotangent * d).astype(scalars[x].dtype) for x, d in d_scalars.items()}
+
+
+tiled_loss.defvjp(_forward, _backward)
+
+
+def _scan_statistics(
+    loss: TiledLoss, images: Embeddings, texts: Embeddings, block: Embeddings, scalars: Scalars, ring: Ring
+) -> tuple[Groups, Groups]:
     """Return the statistics of all pairs, for every row and for every column of this device.
 
-    Args:
-      block: gathered texts of this device's group.
-      tile_statistics: (images, texts) -> (statistics of the rows, of the columns); padding rows have id -1.
-      merge: combines the statistics of two disjoint sets of pairs.
+    block: gathered texts of this device's group.
     """
     image_tiles = _split_tiles(images, fill=-1)
 
@@ -69,7 +126,7 @@ def scan_tiles_statistics(
         def scan_text_tile(rows: Any, text: Embeddings) -> tuple[Any, Any]:
             def scan_image_tile(columns: Any, inputs: tuple[Embeddings, Any]) -> tuple[Any, Any]:
                 image, image_rows = inputs
-                tile_rows, tile_columns = tile_statistics(image, text)
+                tile_rows, tile_columns = loss.statistics(image, text, scalars)
                 return merge(columns, tile_columns), merge(image_rows, tile_rows)
 
             columns, rows = jax.lax.scan(scan_image_tile, ring.varying(empty(1, text)), (image_tiles, rows))
@@ -78,9 +135,12 @@ def scan_tiles_statistics(
         rows, columns = jax.lax.scan(scan_text_tile, rows, _split_tiles(block, fill=-1))
         return rows, _join_tiles(columns, block.rows.shape[0])
 
+    def merge(one: Groups, other: Groups) -> Groups:
+        return {x: merge_statistics(scalars.get(x, scalars["scale"]), one[x], other[x]) for x in one}
+
     def empty(position: int, embeddings: Embeddings) -> Any:
         """Return the statistics of no pairs, for as many rows (position 0) or columns (1) as there are embeddings."""
-        shapes = jax.eval_shape(tile_statistics, embeddings, embeddings)[position]
+        shapes = jax.eval_shape(loss.statistics, embeddings, embeddings, scalars)[position]
         return jax.tree_util.tree_map_with_path(
             lambda path, x: jnp.full(x.shape, LOWEST if path[-1].key == "max" else 0, x.dtype), shapes
         )
@@ -95,23 +155,17 @@ def scan_tiles_statistics(
     return _join_tiles(rows, images.rows.shape[0]), columns
 
 
-def scan_tiles_gradient(
+def _scan_gradient(
+    loss: TiledLoss,
     images: Embeddings,
     texts: Embeddings,
     block: Embeddings,
     rows: Statistics,
     columns: Statistics,
+    scalars: Scalars,
     ring: Ring,
-    tile_gradient: Callable[[Embeddings, Embeddings, Statistics, Statistics], tuple[Array, Array]],
 ) -> tuple[Float[Array, "b E"], Float[Array, "c E"]]:
-    """Return the gradients with respect to images and texts, before multiplication by the logit scale.
-
-    Args:
-      block: gathered texts of this device's group.
-      rows, columns: residuals of this device's images and texts.
-      tile_gradient: (images, texts, row residuals [r 1], column residuals [1 c]) -> the derivatives [r c] of the row's
-        loss and of the column's loss with respect to the logits. Values of padding rows are ignored.
-    """
+    """Return the gradients with respect to images and texts, before multiplication by the logit scale."""
     image_tiles, row_tiles = _split_tiles(images, fill=-1), _split_tiles(rows)
     dtype = accumulation_dtype(images.rows.dtype)
     devices = ring.group * ring.groups
@@ -121,7 +175,7 @@ def scan_tiles_gradient(
         rows, columns = (
             {name: jnp.expand_dims(x, axis) for name, x in side.items()} for side, axis in ((rows, 1), (columns, 0))
         )
-        row_gradient, column_gradient = tile_gradient(image, text, rows, columns)
+        row_gradient, column_gradient = loss.gradient(image, text, rows, columns, scalars)
         gradient = row_gradient / image_count + column_gradient / text_count
         # Padding rows have similarity 0, which can be far above a row's maximum: 0 × ∞ would be NaN.
         return jnp.where(valid_pairs(image, text), gradient, 0).astype(images.rows.dtype)
@@ -157,19 +211,11 @@ def scan_tiles_gradient(
     return _join_tiles(d_image, images.rows.shape[0]), d_text
 
 
-def scale_gradient(images: Embeddings, d_image: Float[Array, "b E"], axis: Axis) -> Scalar:
-    """Return the derivative with respect to the logit scale, Σ logit gradient × similarity. The result is replicated.
-
-    d_image: as `scan_tiles_gradient` returns it.
-    """
-    total = jnp.sum(upcast(images.rows) * d_image)
-    return total if axis is None else jax.lax.psum(total, axis)
-
-
 def merge_statistics(scale: Array, one: Statistics, other: Statistics) -> Statistics:
     """Return the statistics of the union of two disjoint sets of pairs; names are those of `one`.
 
-    With m = max(m₁, m₂), sums of exponentials become exp(scale · (m₁ − m)) · sum₁ + exp(scale · (m₂ − m)) · sum₂.
+    `max` is merged by the maximum, `sum_exp…` as sums of exp(scale · (similarity − max)): with m = max(m₁, m₂),
+    exp(scale · (m₁ − m)) · sum₁ + exp(scale · (m₂ − m)) · sum₂. Others are added.
     """
     merged = {name: x + other[name] for name, x in one.items() if name != "max"}
     merged["max"] = jnp.maximum(one["max"], other["max"])
