@@ -1,8 +1,9 @@
 """Datasheet figures of accelerators: FLOP/s, memory, bandwidth.
 
 Sources: docs.cloud.google.com/tpu/docs/{v2,v3,v4,v5e,v5p,v6e,tpu7x} as of 2026; NVIDIA's datasheets of A100, H100,
-H200, B200 and L4, dense bfloat16. HBM of TPUs is the amount that the compiler allots to a program, from its error
-message. Links count one direction, half of the "bidirectional" figure where only that is published.
+H200, B200 and L4 (SXM), without sparsity; float32 is without tensor cores, which have no full float32. HBM of TPUs is
+the amount that the compiler allots to a program, from its error message. Links count one direction, half of the
+"bidirectional" figure where only that is published.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ class Chip:
 
     name: str
     flops_per_second: float  # dense bfloat16
+    float32_flops_per_second: float  # at full precision: six bfloat16 passes on TPUs, no tensor cores on GPUs
     hbm_bytes: int  # available to one program
     hbm_bytes_per_second: float
     link_bytes_per_second: float  # ICI or NVLink, sum of all links, one direction
@@ -32,13 +34,15 @@ class Chip:
 def _tpu(
     name: str, tera: Number, gib: Number, hbm: Number, link: Number, gigabits: Number, host: int, devices: int
 ) -> Chip:
-    return Chip(name, tera * 1e12, int(gib * GIB), hbm * 1e9, link * 1e9, gigabits / 8 * 1e9, host, devices)
+    rates = (tera * 1e12, tera * 1e12 / 6)
+    return Chip(name, *rates, int(gib * GIB), hbm * 1e9, link * 1e9, gigabits / 8 * 1e9, host, devices)
 
 
-def _gpu(name: str, tera: Number, gigabytes: Number, hbm: Number, link: Number, gigabits: Number) -> Chip:
-    return Chip(
-        name, tera * 1e12, int(gigabytes * 1e9), hbm * 1e9, link * 1e9, gigabits / 8 * 1e9, chips_per_host=8, kind="gpu"
-    )
+def _gpu(
+    name: str, tera: Number, float32: Number, gigabytes: Number, hbm: Number, link: Number, gigabits: Number
+) -> Chip:
+    sizes = (int(gigabytes * 1e9), hbm * 1e9, link * 1e9, gigabits / 8 * 1e9)
+    return Chip(name, tera * 1e12, float32 * 1e12, *sizes, chips_per_host=8, kind="gpu")
 
 
 # TFLOP/s, GiB, GB/s of HBM, GB/s of links, Gbit/s of network, chips per host, devices per chip
@@ -52,13 +56,13 @@ CHIPS: dict[str, Chip] = {
         _tpu("v5p", 459, 95.74, 2765, 600, 50, 4, 1),
         _tpu("v6e", 918, 31.25, 1638, 400, 100, 8, 1),
         _tpu("v7x", 2307, 189.5, 7380, 600, 100, 4, 2),
-        # TFLOP/s, GB, GB/s of HBM, GB/s of NVLink (PCIe for L4), Gbit/s of network
-        _gpu("a100-40gb", 312, 40, 1555, 300, 200),
-        _gpu("a100", 312, 80, 2039, 300, 200),
-        _gpu("h100", 989, 80, 3350, 450, 400),
-        _gpu("h200", 989, 141, 4800, 450, 400),
-        _gpu("b200", 2250, 180, 8000, 900, 400),
-        _gpu("l4", 121, 24, 300, 32, 100),
+        # TFLOP/s of bfloat16, of float32, GB, GB/s of HBM, GB/s of NVLink (PCIe for L4), Gbit/s of network
+        _gpu("a100-40gb", 312, 19.5, 40, 1555, 300, 200),
+        _gpu("a100", 312, 19.5, 80, 2039, 300, 200),
+        _gpu("h100", 989, 67, 80, 3350, 450, 400),
+        _gpu("h200", 989, 67, 141, 4800, 450, 400),
+        _gpu("b200", 2250, 75, 180, 8000, 900, 400),
+        _gpu("l4", 121, 30.3, 24, 300, 32, 100),
     )
 }
 

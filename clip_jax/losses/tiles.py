@@ -99,7 +99,7 @@ def _backward(loss: TiledLoss, axis: Axis, residuals: tuple, cotangents: tuple) 
     images, texts, saved_block, scalars, d_scalars, rows, columns = residuals
     ring, cotangent = Ring.create(axis, (texts.rows, texts.aux)), cotangents[0]
     block = ring.gather(texts) if saved_block is None else saved_block
-    d_image, d_text = _scan_gradient(loss, images, texts, block, rows, columns, scalars, ring)
+    d_image, d_text = _scan_gradient(loss, (images, rows), (texts, columns), block, scalars, ring)
     d_scale = jnp.sum(upcast(images.rows) * d_image)  # Σ logit gradient × similarity
     d_scalars = d_scalars | {"scale": d_scale if axis is None else jax.lax.psum(d_scale, axis)}
     d_images, d_texts = (
@@ -116,99 +116,99 @@ tiled_loss.defvjp(_forward, _backward)
 def _scan_statistics(
     loss: TiledLoss, images: Embeddings, texts: Embeddings, block: Embeddings, scalars: Scalars, ring: Ring
 ) -> tuple[Groups, Groups]:
-    """Return the statistics of all pairs, for every row and for every column of this device.
+    """Return the statistics of all pairs, for every row and for every column of this device."""
 
-    block: gathered texts of this device's group.
-    """
-    image_tiles = _split_tiles(images, fill=-1)
-
-    def step(block: Embeddings, rows: Any) -> tuple[Any, Any]:
-        def scan_text_tile(rows: Any, text: Embeddings) -> tuple[Any, Any]:
-            def scan_image_tile(columns: Any, inputs: tuple[Embeddings, Any]) -> tuple[Any, Any]:
-                image, image_rows = inputs
-                tile_rows, tile_columns = loss.statistics(image, text, scalars)
-                return merge(columns, tile_columns), merge(image_rows, tile_rows)
-
-            columns, rows = jax.lax.scan(scan_image_tile, ring.varying(empty(1, text)), (image_tiles, rows))
-            return rows, columns
-
-        rows, columns = jax.lax.scan(scan_text_tile, rows, _split_tiles(block, fill=-1))
-        return rows, _join_tiles(columns, block.rows.shape[0])
+    def add_tile(image: Embeddings, text: Embeddings, rows: Groups, columns: Groups) -> tuple[Groups, Groups]:
+        tile_rows, tile_columns = loss.statistics(image, text, scalars)
+        return merge(rows, tile_rows), merge(columns, tile_columns)
 
     def merge(one: Groups, other: Groups) -> Groups:
         return {x: merge_statistics(scalars.get(x, scalars["scale"]), one[x], other[x]) for x in one}
 
-    def empty(position: int, embeddings: Embeddings) -> Any:
-        """Return the statistics of no pairs, for as many rows (position 0) or columns (1) as there are embeddings."""
-        shapes = jax.eval_shape(loss.statistics, embeddings, embeddings, scalars)[position]
+    def empty(side: int, embeddings: Embeddings) -> Groups:
+        shapes = jax.eval_shape(loss.statistics, embeddings, embeddings, scalars)[side]
         return jax.tree_util.tree_map_with_path(
             lambda path, x: jnp.full(x.shape, LOWEST if path[-1].key == "max" else 0, x.dtype), shapes
         )
 
-    def reduce(columns: Any) -> Any:
+    def reduce(columns: Groups) -> Groups:
         return _merge_ranks(merge, jax.tree.map(ring.exchange, columns), ring.group)
 
-    count, _ = image_tiles.ids.shape
-    first = jax.tree.map(operator.itemgetter(0), image_tiles)
-    start = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), ring.varying(empty(0, first)))
-    rows, columns = ring.scan(texts, block, step, start, reduce, empty(1, texts), merge)
-    return _join_tiles(rows, images.rows.shape[0]), columns
+    return _scan_tiles(images, texts, block, ring, add_tile, empty, reduce, merge)
 
 
 def _scan_gradient(
-    loss: TiledLoss,
-    images: Embeddings,
-    texts: Embeddings,
-    block: Embeddings,
-    rows: Statistics,
-    columns: Statistics,
-    scalars: Scalars,
-    ring: Ring,
+    loss: TiledLoss, images: tuple, texts: tuple, block: Embeddings, scalars: Scalars, ring: Ring
 ) -> tuple[Float[Array, "b E"], Float[Array, "c E"]]:
-    """Return the gradients with respect to images and texts, before multiplication by the logit scale."""
-    image_tiles, row_tiles = _split_tiles(images, fill=-1), _split_tiles(rows)
-    dtype = accumulation_dtype(images.rows.dtype)
-    devices = ring.group * ring.groups
-    image_count, text_count = devices * images.rows.shape[0], devices * texts.rows.shape[0]
+    """Return the gradients with respect to images and texts, before multiplication by the logit scale.
 
-    def logit_gradient(image: Embeddings, text: Embeddings, rows: Statistics, columns: Statistics) -> Array:
+    images, texts: embeddings and residuals.
+    """
+    (image_rows, text_rows), devices = (images[0].rows, texts[0].rows), ring.group * ring.groups
+    image_count, text_count = devices * len(image_rows), devices * len(text_rows)
+    dtype = accumulation_dtype(image_rows.dtype)
+
+    def add_tile(images: tuple, texts: tuple, d_image: Array, d_text: Array) -> tuple[Array, Array]:
+        (image, rows), (text, columns) = images, texts
         rows, columns = (
             {name: jnp.expand_dims(x, axis) for name, x in side.items()} for side, axis in ((rows, 1), (columns, 0))
         )
         row_gradient, column_gradient = loss.gradient(image, text, rows, columns, scalars)
         gradient = row_gradient / image_count + column_gradient / text_count
         # Padding rows have similarity 0, which can be far above a row's maximum: 0 × ∞ would be NaN.
-        return jnp.where(valid_pairs(image, text), gradient, 0).astype(images.rows.dtype)
+        gradient = jnp.where(valid_pairs(image, text), gradient, 0).astype(image_rows.dtype)
+        d_image += _matmul("rc,cE->rE", gradient, text.rows)
+        return d_image, d_text + _matmul("rc,rE->cE", gradient, image.rows)
 
-    def step(block_and_residuals: tuple[Embeddings, Statistics], d_image: Array) -> tuple[Array, Array]:
-        block, columns = block_and_residuals
-
-        def scan_text_tile(d_image: Array, inputs: tuple[Embeddings, Statistics]) -> tuple[Array, Array]:
-            text, text_columns = inputs
-
-            def scan_image_tile(d_text: Array, inputs: tuple) -> tuple[Array, Array]:
-                image, image_rows, d_image = inputs
-                gradient = logit_gradient(image, text, image_rows, text_columns)
-                d_text += _matmul("rc,rE->cE", gradient, image.rows)
-                return d_text, d_image + _matmul("rc,cE->rE", gradient, text.rows)
-
-            zeros = ring.varying(jnp.zeros(text.rows.shape, dtype))
-            d_text, d_image = jax.lax.scan(scan_image_tile, zeros, (image_tiles, row_tiles, d_image))
-            return d_image, d_text
-
-        d_image, d_text = jax.lax.scan(scan_text_tile, d_image, (_split_tiles(block, fill=-1), _split_tiles(columns)))
-        return d_image, _join_tiles(d_text, block.rows.shape[0])
+    def empty(_: int, side: tuple) -> Array:
+        return jnp.zeros(side[0].rows.shape, dtype)
 
     def reduce(d_text: Array) -> Array:
         if ring.group == 1:
             return d_text
         # Sent in the dtype of the embeddings, like the final gradient; summed in the accumulation dtype.
-        return jnp.sum(ring.exchange(d_text.astype(images.rows.dtype)).astype(dtype), axis=0)
+        return jnp.sum(ring.exchange(d_text.astype(image_rows.dtype)).astype(dtype), axis=0)
 
-    start, zero = ring.varying(jnp.zeros(image_tiles.rows.shape, dtype)), jnp.zeros(texts.rows.shape, dtype)
-    own, block_and_residuals = (texts, columns), (block, ring.gather(columns))
-    d_image, d_text = ring.scan(own, block_and_residuals, step, start, reduce, zero, jnp.add)
-    return _join_tiles(d_image, images.rows.shape[0]), d_text
+    return _scan_tiles(images, texts, (block, ring.gather(texts[1])), ring, add_tile, empty, reduce, jnp.add)
+
+
+def _scan_tiles(
+    images: Any,
+    texts: Any,
+    block: Any,
+    ring: Ring,
+    add_tile: Callable[[Any, Any, Any, Any], tuple[Any, Any]],
+    empty: Callable[[int, Any], Any],
+    reduce: Callable[[Any], Any],
+    merge: Callable[[Any, Any], Any],
+) -> tuple[Any, Any]:
+    """Accumulate over all pairs, for every row and for every column of this device.
+
+    Args:
+      images, texts: pytrees of this device's rows. block: gathered texts of its group.
+      add_tile: (images, texts, rows, columns) of a tile -> updated rows and columns.
+      empty: initial value for as many rows (0) or columns (1) as the second argument has.
+      reduce, merge: as for `Ring.scan`, for columns.
+    """
+    image_tiles = _split_tiles(images)
+
+    def step(block: Any, rows: Any) -> tuple[Any, Any]:
+        def scan_text_tile(rows: Any, text: Any) -> tuple[Any, Any]:
+            def scan_image_tile(columns: Any, inputs: tuple[Any, Any]) -> tuple[Any, Any]:
+                rows, columns = add_tile(inputs[0], text, inputs[1], columns)
+                return columns, rows
+
+            columns, rows = jax.lax.scan(scan_image_tile, ring.varying(empty(1, text)), (image_tiles, rows))
+            return rows, columns
+
+        rows, columns = jax.lax.scan(scan_text_tile, rows, _split_tiles(block))
+        return rows, _join_tiles(columns, block)
+
+    first = jax.tree.map(operator.itemgetter(0), image_tiles)
+    count = len(jax.tree.leaves(image_tiles)[0])
+    start = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), ring.varying(empty(0, first)))
+    rows, columns = ring.scan(texts, block, step, start, reduce, empty(1, texts), merge)
+    return _join_tiles(rows, images), columns
 
 
 def merge_statistics(scale: Array, one: Statistics, other: Statistics) -> Statistics:
@@ -242,20 +242,22 @@ def _merge_ranks(merge: Callable, parts: Any, count: int) -> Any:
     return jax.tree.map(lambda x: x[0], parts)
 
 
-def _split_tiles(tree: Any, fill: int = 0) -> Any:
-    """Split axis 0 into tiles, [tiles rows …]. The last is padded with zeros, integers with `fill`."""
+def _split_tiles(tree: Any) -> Any:
+    """Split axis 0 into tiles, [tiles rows …]. The last is padded with zeros, and ids with -1."""
 
     def split(x: Array) -> Array:
         count, side = tile_shape(x.shape[0])
         padding = [(0, count * side - x.shape[0])] + [(0, 0)] * (x.ndim - 1)
         if padding[0][1]:
-            x = jnp.pad(x, padding, constant_values=fill if jnp.issubdtype(x.dtype, jnp.integer) else 0)
+            x = jnp.pad(x, padding, constant_values=-1 if jnp.issubdtype(x.dtype, jnp.integer) else 0)
         return x.reshape(count, side, *x.shape[1:])
 
     return jax.tree.map(split, tree)
 
 
-def _join_tiles(tree: Any, rows: int) -> Any:
+def _join_tiles(tree: Any, like: Any) -> Any:
+    """Join tiles, with as many rows as the leaves of `like`."""
+    rows = len(jax.tree.leaves(like)[0])
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:rows], tree)
 
 

@@ -31,26 +31,19 @@ _CALLS = re.compile(r"(?:calls|to_apply|body|condition|called_computations)=\{?%
 _RETILING = "output_to_operand_aliasing={{}: (0, {})}"
 
 # Instructions that move no bytes and compute nothing.
-_FREE = frozenset(
-    (
-        *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "domain", "opt-barrier"),
-        *("partition-id", "replica-id", "add-dependency", "copy-done", "slice-done", "async-done", "async-update"),
-        *("send-done", "recv-done", "all-reduce-done", "all-gather-done", "collective-permute-done", "call-done"),
-    )
+_FREE = (
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "domain", "opt-barrier"),
+    *("partition-id", "replica-id", "add-dependency", "async-update"),
 )
-_FREE_CUSTOM = frozenset(
-    (
-        *("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "Sharding"),
-        *("PrepareAsyncCallStart", "PrepareAsyncCallDone"),
-    )
+_FREE_CUSTOM = (
+    *("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "Sharding"),
+    *("PrepareAsyncCallStart", "PrepareAsyncCallDone"),
 )
-_ARITHMETIC = frozenset(  # one FLOP per element, as in XLA, which counts exponentials and the like separately
-    (
-        *("add", "subtract", "multiply", "divide", "maximum", "minimum", "remainder", "abs", "negate", "sign"),
-        *("floor", "ceil", "round-nearest-even", "round-nearest-afz", "compare", "select", "clamp", "convert"),
-        *("and", "or", "xor", "not", "shift-left", "shift-right-logical", "shift-right-arithmetic", "is-finite"),
-        "reduce-precision",
-    )
+_ARITHMETIC = (  # one FLOP per element, as in XLA, which counts exponentials and the like separately
+    *("add", "subtract", "multiply", "divide", "maximum", "minimum", "remainder", "abs", "negate", "sign"),
+    *("floor", "ceil", "round-nearest-even", "round-nearest-afz", "compare", "select", "clamp", "convert"),
+    *("and", "or", "xor", "not", "shift-left", "shift-right-logical", "shift-right-arithmetic", "is-finite"),
+    "reduce-precision",
 )
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 
@@ -79,7 +72,6 @@ class Cost:
     kernel_flops: float = 0.0  # the part of `flops` that kernels estimate themselves
     logical_bytes: float = 0.0  # HBM traffic without tile padding
     padded_bytes: float = 0.0  # HBM traffic with tile padding
-    collective_count: float = 0.0
     collectives: dict[tuple, Collective] = dataclasses.field(default_factory=dict)
     bytes_by_source: dict[str, float] = dataclasses.field(default_factory=dict)  # padded bytes by module of the model
     unknown_trip_counts: list[str] = dataclasses.field(default_factory=list)  # loops that are counted once
@@ -142,7 +134,8 @@ class Program:
                     yield from self._reachable(called)
 
     def _add_op(self, cost: Cost, computation: Computation, op: Op, times: float) -> None:
-        if op.opcode in _FREE or (op.opcode == "custom-call" and _target(op) in _FREE_CUSTOM):
+        free = op.opcode in _FREE or op.opcode.endswith("-done")
+        if free or (op.opcode == "custom-call" and _target(op) in _FREE_CUSTOM):
             return
         flops, bf16_flops, other = self._flops(computation, op)
         cost.flops += times * flops
@@ -295,7 +288,6 @@ class Program:
         entry.count += times
         entry.interconnect_bytes += times * interconnect
         entry.network_bytes += times * network
-        cost.collective_count += times
 
     def _replica_group(self, op: Op) -> tuple[int, int]:
         """Return the devices of a replica group, and the slices that they span."""
