@@ -1,19 +1,19 @@
 """FLOPs, HBM bytes and collectives of a compiled program, counted from its HLO text.
 
 XLA's `cost_analysis` counts a loop body once, ignores tile padding and counts no collective. Here every computation is
-counted as often as it runs. For a conditional, the branch of a true predicate is counted; the training step puts the
-common case there (packed captions, finite gradients).
+counted as often as it runs, and of a conditional the branch of a true predicate, where the training step has the common
+case (packed captions, finite gradients).
 
 HBM bytes: each instruction outside a fusion reads its operands once and writes its results once, including tile
-padding. A slice counts the sliced elements, an in-place update the updated ones, and arrays in on-chip memory (VMEM,
-v4's CMEM) count nothing. A kernel counts its operands and results.
-FLOPs: two per multiply-add of matmuls and convolutions, without a convolution's padding, and a kernel's own estimate;
-one per element of other arithmetic, as in XLA.
+padding. A slice counts the sliced elements, an in-place update the updated ones, and on-chip memory (VMEM, v4's CMEM)
+nothing. FLOPs: two per multiply-add of matmuls and convolutions, without a convolution's padding; a kernel's own
+estimate; one per element of other arithmetic, as in XLA.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -47,7 +47,7 @@ _ARITHMETIC = (  # one FLOP per element, as in XLA, which counts exponentials an
 )
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 
-Bytes = tuple[float, float]  # without and with tile padding
+Bytes = np.ndarray  # [2]: without and with tile padding
 
 
 @dataclasses.dataclass
@@ -89,7 +89,6 @@ class Program:
     def __init__(self, text: str, *, slices: int = 1, devices_per_slice: int = 0) -> None:
         self.computations, self.entry = parse(text)
         self._slices, self._devices_per_slice = slices, devices_per_slice if slices > 1 else 0
-        self._read_cache: dict[tuple[str, int], Bytes | None] = {}
 
     def cost(self) -> Cost:
         """Return the cost of one run on one device."""
@@ -143,7 +142,7 @@ class Program:
         cost.other_flops += times * other
         if op.opcode == "custom-call":
             cost.kernel_flops += times * flops
-        logical, padded = self._hbm_bytes(computation, op)
+        logical, padded = map(float, self._hbm_bytes(computation, op))
         cost.logical_bytes += times * logical
         cost.padded_bytes += times * padded
         source = _source_module(op)
@@ -182,22 +181,21 @@ class Program:
         if op.opcode in ("copy-start", "slice-start"):
             moved = op.results[1] if op.opcode == "slice-start" else op.results[0]
             ends = [op.results[0].memory_space, op.results[1].memory_space].count(HBM)
-            return float(ends * moved.logical_bytes), float(ends * moved.padded_bytes)
+            return ends * _bytes([moved], everywhere=True)
         if op.opcode == "fusion":
             return self._fusion_hbm_bytes(computation, op)
         if op.opcode in ("send", "recv"):
             return _bytes(op.results[:1])
         if op.opcode == "dynamic-update-slice":
-            return _bytes([*sources[1], *sources[1]], op.results[0].memory_space)
+            return 2 * _bytes(sources[1]) if op.results[0].memory_space == HBM else np.zeros(2)
         if op.opcode in ("dynamic-slice", "slice", "gather"):
-            read = _bytes(op.results) if sources[0][0].memory_space == HBM else (0.0, 0.0)
-            return _sum(read, _bytes(op.results))
+            return _bytes(op.results) * (2 if sources[0][0].memory_space == HBM else 1)
         results = op.results[len(op.results) // 2 :] if op.opcode.endswith("-start") else op.results
-        return _sum(_bytes([x for source in sources for x in source]), _bytes(results))
+        return _bytes([*itertools.chain.from_iterable(sources), *results])
 
     def _fusion_hbm_bytes(self, computation: Computation, op: Op) -> Bytes:
         name = _CALLS.search(op.attributes)[1]
-        inner, total = self.computations[name], (0.0, 0.0)
+        inner, total = self.computations[name], np.zeros(2)
         root = next(x for x in inner.values() if x.is_root)
         if _is_custom(root, "AsyncCollectiveDone"):
             return total
@@ -208,12 +206,12 @@ class Program:
             source = computation[operand].results[0]
             passed_on = _spans_collective(name) and self._parameter(name, position) in results
             if source.memory_space == HBM and not passed_on:
-                read = self._parameter_read_bytes(name, position)
-                total = _sum(total, _bytes([source]) if read is None else read)
+                read = self._read_bytes(name, self._parameter(name, position))
+                total += _bytes([source]) if read is None else read
         written = [self._update_bytes(name, x) for x in results]
         for result, update in zip(op.results, written, strict=False):
             if result.memory_space == HBM:
-                total = _sum(total, _bytes([result]) if update is None else update)
+                total += _bytes([result]) if update is None else update
         return total
 
     def _update_bytes(self, name: str, result: str) -> Bytes | None:
@@ -221,22 +219,15 @@ class Program:
         inner = self.computations[name]
         op = inner[result]
         if _spans_collective(name) and op.opcode in ("parameter", *COLLECTIVES):
-            return (0.0, 0.0)
+            return np.zeros(2)
         if op.opcode == "bitcast":
             return self._update_bytes(name, op.operands[0])
         if op.opcode == "fusion":
             called = _CALLS.search(op.attributes)[1]
             return self._update_bytes(called, next(x.name for x in self.computations[called].values() if x.is_root))
         if op.opcode == "dynamic-update-slice":
-            return _bytes([inner[op.operands[1]].results[0]], None)
+            return _bytes(inner[op.operands[1]].results, everywhere=True)
         return None
-
-    def _parameter_read_bytes(self, name: str, position: int) -> Bytes | None:
-        """Return the bytes of slices that a fused computation reads of a parameter; None if it reads all of it."""
-        key = (name, position)
-        if key not in self._read_cache:
-            self._read_cache[key] = self._read_bytes(name, self._parameter(name, position))
-        return self._read_cache[key]
 
     def _parameter(self, name: str, position: int) -> str:
         return next(
@@ -246,22 +237,24 @@ class Program:
         )
 
     def _read_bytes(self, name: str, source: str) -> Bytes | None:
-        total = (0.0, 0.0)
+        """Return the bytes of slices that a fused computation reads of an array; None if it reads all of it."""
+        total = np.zeros(2)
         for user in self.computations[name].values():
             for place in [i for i, operand in enumerate(user.operands) if operand == source]:
                 if user.opcode in ("dynamic-slice", "slice", "gather") and place == 0:
-                    read = _bytes(user.results, None)
+                    read = _bytes(user.results, everywhere=True)
                 elif user.opcode == "dynamic-update-slice" and place == 0:
-                    read = (0.0, 0.0)
+                    read = np.zeros(2)
                 elif user.opcode == "bitcast" or _RETILING in user.attributes:
                     read = self._read_bytes(name, user.name)
                 elif user.opcode == "fusion":
-                    read = self._parameter_read_bytes(_CALLS.search(user.attributes)[1], place)
+                    called = _CALLS.search(user.attributes)[1]
+                    read = self._read_bytes(called, self._parameter(called, place))
                 else:
                     return None
                 if read is None:
                     return None
-                total = _sum(total, read)
+                total += read
         return total
 
     def _started_collective(self, name: str) -> tuple[Computation, str, Op] | None:
@@ -339,16 +332,10 @@ def _sent_bytes(kind: str, size: float, inner: int, slices: int) -> tuple[float,
     }[kind]
 
 
-def _bytes(arrays: list[Array], memory_space: int | None = HBM) -> Bytes:
-    """Return the bytes of the arrays in HBM; with memory_space=None of all arrays."""
-    counted = [x for x in arrays if memory_space is None or x.memory_space == HBM]
-    if memory_space not in (None, HBM):
-        return 0.0, 0.0
-    return float(sum(x.logical_bytes for x in counted)), float(sum(x.padded_bytes for x in counted))
-
-
-def _sum(a: Bytes, b: Bytes) -> Bytes:
-    return a[0] + b[0], a[1] + b[1]
+def _bytes(arrays: Iterable[Array], everywhere: bool = False) -> Bytes:
+    """Return the bytes of the arrays in HBM, or in all memories."""
+    counted = [(x.logical_bytes, x.padded_bytes) for x in arrays if everywhere or x.memory_space == HBM]
+    return np.sum(counted, axis=0, dtype=float) if counted else np.zeros(2)
 
 
 def _spans_collective(name: str) -> bool:
