@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int32
 
 from clip_jax.losses import tiles
 from clip_jax.losses.ring import Axis, in_mesh_order
-from clip_jax.losses.tiles import Embeddings, Groups, Mask, Scalar, Scalars, Statistics, Tile, Value
+from clip_jax.losses.tiles import Embeddings, Groups, Mask, Scalar, Scalars, Sides, Statistics, Tile, Value
 from clip_jax.typing import ArrayLike, Metrics
 
 Ids = tuple[Int32[ArrayLike, "b"], Int32[ArrayLike, " c"]]  # of the images and of the texts
@@ -160,14 +160,13 @@ class _Contrastive(tiles.TiledLoss):
         d_bias = jnp.zeros_like(value)
         if "bias_gradient" in rows["negative"]:
             d_bias = jnp.mean(rows["negative"]["bias_gradient"] + rows["positive"]["bias_gradient"])
-        return value, _metrics(rows, columns), {"bias": d_bias}, row_residuals, column_residuals
+        return value, _metrics(rows, columns), {"bias": d_bias}, (row_residuals, column_residuals)
 
-    def gradient(
-        self, image: Embeddings, text: Embeddings, rows: Statistics, columns: Statistics, scalars: Scalars
-    ) -> tuple[Tile, Tile]:
+    def gradient(self, image: Embeddings, text: Embeddings, sides: Sides, scalars: Scalars) -> tuple[Tile, Tile]:
         tile, matches = tiles.similarity(image.rows, text.rows), image.ids[:, None] == text.ids[None]
         return tuple(
-            self.loss.tile_gradient(tile, matches, side, axis, **scalars) for side, axis in ((rows, 1), (columns, 0))
+            self.loss.tile_gradient(tile, matches, side, axis, **scalars)
+            for side, axis in zip(sides, (1, 0), strict=True)
         )
 
 

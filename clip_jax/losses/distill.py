@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from clip_jax.losses import tiles
 from clip_jax.losses.contrastive import ContrastiveLoss
 from clip_jax.losses.ring import Axis, Ring, in_mesh_order
-from clip_jax.losses.tiles import Embeddings, Groups, Mask, Scalar, Scalars, Statistics, Tile, Value
+from clip_jax.losses.tiles import Embeddings, Groups, Mask, Scalar, Scalars, Sides, Statistics, Tile, Value
 from clip_jax.typing import ArrayLike, Metrics
 
 
@@ -123,17 +123,15 @@ class _Distillation(tiles.TiledLoss):
         row, column = (_example_loss(side, **scalars) for side in (rows, columns))
         value, divergence = ((jnp.mean(x) + jnp.mean(y)) / 2 for x, y in zip(row[:2], column[:2], strict=True))
         metrics = {"distill/cross_entropy": value.astype(jnp.float32), "distill/kl": divergence.astype(jnp.float32)}
-        return value, metrics, {}, row[2], column[2]
+        return value, metrics, {}, (row[2], column[2])
 
-    def gradient(
-        self, image: Embeddings, text: Embeddings, rows: Statistics, columns: Statistics, scalars: Scalars
-    ) -> tuple[Tile, Tile]:
+    def gradient(self, image: Embeddings, text: Embeddings, sides: Sides, scalars: Scalars) -> tuple[Tile, Tile]:
         """Return (softmax of the student − softmax of the teacher) / 2, for rows and for columns."""
         tile, teacher_tile = tiles.similarity(image.rows, text.rows), tiles.similarity(image.aux, text.aux)
         return tuple(
             jnp.exp(scalars["scale"] * (tile - side["max"])) * side["1/sum_exp"] / 2
             - jnp.exp(scalars["teacher_scale"] * (teacher_tile - side["teacher_max"])) * side["teacher_1/sum_exp"] / 2
-            for side in (rows, columns)
+            for side in sides
         )
 
 

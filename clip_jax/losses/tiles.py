@@ -26,13 +26,13 @@ from clip_jax.typing import ArrayLike, Metrics
 
 # One number per row or column, [n] each. The name decides how two of them are merged (`merge_statistics`).
 Statistics = dict[str, Array]
+Sides = tuple[Statistics, Statistics]  # of rows and of columns
 Groups = dict[str, Statistics]  # statistics of groups of pairs, such as positives and negatives
 Scalar = Float[Array, ""]
 Scalars = dict[str, Scalar]
 Tile = Float[Array, "r c"]  # one number per pair of an image and a text
 Mask = Bool[Array, "r c"]
-# Loss, metrics, derivatives with respect to scalars, residuals of rows and of columns.
-Value = tuple[Scalar, Metrics, Scalars, Statistics, Statistics]
+Value = tuple[Scalar, Metrics, Scalars, Sides]  # loss, metrics, derivatives with respect to scalars, residuals
 
 # Rows and columns of a tile: 1024² float32 similarities are 4 MiB, and 1024 × 768 matmuls keep a matrix unit busy.
 TILE_SIZE = 1024
@@ -64,12 +64,10 @@ class TiledLoss:
     def value(self, images: Embeddings, texts: Embeddings, rows: Groups, columns: Groups, scalars: Scalars) -> Value:
         """Return the loss of this device's examples, metrics, derivatives by scalars except "scale", and residuals."""
 
-    def gradient(
-        self, image: Embeddings, text: Embeddings, rows: Statistics, columns: Statistics, scalars: Scalars
-    ) -> tuple[Tile, Tile]:
+    def gradient(self, image: Embeddings, text: Embeddings, sides: Sides, scalars: Scalars) -> tuple[Tile, Tile]:
         """Return the derivatives of the row's and of the column's loss with respect to the logits of a tile.
 
-        The residuals are [r 1] for rows and [1 c] for columns. Values of padding rows are ignored.
+        sides: residuals of rows [r 1] and columns [1 c]. Results of padding rows are ignored.
         """
 
 
@@ -88,15 +86,15 @@ def _forward(loss: TiledLoss, axis: Axis, images: Embeddings, texts: Embeddings,
     ring = Ring.create(axis, (texts.rows, texts.aux))
     block = ring.gather(texts)
     rows, columns = _scan_statistics(loss, images, texts, block, scalars, ring)
-    *means, row_residuals, column_residuals = loss.value(images, texts, rows, columns, scalars)
+    *means, sides = loss.value(images, texts, rows, columns, scalars)
     value, metrics, d_scalars = means if axis is None else jax.lax.pmean(means, axis)
     # The block of a single group is small, and saving it spares a second gather.
     saved_block = block if ring.groups == 1 else None
-    return (value, metrics), (images, texts, saved_block, scalars, d_scalars, row_residuals, column_residuals)
+    return (value, metrics), (images, texts, saved_block, scalars, d_scalars, sides)
 
 
 def _backward(loss: TiledLoss, axis: Axis, residuals: tuple, cotangents: tuple) -> tuple:
-    images, texts, saved_block, scalars, d_scalars, rows, columns = residuals
+    images, texts, saved_block, scalars, d_scalars, (rows, columns) = residuals
     ring, cotangent = Ring.create(axis, (texts.rows, texts.aux)), cotangents[0]
     block = ring.gather(texts) if saved_block is None else saved_block
     d_image, d_text = _scan_gradient(loss, (images, rows), (texts, columns), block, scalars, ring)
@@ -150,10 +148,8 @@ def _scan_gradient(
 
     def add_tile(images: tuple, texts: tuple, d_image: Array, d_text: Array) -> tuple[Array, Array]:
         (image, rows), (text, columns) = images, texts
-        rows, columns = (
-            {name: jnp.expand_dims(x, axis) for name, x in side.items()} for side, axis in ((rows, 1), (columns, 0))
-        )
-        row_gradient, column_gradient = loss.gradient(image, text, rows, columns, scalars)
+        sides = jax.tree.map(lambda x: x[:, None], rows), jax.tree.map(lambda x: x[None], columns)
+        row_gradient, column_gradient = loss.gradient(image, text, sides, scalars)
         gradient = row_gradient / image_count + column_gradient / text_count
         # Padding rows have similarity 0, which can be far above a row's maximum: 0 × ∞ would be NaN.
         gradient = jnp.where(valid_pairs(image, text), gradient, 0).astype(image_rows.dtype)

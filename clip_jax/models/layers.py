@@ -1,12 +1,11 @@
 """Pre-norm transformer blocks as in CLIP: biases everywhere, no dropout.
 
-Sources: Radford et al. 2021, section 2.4; openai/CLIP `clip/model.py`; layer scale: open_clip `transformer.py`.
+Sources: Radford et al. 2021, section 2.4; openai/CLIP `clip/model.py`; layer scale: open_clip `transformer.py`. Both
+towers are initialized as OpenAI's text tower, because the release does not state the image tower's initialization.
 
-Parameters are float32; activations have `Compute.dtype`. The parameters of all blocks are stacked along axis 0 and the
-blocks run in a scan, so the compile time does not depend on the depth; `Compute.unroll` writes the loop out and returns
-the same numbers. If a tower pools one position, its last block computes only that position after attention, which
-saves 6 % of the FLOPs of 12 layers. Both towers are initialized as OpenAI's text tower, because the release does not
-state the image tower's initialization.
+Parameters are float32, those of all blocks stacked along axis 0. The blocks run in a scan, so the compile time does not
+depend on the depth. If a tower pools one position, its last block computes only that position after attention, which
+saves 6 % of the FLOPs of 12 layers.
 """
 
 from __future__ import annotations
@@ -39,8 +38,10 @@ ACTIVATIONS: dict[str, Callable] = {
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
 
-# Selects positions: [B, L, D] -> [N, D], for any D.
-Pool = Callable[[Float[Array, "B L D"]], Float[Array, "N D"]]
+# Selects positions: [B, L, D] -> [N, D], for any D. None: all positions.
+Pool = Callable[[Float[Array, "B L D"]], Float[Array, "N D"]] | None
+Pooled = Float[Array, "B L D"] | Float[Array, "N D"]
+ChunkMask = Bool[Array, "S R L L2"] | None  # `packing.Stream.mask`
 
 # Residuals that are saved for the backward pass; it recomputes all others.
 REMAT_POLICIES = {
@@ -179,9 +180,7 @@ class Attention(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(
-        self, x_BLD: Float[Array, "B L D"], mask_SRPP: Bool[Array, "S R L L2"] | None = None, pool: Pool | None = None
-    ) -> Float[Array, "B L D"] | Float[Array, "N D"]:
+    def __call__(self, x_BLD: Float[Array, "B L D"], mask_SRPP: ChunkMask = None, pool: Pool = None) -> Pooled:
         width, dtype = x_BLD.shape[-1], self.compute.dtype
         params = [HeadParams(self.heads, name=name)(width) for name in ("query", "key", "value")]
         # One matmul for the three projections reads the input once and writes its gradient once.
@@ -269,8 +268,8 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BLD: Float[Array, "B L D"], mask_SRPP: Bool[Array, "S R L L2"] | None = None, pool: Pool | None = None
-    ) -> tuple[Float[Array, "B L D"] | Float[Array, "N D"], None]:
+        self, x_BLD: Float[Array, "B L D"], mask_SRPP: ChunkMask = None, pool: Pool = None
+    ) -> tuple[Pooled, None]:
         config, dtype = self.config, self.compute.dtype
         # The initial residual branches are smaller the deeper the tower is.
         output_std = config.width**-0.5 * (2 * config.layers) ** -0.5
@@ -295,9 +294,7 @@ class Transformer(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(
-        self, x_BLD: Float[Array, "B L D"], mask_SRPP: Bool[Array, "S R L L2"] | None = None, pool: Pool | None = None
-    ) -> Float[Array, "B L D"] | Float[Array, "N D"]:
+    def __call__(self, x_BLD: Float[Array, "B L D"], mask_SRPP: ChunkMask = None, pool: Pool = None) -> Pooled:
         """Return all positions, or those that `pool` selects."""
         x_BLD = self.compute.constrain(x_BLD)
         if pool is not None and not self.is_initializing():
@@ -306,14 +303,12 @@ class Transformer(nn.Module):
         x_BLD, _ = blocks(self.config, self.causal, self.compute, name="blocks")(x_BLD, mask_SRPP)
         return x_BLD if pool is None else pool(x_BLD)
 
-    def _pooled(
-        self, x_BLD: Float[Array, "B L D"], mask_SRPP: Bool[Array, "S R L L2"] | None, pool: Pool
-    ) -> Float[Array, "N D"]:
+    def _pooled(self, x_BLD: Float[Array, "B L D"], mask_SRPP: ChunkMask, pool: Pool) -> Float[Array, "N D"]:
         """Run all blocks but the last in a loop, and the last for the selected positions."""
         compute, last, stack = self.compute, self.config.layers - 1, self.variables["params"]["blocks"]
         block = Block(self.config, self.causal, compute, parent=None)
 
-        def apply(x_BLD: Array, params: Any, pool: Pool | None = None) -> Array:
+        def apply(x_BLD: Array, params: Any, pool: Pool = None) -> Array:
             return block.apply({"params": params}, x_BLD, mask_SRPP, pool)[0]
 
         def step(x_BLD: Array, layer: Array, slot: Any) -> Array:
