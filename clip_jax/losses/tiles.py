@@ -258,11 +258,7 @@ def _join_tiles(tree: Any, like: Any) -> Any:
 
 
 def tile_shape(rows: int) -> tuple[int, int]:
-    """Return number and size of the tiles of `rows` rows: without padding if at most twice the fewest tiles allow it.
-
-    >>> tile_shape(4096), tile_shape(1500), tile_shape(1031)
-    ((4, 1024), (2, 750), (2, 516))
-    """
+    """Return number and size of the tiles of `rows` rows, without padding if at most twice the fewest tiles suffice."""
     fewest = math.ceil(rows / TILE_SIZE)
     for count in range(fewest, 2 * fewest + 1):
         if rows % count == 0:
