@@ -27,6 +27,8 @@ from clip_jax.planner.hlo import HBM, Array, Computation, Op, element_bits, pars
 
 _CALLS = re.compile(r"(?:calls|to_apply|body|condition|called_computations)=\{?%?([\w.\-]+)")
 
+_TARGET = re.compile(r'custom_call_target="([^"]*)"')
+
 # A fusion inside another fusion whose result is its operand in another tiling (v7x).
 _RETILING = "output_to_operand_aliasing={{}: (0, {})}"
 
@@ -100,23 +102,22 @@ class Program:
         computation = self.computations[name]
         for op in computation.values():
             if op.opcode == "while":
-                body, condition = (re.search(rf"{key}=%?([\w.\-]+)", op.attributes)[1] for key in ("body", "condition"))
+                body, condition = (op.find(rf"{key}=%?([\w.\-]+)") for key in ("body", "condition"))
                 trips = self._trip_count(op, condition)
                 if trips is None:
                     cost.unknown_trip_counts.append(op.name)
                 self._add_computation(cost, body, times * (1 if trips is None else trips))
             elif op.opcode == "conditional":
                 self._add_computation(cost, _true_branch(op), times)
-            elif op.opcode in ("call", "async-start", "call-start") and (called := _CALLS.search(op.attributes)):
-                self._add_computation(cost, called[1], times)
+            elif op.opcode in ("call", "async-start", "call-start") and (called := op.find(_CALLS)):
+                self._add_computation(cost, called, times)
             else:
                 self._add_op(cost, computation, op, times)
 
     def _trip_count(self, op: Op, condition: str) -> int | None:
         """Return a loop's trip count: the compiler's annotation, or its condition's constant (counters go 0, 1, …)."""
-        annotated = re.search(r'known_trip_count":?\{"?n"?:"?(\d+)', op.attributes)
-        if annotated:
-            return int(annotated[1])
+        if annotated := op.find(r'known_trip_count":?\{"?n"?:"?(\d+)'):
+            return int(annotated)
         constants = [
             int(found[1])
             for name in self._reachable(condition)
@@ -134,7 +135,7 @@ class Program:
 
     def _add_op(self, cost: Cost, computation: Computation, op: Op, times: float) -> None:
         free = op.opcode in _FREE or op.opcode.endswith("-done")
-        if free or (op.opcode == "custom-call" and _target(op) in _FREE_CUSTOM):
+        if free or (op.opcode == "custom-call" and op.find(_TARGET) in _FREE_CUSTOM):
             return
         flops, bf16_flops, other = self._flops(computation, op)
         cost.flops += times * flops
@@ -147,25 +148,25 @@ class Program:
         cost.padded_bytes += times * padded
         source = _source_module(op)
         cost.bytes_by_source[source] = cost.bytes_by_source.get(source, 0) + times * padded
-        if op.opcode == "fusion" and (found := self._started_collective(_CALLS.search(op.attributes)[1])):
+        if op.opcode == "fusion" and (found := self._started_collective(op.find(_CALLS))):
             inner, kind, sent = found
             self._add_collective(cost, kind, *self._replica_group(sent), inner, sent, times)
         kind = op.opcode.removesuffix("-start")
-        transfer = re.search(r'_xla_megascale_transfer_type="(\w+)"', op.attributes) if kind == "send" else None
+        transfer = op.find(r'_xla_megascale_transfer_type="(\w+)"') if kind == "send" else ""
         if kind in COLLECTIVES:
             self._add_collective(cost, kind, *self._replica_group(op), computation, op, times)
         elif transfer:  # between slices, after the compiler's own collectives within slices
-            kind = {"ONE_TO_ONE": "collective-permute"}.get(transfer[1], transfer[1].lower().replace("_", "-"))
+            kind = "collective-permute" if transfer == "ONE_TO_ONE" else transfer.lower().replace("_", "-")
             self._add_collective(cost, kind, self._slices, self._slices, computation, op, times)
 
     def _flops(self, computation: Computation, op: Op) -> tuple[float, float, float]:
         """Return `flops`, `bf16_equivalent_flops` and `other_flops` of an instruction, including its fused ones."""
         if op.opcode in ("fusion", "map"):
-            inner = self.computations[_CALLS.search(op.attributes)[1]]
+            inner = self.computations[op.find(_CALLS)]
             return tuple(map(sum, zip(*(self._flops(inner, x) for x in inner.values()), strict=True)))
         if op.opcode == "custom-call":
-            found = re.search(r'"cost_estimate":(\{[^}]*\})', op.attributes)
-            flops = float(json.loads(found[1]).get("flops", 0)) if found else 0.0
+            estimate = op.find(r'"cost_estimate":(\{[^}]*\})')
+            flops = float(json.loads(estimate or "{}").get("flops", 0))
             return flops, flops, 0.0
         sources = [computation[name].results[0] for name in op.operands if name in computation]
         if op.opcode in ("convolution", "dot"):
@@ -194,7 +195,7 @@ class Program:
         return _bytes([*itertools.chain.from_iterable(sources), *results])
 
     def _fusion_hbm_bytes(self, computation: Computation, op: Op) -> Bytes:
-        name = _CALLS.search(op.attributes)[1]
+        name = op.find(_CALLS)
         inner, total = self.computations[name], np.zeros(2)
         root = next(x for x in inner.values() if x.is_root)
         if _is_custom(root, "AsyncCollectiveDone"):
@@ -223,7 +224,7 @@ class Program:
         if op.opcode == "bitcast":
             return self._update_bytes(name, op.operands[0])
         if op.opcode == "fusion":
-            called = _CALLS.search(op.attributes)[1]
+            called = op.find(_CALLS)
             return self._update_bytes(called, next(x.name for x in self.computations[called].values() if x.is_root))
         if op.opcode == "dynamic-update-slice":
             return _bytes(inner[op.operands[1]].results, everywhere=True)
@@ -248,7 +249,7 @@ class Program:
                 elif user.opcode == "bitcast" or _RETILING in user.attributes:
                     read = self._read_bytes(name, user.name)
                 elif user.opcode == "fusion":
-                    called = _CALLS.search(user.attributes)[1]
+                    called = user.find(_CALLS)
                     read = self._read_bytes(called, self._parameter(called, place))
                 else:
                     return None
@@ -286,7 +287,7 @@ class Program:
         """Return the devices of a replica group, and the slices that they span."""
         text = op.attributes
         if op.opcode.startswith("collective-permute"):
-            pairs = re.findall(r"\{(\d+),(\d+)\}", re.search(r"source_target_pairs=\{.*?\}\}", text)[0])
+            pairs = re.findall(r"\{(\d+),(\d+)\}", op.find(r"source_target_pairs=(\{.*?\}\})"))
             return 2, max(self._slice_count(pair) for pair in pairs)
         if found := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", text):
             sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
@@ -302,10 +303,8 @@ class Program:
             if found[4]:
                 devices = devices.transpose([int(x) for x in found[4].split(",")])
             return int(found[2]), self._slice_count(devices.reshape(-1, int(found[2]))[0])
-        if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
-            members = found[1].split(",")
-            return len(members), self._slice_count(members)
-        return 1, 1
+        members = op.find(r"replica_groups=\{\{([\d,]+)\}").split(",")
+        return len(members), self._slice_count(members) if members != [""] else 1
 
     def _slice_count(self, members: Iterable[Any]) -> int:
         return len({int(x) // self._devices_per_slice for x in members}) if self._devices_per_slice else 1
@@ -344,25 +343,17 @@ def _spans_collective(name: str) -> bool:
 
 
 def _is_custom(op: Op, target: str) -> bool:
-    return op.opcode == "custom-call" and _target(op) == target
+    return op.opcode == "custom-call" and op.find(_TARGET) == target
 
 
 def _true_branch(op: Op) -> str:
-    true = re.search(r"true_computation=%?([\w.\-]+)", op.attributes)
-    if true:
-        return true[1]
-    return re.findall(r"%?([\w.\-]+)", re.search(r"branch_computations=\{(.*?)\}", op.attributes)[1])[-1]
-
-
-def _target(op: Op) -> str:
-    found = re.search(r'custom_call_target="([^"]*)"', op.attributes)
-    return found[1] if found else ""
+    branches = op.find(r"true_computation=%?([\w.\-]+)") or op.find(r"branch_computations=\{(.*?)\}")
+    return re.findall(r"%?([\w.\-]+)", branches)[-1]
 
 
 def _source_module(op: Op) -> str:
     """Return the tower and submodule of an instruction, by the scope names of JAX."""
-    found = re.search(r'op_name="([^"]*)"', op.attributes)
-    path = found[1] if found else ""
+    path = op.find(r'op_name="([^"]*)"')
     tower = next((x for x in ("image", "text") if f"/{x}/" in path or f"encode_{x}" in path), "")
     if not tower:
         return "loss" if "shard_map" in path else "optimizer and other"
@@ -371,23 +362,20 @@ def _source_module(op: Op) -> str:
 
 def _mxu_passes(sources: list[Array], op: Op) -> int:
     """Return the passes of a bfloat16 matrix unit over a matmul's operands."""
-    found = re.search(r"operand_precision=\{(\w+)", op.attributes)
-    above_bf16 = any(element_bits(x.dtype) > 16 for x in sources)
-    return {"highest": 6, "high": 3}.get(found[1], 1) if found and above_bf16 else 1
+    passes = {"highest": 6, "high": 3}.get(op.find(r"operand_precision=\{(\w+)"), 1)
+    return passes if any(element_bits(x.dtype) > 16 for x in sources) else 1
 
 
 def _dot_flops(sources: list[Array], op: Op) -> float:
-    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.attributes)[1]
+    contracted = op.find(r"lhs_contracting_dims=\{([\d,]*)\}")
     return 2.0 * op.results[0].elements * math.prod(sources[0].shape[int(d)] for d in contracted.split(",") if d)
 
 
 def _convolution_flops(sources: list[Array], op: Op) -> float:
     """Return two FLOPs per multiply-add without padding; XLA also expresses batch dimensions as padded windows."""
     lhs, rhs = sources
-    kinds = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.attributes)
-    lhs_dims, rhs_dims, out_dims = kinds[1], kinds[2], kinds[3]
-    window = re.search(r"window=\{([^}]*)\}", op.attributes)
-    fields = dict(re.findall(r"(\w+)=(\S+)", window[1])) if window else {}
+    lhs_dims, rhs_dims, out_dims = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.attributes).groups()
+    fields = dict(re.findall(r"(\w+)=(\S+)", op.find(r"window=\{([^}]*)\}")))
     spatial = sorted(d for d in out_dims if d.isdigit())
 
     def field(key: str, default: str) -> list[str]:
@@ -395,8 +383,7 @@ def _convolution_flops(sources: list[Array], op: Op) -> float:
 
     total = 2.0 * op.results[0].shape[out_dims.index("b")] * op.results[0].shape[out_dims.index("f")]
     total *= rhs.shape[rhs_dims.index("i")]
-    if batch_groups := re.search(r"batch_group_count=(\d+)", op.attributes):
-        total /= int(batch_groups[1])  # the output features are divided among the groups
+    total /= int(op.find(r"batch_group_count=(\d+)") or 1)  # the output features are divided among the groups
     options = zip(
         *(field("size", "1"), field("stride", "1"), field("pad", "0_0")),
         *(field("lhs_dilate", "1"), field("rhs_dilate", "1")),
