@@ -82,6 +82,3 @@ def make_source(config: DataConfig) -> DataSource:
                 f" its options: {', '.join(known) or 'none'}"
             )
     return from_config(config, **config.options)
-
-
-__all__ = ["SOURCES", "batches", "make_source", "write_tfrecord"]

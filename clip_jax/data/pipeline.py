@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -83,7 +84,12 @@ def batches(
             "data.captions names no feature with a weight above 0, so no record would have a caption;"
             " img2dataset's are {'txt': 1.0, 'caption': 1.0}"
         )
-    return _batches(source, tokenizer, config, image_size, batch_size, seed, start_step, first, last - first)
+    generator = _batches(source, tokenizer, config, image_size, batch_size, seed, start_step, first, last - first)
+    # An open generator is closed before the interpreter shuts down, after which TensorFlow's threads would wait for the
+    # GIL forever, and the iterator's destructor for them.
+    reference = weakref.ref(generator)
+    weakref.finalize(generator, lambda: (alive := reference()) and alive.close())
+    return generator
 
 
 def _batches(source, tokenizer, config, image_size, batch_size, seed, start_step, first_row, host_batch_size):

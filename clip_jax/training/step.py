@@ -31,8 +31,7 @@ Arrays = dict[str, Array]  # arguments of a loss by name
 LossAndAux = tuple[Float[Array, ""], tuple[Metrics, Params | None]]  # (loss, (metrics, batch_stats))
 
 TrainStep = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
-# (params, batch_stats, batch, key, teacher_params) -> ((loss, (metrics, batch_stats)), gradient)
-Gradient = Callable[..., tuple[LossAndAux, Params]]
+Gradient = Callable[..., tuple[LossAndAux, Params]]  # of (params, batch_stats, batch, key, teacher_params)
 # (params, batch_stats, examples) -> (embeddings, (batch_stats, metrics))
 Embed = Callable[[Params, Params | None, "Examples"], tuple[Arrays, tuple[Params | None, Metrics]]]
 EmbedTeacher = Callable[["Examples"], Arrays]
@@ -69,7 +68,7 @@ class TrainState:
 
 
 class Teacher(NamedTuple):
-    """A frozen model for distillation. Its parameters are an input of the step and are sharded like the student's."""
+    """A frozen model for distillation. Its parameters are an input of the step, sharded like the student's."""
 
     model: Model
     params: Params
@@ -108,11 +107,7 @@ def _compute_options(train: TrainConfig, mesh: Mesh) -> dict[str, Any]:
 
 
 def make_teacher(architecture: Architecture, params: Params, config: Config, mesh: Mesh) -> Teacher:
-    """Return the teacher of a run with its parameters sharded over the mesh. It computes in the run's dtype.
-
-    Raises:
-      ValueError: if `mesh.tensor` does not divide the model.
-    """
+    """Return the teacher of a run, which computes in the run's dtype. Raises ValueError as `abstract_state`."""
     model = make_model(architecture, config.preprocess, **_compute_options(config.train, mesh))
     shardings = sharding.param_shardings(params, mesh, architecture)
     return Teacher(model, jax.jit(lambda x: x, out_shardings=shardings)(params))
@@ -130,29 +125,22 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, config: 
 def abstract_state(
     model: Model, optimizer: optax.GradientTransformation, config: Config, mesh: sharding.AnyMesh
 ) -> TrainState:
-    """Return the shapes, dtypes and shardings of the state.
-
-    Raises:
-      ValueError: if `mesh.tensor` does not divide the model.
-    """
+    """Return the shapes, dtypes and shardings of the state. Raises ValueError if `mesh.tensor` does not divide it."""
     shapes = jax.eval_shape(lambda key: init_state(model.init(key), optimizer, config.optim), jax.random.key(0))
     shardings = sharding.state_shardings(shapes, mesh, config.model, shard_moments=config.optim.shard_moments)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
 def make_train_step(
-    model: Model,
-    optimizer: optax.GradientTransformation,
-    config: Config,
-    mesh: Mesh,
-    teacher: Teacher | None = None,
+    model: Model, optimizer: optax.GradientTransformation, config: Config, mesh: Mesh, teacher: Teacher | None = None
 ) -> TrainStep:
     """Return the compiled step (state, batch) -> (state, metrics). The state is donated and keeps its shardings.
 
     Metrics are replicated float32 scalars: `loss` (with a teacher, including the distillation term), the metrics of the
     loss and of the text tower, `logit_scale`, `skipped_steps`, `consecutive_skipped_steps`, `grad_norm` (global), and
-    the norms of each tower's gradient, parameters and applied parameter change: `grad_norm/<tower>`,
-    `param_norm/<tower>`, `update_norm/<tower>` with the towers `image` and `text`.
+    for each tower, `image` and `text`, the norms of gradient, parameters and update: `grad_norm/<tower>`,
+    `param_norm/<tower>`, `update_norm/<tower>`. The update is the optimizer's, before half-precision parameters are
+    rounded; 0 in a skipped step.
     """
     gradient = make_gradient(model, config, mesh, teacher and teacher.model)
     select = _select_with_cond if mesh.devices.flat[0].platform == "cpu" else _select_with_where
@@ -167,10 +155,10 @@ def make_train_step(
         def apply_update() -> tuple:
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optim.apply_updates(state.params, updates, key)
-            params |= {"logit_scale": _clip_log_scale(params["logit_scale"], config.loss.logit_scale_max)}
+            # Bounds of the scale: 1 (open_clip), and `logit_scale_max` (paper, section 2.5).
+            params |= {"logit_scale": jnp.clip(params["logit_scale"], 0.0, math.log(config.loss.logit_scale_max))}
             ema = state.ema and _moving_average(state.ema, params, state.step, config.optim.ema_decay)
-            change = jax.tree.map(jnp.subtract, optim.upcast(params), optim.upcast(state.params))
-            return params, opt_state, stats, ema, _tower_norms("update_norm", change)
+            return params, opt_state, stats, ema, _tower_norms("update_norm", updates)
 
         no_change = {name: jnp.zeros_like(grad_norm) for name in ("update_norm/image", "update_norm/text")}
         previous = (state.params, state.opt_state, state.batch_stats, state.ema, no_change)
@@ -197,10 +185,9 @@ def make_train_step(
 
 
 def make_gradient(model: Model, config: Config, mesh: Mesh, teacher: Model | None = None) -> Gradient:
-    """Return (params, batch_stats, batch, key, teacher_params) -> ((loss, (metrics, batch_stats)), gradient).
+    """Return loss and gradient of the global batch as a function of params, batch_stats, batch, key, teacher_params.
 
-    The loss and its gradient are those of the global batch: `full_batch_gradient`, or `gradient_cached_gradient` with
-    `train.micro_batches`. `teacher_params` is None without a teacher, whose towers run as in inference.
+    The teacher's towers run as in inference.
     """
     embed, loss = make_embed(model, config.optim.freeze), _make_loss(config, mesh, distill=teacher is not None)
     compute_gradient = full_batch_gradient
@@ -229,12 +216,7 @@ def make_gradient(model: Model, config: Config, mesh: Mesh, teacher: Model | Non
 
 
 def full_batch_gradient(
-    embed: Embed,
-    embed_teacher: EmbedTeacher,
-    loss: BatchLoss,
-    params: Params,
-    stats: Params | None,
-    examples: Examples,
+    embed: Embed, embed_teacher: EmbedTeacher, loss: BatchLoss, params: Params, stats: Params | None, examples: Examples
 ) -> tuple[LossAndAux, Params]:
     """Return loss and gradient with the activations of the whole batch in memory."""
     teacher_embeddings = embed_teacher(examples)
@@ -364,11 +346,6 @@ def _logit_params(params: Params) -> Params:
 
 def _with_stats(params: Params, stats: Params | None) -> Params:
     return params if stats is None else params | {"batch_stats": stats}
-
-
-def _clip_log_scale(log_scale: Float[Array, ""], maximum: float) -> Float[Array, ""]:
-    # Upper bound: paper, section 2.5. Lower bound of the scale, 1: open_clip.
-    return jnp.clip(log_scale, 0.0, math.log(maximum))
 
 
 def _moving_average(ema: Params, params: Params, step: Int32[Array, ""], decay: float) -> Params:
