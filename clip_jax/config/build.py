@@ -107,8 +107,7 @@ def _nearest(name: str, names: Iterable[str]) -> str:
 def build(hint: Any, value: Any, path: str = "") -> Any:
     """Convert nested mappings, sequences and scalars to a type annotation of the schema, without range checks.
 
-    Raises:
-      ValueError: for unknown keys and wrong types, with `path`, the value's dotted key.
+    Raises ValueError for unknown keys and wrong types, with `path`, the value's dotted key.
     """
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if isinstance(hint, type) and issubclass(hint, Tower):

@@ -36,11 +36,7 @@ def paper(
 
 
 def with_argument(config: ml_collections.ConfigDict, arg: str) -> ml_collections.ConfigDict:
-    """Return the config, or for 'runlocal' its tiny version; `arg` is the text behind the colon of `--config=FILE:ARG`.
-
-    Raises:
-      ValueError: for any other text.
-    """
+    """Return the config, or its tiny version for `arg`='runlocal', the text behind the colon of `--config=FILE:ARG`."""
     if arg not in ("", "runlocal"):
         raise ValueError(
             f"--config=FILE:{arg}: expected no argument or 'runlocal', as in --config=configs/vit_b32.py:runlocal"

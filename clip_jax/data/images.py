@@ -45,9 +45,7 @@ YIQ_TO_RGB = np.linalg.inv(RGB_TO_YIQ)
 def decode(encoded: tf.Tensor) -> tf.Tensor:
     """Decode JPEG, PNG, WebP, GIF or BMP, detected by their first bytes, to uint8[H W 3].
 
-    Raises:
-      tf.errors.InvalidArgumentError, UnknownError: if the format is another, the image is damaged, or larger than
-        MAX_PIXELS.
+    Raises tf.errors.OpError if the format is another, or the image is damaged or larger than MAX_PIXELS.
     """
     header = tf.strings.substr(tf.strings.join([encoded, "\0" * HEADER_BYTES]), 0, HEADER_BYTES)
     byte = tf.cast(tf.io.decode_raw(header, tf.uint8), tf.int32)
@@ -163,14 +161,9 @@ def _pillow_rgb(encoded: bytes) -> np.ndarray:
 
 
 def augment(image: tf.Tensor, size: int, seed: tf.Tensor, config: AugmentConfig) -> tf.Tensor:
-    """Return a random square crop, resized and augmented, uint8[size size 3].
+    """Return a random square crop of uint8[H W 3], resized and augmented, uint8[size size 3].
 
-    The result is a function of the arguments. Augmentations that are off take no time.
-
-    Args:
-      image: uint8[H W 3].
-      size: height and width of the result, in pixels.
-      seed: int64[2], for TensorFlow's stateless random functions.
+    The result is a function of the arguments; `seed`, int64[2], is for TensorFlow's stateless random functions.
     """
     uniform = tf.random.stateless_uniform([DRAWS], seed, alg="philox")
     pixels = _resize(_random_square(image, uniform, config.min_crop_area), size)

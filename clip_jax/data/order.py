@@ -24,12 +24,7 @@ FEATURE, VALUE, AUGMENT, REPLACE, COUNT = range(5)
 
 
 def indices(positions: np.ndarray | tf.Tensor, examples: int, seed: int) -> tf.Tensor:
-    """Return the example index at each position, int64[n]; each epoch is a different permutation.
-
-    Args:
-      positions: int64[n], in the infinite sequence: step × global batch size + row.
-      examples: number of records in the source.
-    """
+    """Return the example index at each position, int64[n], in the infinite sequence: step × global batch size + row."""
     positions = tf.cast(positions, tf.int64)
     epochs, offsets = positions // examples, positions % examples
     keys = tf.stack([tf.fill(tf.shape(epochs), tf.constant(seed, tf.int64)), epochs, tf.zeros_like(epochs)], axis=1)

@@ -30,15 +30,9 @@ AnyMesh = Mesh | AbstractMesh  # functions of shapes need no devices
 
 
 def make_mesh(devices: list[jax.Device] | None = None, *, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """Return the mesh of all devices, ordered by host, so each host's rows of the batch are contiguous.
+    """Return the mesh of devices, by default all, ordered by host, so each host's rows of the batch are contiguous.
 
-    Args:
-      devices: by default all devices of all processes.
-      fsdp, tensor: sizes of these axes, over adjacent devices; `data` has the remaining devices of a slice. GPUs are
-        one slice.
-
-    Raises:
-      ValueError: if the sizes do not divide the devices of a slice.
+    `fsdp` and `tensor` are sizes of these axes, over adjacent devices; `data` has the remaining devices of a slice.
     """
     devices = jax.devices() if devices is None else devices
     slices = len({_slice_index(device) for device in devices})
@@ -81,10 +75,8 @@ def sharding_rules(architecture: Architecture) -> Rules:
 def param_specs(params: Params, mesh: AnyMesh, rules: Rules) -> PyTree:
     """Return a PartitionSpec for every parameter, an array or a shape.
 
-    A dimension that `fsdp` does not divide is replicated, because such parameters are small.
-
-    Raises:
-      ValueError: if not exactly one rule matches a parameter, or `tensor` does not divide its heads or MLP width.
+    A dimension that `fsdp` does not divide is replicated, because such parameters are small. Raises ValueError if not
+    exactly one rule matches a parameter, or `tensor` does not divide its heads or MLP width.
     """
 
     def spec(path: tuple, leaf: Any) -> PartitionSpec:
@@ -120,15 +112,11 @@ def param_shardings(params: Params, mesh: Mesh, architecture: Architecture) -> P
 
 
 def state_shardings(state: Any, mesh: AnyMesh, architecture: Architecture, *, shard_moments: bool = False) -> Any:
-    """Return the sharding of every array of a train state.
+    """Return the sharding of every array of a train state, or of its shapes.
 
     Arrays with a parameter's path and shape, such as its moments and EMA, are sharded as the parameter; all others
-    are replicated.
-
-    Args:
-      state: a dataclass of arrays or shapes with a field `params`.
-      shard_moments: shard the optimizer state over the batch axes within a slice too, where these divide it: stage 1
-        of ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054).
+    are replicated. `shard_moments` also shards the optimizer state over the batch axes within a slice, where these
+    divide it: stage 1 of ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054).
     """
     specs = jax.tree_util.tree_leaves_with_path(param_specs(state.params, mesh, sharding_rules(architecture)))
     shapes = jax.tree.leaves(state.params)

@@ -44,11 +44,8 @@ def initial_state(model: Model, optimizer: optax.GradientTransformation, config:
 def initial_params(config: Config) -> Params:
     """Return the pretrained parameters in `init.weights`, with position embeddings resized to the model's sizes.
 
-    A suffix selects one tower, as in 'lit.npz:img'; the result then has the parameters of that tower only.
-
-    Raises:
-      ValueError: there is no such file, or its model or preprocessing differs from the config; the message has the
-        differing keys.
+    A suffix selects one tower, as in 'lit.npz:img'; the result then has the parameters of that tower only. Raises
+    ValueError if there is no such file, or its model or preprocessing differs from the config.
     """
     name = f"init.weights={config.init.weights!r}"
     path, tower = reading.split_tower(config.init.weights)
@@ -66,11 +63,8 @@ def initial_params(config: Config) -> Params:
 def teacher_params(config: Config, tokenizer: Tokenizer) -> tuple[Architecture, Params]:
     """Return the architecture and the parameters in `teacher.weights`, with resized position embeddings.
 
-    Args:
-      tokenizer: tokenizer of the run. If the weights contain a tokenizer, both must return equal ids for sample texts.
-
-    Raises:
-      ValueError: there is no such file, or its preprocessing or token ids differ from those of the run.
+    Raises ValueError if there is no such file, or its preprocessing differs from the run's, or its tokenizer, if the
+    weights contain one, returns other ids for sample texts than the run's.
     """
     name = f"teacher.weights={config.teacher.weights!r}"
     if reading.split_tower(config.teacher.weights)[1]:

@@ -75,11 +75,7 @@ class TrainingLog:
         self._meter.wait(seconds)
 
     def add(self, step: int, outputs: Mapping[str, jax.Array], replaced_records: int) -> None:
-        """Add the device metrics of one step; write a record every `train.log_every_steps` steps and at the last.
-
-        Raises:
-          NonFiniteError: after too many consecutive steps without a finite loss and gradient.
-        """
+        """Add the device metrics of one step; write a record every `train.log_every_steps` steps and at the last."""
         self._replaced += replaced_records
         self._pending.append(outputs)
         is_due = step % self._config.log_every_steps == 0 or step == self._total_steps

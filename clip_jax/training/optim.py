@@ -60,10 +60,6 @@ def make_optimizer(
     Args:
       architecture: the model, whose towers order their layers; required for `layer_decay` < 1.
       seed: seed of stochastic rounding; the random bits are a function of seed and step.
-
-    >>> optimizer = make_optimizer(OptimConfig(warmup_steps=1), total_steps=10)
-    >>> params = {"kernel": jnp.ones((2, 2))}
-    >>> updates, state = optimizer.update(params, optimizer.init(params), params)
     """
     clip = optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity()
     decayed = functools.partial(weight_decay_mask, no_weight_decay=config.no_weight_decay)
@@ -146,11 +142,7 @@ def _unpack(state: PyTree) -> PyTree:
 
 
 def cast_params(params: Params, pattern: str) -> Params:
-    """Return the parameters with those whose path matches `pattern` as bfloat16. The logit scale and bias stay float32.
-
-    Raises:
-      ValueError: the pattern matches no parameter.
-    """
+    """Return the parameters with those whose path matches `pattern` as bfloat16; never the logit scale and bias."""
     matches, excluded = _match_paths(params, pattern), _match_paths(params, _ALWAYS_FLOAT32)
     cast = jax.tree.map(lambda match, exclude: match and not exclude, matches, excluded)
     if pattern and not any(jax.tree.leaves(cast)):
@@ -179,11 +171,7 @@ def apply_updates(params: Params, updates: Params, key: jax.Array) -> Params:
 
 
 def frozen_mask(params: Params, pattern: str) -> PyTree[bool]:
-    """Return a tree of bools: True for parameters that are not trained, whose path matches `pattern` (`optim.freeze`).
-
-    Raises:
-      ValueError: the pattern matches no parameter, or all.
-    """
+    """Return True for frozen parameters, whose path matches. Raises ValueError if none matches, or all."""
     matches = _match_paths(params, pattern)
     leaves = jax.tree.leaves(matches)
     if pattern and sum(leaves) in (0, len(leaves)):
@@ -235,8 +223,7 @@ def _scale_by_layer(decay: float, architecture: Architecture | None) -> optax.Gr
 def layer_decay_factors(params: Params, decay: float, architecture: Architecture) -> PyTree:
     """Return `decay ** d` for every parameter, where d is its distance in layers from its tower's output.
 
-    Towers order their layers (`Tower.layer`). Parameters after the last layer and outside the towers have factor 1.
-    Parameters stacked over layers have an array of factors, with axes to broadcast over the others.
+    Parameters after the last layer and outside the towers have factor 1; those stacked over layers have an array.
     """
     towers = {"image": architecture.image, "text": architecture.text}
 
@@ -258,10 +245,9 @@ def _name(path: tuple) -> str:
 
 
 def weight_decay_mask(params: Params, no_weight_decay: str = "") -> PyTree[bool]:
-    """Return a tree of bools: True for parameters with weight decay.
+    """Return True for parameters with weight decay: no gains and biases, and none whose path matches `no_weight_decay`.
 
-    Gains and biases are recognized by name: parameters stacked over layers have another number of axes. Parameters
-    whose path matches `no_weight_decay`, a regular expression, have none either.
+    Gains and biases are recognized by name: parameters stacked over layers have another number of axes.
     """
     never, excluded = _match_paths(params, _NEVER_DECAYED), _match_paths(params, no_weight_decay)
     return jax.tree.map(lambda *no_decay: not any(no_decay), never, excluded)

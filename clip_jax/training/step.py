@@ -42,24 +42,15 @@ BatchLoss = Callable[[Arrays, Params], tuple[Float[Array, ""], Metrics]]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """The arrays that training updates, which are the contents of a checkpoint.
+    """The arrays that training updates, which are the contents of a checkpoint."""
 
-    step: int32, number of steps taken; it determines the position in the data.
-    params: float32, or bfloat16 where `optim.half_precision_params` matches. Sharding: `sharding.state_shardings`.
-    opt_state: see `optim.make_optimizer`.
-    batch_stats: running averages of batch norm; None for models without it.
-    ema: exponential moving average of the parameters, float32; None without `optim.ema_decay`.
-    skipped_steps: int32, number of steps without update because loss or gradient were not finite.
-    consecutive_skipped_steps: int32, number of them since the last update.
-    """
-
-    step: Leaf
-    params: Params
-    opt_state: PyTree
-    batch_stats: Params | None
-    ema: Params | None
-    skipped_steps: Leaf
-    consecutive_skipped_steps: Leaf
+    step: Leaf  # int32, number of steps taken; it determines the position in the data
+    params: Params  # float32, or bfloat16 where `optim.half_precision_params` matches
+    opt_state: PyTree  # see `optim.make_optimizer`
+    batch_stats: Params | None  # running averages of batch norm; None for models without it
+    ema: Params | None  # exponential moving average of the parameters, float32; None without `optim.ema_decay`
+    skipped_steps: Leaf  # int32, number of steps without update because loss or gradient were not finite
+    consecutive_skipped_steps: Leaf  # int32, number of them since the last update
 
     @property
     def eval_params(self) -> Params:
@@ -185,10 +176,7 @@ def make_train_step(
 
 
 def make_gradient(model: Model, config: Config, mesh: Mesh, teacher: Model | None = None) -> Gradient:
-    """Return loss and gradient of the global batch as a function of params, batch_stats, batch, key, teacher_params.
-
-    The teacher's towers run as in inference.
-    """
+    """Return loss and gradient of the global batch as a function of params, batch_stats, batch, key, teacher_params."""
     embed, loss = make_embed(model, config.optim.freeze), _make_loss(config, mesh, distill=teacher is not None)
     compute_gradient = full_batch_gradient
     if config.train.micro_batches > 1:
@@ -245,9 +233,7 @@ def gradient_cached_gradient(
     without storing activations, compute the loss and its gradient with respect to the embeddings, then recompute the
     towers of each micro-batch with the same keys and backpropagate. All negatives of the batch count. Batch norm uses
     the statistics of a micro-batch over all devices, and its running averages are updated once per micro-batch.
-
-    Args:
-      split, join: from a batch to stacked micro-batches, and back; see `sharding.micro_batches`.
+    `split` and `join` are `sharding.micro_batches`.
     """
     micro_batches = split(examples)
 
@@ -276,10 +262,7 @@ def gradient_cached_gradient(
 
 
 def make_embed(model: Model, freeze: str) -> Embed:
-    """Return the function that embeds images and texts in a training step.
-
-    freeze: regular expression for parameters without gradient; an image tower without any runs as in inference.
-    """
+    """Return the function that embeds the examples of a training step; a frozen image tower runs as in inference."""
 
     def embed(params: Params, stats: Params | None, examples: Examples) -> tuple[Arrays, tuple[Params | None, Metrics]]:
         params = optim.stop_frozen_gradients(params, freeze)
@@ -316,10 +299,7 @@ def _make_loss(config: Config, mesh: Mesh, *, distill: bool) -> Callable[..., tu
 
 
 def caption_ids(text_BL: Int32[Array, "B L"]) -> Int32[Array, "B"]:
-    """Return a hash in [0, 2³¹) of each row of token ids: equal rows have equal ids.
-
-    Collisions of different rows: 0.25 expected pairs in a batch of 32,768.
-    """
+    """Return a hash in [0, 2³¹) of each row of token ids; of 32,768 rows, 0.25 pairs are expected to collide."""
     factors_L = np.uint32(0x9E3779B1) ** np.arange(1, text_BL.shape[1] + 1, dtype=np.uint32)  # odd, modulo 2³²
     sums_B = jnp.sum((text_BL.astype(jnp.uint32) + 1) * factors_L[None], axis=1, dtype=jnp.uint32)
     mixed_B = (sums_B ^ (sums_B >> 15)) * np.uint32(0x85EBCA6B)

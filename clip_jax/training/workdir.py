@@ -28,11 +28,8 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
 
 
 def check_writable(directory: epath.Path, suffix: str = "") -> None:
-    """Create a directory, write a small file in it and remove the file. Raises OSError, or an object store's errors.
-
-    suffix: of the file's name, different for every process that checks at the same time.
-    """
-    probe = directory / f".probe{suffix}"
+    """Create a directory, write a small file in it and remove the file. Raises OSError, or an object store's errors."""
+    probe = directory / f".probe{suffix}"  # the suffix is another one in every process that checks at the same time
     directory.mkdir(parents=True, exist_ok=True)
     probe.write_text("clip_jax")
     probe.unlink()

@@ -76,10 +76,7 @@ class Concept:
 
 
 class EmojiSource(TFRecordSource):
-    """Images and texts of some vendors and splits.
-
-    Captions: 'name', 'alias', 'keyword', and 'name_de' etc.; 'txt' is the name, as in img2dataset.
-    """
+    """Images and captions: 'name', 'alias', 'keyword', 'name_de' etc.; 'txt' is the name, as in img2dataset."""
 
     def __init__(
         self,
@@ -90,9 +87,7 @@ class EmojiSource(TFRecordSource):
     ):
         """Open the records, rendering them under `cache_dir` first if necessary.
 
-        Raises:
-          ValueError: if the packages are not installed.
-          Unavailable: if the images of `UNSEEN_VENDOR` can't be downloaded.
+        Raises ValueError if packages are missing, Unavailable if the images of `UNSEEN_VENDOR` can't be downloaded.
         """
         folders = [_rendered(Path(cache_dir).expanduser(), vendor) for vendor in vendors]
         files = [str(folder / f"{folder.name}-{split}.tfrecord") for folder in folders for split in splits]
