@@ -42,15 +42,7 @@ def default_config(model: str = "vit_b32") -> ml_collections.ConfigDict:
 
 def to_config_dict(value: Any) -> ml_collections.ConfigDict:
     """Convert a config dataclass to a locked ConfigDict, which flags can override."""
-    result = ml_collections.ConfigDict()
-    for field in dataclasses.fields(value):
-        item = getattr(value, field.name)
-        if dataclasses.is_dataclass(item):
-            item = to_config_dict(item)
-        elif isinstance(item, Mapping):
-            item = {k: to_config_dict(v) if dataclasses.is_dataclass(v) else v for k, v in item.items()}
-        result[field.name] = item
-    return result.lock()
+    return ml_collections.ConfigDict(dataclasses.asdict(value)).lock()
 
 
 def from_config_dict(config: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:

@@ -55,6 +55,7 @@ def runlocal(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     full = from_config_dict(config)
     image = full.model.image.tiny()
     text = dataclasses.replace(full.model.text.tiny(), vocab_size=800, eos_id=799)
+    duration = {"batch_size": 64, "total_steps": 40, "total_epochs": 0.0, "total_examples": 0}
     embed_dim = image.fixed_embed_dim or text.fixed_embed_dim or 32
     tiny = dataclasses.replace(
         full,
@@ -69,16 +70,7 @@ def runlocal(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         init=schema.InitConfig(),
         teacher=schema.TeacherConfig(),
         optim=dataclasses.replace(full.optim, warmup_steps=5),
-        train=dataclasses.replace(
-            full.train,
-            batch_size=64,
-            total_steps=40,
-            total_epochs=0.0,
-            total_examples=0,
-            dtype="float32",
-            micro_batches=1,
-            log_every_steps=5,
-        ),
+        train=dataclasses.replace(full.train, dtype="float32", micro_batches=1, log_every_steps=5, **duration),
         mesh=schema.MeshConfig(),
         checkpoint=schema.CheckpointConfig(every_steps=20),
         eval=schema.EvalConfig(every_steps=20, tasks={"shapes": schema.EvalTask("retrieval", "synthetic")}),

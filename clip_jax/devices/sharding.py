@@ -62,9 +62,6 @@ def replicated(mesh: AnyMesh) -> NamedSharding:
     return NamedSharding(mesh, REPLICATED)
 
 
-# ------------------------------------------------------------------------------------------------ the train state
-
-
 def sharding_rules(architecture: Architecture) -> Rules:
     """Return the rules for all parameters of a model: those of its towers and of the logit scale and bias."""
     towers = {"image": architecture.image, "text": architecture.text}
@@ -157,9 +154,6 @@ def shard_bytes(tree: Any) -> int:
     """Return the bytes per device of a tree of sharded arrays, or of shapes with shardings."""
     sizes = (math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
     return sum(sizes)
-
-
-# ------------------------------------------------------------------------------------------------------ the batch
 
 
 def host_rows(mesh: Mesh, batch_size: int) -> slice:

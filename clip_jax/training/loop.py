@@ -21,9 +21,8 @@ from etils import epath
 from jax.sharding import Mesh
 
 from clip_jax import data, provenance
-from clip_jax.config import Config, Resolved, WeightsConfig, check_local_paths, name_of, resolve
-from clip_jax.devices import distributed, sharding
-from clip_jax.devices.chips import chip_of
+from clip_jax.config import Config, WeightsConfig, check_local_paths, name_of, resolve
+from clip_jax.devices import chips, distributed, sharding
 from clip_jax.devices.distributed import Preempted, PreemptionMonitor
 from clip_jax.evals.embed import CachedEmbedder, ModelEmbedder
 from clip_jax.evals.load import LoadOptions, load_dataset
@@ -49,7 +48,8 @@ _ATTEMPTS = 3  # maximum number of times that the last checkpoint may be damaged
 class Run:
     """Constants of a run, equal in every step."""
 
-    resolved: Resolved
+    config: Config
+    total_steps: int
     mesh: Mesh
     source: DataSource
     tokenizer: Tokenizer
@@ -57,14 +57,6 @@ class Run:
     optimizer: optax.GradientTransformation
     workdir: epath.Path
     preemption: PreemptionMonitor
-
-    @property
-    def config(self) -> Config:
-        return self.resolved.config
-
-    @property
-    def total_steps(self) -> int:
-        return self.resolved.total_steps
 
 
 def train(config: Config, directory: str, export: str | None = None) -> bool:
@@ -110,15 +102,13 @@ def train(config: Config, directory: str, export: str | None = None) -> bool:
     return True
 
 
-# ----------------------------------------------------------------------------------------------------------- prepare
-
-
 def prepare(config: Config, directory: epath.Path, export: str | None = None) -> Run:
     """Check config, data, hosts and output paths before any expensive work, and write config.json."""
     check_local_paths(config)
     source = data.make_source(config.data)
     tokenizer = make_tokenizer(config.tokenizer, config.model.text)
-    resolved = resolve(config, devices=jax.device_count(), processes=jax.process_count(), examples=len(source))
+    devices, processes = jax.device_count(), jax.process_count()
+    total_steps = resolve(config, devices=devices, processes=processes, examples=len(source)).total_steps
     versions = provenance.versions()
     code = versions["git_commit"] + versions["jax"]
     distributed.check_equal_on_all_processes(
@@ -130,14 +120,14 @@ def prepare(config: Config, directory: epath.Path, export: str | None = None) ->
             workdir.write_config(directory, config)
     mesh = sharding.make_mesh(fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
     architecture, seed = config.model, config.train.seed
-    optimizer = optim.make_optimizer(config.optim, resolved.total_steps, architecture=architecture, seed=seed)
+    optimizer = optim.make_optimizer(config.optim, total_steps, architecture=architecture, seed=seed)
     model = step.model_from_config(config, mesh)
     if distributed.is_main_process():
         dtype, capacity = config.train.dtype, config.train.text_capacity
         attention = attention_implementations(config.model, mesh, dtype=dtype, text_capacity=capacity)
         for tower, implementation in attention.items():
             log.info("attention of the %s tower: %s", tower, implementation)
-    return Run(resolved, mesh, source, tokenizer, model, optimizer, directory, PreemptionMonitor())
+    return Run(config, total_steps, mesh, source, tokenizer, model, optimizer, directory, PreemptionMonitor())
 
 
 def _load_baselines_dataset(config: Config) -> EvalDataset | None:
@@ -148,9 +138,6 @@ def _load_baselines_dataset(config: Config) -> EvalDataset | None:
         return load_dataset(name, LoadOptions(config.eval.data_dir, data=config.data))
     except Unavailable as error:
         raise ValueError(f"eval.baselines_dataset={name!r}: {error}; '' for a run without baselines") from error
-
-
-# ------------------------------------------------------------------------------------------------------------- state
 
 
 def _restored_or_initial_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any]]:
@@ -171,9 +158,6 @@ def _restored_or_initial_state(run: Run, checkpoints: Checkpoints) -> tuple[Trai
         )
     log.info("restored the checkpoint of step %d of %d", int(state.step), run.total_steps)
     return state, info
-
-
-# ------------------------------------------------------------------------------------------------------------- steps
 
 
 def _train_steps(run: Run, state: TrainState, info: dict[str, Any], checkpoints: Checkpoints, suite: Suite) -> None:
@@ -254,14 +238,11 @@ def _batches(run: Run, first_step: int, wait: Callable[[float], None]) -> Iterat
 
 def _pair_seconds(config: Config, devices: Sequence[Any]) -> float:
     """Return the seconds per image-text pair at the devices' peak FLOP/s; 0 if it is unknown."""
-    chip = chip_of(devices[0].device_kind)
+    chip = chips.chip_of(devices[0].device_kind)
     if chip is None:
         return 0.0
     flops = training_flops(config.model, optim.frozen_towers(config.model, config.optim.freeze))
     return flops / (chip.flops_per_second * len(devices) / chip.devices)
-
-
-# ------------------------------------------------------------------------------------------------------------ finish
 
 
 def _finish(run: Run, params: Params, suite: Suite, baselines_dataset: EvalDataset | None, export: str | None) -> None:

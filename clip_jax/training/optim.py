@@ -138,9 +138,6 @@ def _unpack(state: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(unpack, state)
 
 
-# --------------------------------------------------------------------------------------- parameters in half precision
-
-
 def cast_params(params: Params, pattern: str) -> Params:
     """Return the parameters with those whose path matches `pattern` as bfloat16; never the logit scale and bias."""
     matches, excluded = _match_paths(params, pattern), _match_paths(params, _ALWAYS_FLOAT32)
@@ -165,9 +162,6 @@ def apply_updates(params: Params, updates: Params, key: jax.Array) -> Params:
         return stochastic_round(total, x.dtype.name, key) if x.dtype in _HALF else total
 
     return structure.unflatten(map(add, leaves, structure.flatten_up_to(updates), keys))
-
-
-# ------------------------------------------------------------------------------------------------- frozen parameters
 
 
 def frozen_mask(params: Params, pattern: str) -> PyTree[bool]:
@@ -205,9 +199,6 @@ def _match_error(key: str, pattern: str, matched: str, params: Params) -> str:
     names = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     examples = ", ".join(names[:: max(1, len(names) // 4)])
     return f"optim.{key}={pattern!r} matches {matched}; there are e.g. {examples}"
-
-
-# ------------------------------------------------------------------------------ layer-wise learning rates, weight decay
 
 
 def _scale_by_layer(decay: float, architecture: Architecture | None) -> optax.GradientTransformation:

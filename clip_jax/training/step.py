@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int32, PyTree
 
 from clip_jax.config import Architecture, Config, OptimConfig, TrainConfig
 from clip_jax.devices import sharding
-from clip_jax.devices.sharding import BATCH, BATCH_AXES, REPLICATED, batch_sharding, replicated
+from clip_jax.devices.sharding import BATCH, BATCH_AXES, REPLICATED, batch_sharding
 from clip_jax.losses import distilled
 from clip_jax.models import Model, make_model
 from clip_jax.training import optim
@@ -167,7 +167,7 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state, stats, ema, skipped_steps, consecutive), metrics
 
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(model, optimizer, config, mesh))
-    inputs, outputs = (shardings, batch_sharding(mesh)), (shardings, replicated(mesh))
+    inputs, outputs = (shardings, batch_sharding(mesh)), (shardings, sharding.replicated(mesh))
     if teacher is None:
         without_teacher = functools.partial(train_step, None)
         return jax.jit(without_teacher, in_shardings=inputs, out_shardings=outputs, donate_argnums=0)

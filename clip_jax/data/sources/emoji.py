@@ -102,9 +102,6 @@ class EmojiSource(TFRecordSource):
         return DataConfig(source="emoji", cache_dir=str(folder))
 
 
-# -------------------------------------------------------------------------------------------------------- concepts
-
-
 def family(character: str) -> str:
     """Return the code points shared by the variants of an emoji: without skin tone, gender, direction; a head is P."""
     dropped = {0xFE0F, 0x200D, 0x2640, 0x2642, 0x27A1, *range(0x1F3FB, 0x1F400)}
@@ -162,9 +159,6 @@ def _code(character: str) -> str:
 
 def _without_selectors(code: str) -> str:
     return "-".join(point for point in code.split("-") if point != "fe0f")
-
-
-# ---------------------------------------------------------------------------------------------------------- images
 
 
 def _files_by_code(vendor: str) -> dict:
@@ -252,9 +246,6 @@ def _noto_package() -> tuple[dict, dict]:
 
 def _unavailable(problem: str, remedy: str) -> Unavailable:
     return Unavailable(f"Noto, the vendor that is not trained on, is skipped: {problem}. To include it, {remedy}")
-
-
-# ------------------------------------------------------------------------------------------------------- the cache
 
 
 def _require_packages() -> list[str]:

@@ -47,12 +47,10 @@ class SyntheticSource:
 
     @classmethod
     def from_config(cls, config: DataConfig, examples: int = 4096) -> SyntheticSource:
-        del config
         return cls(examples)
 
     @classmethod
     def tiny_config(cls, folder: Path) -> DataConfig:
-        del folder
         return DataConfig(source="synthetic", options={"examples": 60})
 
     def __len__(self) -> int:

@@ -182,9 +182,6 @@ def _texts(name: str, values: Iterable[bytes]) -> tuple[str, ...]:
         raise BadRecord(f"caption {name!r} is not UTF-8") from error
 
 
-# ------------------------------------------------------------------------------------------------------ file names
-
-
 def _expand_braces(pattern: str) -> list[str]:
     """Expand each '{00..12}' of a pattern, keeping leading zeros."""
     match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
@@ -215,9 +212,6 @@ def _glob(path: str) -> list[str]:
 def _open(path: str):
     """Open a file for seeking; local files without a buffer, since every read has a known length."""
     return tf.io.gfile.GFile(path, "rb") if _is_url(path) else open(path, "rb", buffering=0)
-
-
-# ------------------------------------------------------------------------------------------------------- the index
 
 
 def _masked_crc(data: bytes) -> bytes:
