@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -270,7 +269,8 @@ def _finish(run: Run, params: Params, suite: Suite, baselines_dataset: EvalDatas
                 *(run.config.model, run.config.tokenizer, run.config.preprocess),
                 source=f"clip_jax run {run.workdir.name}",
             )
-            _export(workdir.to_path(export, "--export"), gathered, weights)
+            write_weights(workdir.to_path(export, "--export"), gathered, weights)
+            log.info("weights written to %s", export)
     distributed.barrier("finished")
 
 
@@ -290,15 +290,3 @@ def _embedder(run: Run, params: Params) -> ModelEmbedder:
         on_batch=run.preemption.check,
         image_features=run.model.image_features,
     )
-
-
-def _export(path: epath.Path, params: Params, config: WeightsConfig) -> None:
-    """Write the weights to a local file, or through a temporary file to an object store."""
-    if workdir.is_remote(path):
-        with tempfile.TemporaryDirectory() as folder:
-            local = epath.Path(folder) / path.name
-            write_weights(local, params, config)
-            path.write_bytes(local.read_bytes())
-    else:
-        write_weights(path, params, config)
-    log.info("weights written to %s", path)

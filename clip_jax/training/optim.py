@@ -19,7 +19,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from clip_jax.config import Architecture, OptimConfig
-from clip_jax.models import make_model
+from clip_jax.models import make_model, tree_path
 from clip_jax.training.rounding import round_nearest, stochastic_round
 from clip_jax.typing import ArrayLike, Params
 
@@ -192,11 +192,11 @@ def stop_frozen_gradients(params: Params, pattern: str) -> Params:
 
 def _match_paths(params: Params, pattern: str) -> PyTree[bool]:
     regex = re.compile(pattern)
-    return jax.tree_util.tree_map_with_path(lambda path, _: bool(pattern and regex.search(_name(path))), params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: bool(pattern and regex.search(tree_path(path))), params)
 
 
 def _match_error(key: str, pattern: str, matched: str, params: Params) -> str:
-    names = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    names = [tree_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     examples = ", ".join(names[:: max(1, len(names) // 4)])
     return f"optim.{key}={pattern!r} matches {matched}; there are e.g. {examples}"
 
@@ -222,17 +222,13 @@ def layer_decay_factors(params: Params, decay: float, architecture: Architecture
         tower = towers.get(path[0].key)
         if tower is None:
             return 1.0
-        layer = tower.layer(_name(path[1:]))
+        layer = tower.layer(tree_path(path[1:]))
         if isinstance(layer, range):
             powers = decay ** (tower.output_layer - np.asarray(layer, np.float32))
             return powers.reshape(-1, *[1] * (leaf.ndim - 1))
         return decay ** (tower.output_layer - layer)
 
     return jax.tree_util.tree_map_with_path(factor, params)
-
-
-def _name(path: tuple) -> str:
-    return "/".join(str(key.key) for key in path)
 
 
 def weight_decay_mask(params: Params, no_weight_decay: str = "") -> PyTree[bool]:
