@@ -39,9 +39,6 @@ RGB_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.211
 YIQ_TO_RGB = np.linalg.inv(RGB_TO_YIQ)
 
 
-# ------------------------------------------------------------------------------------------------------- decoding
-
-
 def decode(encoded: tf.Tensor) -> tf.Tensor:
     """Decode JPEG, PNG, WebP, GIF or BMP, detected by their first bytes, to uint8[H W 3].
 
@@ -155,9 +152,6 @@ def _pillow_rgb(encoded: bytes) -> np.ndarray:
     white = Image.new("RGBA", rgba.size, "white")
     white.alpha_composite(rgba)
     return np.asarray(white.convert("RGB"))
-
-
-# --------------------------------------------------------------------------------------------------- augmentation
 
 
 def augment(image: tf.Tensor, size: int, seed: tf.Tensor, config: AugmentConfig) -> tf.Tensor:

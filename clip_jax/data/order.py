@@ -1,15 +1,9 @@
 """The order of examples, as a pure function of integers.
 
 Position p of the infinite sequence of examples is offset p % n of epoch p // n; a keyed permutation of [0, n) maps the
-offset to the example. A resumed run needs only the number of its next step.
-
-The permutation is TensorFlow's `RandomIndexShuffle`, a block cipher with cycle walking. Its Python wrapper,
-`tf.random.experimental.index_shuffle`, uses 4 rounds: with a million examples, neighbors then correlate by up to 0.4.
-24 rounds leave 0.003, the level of chance.
-
-All other randomness of an example (caption, augmentation, replacement of a damaged record) is a hash of (seed, epoch,
-example, purpose) by the finalizer of SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
-generators"), so it depends neither on the host nor on the thread.
+offset to the example. All other randomness of an example (caption, augmentation, replacement of a damaged record) is a
+hash of (seed, epoch, example, purpose) by the finalizer of SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable
+pseudorandom number generators"), so it depends neither on the host nor on the thread.
 """
 
 from __future__ import annotations
@@ -17,7 +11,9 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
-ROUNDS = 24  # even, at least 4
+# Of TensorFlow's `RandomIndexShuffle`, a block cipher with cycle walking; even. With 4, as in its Python wrapper
+# `tf.random.experimental.index_shuffle`, neighbors of a million examples correlate by up to 0.4; with 24 by 0.003, chance.
+ROUNDS = 24
 
 # Purposes of draws. The numbers are part of the meaning of a seed: append, never renumber.
 FEATURE, VALUE, AUGMENT, REPLACE, COUNT = range(5)
