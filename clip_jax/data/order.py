@@ -11,8 +11,9 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
-# Of TensorFlow's `RandomIndexShuffle`, a block cipher with cycle walking; even. With 4, as in its Python wrapper
-# `tf.random.experimental.index_shuffle`, neighbors of a million examples correlate by up to 0.4; with 24 by 0.003, chance.
+# Of TensorFlow's `RandomIndexShuffle`, a block cipher with cycle walking; even. With 4 rounds, as in its Python wrapper
+# `tf.random.experimental.index_shuffle`, neighbors of a million examples correlate by up to 0.4; 24 leave 0.003, the
+# level of chance.
 ROUNDS = 24
 
 # Purposes of draws. The numbers are part of the meaning of a seed: append, never renumber.

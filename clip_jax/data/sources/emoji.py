@@ -1,9 +1,10 @@
 """Emoji as a small training source: images and human-written names from pip packages.
 
 Images: Twemoji and OpenMoji are trained on; Noto (from npm) is for evaluation only. Texts: names, aliases and keywords
-in English, names in 13 more languages. They are rendered once to TFRecord shards under `data.cache_dir`. A concept is an emoji without skin tones that both training vendors draw, flags excluded. Concepts are split by family,
-not by emoji: the images of man, woman and person running are nearly equal, so a random split leaks (recall@5 of 32 %
-against 21 %). The bucket of a family is sha1(family) mod 10: 0 is test, 1 is validation, the rest is train.
+in English, names in 13 more languages. They are rendered once to TFRecord shards under `data.cache_dir`. A concept is
+an emoji without skin tones that both training vendors draw, flags excluded. Concepts are split by family, not by emoji:
+the images of man, woman and person running are nearly equal, so a random split leaks (recall@5 of 32 % against 21 %).
+The bucket of a family is sha1(family) mod 10: 0 is test, 1 is validation, the rest is train.
 """
 
 from __future__ import annotations
