@@ -79,10 +79,10 @@ def _plan(options: types.SimpleNamespace, given: set[str]) -> bool:
     if options.search:
         return _search(options, config, topology)
 
-    from clip_jax.planner.page import page
+    from clip_jax.planner.page import render_page
 
     plan = _plan_one(options, config, topology)
-    print(json.dumps(plan.as_json(), indent=2) if options.json else page(plan))
+    print(json.dumps(plan.as_json(), indent=2) if options.json else render_page(plan))
     if options.dump_hlo and plan.fits:
         pathlib.Path(options.dump_hlo).write_text(plan.compiled_text, encoding="utf-8")
     elif options.dump_hlo:
