@@ -38,7 +38,7 @@ from clip_jax.evals.report.writing import check_same_weights, weights_name, writ
 from clip_jax.evals.suite import EvalReport, Model, evaluate
 from clip_jax.models import count_parameters, make_model
 from clip_jax.models.flops import forward_flops
-from clip_jax.paths import write_atomically
+from clip_jax.paths import check_local, write_atomically
 from clip_jax.preprocess import preprocess_many
 from clip_jax.provenance import versions
 from clip_jax.tokenizers import make_tokenizer
@@ -78,6 +78,8 @@ def prepare(options: Options) -> Evaluation:
     Raises:
       ValueError: for an unknown name, or a file with unexpected content.
     """
+    for name in ("data_dir", "out", "standard_models", "groups", "categories", "cache_dir"):
+        check_local(f"--{name}", getattr(options, name))
     for name in options.evaluators:
         check_name("--evaluators", name, EVALUATORS)
     names = expand(options.datasets)
