@@ -8,7 +8,7 @@ import pytest
 
 from clip_jax.evals import load, suite
 from clip_jax.evals.datasets import registry
-from clip_jax.evals.datasets.load import load_split
+from clip_jax.evals.load import load_split
 from clip_jax.evals.metrics import Undefined
 from clip_jax.evals.zeroshot import chance_jaccard, cue_prompt, zeroshot
 from clip_jax.typing import Cue, DatasetSplit, EvalDataset, Unavailable

@@ -19,6 +19,7 @@ from jaxtyping import Float, Integer
 
 from clip_jax.devices import distributed
 from clip_jax.devices.distributed import DATA_ERRORS
+from clip_jax.evals.datasets.files import LazySequence
 from clip_jax.evals.ranking import unit
 from clip_jax.typing import Embedder, EvalDataset, Params, Tokenizer, Unavailable
 
@@ -118,33 +119,17 @@ def features_of(embedder: Embedder, images: Sequence[bytes]) -> Float[np.ndarray
 def _embed_new(
     embed: Callable[[Sequence[Any]], np.ndarray], cache: dict[bytes, np.ndarray], items: Sequence[Any]
 ) -> np.ndarray:
-    keys = [_digest(item) for item in items]
-    new = {key: index for index, key in reversed([*enumerate(keys)]) if key not in cache}
+    encoded = (item if isinstance(item, bytes) else item.encode() for item in items)
+    keys = [hashlib.blake2b(item, digest_size=16).digest() for item in encoded]  # the cache does not hold the images
+    new: dict[bytes, int] = {}  # the first index of each key
+    for index, key in enumerate(keys):
+        if key not in cache:
+            new.setdefault(key, index)
     if new:
-        order = sorted(new, key=new.__getitem__)
-        cache.update(zip(order, embed(_Subset(items, [new[key] for key in order])), strict=True))
+        indices = list(new.values())
+        embedded = embed(LazySequence(len(indices), lambda i: items[indices[i]]))
+        cache.update(zip(new, embedded, strict=True))
     return np.stack([cache[key] for key in keys])
-
-
-def _digest(item: bytes | str) -> bytes:
-    """Return a hash of an image or text, so that the cache does not hold the images."""
-    return hashlib.blake2b(item if isinstance(item, bytes) else item.encode(), digest_size=16).digest()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Subset(Sequence):
-    """Items of a sequence by index, read on access."""
-
-    items: Sequence[Any]
-    indices: list[int]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self.items[i] for i in self.indices[index]]
-        return self.items[self.indices[index]]
 
 
 def embed_dataset(

@@ -11,7 +11,6 @@ import pathlib
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -53,23 +52,9 @@ class FeatureCache:
         return computed
 
 
-class FingerprintedImages(Sequence):
-    """Encoded images of a split with the split's fingerprint, by which `DiskCachedEmbedder` finds their embeddings."""
-
-    def __init__(self, images: Sequence[bytes], fingerprint: str):
-        self._images = images
-        self.fingerprint = fingerprint
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._images[index]
-
-
 @dataclasses.dataclass(frozen=True)
 class DiskCachedEmbedder:
-    """Embedder that stores image embeddings and features of `FingerprintedImages` in a `FeatureCache`."""
+    """Embedder that stores the embeddings and features of images with a fingerprint in a `FeatureCache`."""
 
     embedder: Embedder
     cache: FeatureCache

@@ -52,20 +52,18 @@ def linear_probe(embedder: Embedder, dataset: EvalDataset) -> EvalResult:
     """
     train, validation, source = training_examples(embedder, dataset, dataset.split("train"))
     test = probe_examples(embedder, dataset.images, dataset.targets)
-    found = search(train, validation, dataset.num_classes, selection_metric(dataset))
+    metric = METRICS["top1" if dataset.groups is not None else dataset.metric]  # training images have no groups
+    found = search(train, validation, dataset.num_classes, metric)
     predictions = Predictions(found.probe.scores(test.features_nD), dataset.targets, dataset.groups)
-    fitted = (
-        f"fitted to {len(train.targets) + len(validation.targets):,} images, l2={found.l2:.3g} selected on {source}"
-    )
+    images = len(train.targets) + len(validation.targets)
+    fitted = f"fitted to {images:,} images, l2={found.l2:.3g} selected on {source}"
     return EvalResult(classification_metrics(f"linear_probe/{dataset.name}", predictions, dataset.metric), fitted)
 
 
 linear_probe.tasks, linear_probe.needs_train_split = ("zeroshot",), True
 
 
-def probe_examples(
-    embedder: Embedder, images: Sequence[bytes], targets: np.ndarray | None, rows: np.ndarray | slice = slice(None)
-) -> Examples:
+def probe_examples(embedder: Embedder, images: Sequence[bytes], targets: np.ndarray | None) -> Examples:
     """Return features and targets. Raises Unavailable for captions, and for features that are not finite."""
     if targets is None:
         raise Unavailable("expected classes, found captions")
@@ -73,7 +71,7 @@ def probe_examples(
     invalid = int((~np.isfinite(features_nD)).any(1).sum())
     if invalid:
         raise Unavailable(f"the features of {invalid:,} of {len(features_nD):,} images are not finite")
-    return Examples(features_nD[rows], targets[rows])
+    return Examples(features_nD, targets)
 
 
 def training_examples(embedder: Embedder, dataset: EvalDataset, train: DatasetSplit) -> tuple[Examples, Examples, str]:
@@ -96,11 +94,6 @@ def training_examples(embedder: Embedder, dataset: EvalDataset, train: DatasetSp
         *(Examples(examples.features_nD[rows], examples.targets[rows]) for rows in (kept, held_out)),
         f"{count:,} images held out of the training split",
     )
-
-
-def selection_metric(dataset: EvalDataset) -> Metric:
-    """Return the metric by which l2 is selected: the dataset's main metric, or top-1 for worst-group metrics."""
-    return METRICS["top1" if dataset.groups is not None else dataset.metric]
 
 
 @dataclasses.dataclass(frozen=True)

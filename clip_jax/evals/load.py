@@ -1,4 +1,4 @@
-"""Loads evaluation datasets by name: the stored test split and its prompts, as an EvalDataset.
+"""Loads evaluation datasets by name: the stored test split and its prompts, as an EvalDataset. Nothing is downloaded.
 
 With several processes, all of them load a split or none: an error in one process is raised on all.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int64
@@ -16,9 +17,12 @@ from clip_jax.config import DataConfig, check_name
 from clip_jax.devices import distributed
 from clip_jax.devices.distributed import DATA_ERRORS
 from clip_jax.evals import prompts
-from clip_jax.evals.datasets.load import load_split
+from clip_jax.evals.datasets.builtin import read_builtin
+from clip_jax.evals.datasets.files import LazySequence
+from clip_jax.evals.datasets.folder import ASSOCIATIONS, CAPTIONS, read_folder
 from clip_jax.evals.datasets.registry import DATASETS, SUITES, Dataset
-from clip_jax.evals.feature_cache import FingerprintedImages
+from clip_jax.evals.datasets.tfds import read_tfds
+from clip_jax.evals.datasets.webdataset import read_webdataset
 from clip_jax.evals.zeroshot import MIN_CANDIDATES, cue_prompt
 from clip_jax.typing import DatasetSplit, EvalDataset, Unavailable
 
@@ -42,6 +46,42 @@ class LoadOptions:
                     read(name)
 
 
+def load_split(row: Dataset, part: str, data_dir: str) -> DatasetSplit:
+    """Load a split from a Python package, else from `<data_dir>/<row.folder>/<split>`, else from TFDS below `data_dir`.
+
+    Args:
+      part: 'test', 'train' or 'validation'.
+
+    Raises:
+      Unavailable: if the split is not on this machine. The message lists the places and how to prepare the data.
+      ValueError: if the stored data is damaged or incomplete.
+    """
+    if row.builtin:
+        return read_builtin(row.builtin, part)
+    if not data_dir:
+        raise Unavailable("expected the directory of the evaluation data: set --data_dir or eval.data_dir")
+    split, tfds_split = row.split(part), row.split(part, tfds=True)
+    root = Path(data_dir).expanduser()
+    folder = root / row.folder / split
+    if row.folder and split and folder.is_dir():
+        return (read_webdataset if any(folder.glob("*.tar")) else read_folder)(root / row.folder, split)
+    problems = []
+    if row.folder and split:
+        problems.append(
+            f"{folder} is not a folder. Expected tar shards 0.tar, 1.tar, … of images with .cls, .npy or .txt,\n"
+            f"or images in one folder per class, or images and {CAPTIONS} or {ASSOCIATIONS}"
+        )
+    if row.tfds and tfds_split:
+        try:
+            return read_tfds(row.tfds, tfds_split, data_dir)
+        except Unavailable as error:
+            problems.append(str(error))
+    raise Unavailable(
+        "\n".join([f"{row.folder or row.tfds} ({split or tfds_split}) is not on this machine:", *problems, row.note])
+        .rstrip()
+    )  # fmt: skip
+
+
 def load_dataset(
     name: str,
     options: LoadOptions = LoadOptions(),
@@ -63,7 +103,8 @@ def load_dataset(
     def load(part: str) -> DatasetSplit:
         with distributed.synchronized_errors(Unavailable, *DATA_ERRORS):
             split = load_split(row, part, options.data_dir)
-        return dataclasses.replace(split, images=FingerprintedImages(split.images, split.fingerprint))
+        images = LazySequence(len(split.images), split.images.__getitem__, split.fingerprint)
+        return dataclasses.replace(split, images=images)
 
     def load_other(part: str) -> DatasetSplit:
         if part == "validation" and not (row.validation or row.tfds_validation):

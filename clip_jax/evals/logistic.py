@@ -40,7 +40,9 @@ CHUNK_LOGITS = 2**24  # rows per chunk and device × Q, otherwise
 # Directions with less than this fraction of the total variance are float32 rounding errors of zero.
 MIN_VARIANCE = 1e-12
 
-_dot = functools.partial(jnp.einsum, precision="highest")  # float32 on TPUs and GPUs too
+# float32 on TPUs and GPUs too: their default precisions are bfloat16 and TensorFloat-32.
+_einsum = functools.partial(jnp.einsum, precision="highest")
+_vdot = functools.partial(jnp.vdot, precision="highest")
 
 
 @jax.tree_util.register_dataclass
@@ -104,12 +106,12 @@ def prepare(
 
 @jax.jit
 def _covariance(centered_nd: Array) -> Array:
-    return _dot("nd,nc->dc", centered_nd, centered_nd)
+    return _einsum("nd,nc->dc", centered_nd, centered_nd)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _rotate(x_CnD: Array, centered_nd: Array, basis_dd: Array, chunk: Array, rows: Array) -> Array:
-    x_nd, valid_n1 = _dot("nc,cd->nd", centered_nd, basis_dd), (jnp.arange(len(centered_nd)) < rows)[:, None]
+    x_nd, valid_n1 = _einsum("nc,cd->nd", centered_nd, basis_dd), (jnp.arange(len(centered_nd)) < rows)[:, None]
     return x_CnD.at[chunk].set(jnp.concatenate([x_nd, valid_n1.astype(jnp.float32)], 1))
 
 
@@ -124,16 +126,16 @@ def _remove_null_directions(x_CnD: Array) -> tuple[Array, Array, Array]:
 @jax.jit
 def to_problem(problem: Problem, weight_dQ: Array, bias_Q: Array) -> Float[Array, "Q D"]:
     """Return weights and intercepts of the features in the coordinates of `minimize`."""
-    rotated_Qd = _dot("dQ,dc->Qc", weight_dQ, problem.basis_dd)
-    moved_Q = bias_Q + _dot("d,dQ->Q", problem.mean_d, weight_dQ)
+    rotated_Qd = _einsum("dQ,dc->Qc", weight_dQ, problem.basis_dd)
+    moved_Q = bias_Q + _einsum("d,dQ->Q", problem.mean_d, weight_dQ)
     return jnp.concatenate([rotated_Qd, moved_Q[:, None]], 1)
 
 
 @jax.jit
 def from_problem(problem: Problem, w_QD: Array) -> tuple[Float[Array, "d Q"], Float[Array, "Q"]]:
     """Return the weights and intercepts of the features from the coordinates of `minimize`."""
-    weight_dQ = _dot("dc,Qc->dQ", problem.basis_dd, w_QD[:, :-1])
-    return weight_dQ, w_QD[:, -1] - _dot("d,dQ->Q", problem.mean_d, weight_dQ)
+    weight_dQ = _einsum("dc,Qc->dQ", problem.basis_dd, w_QD[:, :-1])
+    return weight_dQ, w_QD[:, -1] - _einsum("d,dQ->Q", problem.mean_d, weight_dQ)
 
 
 class _State(NamedTuple):
@@ -178,13 +180,13 @@ def minimize(problem: Problem, l2: Array, start_QD: Array, tolerance: Array) -> 
 
     def step(state: _State) -> _State:
         move_QD = _direction(problem, state)
-        initial_derivative = jnp.vdot(move_QD, state.gradient_QD)
+        initial_derivative = _vdot(move_QD, state.gradient_QD)
         if held:
-            move_logits_Qn = _dot("QD,nD->Qn", move_QD, x_nD)
+            move_logits_Qn = _einsum("QD,nD->Qn", move_QD, x_nD)
 
             def derivative(length):
                 error_Qn = _errors(targets, _probabilities(targets, state.logits_Qn + length * move_logits_Qn))
-                return jnp.vdot(error_Qn, move_logits_Qn) + jnp.vdot(
+                return _vdot(error_Qn, move_logits_Qn) + _vdot(
                     penalty_1D * (state.w_QD + length * move_QD), move_QD
                 ), ()
 
@@ -195,14 +197,14 @@ def minimize(problem: Problem, l2: Array, start_QD: Array, tolerance: Array) -> 
 
             def derivative(length):
                 outputs = gradient_and_inverse(state.w_QD + length * move_QD, None)
-                return jnp.vdot(outputs[0], move_QD), outputs
+                return _vdot(outputs[0], move_QD), outputs
 
             # If the line search failed, the gradient is of another length; the iteration ends then.
             length, found, (gradient_QD, inverse_QD) = _line_search(derivative, initial_derivative)
             w_QD, logits_Qn = state.w_QD + length * move_QD, None
         move_QD, gradient_change_QD = length * move_QD, gradient_QD - state.gradient_QD
-        dot = jnp.vdot(move_QD, gradient_change_QD)
-        expected = jnp.vdot(gradient_change_QD, _center(problem, inverse_QD * gradient_change_QD))
+        dot = _vdot(move_QD, gradient_change_QD)
+        expected = _vdot(gradient_change_QD, _center(problem, inverse_QD * gradient_change_QD))
         slot = state.steps % MEMORY
         return _State(
             w_QD,
@@ -219,7 +221,7 @@ def minimize(problem: Problem, l2: Array, start_QD: Array, tolerance: Array) -> 
         )
 
     w_QD = _center(problem, start_QD)
-    logits_Qn = _dot("QD,nD->Qn", w_QD, x_nD) if held else None
+    logits_Qn = _einsum("QD,nD->Qn", w_QD, x_nD) if held else None
     state = _State(
         w_QD,
         logits_Qn,
@@ -244,7 +246,7 @@ def _sum_over_chunks(function: Callable, problem: Problem, w_QD: Array, zeros_li
 
     def add(total, chunk):
         x_nD, targets = chunk
-        return jax.tree.map(jnp.add, total, function(x_nD, targets, _dot("QD,nD->Qn", w_QD, x_nD))), None
+        return jax.tree.map(jnp.add, total, function(x_nD, targets, _einsum("QD,nD->Qn", w_QD, x_nD))), None
 
     return lax.scan(add, jax.tree.map(jnp.zeros_like, zeros_like), (problem.x_CnD, problem.targets))[0]
 
@@ -252,7 +254,7 @@ def _sum_over_chunks(function: Callable, problem: Problem, w_QD: Array, zeros_li
 def _gradient_and_variance(x_nD: Array, targets: Array, logits_Qn: Array) -> tuple[Array, Array]:
     """Return the gradient of the cross-entropies and the sum of p·(1 − p) for each class."""
     p_Qn = _probabilities(targets, logits_Qn)
-    return _dot("Qn,nD->QD", _errors(targets, p_Qn), x_nD), jnp.sum(p_Qn * (1 - p_Qn) * x_nD[None, :, -1], 1)
+    return _einsum("Qn,nD->QD", _errors(targets, p_Qn), x_nD), jnp.sum(p_Qn * (1 - p_Qn) * x_nD[None, :, -1], 1)
 
 
 def _nats(x_nD: Array, targets: Array, logits_Qn: Array) -> Array:
@@ -292,14 +294,12 @@ def _direction(problem: Problem, state: _State) -> Array:
     newest_first_m = (state.steps - 1 - jnp.arange(MEMORY)) % MEMORY
 
     def back(q_QD, i):
-        alpha = state.rho_m[i] * jnp.vdot(state.moves_mQD[i], q_QD)
+        alpha = state.rho_m[i] * _vdot(state.moves_mQD[i], q_QD)
         return q_QD - alpha * state.gradient_changes_mQD[i], alpha
 
     def forth(q_QD, i_and_alpha):
         i, alpha = i_and_alpha
-        return q_QD + (alpha - state.rho_m[i] * jnp.vdot(state.gradient_changes_mQD[i], q_QD)) * state.moves_mQD[
-            i
-        ], None
+        return q_QD + (alpha - state.rho_m[i] * _vdot(state.gradient_changes_mQD[i], q_QD)) * state.moves_mQD[i], None
 
     q_QD, alpha_m = lax.scan(back, state.gradient_QD, newest_first_m)
     q_QD = state.scale * _center(problem, state.inverse_QD * _center(problem, q_QD))

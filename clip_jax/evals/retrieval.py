@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, Integer
 
 from clip_jax.evals.embed import embed_dataset
-from clip_jax.evals.metrics import mean_interval
+from clip_jax.evals.metrics import mean_interval, with_references
 from clip_jax.evals.ranking import ranks
 from clip_jax.typing import Embedder, EvalDataset, EvalResult
 
@@ -42,19 +42,13 @@ def retrieval(embedder: Embedder, dataset: EvalDataset) -> EvalResult:
     text_ranks_n = ranks(image_nE, text_ME, (image_m, text_m))
     image_ranks_T = ranks(text_ME[query_T], image_nE, (np.searchsorted(query_T, text_m), image_m))
 
-    prefix = f"retrieval/{dataset.name}"
-    median_rank = f"{prefix}/image_to_text/median_rank"
+    prefix, texts = f"retrieval/{dataset.name}", len(text_ME)
+    median = float(np.floor(np.median(text_ranks_n)) + 1)  # open_clip's definition
     metrics = {
-        **_recalls(f"{prefix}/image_to_text", text_ranks_n, len(text_ME), texts_per_image_n, np.arange(len(image_nE))),
-        median_rank: float(np.floor(np.median(text_ranks_n)) + 1),  # open_clip's definition
-        f"{median_rank}/candidates": float(len(text_ME)),
-        f"{median_rank}/chance": (len(text_ME) + 1) / 2,
+        **_recalls(f"{prefix}/image_to_text", text_ranks_n, texts, texts_per_image_n, np.arange(len(image_nE))),
+        **with_references(f"{prefix}/image_to_text/median_rank", median, texts, (texts + 1) / 2),
         **_recalls(
-            f"{prefix}/text_to_image",
-            image_ranks_T,
-            len(image_nE),
-            images_per_text_M[query_T],
-            first_image_M[query_T],
+            f"{prefix}/text_to_image", image_ranks_T, len(image_nE), images_per_text_M[query_T], first_image_M[query_T]
         ),
     }
     return EvalResult(metrics, dataset.prompts)
@@ -78,9 +72,6 @@ def chance_recall(candidates: int, positives: Integer[np.ndarray, "N"], k: int) 
 
     Hypergeometric with N = candidates and p = positives: 1 - C(N - p, k) / C(N, k) = 1 - ∏ (N - p - i) / (N - i) over
     i < k; the binomials would overflow.
-
-    >>> round(chance_recall(10, np.array([1, 2]), 1), 3)
-    0.15
     """
     drawn_k = np.arange(k)
     negatives_Nk: Float[np.ndarray, "N k"] = np.maximum(candidates - positives[:, None] - drawn_k, 0)
@@ -99,10 +90,7 @@ def _recalls(
     metrics: dict[str, float] = {}
     for k in KS:
         if k <= candidates:
-            key = f"{prefix}/recall_at_{k}"
-            metrics[key] = float(np.mean(ranks_N < k))
-            metrics[f"{key}/candidates"] = float(candidates)
-            metrics[f"{key}/chance"] = chance_recall(candidates, positives_N, k)
             hits_P = np.bincount(image_N, weights=ranks_N < k) / queries_P.mean()
-            metrics[f"{key}/ci_low"], metrics[f"{key}/ci_high"] = mean_interval(hits_P)
+            recall, chance = float(np.mean(ranks_N < k)), chance_recall(candidates, positives_N, k)
+            metrics |= with_references(f"{prefix}/recall_at_{k}", recall, candidates, chance, mean_interval(hits_P))
     return metrics

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from clip_jax.config import WeightsConfig, check_name, name_of
+from clip_jax.config import WeightsConfig, check_local_path, check_name, name_of
 from clip_jax.devices import distributed, sharding
 from clip_jax.evals import EVALUATORS
 from clip_jax.evals.analysis import bias, hash_shards, robustness
@@ -35,7 +35,7 @@ from clip_jax.evals.load import LoadOptions, expand
 from clip_jax.evals.report.charts import overlap_chart, robustness_chart
 from clip_jax.evals.report.tables import model_card, open_clip_csv, text_table
 from clip_jax.evals.report.writing import check_same_weights, weights_name, write_atomically, write_report
-from clip_jax.evals.suite import EvalReport, Model, evaluate
+from clip_jax.evals.suite import EvalReport, EvaluatedModel, evaluate
 from clip_jax.models import count_parameters, make_model
 from clip_jax.models.flops import forward_flops
 from clip_jax.preprocess import preprocess_many
@@ -59,8 +59,8 @@ class Options:
     templates: str = ""  # of all datasets; '': the registry's
     class_names: str = ""  # of a single dataset; '': the registry's
     standard_models: str = ""  # CSV of standard models for effective robustness
-    overlap: str = ""  # directory of the training images' hashes
-    train_files: str = ""  # TFRecord shards to hash into `overlap` first
+    train_hashes: str = ""  # directory of the training images' hashes, for the evaluator overlap
+    train_files: str = ""  # TFRecord shards to hash into `train_hashes` first
     beam_options: Sequence[str] = ()  # hash the shards with Apache Beam and these options
     max_distance: int = MAX_DISTANCE  # bits in which near-duplicates differ at most
     groups: str = ""  # CSV with a header and a row per test image, for bias
@@ -79,6 +79,8 @@ def prepare(options: Options) -> Evaluation:
     """
     for name in options.evaluators:
         check_name("--evaluators", name, EVALUATORS)
+    for name in ("data_dir", "cache_dir"):
+        check_local_path(f"--{name}", getattr(options, name))
     names = expand(options.datasets)
     if not (names and options.evaluators):
         raise ValueError("--datasets and --evaluators: expected at least one of each, e.g. --datasets=smoke")
@@ -114,7 +116,7 @@ class Evaluation:
 
         Args:
           params: NumPy arrays.
-          step: of the training run; its metrics are appended to STEPS_FILE.
+          step: of the training run; its metrics are added to STEPS_FILE.
         """
         options = self.options
         fingerprint = _fingerprint(config, params, options.dtype)
@@ -135,7 +137,8 @@ class Evaluation:
             self.steps.append({"step": step} | {k: v for k, v in report.metrics.items() if math.isfinite(v)})
         if distributed.is_main_process():
             if step is not None:
-                _append_line(_out_dir(options) / STEPS_FILE, self.steps[-1])
+                lines = "".join(json.dumps(line) + "\n" for line in self.steps)
+                write_atomically(_out_dir(options) / STEPS_FILE, lines)
             _print(report, _out_dir(options), write(report))
         return report
 
@@ -160,7 +163,7 @@ class Evaluation:
 
 def make_evaluated_model(
     config: WeightsConfig, params: Params, mesh: Mesh, options: Options, fingerprint: str = ""
-) -> Model:
+) -> EvaluatedModel:
     """Return the model with its parameters replicated over a mesh. With a fingerprint, features are cached on disk."""
     model = make_model(
         config.model, config.preprocess, dtype=options.dtype, batch_sharding=sharding.batch_sharding(mesh)
@@ -180,7 +183,7 @@ def make_evaluated_model(
         image_features=model.image_features,
     )
     spec = config.preprocess
-    return Model(
+    return EvaluatedModel(
         DiskCachedEmbedder(embedder, FeatureCache(options.cache_dir if fingerprint else "", fingerprint)),
         name_of(config.model),
         f"{pixels} px, {spec.resize}, {spec.interpolation} of {spec.implementation}, {options.dtype}",
@@ -214,7 +217,7 @@ def _out_dir(options: Options) -> pathlib.Path:
 
 
 def _read_steps(options: Options) -> list[dict[str, float]]:
-    """Return the evaluated steps of STEPS_FILE; a truncated line is skipped."""
+    """Return the evaluated steps of STEPS_FILE; a damaged line is skipped, and its step evaluated again."""
     path, steps = _out_dir(options) / STEPS_FILE, []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
@@ -222,20 +225,14 @@ def _read_steps(options: Options) -> list[dict[str, float]]:
     return steps
 
 
-def _append_line(path: pathlib.Path, record: Mapping[str, float]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-
-
 def _hashes(options: Options) -> tuple[np.ndarray, ...]:
-    if not options.overlap:
+    if not options.train_hashes:
         return ()
     if options.train_files:
         from clip_jax.data.sources.tfrecord import expand_files  # imports TensorFlow
 
-        hash_shards.hash_shards(expand_files(options.train_files), options.overlap, options.beam_options or None)
-    return tuple(hash_shards.read_hashes(options.overlap).values())
+        hash_shards.hash_shards(expand_files(options.train_files), options.train_hashes, options.beam_options or None)
+    return tuple(hash_shards.read_hashes(options.train_hashes).values())
 
 
 def _group_options(options: Options) -> dict[str, Any]:

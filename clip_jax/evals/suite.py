@@ -12,9 +12,8 @@ from clip_jax.devices import distributed
 from clip_jax.devices.distributed import DATA_ERRORS
 from clip_jax.evals import EVALUATORS
 from clip_jax.evals.analysis.baselines import baselines
-from clip_jax.evals.datasets.load import load_split
 from clip_jax.evals.datasets.registry import DATASETS, Dataset, published_results
-from clip_jax.evals.load import LoadOptions, SplitLoader, expand, load_dataset
+from clip_jax.evals.load import LoadOptions, SplitLoader, expand, load_dataset, load_split
 from clip_jax.evals.metrics import Undefined
 from clip_jax.evals.report.panels import Panels, panels
 from clip_jax.typing import Embedder, EvalDataset, Evaluator, Unavailable
@@ -42,7 +41,7 @@ class EvalReport(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
+class EvaluatedModel:
     """A model under evaluation."""
 
     embedder: Embedder
@@ -51,7 +50,7 @@ class Model:
 
 
 def evaluate(
-    model: Model,
+    model: EvaluatedModel,
     names: Sequence[str],
     evaluators: Sequence[str],
     options: LoadOptions = LoadOptions(),  # noqa: B008 (frozen)
@@ -99,7 +98,9 @@ def supports(evaluator: Evaluator, row: Dataset) -> bool:
     )
 
 
-def _evaluate_one(model: Model, key: str, dataset: EvalDataset, options: Mapping[str, Any], report: EvalReport) -> None:
+def _evaluate_one(
+    model: EvaluatedModel, key: str, dataset: EvalDataset, options: Mapping[str, Any], report: EvalReport
+) -> None:
     """Add the metrics of one evaluator on one dataset to the report, or the error; the same on all processes."""
     log.info("%s", key)
     try:

@@ -21,12 +21,58 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int64, Integer
 
-from clip_jax.evals.metrics import Interval, Predictions, Undefined, exact_interval, hits
+from clip_jax.evals.metrics import Interval, Predictions, Undefined, exact_interval, hits, with_references
+from clip_jax.evals.zeroshot import classify
+from clip_jax.typing import Embedder, EvalDataset, EvalResult, Unavailable
 
 PERMUTATIONS = 9999  # the smallest p is 1/10,000
 ACCURACY = "accuracy"
 Categories = Mapping[str, Sequence[int]]  # name -> class ids: {'crime': (8, 9)}
 Cell = str | int | float
+
+
+def bias(
+    embedder: Embedder,
+    dataset: EvalDataset,
+    groups: Int64[np.ndarray, "n"] | None = None,
+    group_names: Sequence[str] = (),
+    categories: Mapping[str, Sequence[str]] = {},  # noqa: B006 (not modified)
+) -> EvalResult:
+    """Compare the zero-shot predictions between groups.
+
+    Args:
+      groups: group id of each test image; negative for none.
+      group_names: by group id.
+      categories: class names that are counted together, by name, e.g. {"crime": ["thief", "criminal"]}.
+
+    Returns:
+      `bias/<dataset>/<group>/accuracy` with `/candidates` and `/chance`, and for `accuracy` and each category
+      `bias/<dataset>/<category>_difference` and `…_p_corrected`. The detail is a table with one row per group.
+
+    Raises:
+      Unavailable: without groups or class names, for another number of groups than images, and for unknown classes.
+    """
+    if groups is None:
+        raise Unavailable("expected the groups of the test images: give --groups")
+    if len(groups) != len(dataset.images):
+        raise Unavailable(f"--groups: expected one row per image, {len(dataset.images):,}, got {len(groups):,}")
+    predictions = dataclasses.replace(classify(embedder, dataset), groups=groups)
+    class_ids = {name: class_id for class_id, names in enumerate(dataset.class_names) for name in names}
+    unknown = [name for names in categories.values() for name in names if name not in class_ids]
+    if unknown:
+        raise Unavailable(f"--categories: {unknown[0]!r} is not a class name of {dataset.name}: give --class_names")
+    ids = {category: tuple(class_ids[name] for name in names) for category, names in categories.items()}
+    results = by_group(predictions, group_names, ids)
+    prefix, metrics, classes = f"bias/{dataset.name}", {}, predictions.scores.shape[1]
+    for name, result in results.items():
+        metrics |= with_references(f"{prefix}/{name}/accuracy", result.accuracy.value, classes, 1 / classes)
+    for event, found in disparity(predictions, group_names, ids).items():
+        metrics[f"{prefix}/{event}_difference"] = found.difference
+        metrics[f"{prefix}/{event}_p_corrected"] = found.p_corrected
+    return EvalResult(metrics, dataset.prompts, table_rows(results))
+
+
+bias.tasks = ("zeroshot",)
 
 
 class Rate(NamedTuple):

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from jaxtyping import Float, Float32, Float64, Int64, UInt64
@@ -55,27 +56,54 @@ def nearest_similarity(
     Embeddings that are zero or not finite are never compared. Without anything to compare, the similarity is NaN and
     the row -1, so that no threshold makes the image a duplicate. The log has their number.
     """
-    eval_nE = unit(eval_nE)
-    best_n, row_n = np.full(len(eval_nE), np.nan, np.float32), np.full(len(eval_nE), NO_MATCH, np.int64)
-    valid_n = np.flatnonzero(~np.isnan(eval_nE).any(1))
+    best_n, row_n = _nearest(
+        unit(eval_nE),
+        map(unit, blocks),
+        lambda x_mE: ~np.isnan(x_mE).any(1),
+        lambda queries_qE, train_mE: queries_qE @ train_mE.T,
+        math.isqrt(BLOCK_SCORES),
+        "an embedding that is zero or not finite",
+    )
+    return np.where(row_n == NO_MATCH, np.nan, best_n).astype(np.float32), row_n
+
+
+def _nearest(
+    eval_n: np.ndarray,
+    blocks: Iterable[np.ndarray],
+    valid: Callable[[np.ndarray], np.ndarray],
+    similarity: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    step: int,
+    invalid_reason: str,
+) -> tuple[Float64[np.ndarray, "n"], Int64[np.ndarray, "n"]]:
+    """Return the highest similarity of each valid row to a valid training row, and the first such training row.
+
+    Compares `step` rows with `step` rows at a time.
+    """
+    best_n, row_n = np.full(len(eval_n), -np.inf), np.full(len(eval_n), NO_MATCH, np.int64)
+    valid_n = np.flatnonzero(valid(eval_n))
     seen = invalid = 0
-    for block_mE in blocks:
-        block_mE = unit(block_mE)
-        valid_m = np.flatnonzero(~np.isnan(block_mE).any(1))
-        rows_m = seen + valid_m
-        seen, invalid = seen + len(block_mE), invalid + len(block_mE) - len(valid_m)
-        if not len(valid_m):
-            continue
-        block_mE = block_mE[valid_m]
-        step = max(1, BLOCK_SCORES // len(block_mE))
-        for start in range(0, len(valid_n), step):
-            queries = valid_n[start : start + step]
-            scores = eval_nE[queries] @ block_mE.T
-            nearest = scores.argmax(1)
-            score = scores[np.arange(len(queries)), nearest]
-            better = ~(score <= best_n[queries])  # also true for NaN, the initial value
-            best_n[queries[better]], row_n[queries[better]] = score[better], rows_m[nearest[better]]
-    _log_invalid(seen, invalid, len(eval_nE) - len(valid_n), "an embedding that is zero or not finite")
+    for block_m in blocks:
+        for first in range(0, len(block_m), step):
+            part_m = np.asarray(block_m[first : first + step])
+            valid_m = np.flatnonzero(valid(part_m))
+            rows_m, invalid = seen + first + valid_m, invalid + len(part_m) - len(valid_m)
+            part_m = part_m[valid_m]
+            for start in range(0, len(valid_n) if len(part_m) else 0, step):
+                queries = valid_n[start : start + step]
+                scores = similarity(eval_n[queries], part_m)
+                nearest = scores.argmax(1)
+                score = scores[np.arange(len(queries)), nearest]
+                better = score > best_n[queries]
+                best_n[queries[better]], row_n[queries[better]] = score[better], rows_m[nearest[better]]
+        seen += len(block_m)
+    if not seen:
+        raise ValueError("the training source has no rows: expected blocks of it, such as [embeddings] or [hashes]")
+    if invalid or len(valid_n) < len(eval_n):
+        log.warning(
+            "%d evaluation images and %d of %d training images have %s: they are not compared and never count as "
+            "duplicates",
+            *(len(eval_n) - len(valid_n), invalid, seen, invalid_reason),
+        )
     return best_n, row_n
 
 
@@ -103,7 +131,14 @@ def perceptual_hash(image: ImageLike) -> np.uint64:
 
 def hash_images(images: Iterable[ImageLike]) -> UInt64[np.ndarray, "n"]:
     """Return the hash of each image, NO_HASH for too little structure or images that can't be decoded."""
-    return np.fromiter(map(_hash_or_none, images), np.uint64)
+
+    def hash_or_none(image: ImageLike) -> np.uint64:
+        try:
+            return perceptual_hash(image)
+        except ValueError:
+            return NO_HASH
+
+    return np.fromiter(map(hash_or_none, images), np.uint64)
 
 
 def nearest_hash(
@@ -114,31 +149,16 @@ def nearest_hash(
     NO_HASH is never compared. Without anything to compare, the distance is 65 and the row -1, so that no threshold
     makes the image a duplicate. The log has their number. Compares all pairs, about 8e8 per second and core: 25,000
     evaluation images with 10 million training images take 5 minutes.
-
-    Args:
-      blocks: hashes of the training source; `[hashes]` for a source in memory.
     """
-    best_n, row_n = np.full(len(eval_n), HASH_BITS + 1), np.full(len(eval_n), NO_MATCH, np.int64)
-    valid_n = np.flatnonzero(eval_n != NO_HASH)
-    seen = invalid = 0
-    for block_m in blocks:
-        for first in range(0, len(block_m), _BLOCK):
-            part_m = np.asarray(block_m[first : first + _BLOCK])
-            valid_m = np.flatnonzero(part_m != NO_HASH)
-            rows_m, invalid = seen + first + valid_m, invalid + len(part_m) - len(valid_m)
-            if not len(valid_m):
-                continue
-            part_m = part_m[valid_m]
-            for start in range(0, len(valid_n), _BLOCK):
-                queries = valid_n[start : start + _BLOCK]
-                distances = np.bitwise_count(eval_n[queries, None] ^ part_m)
-                nearest = distances.argmin(1)
-                distance = distances[np.arange(len(queries)), nearest]
-                better = distance < best_n[queries]
-                best_n[queries[better]], row_n[queries[better]] = distance[better], rows_m[nearest[better]]
-        seen += len(block_m)
-    _log_invalid(seen, invalid, len(eval_n) - len(valid_n), "no hash (too little structure, or not decodable)")
-    return best_n, row_n
+    equal_n, row_n = _nearest(
+        eval_n,
+        blocks,
+        lambda hash_m: hash_m != NO_HASH,
+        lambda queries_q, train_m: np.bitwise_count(~queries_q[:, None] ^ train_m),  # number of equal bits
+        _BLOCK,
+        "no hash (too little structure, or not decodable)",
+    )
+    return np.where(row_n == NO_MATCH, HASH_BITS + 1, HASH_BITS - equal_n).astype(np.int64), row_n
 
 
 @functools.cache
@@ -146,21 +166,3 @@ def _dct_rows() -> Float64[np.ndarray, "8 32"]:
     """Return the lowest rows of the orthonormal DCT-II matrix."""
     u, x = np.arange(_LOW)[:, None], np.arange(_SIDE)
     return np.cos(np.pi * u * (2 * x + 1) / (2 * _SIDE)) * np.where(u == 0, np.sqrt(1 / _SIDE), np.sqrt(2 / _SIDE))
-
-
-def _hash_or_none(image: ImageLike) -> np.uint64:
-    try:
-        return perceptual_hash(image)
-    except ValueError:
-        return NO_HASH
-
-
-def _log_invalid(seen: int, invalid: int, invalid_eval: int, reason: str) -> None:
-    if not seen:
-        raise ValueError("the training source has no rows: expected blocks of it, such as [embeddings] or [hashes]")
-    if invalid or invalid_eval:
-        log.warning(
-            "%d evaluation images and %d of %d training images have %s: they are not compared and never count as "
-            "duplicates",
-            *(invalid_eval, invalid, seen, reason),
-        )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from clip_jax.evals.datasets.files import fingerprint
+from clip_jax.evals.datasets.files import LazySequence, fingerprint
 from clip_jax.typing import DatasetSplit, Unavailable
 
 # VOC's `labels` includes the objects marked as difficult, as in CLIP_benchmark's shards.
@@ -56,20 +56,6 @@ def read_tfds(name: str, split: str, data_dir: str) -> DatasetSplit:
     return DatasetSplit(images=images, targets=targets, class_names=names, fingerprint=fingerprint(parts))
 
 
-class _Images(Sequence):
-    """The encoded images of a TFDS data source, read on access."""
-
-    def __init__(self, rows: Sequence[Mapping[str, Any]]):
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index):
-        indices = range(len(self))[index]
-        return [self._rows[i]["image"] for i in indices] if isinstance(indices, range) else self._rows[indices]["image"]
-
-
 def _class_feature(name: str, features: Any) -> tuple[str, tuple[str, ...]]:
     """Return the name of the class feature, and the class names. Raises Unavailable if there is none."""
     import tensorflow_datasets
@@ -93,7 +79,8 @@ def _read_rows(builder: Any, split: str, feature: str) -> tuple[Sequence[bytes],
     decoders = {"image": tensorflow_datasets.decode.SkipDecoding()}
     if builder.info.file_format is tensorflow_datasets.core.FileFormat.ARRAY_RECORD:
         rows = builder.as_data_source(split, decoders=decoders)
-        images, pairs = _Images(rows), ((row["image"], row[feature]) for row in rows)
+        images = LazySequence(len(rows), lambda i: rows[i]["image"])
+        pairs = ((row["image"], row[feature]) for row in rows)
     else:
         dataset = builder.as_dataset(
             split=split,
