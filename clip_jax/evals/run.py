@@ -1,8 +1,5 @@
 """Evaluation of weights on datasets, with reports on disk: the application behind `python -m clip_jax.evaluate`.
 
-    evaluation = prepare(Options(weights="params.msgpack", datasets=("smoke",)))
-    report = evaluation.evaluate(config, params)
-
 Reports are written after every dataset, each file atomically, so that a killed process keeps its results.
 """
 
@@ -70,6 +67,11 @@ class Options:
     dtype: str = "float32"  # of the computation
     cache_dir: str = ""  # features by weights and split; '': no cache
 
+    @property
+    def directory(self) -> pathlib.Path:
+        """Directory of the reports."""
+        return pathlib.Path(self.out or f"evaluations/{weights_name(self.weights)}").expanduser()
+
 
 def prepare(options: Options) -> Evaluation:
     """Check the options, read the files that they name, and initialize the devices.
@@ -122,9 +124,17 @@ class Evaluation:
         fingerprint = _fingerprint(config, params, options.dtype)
         with distributed.synchronized_errors(ValueError):
             if not options.out:
-                check_same_weights(_out_dir(options), options.weights, fingerprint[:FINGERPRINT])
-        model = make_evaluated_model(config, params, self.mesh, options, fingerprint)
-        info = _run_info(config, params, fingerprint, options)
+                check_same_weights(options.directory, options.weights, fingerprint[:FINGERPRINT])
+        model = _evaluated_model(config, params, self.mesh, options, fingerprint)
+        info = {
+            "name": weights_name(options.weights),
+            "weights": options.weights,
+            "fingerprint": fingerprint[:FINGERPRINT],
+            "architecture": model.architecture,
+            "parameters": count_parameters(params),
+            "flops_per_pair": sum(forward_flops(config.model)),
+            "versions": versions(),
+        }
 
         def write(report: EvalReport) -> list[str]:
             report.metrics.update(robustness.summary(report.metrics, self.standard_models))
@@ -138,13 +148,13 @@ class Evaluation:
         if distributed.is_main_process():
             if step is not None:
                 lines = "".join(json.dumps(line) + "\n" for line in self.steps)
-                write_atomically(_out_dir(options) / STEPS_FILE, lines)
-            _print(report, _out_dir(options), write(report))
+                write_atomically(options.directory / STEPS_FILE, lines)
+            _print(report, options.directory, write(report))
         return report
 
     def _write(self, info: Mapping[str, Any], config: WeightsConfig, report: EvalReport) -> list[str]:
         """Write all reports and return their file names."""
-        directory = _out_dir(self.options)
+        directory = self.options.directory
         plots = _plots(info["name"], report, self.standard_models)
         notes = {"descriptions": report.descriptions, "skipped": report.skipped, "failed": report.failed}
         write_report(directory, report.metrics, self.steps, (), {**info, **notes}, plots)
@@ -161,30 +171,28 @@ class Evaluation:
         return ["report.html", "report.json", *files]
 
 
-def make_evaluated_model(
-    config: WeightsConfig, params: Params, mesh: Mesh, options: Options, fingerprint: str = ""
+def _evaluated_model(
+    config: WeightsConfig, params: Params, mesh: Mesh, options: Options, fingerprint: str
 ) -> EvaluatedModel:
-    """Return the model with its parameters replicated over a mesh. With a fingerprint, features are cached on disk."""
-    model = make_model(
-        config.model, config.preprocess, dtype=options.dtype, batch_sharding=sharding.batch_sharding(mesh)
-    )
-    replicated, pixels = sharding.replicated(mesh), config.model.image.image_size
+    """Return the model with its parameters replicated over a mesh. The fingerprint is the key of cached features."""
+    spec, pixels = config.preprocess, config.model.image.image_size
+    replicated = sharding.replicated(mesh)
+    model = make_model(config.model, spec, dtype=options.dtype, batch_sharding=sharding.batch_sharding(mesh))
     batch_size = -(-options.batch_size // mesh.size) * mesh.size
     embedder = ModelEmbedder(
         model.encode_image,
         model.encode_text,
         jax.tree.map(lambda x: jax.make_array_from_process_local_data(replicated, np.asarray(x)), params),
         make_tokenizer(config.tokenizer, config.model.text, truncate=True, tokenizer_file=config.tokenizer_file),
-        functools.partial(preprocess_many, size=pixels, spec=config.preprocess),
+        functools.partial(preprocess_many, size=pixels, spec=spec),
         batch_size,
         rows=sharding.host_rows(mesh, batch_size),
         put=functools.partial(sharding.to_global, mesh=mesh),
         out_sharding=replicated,
         image_features=model.image_features,
     )
-    spec = config.preprocess
     return EvaluatedModel(
-        DiskCachedEmbedder(embedder, FeatureCache(options.cache_dir if fingerprint else "", fingerprint)),
+        DiskCachedEmbedder(embedder, FeatureCache(options.cache_dir, fingerprint)),
         name_of(config.model),
         f"{pixels} px, {spec.resize}, {spec.interpolation} of {spec.implementation}, {options.dtype}",
     )
@@ -200,25 +208,9 @@ def _fingerprint(config: WeightsConfig, params: Params, dtype: str) -> str:
     return found.hexdigest()
 
 
-def _run_info(config: WeightsConfig, params: Params, fingerprint: str, options: Options) -> dict[str, Any]:
-    return {
-        "name": weights_name(options.weights),
-        "weights": options.weights,
-        "fingerprint": fingerprint[:FINGERPRINT],
-        "architecture": name_of(config.model),
-        "parameters": count_parameters(params),
-        "flops_per_pair": sum(forward_flops(config.model)),
-        "versions": versions(),
-    }
-
-
-def _out_dir(options: Options) -> pathlib.Path:
-    return pathlib.Path(options.out or f"evaluations/{weights_name(options.weights)}").expanduser()
-
-
 def _read_steps(options: Options) -> list[dict[str, float]]:
     """Return the evaluated steps of STEPS_FILE; a damaged line is skipped, and its step evaluated again."""
-    path, steps = _out_dir(options) / STEPS_FILE, []
+    path, steps = options.directory / STEPS_FILE, []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
             steps.append(json.loads(line))

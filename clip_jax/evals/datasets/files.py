@@ -59,11 +59,6 @@ def fingerprint(parts: Iterable[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def class_names(directory: Path) -> tuple[str, ...]:
-    """Return the lines of classnames.txt, () without the file. Raises ValueError for an empty line."""
-    return read_lines(directory / "classnames.txt")
-
-
 def read_lines(path: Path) -> tuple[str, ...]:
     """Return the stripped lines of a text file, () without the file. Raises ValueError for an empty line."""
     if not path.is_file():

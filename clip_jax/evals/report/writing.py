@@ -32,7 +32,7 @@ def write_report(
     """Write `report.json` and `report.html` into `workdir`, each atomically.
 
     Args:
-      metrics: metrics of evaluators and baselines, and `<metric>/threshold`; see `results.py`.
+      metrics: see `results.py`.
       curves: JSON-lines records of the run, each with `step`. Records with `loss` are training metrics (keys of
         `html.CURVES`); records with keys that begin with an evaluator's name are evaluations.
       run: properties by name. `name` is the title and `attribution` the footer. A mapping, such as `config` or
