@@ -42,7 +42,7 @@ def test_every_result_has_a_description(monkeypatch):
     for description in report.descriptions.values():
         for part in ("20 images of the test split", "4 classes", "metric top1", PREPROCESSING):
             assert part in description
-    digest = prompts.Prompts(tuple((name,) for name in NAMES), prompts.templates("photo")).digest
+    digest = prompts.digest(tuple((name,) for name in NAMES), prompts.templates("photo"))
     assert digest in report.descriptions["zeroshot/tiny"] and "4 prompts" in report.descriptions["zeroshot/tiny"]
     assert "held out of the training split" in report.descriptions["linear_probe/tiny"]
     assert "5 draws" in report.descriptions["few_shot/tiny"]

@@ -87,17 +87,13 @@ def _read(path: pathlib.Path, rows: int) -> np.ndarray | None:
 
 
 def _write(path: pathlib.Path, array: np.ndarray) -> None:
+    """Write a file atomically, and remove temporary files of killed writers."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(path.parent)
+    for abandoned in path.parent.glob(f"{'[0-9a-f]' * 32}.{'[0-9a-f]' * 32}.new"):  # no file of other programs
+        with contextlib.suppress(OSError):  # renamed or removed meanwhile
+            if time.time() - abandoned.stat().st_mtime > ABANDONED_SECONDS:
+                abandoned.unlink()
     new = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.new")
     with open(new, "wb") as file:
         np.save(file, array)
     os.replace(new, path)
-
-
-def _remove_abandoned(directory: pathlib.Path) -> None:
-    """Remove temporary files of killed writers; the pattern matches no file of other programs."""
-    for path in directory.glob(f"{'[0-9a-f]' * 32}.{'[0-9a-f]' * 32}.new"):
-        with contextlib.suppress(OSError):  # renamed or removed meanwhile
-            if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
-                path.unlink()

@@ -136,7 +136,8 @@ def fit(
       start: initial value; changes the time, not the result.
       tolerance: distance from the optimum in nats per example, about. At most 1000 steps are taken.
 
-    Raises ValueError for features that are not finite, targets out of range, no examples, and l2 ≤ 0.
+    Raises:
+      ValueError: for features that are not finite, targets out of range, no examples, and l2 ≤ 0.
 
     >>> x = np.array([[0.0], [0.1], [0.9], [1.0]])
     >>> fit(x, np.array([0, 0, 1, 1]), classes=2, l2=0.1).scores(x).argmax(1).tolist()
@@ -161,9 +162,7 @@ def search(
 ) -> ProbeSearch:
     """Search l2 on the validation split and fit the probe to both splits: about 15 fits, with warm starts.
 
-    Args:
-      metric: one of `metrics.METRICS`, such as `accuracy`, or `map_11_points` for several classes per example.
-      refit: False returns the probe fitted to the training split alone. Raises as `fit` does.
+    With refit=False the probe is fitted to the training split alone. Raises as `fit` does.
     """
     train, validation = Examples(*train), Examples(*validation)
     _checked_targets(validation, classes)  # before the fits
@@ -186,25 +185,23 @@ def _binary_search(
             solved[step] = training.solve(_l2(step), _warm_start(solved, step))
             values[step] = training.probe(solved[step]).evaluate(metric, validation)
 
+    def best_step() -> int:
+        return max(values, key=lambda step: (values[step], step))
+
     for step in range(LAST_STEP, -LAST_STEP - 1, -FIRST_STRIDE):  # large l2 converge fast
         visit(step)
     stride = FIRST_STRIDE
     while stride > 1:
         stride //= 2
-        best = _best_step(values)
+        best = best_step()
         visit(best + stride)
         visit(best - stride)
-
-    best = _best_step(values)
+    best = best_step()
     return best, values, training.probe(solved[best])
 
 
 def _l2(step: int) -> float:
     return float(10 ** (step / STEPS_PER_DECADE))
-
-
-def _best_step(values: dict[int, float]) -> int:
-    return max(values, key=lambda step: (values[step], step))
 
 
 def _warm_start(solved: dict, step: int):

@@ -49,9 +49,6 @@ class LoadOptions:
 def load_split(row: Dataset, part: str, data_dir: str) -> DatasetSplit:
     """Load a split from a Python package, else from `<data_dir>/<row.folder>/<split>`, else from TFDS below `data_dir`.
 
-    Args:
-      part: 'test', 'train' or 'validation'.
-
     Raises:
       Unavailable: if the split is not on this machine. The message lists the places and how to prepare the data.
       ValueError: if the stored data is damaged or incomplete.
@@ -76,10 +73,8 @@ def load_split(row: Dataset, part: str, data_dir: str) -> DatasetSplit:
             return read_tfds(row.tfds, tfds_split, data_dir)
         except Unavailable as error:
             problems.append(str(error))
-    raise Unavailable(
-        "\n".join([f"{row.folder or row.tfds} ({split or tfds_split}) is not on this machine:", *problems, row.note])
-        .rstrip()
-    )  # fmt: skip
+    place = f"{row.folder or row.tfds} ({split or tfds_split})"
+    raise Unavailable("\n".join([f"{place} is not on this machine:", *problems, row.note]).rstrip())
 
 
 def load_dataset(
@@ -121,7 +116,10 @@ def load_dataset(
         return dataclasses.replace(
             dataset, name=row.name, description=description, prompts=prompts_source, class_names=dataset.texts
         )
-    split = check_size(row, load("test"))
+    split = load("test")
+    found, kind = (len(split.cues), "cues") if row.task == "association" else (len(split.images), "images")
+    if row.size and found != row.size:
+        raise Unavailable(f"expected {row.size:,} {kind} in the {row.test} split, found {found:,}: not comparable")
     parts = [f"{len(split.images):,} images of the {row.test} split", f"metric {row.metric}"]
     if row.classes:
         parts.insert(1, f"{row.classes} classes")
@@ -130,7 +128,7 @@ def load_dataset(
         split.images,
         (),
         split.targets,
-        groups=groups_of(row, split),
+        groups=_groups(row, split),
         metric=row.metric,
         cues=split.cues,
         load_split=load_other,
@@ -141,26 +139,14 @@ def load_dataset(
 
 
 def expand(names: list[str] | tuple[str, ...]) -> list[str]:
-    """Return the datasets of names and suites, each once. Raises ValueError for an unknown name.
-
-    >>> expand(["digits", "smoke"])
-    ['digits', 'mnist5k', 'emoji_categories']
-    """
+    """Return the datasets of names and suites, each once. Raises ValueError for an unknown name."""
     unknown = [name for name in names if name not in DATASETS and name not in SUITES]
     if unknown:
         raise ValueError(f"no dataset or suite is named {unknown[0]!r}: use {', '.join([*SUITES, *DATASETS])}")
     return list(dict.fromkeys(dataset for name in names for dataset in SUITES.get(name, (name,))))
 
 
-def check_size(row: Dataset, split: DatasetSplit) -> DatasetSplit:
-    """Return the split. Raises Unavailable if its size differs from the registry's."""
-    found, kind = (len(split.cues), "cues") if row.task == "association" else (len(split.images), "images")
-    if row.size and found != row.size:
-        raise Unavailable(f"expected {row.size:,} {kind} in the {row.test} split, found {found:,}: not comparable")
-    return split
-
-
-def groups_of(row: Dataset, split: DatasetSplit) -> Int64[np.ndarray, "n"] | None:
+def _groups(row: Dataset, split: DatasetSplit) -> Int64[np.ndarray, "n"] | None:
     """Return the group ids of the dataset's worst-group metric, -1 for excluded groups; None without such a metric."""
     if row.group_column < 0:
         return None
@@ -205,13 +191,10 @@ def _class_prompts(row: Dataset, split: DatasetSplit, options: LoadOptions) -> d
             )
     except Unavailable as error:  # probes need no texts
         return {"missing_texts": str(error)}
-    found = prompts.Prompts(names, templates)
-    texts = found.texts()
-    return {
-        "texts": texts,
-        "class_names": names,
-        "prompts": f"class names {names_source}, templates {source}, {sum(map(len, texts)):,} prompts, {found.digest}",
-    }
+    texts = prompts.class_texts(names, templates)
+    sources = f"class names {names_source}, templates {source}"
+    numbers = f"{sum(map(len, texts)):,} prompts, {prompts.digest(names, templates)}"
+    return {"texts": texts, "class_names": names, "prompts": f"{sources}, {numbers}"}
 
 
 def _first_source(read: Callable[[str], tuple], user: str, registered: str, stored: tuple) -> tuple[tuple, str]:

@@ -67,9 +67,6 @@ def evaluate(
       evaluators: keys of EVALUATORS.
       evaluator_options: keyword arguments by evaluator.
       after_each: called with the report so far after each dataset.
-
-    Raises:
-      ValueError: for an unknown name, and for prompts that do not exist.
     """
     report = EvalReport({}, {}, {}, {}, {})
     options.check()
@@ -153,7 +150,7 @@ class Suite:
         return metrics
 
     def baselines(self, train: EvalDataset) -> dict[str, float]:
-        """Return the metrics of baselines that are fitted to `train`, on the retrieval datasets."""
+        """Return the metrics, on the retrieval datasets, of baselines that are fitted to `train`."""
         return baselines(train, self._retrieval_datasets())
 
     def thresholds(self, config: EvalConfig) -> dict[str, float]:

@@ -136,11 +136,7 @@ def by_group(
 ) -> dict[str, GroupResult]:
     """Return accuracy and category rates of each group, with exact 95 % intervals.
 
-    Args:
-      categories: class ids by name, e.g. {'non-human': (7, 8, 9), 'crime': (10, 11)}. Rates do not depend on targets.
-
-    Raises:
-      ValueError: without groups, for groups without a name, and for unknown class ids.
+    Raises ValueError without groups, for groups without a name, and for unknown class ids.
     """
     groups_n = _checked_groups(predictions, group_names)
     events = _events(predictions, categories or {})
@@ -165,10 +161,8 @@ def disparity(
     """Return the difference between groups in 'accuracy' and each category rate, with a permutation test.
 
     Groups without examples are skipped. The test assumes independent examples: several images of one person make p too
-    small. It accounts for the larger variance of small groups.
-
-    Raises:
-      Undefined: with fewer than two groups that have examples.
+    small. It accounts for the larger variance of small groups. Raises Undefined with fewer than two groups that have
+    examples.
     """
     groups_n = _checked_groups(predictions, group_names)
     sizes_M = np.bincount(groups_n[groups_n >= 0], minlength=len(group_names))

@@ -1,10 +1,5 @@
 """Perceptual hashes of a training source's TFRecord shards, on many machines by Apache Beam.
 
-    hash_shards(expand_files("/data/cc3m/{00000..00331}.tfrecord"), "/data/cc3m-hashes", ["--runner=DirectRunner"])
-    hashes = read_hashes("/data/cc3m-hashes")
-    distances, rows = nearest_hash(hash_images(images), hashes.values())
-    names = [record_name(hashes, row) for row in rows]                                # '00017.tfrecord#412'
-
 Output: one file per shard, uint64[m] of the hashes of its records in the order of `data.sources.tfrecord`, NO_HASH for
 records without one. A worker processes a whole shard: `beam.io.ReadAllFromTFRecord` does not return record numbers and
 stops at the first damaged record of a shard. Shards whose output exists are skipped.
@@ -35,9 +30,7 @@ def hash_shards(files: Sequence[str], output_dir: str, options: Sequence[str] | 
       options: flags of Beam, such as ['--runner=DataflowRunner', '--project=…']; () runs on this machine; None hashes
         one shard after another without Beam.
 
-    Raises:
-      ImportError: if Apache Beam is not installed.
-      ValueError: if two shards have the same file name.
+    Raises ImportError if Apache Beam is not installed, and ValueError if two shards have the same file name.
     """
     names = Counter(os.path.basename(path) for path in files)
     if duplicates := [name for name, count in names.items() if count > 1]:

@@ -24,7 +24,7 @@ class LazySequence(Sequence):
     def __len__(self) -> int:
         return len(self._indices)
 
-    def __getitem__(self, index: int | slice) -> Any:
+    def __getitem__(self, index: Any) -> Any:  # an integer, of NumPy too, or a slice
         indices = self._indices[index]
         return [self._read(i) for i in indices] if isinstance(indices, range) else self._read(indices)
 

@@ -46,12 +46,8 @@ def render_page(
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {
-        "words": format_key,
-        "fraction": format_fraction,
-        "count": format_count,
-        "percent": _css_percent,
-    }
+    environment.filters |= {"words": format_key, "fraction": format_fraction, "count": format_count}
+    environment.filters["percent"] = _css_percent
     template = importlib.resources.files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
     rows, languages = results(metrics), _languages(metrics)
     return environment.from_string(template).render(

@@ -59,26 +59,28 @@ def panels(
     """
     image_nE, text_ME = embed_dataset(embedder, dataset)
 
-    def match(score: float, correct: bool, *, text: int | None = None, image: int | None = None) -> Match:
-        name = dataset.image_names[image] if image is not None and len(dataset.image_names) else ""
-        caption = dataset.texts[text][0] if text is not None else name
-        return Match(caption, "" if image is None else thumbnail(dataset.images[image]), score, correct)
+    def text(index: int, score: float = math.nan, correct: bool = True) -> Match:
+        return Match(dataset.texts[index][0], "", score, correct)
+
+    def image(index: int, score: float = math.nan, correct: bool = True) -> Match:
+        name = dataset.image_names[index] if len(dataset.image_names) else ""
+        return Match(name, thumbnail(dataset.images[index]), score, correct)
 
     text_ids = _evenly_spaced(dataset.query_texts(), texts)
     best_images = _best(text_ME[text_ids], image_nE, matches)
     text_rows = [
-        Row(match(math.nan, True, text=t), tuple(match(s, bool(correct_n[i]), image=i) for i, s in best))
+        Row(text(t), tuple(image(i, score, bool(correct_n[i])) for i, score in best))
         for t, correct_n, best in zip(text_ids.tolist(), dataset.positive_images(text_ids), best_images, strict=True)
     ]
     image_ids = _evenly_spaced(np.arange(len(image_nE)), images)
     best_texts = _best(image_nE[image_ids], text_ME, matches)
     image_rows = [
-        Row(match(math.nan, True, image=i), tuple(match(s, bool(correct_M[t]), text=t) for t, s in best))
+        Row(image(i), tuple(text(t, score, bool(correct_M[t])) for t, score in best))
         for i, correct_M, best in zip(image_ids.tolist(), dataset.positive_texts(image_ids), best_texts, strict=True)
     ]
     mistake_rows = [
-        Row(match(math.nan, True, image=i), (match(score, False, text=t), match(correct_score, True, text=correct)))
-        for i, t, correct, score, correct_score in _mistakes(image_nE, text_ME, dataset, mistakes)
+        Row(image(i), (text(predicted, score, False), text(correct, correct_score)))
+        for i, predicted, correct, score, correct_score in _mistakes(image_nE, text_ME, dataset, mistakes)
     ]
     return Panels(dataset.name, tuple(text_rows), tuple(image_rows), tuple(mistake_rows))
 
