@@ -7,7 +7,7 @@ import numpy as np
 
 from clip_jax.evals import load, suite
 from clip_jax.evals.datasets import registry
-from clip_jax.evals.feature_cache import DiskCachedEmbedder, FeatureCache
+from clip_jax.evals.embed import DiskCachedEmbedder, FeatureCache
 from clip_jax.evals.suite import EvaluatedModel
 from clip_jax.typing import DatasetSplit, Unavailable
 

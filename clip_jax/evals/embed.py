@@ -1,4 +1,4 @@
-"""Embedders: from encoded images and texts to unit vectors on the host.
+"""Embedders: from encoded images and texts to unit vectors on the host; caches in memory and on disk.
 
 The embedding of a class with several prompts is the normalized mean of their unit embeddings (Radford et al. 2021,
 section 3.1.4).
@@ -9,6 +9,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import logging
+import os
+import pathlib
+import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -22,6 +27,10 @@ from clip_jax.devices.distributed import DATA_ERRORS
 from clip_jax.evals.datasets.files import LazySequence
 from clip_jax.evals.ranking import unit
 from clip_jax.typing import Embedder, EvalDataset, Params, Tokenizer, Unavailable
+
+log = logging.getLogger(__name__)
+
+ABANDONED_SECONDS = 3600  # age of a temporary file whose writer was killed; allows for clock skew of shared disks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +141,82 @@ def _embed_new(
     return np.stack([cache[key] for key in keys])
 
 
+@dataclasses.dataclass(frozen=True)
+class FeatureCache:
+    """A directory of `.npy` files; with directory '' nothing is stored."""
+
+    directory: str
+    model: str  # fingerprint of weights, architecture and preprocessing
+
+    def get(self, key: str, rows: int, compute: Callable[[], np.ndarray]) -> np.ndarray:
+        """Return the stored array, or compute and store it. A collective: call it on all processes.
+
+        An unreadable file, or one with another number of rows, counts as missing and is overwritten. Arrays with
+        values that are not finite are not stored.
+        """
+        if not self.directory:
+            return compute()
+        name = hashlib.sha256(f"{self.model}/{key}".encode()).hexdigest()[:32]
+        path = pathlib.Path(self.directory).expanduser() / f"{name}.npy"
+        stored = _read(path, rows)
+        if distributed.all_true(stored is not None):  # `compute` is a collective: all processes or none
+            return stored
+        computed = compute()
+        if distributed.is_main_process() and np.isfinite(computed).all():
+            try:
+                _write(path, computed)
+            except OSError as error:  # disk full or read-only: the evaluation goes on without the cache
+                log.warning("%s: features not cached: %s", path, error)
+        return computed
+
+
+@dataclasses.dataclass(frozen=True)
+class DiskCachedEmbedder:
+    """Embedder that stores the embeddings and features of images with a fingerprint in a `FeatureCache`."""
+
+    embedder: Embedder
+    cache: FeatureCache
+
+    def image(self, images: Sequence[bytes]) -> np.ndarray:
+        """Return unit vectors float[n E]."""
+        return self._get("embeddings", self.embedder.image, images)
+
+    def text(self, texts: Sequence[str]) -> np.ndarray:
+        """Return unit vectors float[m E], which are not cached."""
+        return self.embedder.text(texts)
+
+    def features(self, images: Sequence[bytes]) -> np.ndarray:
+        """Return features float[n D]. Raises Unavailable if the embedder has none."""
+        return self._get("features", lambda images: features_of(self.embedder, images), images)
+
+    def _get(self, kind: str, compute: Callable[[Sequence[bytes]], np.ndarray], images: Sequence[bytes]) -> np.ndarray:
+        fingerprint = getattr(images, "fingerprint", "")
+        if not fingerprint:
+            return compute(images)
+        return self.cache.get(f"{kind}-{fingerprint}", len(images), lambda: compute(images))
+
+
+def _read(path: pathlib.Path, rows: int) -> np.ndarray | None:
+    try:
+        array = np.load(path, allow_pickle=False)
+    except Exception:  # noqa: BLE001 (damaged headers raise tokenize's errors too)
+        return None
+    return array if isinstance(array, np.ndarray) and array.ndim == 2 and len(array) == rows else None
+
+
+def _write(path: pathlib.Path, array: np.ndarray) -> None:
+    """Write a file atomically, and remove temporary files of killed writers."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for abandoned in path.parent.glob(f"{'[0-9a-f]' * 32}.{'[0-9a-f]' * 32}.new"):  # no file of other programs
+        with contextlib.suppress(OSError):  # renamed or removed meanwhile
+            if time.time() - abandoned.stat().st_mtime > ABANDONED_SECONDS:
+                abandoned.unlink()
+    new = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.new")
+    with open(new, "wb") as file:
+        np.save(file, array)
+    os.replace(new, path)
+
+
 def embed_dataset(
     embedder: Embedder, dataset: EvalDataset
 ) -> tuple[Float[np.ndarray, "n E"], Float[np.ndarray, "M E"]]:
@@ -145,15 +230,18 @@ def embed_dataset(
         raise Unavailable(dataset.missing_texts)
     check_dataset(dataset)
     image_nE = embedder.image(dataset.images)
+    if len(image_nE) != len(dataset.images):
+        raise ValueError(f"{dataset.name}: expected {len(dataset.images)} embeddings of images, got {len(image_nE)}")
+    return image_nE, embed_texts(embedder, dataset)
+
+
+def embed_texts(embedder: Embedder, dataset: EvalDataset) -> Float[np.ndarray, "M E"]:
+    """Return the embeddings of the texts, averaged over the prompts of each text."""
     prompts_TE = embedder.text([prompt for prompts in dataset.texts for prompt in prompts])
     counts_M = np.array([len(prompts) for prompts in dataset.texts])
-    for kind, got, expected in (
-        ("images", len(image_nE), len(dataset.images)),
-        ("prompts", len(prompts_TE), counts_M.sum()),
-    ):
-        if got != expected:
-            raise ValueError(f"{dataset.name}: expected {expected} embeddings of {kind}, got {got}")
-    return image_nE, average_prompts(prompts_TE, counts_M)
+    if len(prompts_TE) != counts_M.sum():
+        raise ValueError(f"{dataset.name}: expected {counts_M.sum()} embeddings of prompts, got {len(prompts_TE)}")
+    return average_prompts(prompts_TE, counts_M)
 
 
 def average_prompts(
@@ -164,10 +252,6 @@ def average_prompts(
     Args:
       prompts_TE: prompt embeddings of the first text, then of the second, …
       counts_M: number of prompts of each text, at least 1.
-
-    >>> average_prompts(np.array([[2.0, 0.0], [0.0, 1.0], [0.0, 3.0]]), np.array([1, 2]))
-    array([[1., 0.],
-           [0., 1.]], dtype=float32)
     """
     starts_M = np.concatenate([[0], np.cumsum(counts_M)[:-1]])
     return unit(np.add.reduceat(unit(prompts_TE), starts_M, axis=0))
@@ -184,8 +268,5 @@ def check_dataset(dataset: EvalDataset) -> None:
         raise ValueError(f"{name}: expected targets[n, {len(texts)}], one column per text, got {targets.shape[1]}")
     if targets.ndim == 1 and (targets.min() < 0 or targets.max() >= len(texts)):
         raise ValueError(f"{name}: expected targets from 0 to {len(texts) - 1}, got {targets.min()} to {targets.max()}")
-    empty = [index for index, prompts in enumerate(texts) if not prompts]
-    if empty:
-        raise ValueError(
-            f"{name}: expected a prompt for every text, got none for text {empty[0]} ({len(empty)} in all)"
-        )
+    if empty := [index for index, prompts in enumerate(texts) if not prompts]:
+        raise ValueError(f"{name}: expected a prompt for every text, got none for {len(empty)}, e.g. text {empty[0]}")

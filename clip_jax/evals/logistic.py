@@ -6,9 +6,9 @@ regression algorithm", bounds it by XᵀX / 2). In the eigenbasis of XᵀX, comp
 so the initial Hessian of every L-BFGS step is mean(p·(1 − p)) · eigenvalue + l2 instead of the identity: tens of steps,
 not hundreds. And logits are linear along a step, so the line search needs no matmul with the features.
 
-If the logits of all rows exceed HELD_LOGITS (ImageNet's have 5 GB), the rows are processed in chunks sharded over
-this process's devices, without arrays of n × Q. The line search then uses the gradient at the end of the step, which
-the next step needs anyway; the first trial usually suffices.
+If the logits of all rows exceed HELD_LOGITS (ImageNet's have 5 GB), rows are processed in chunks sharded over this
+process's devices, without arrays of n × Q. The line search then uses the gradient at the end of the step, which the
+next step needs anyway; the first trial usually suffices.
 
 Deviation: the iteration stops if a step is expected to gain less than `tolerance` nats per example. scikit-learn stops
 at a gradient norm of 1e-4, which depends on the scale of the features and can be far from the optimum.
@@ -57,11 +57,6 @@ class Problem:
     mean_d: Leaf  # of the features
     basis_dd: Leaf  # from features to coordinates
     rows: int = dataclasses.field(metadata={"static": True})  # without padding
-
-    @property
-    def exclusive(self) -> bool:
-        """Whether there is one class per row (softmax)."""
-        return self.targets.ndim == 2
 
 
 def prepare(
@@ -185,10 +180,9 @@ def minimize(problem: Problem, l2: Array, start_QD: Array, tolerance: Array) -> 
             move_logits_Qn = _einsum("QD,nD->Qn", move_QD, x_nD)
 
             def derivative(length):
-                error_Qn = _errors(targets, _probabilities(targets, state.logits_Qn + length * move_logits_Qn))
-                return _vdot(error_Qn, move_logits_Qn) + _vdot(
-                    penalty_1D * (state.w_QD + length * move_QD), move_QD
-                ), ()
+                _, error_Qn = _probabilities(targets, state.logits_Qn + length * move_logits_Qn)
+                penalty_QD = penalty_1D * (state.w_QD + length * move_QD)
+                return _vdot(error_Qn, move_logits_Qn) + _vdot(penalty_QD, move_QD), ()
 
             length, found, _ = _line_search(derivative, initial_derivative)
             w_QD, logits_Qn = state.w_QD + length * move_QD, state.logits_Qn + length * move_logits_Qn
@@ -222,21 +216,14 @@ def minimize(problem: Problem, l2: Array, start_QD: Array, tolerance: Array) -> 
 
     w_QD = _center(problem, start_QD)
     logits_Qn = _einsum("QD,nD->Qn", w_QD, x_nD) if held else None
-    state = _State(
-        w_QD,
-        logits_Qn,
-        *gradient_and_inverse(w_QD, logits_Qn),
-        empty_mQD,
-        empty_mQD,
-        jnp.zeros(MEMORY),
-        jnp.float32(1),
-        jnp.int32(0),
-        jnp.bool_(False),
-    )
+    memory = empty_mQD, empty_mQD, jnp.zeros(MEMORY)
+    scale, steps, done = jnp.float32(1), jnp.int32(0), jnp.bool_(False)
+    state = _State(w_QD, logits_Qn, *gradient_and_inverse(w_QD, logits_Qn), *memory, scale, steps, done)
     state = lax.while_loop(lambda state: ~state.done & (state.steps < MAX_STEPS), step, state)
-    nats = (
-        _nats(x_nD, targets, state.logits_Qn) if held else _sum_over_chunks(_nats, problem, state.w_QD, jnp.float32(0))
-    )
+    if held:
+        nats = _nats(x_nD, targets, state.logits_Qn)
+    else:
+        nats = _sum_over_chunks(_nats, problem, state.w_QD, jnp.float32(0))
     nats += l2 / 2 * jnp.sum(problem.penalized_D[None] * state.w_QD**2)
     return Solution(state.w_QD, nats, state.steps)
 
@@ -253,8 +240,8 @@ def _sum_over_chunks(function: Callable, problem: Problem, w_QD: Array, zeros_li
 
 def _gradient_and_variance(x_nD: Array, targets: Array, logits_Qn: Array) -> tuple[Array, Array]:
     """Return the gradient of the cross-entropies and the sum of p·(1 − p) for each class."""
-    p_Qn = _probabilities(targets, logits_Qn)
-    return _einsum("Qn,nD->QD", _errors(targets, p_Qn), x_nD), jnp.sum(p_Qn * (1 - p_Qn) * x_nD[None, :, -1], 1)
+    p_Qn, error_Qn = _probabilities(targets, logits_Qn)
+    return _einsum("Qn,nD->QD", error_Qn, x_nD), jnp.sum(p_Qn * (1 - p_Qn) * x_nD[None, :, -1], 1)
 
 
 def _nats(x_nD: Array, targets: Array, logits_Qn: Array) -> Array:
@@ -272,21 +259,19 @@ def _one_hot(targets: Array, logits_Qn: Array) -> Array:
     return (targets[None] == jnp.arange(len(logits_Qn))[:, None]).astype(jnp.float32)
 
 
-def _probabilities(targets: Array, logits_Qn: Array) -> Array:
-    return jax.nn.softmax(logits_Qn, axis=0) if targets.ndim == 1 else jax.nn.sigmoid(logits_Qn)
-
-
-def _errors(targets: Array, p_Qn: Array) -> Array:
-    """Return p − targets; for the correct class minus the sum of the others, since 1 − 1e-9 is 1 in float32."""
-    one_hot_Qn = _one_hot(targets, p_Qn)
+def _probabilities(targets: Array, logits_Qn: Array) -> tuple[Array, Array]:
+    """Return p and p − targets; for the correct class minus the sum of the others, since 1 − 1e-9 is 1 in float32."""
+    one_hot_Qn = _one_hot(targets, logits_Qn)
     if targets.ndim == 2:
-        return p_Qn - one_hot_Qn
-    return jnp.where(one_hot_Qn > 0, -jnp.sum(p_Qn * (1 - one_hot_Qn), 0, keepdims=True), p_Qn)
+        p_Qn = jax.nn.sigmoid(logits_Qn)
+        return p_Qn, p_Qn - one_hot_Qn
+    p_Qn = jax.nn.softmax(logits_Qn, axis=0)
+    return p_Qn, jnp.where(one_hot_Qn > 0, -jnp.sum(p_Qn * (1 - one_hot_Qn), 0, keepdims=True), p_Qn)
 
 
 def _center(problem: Problem, w_QD: Array) -> Array:
-    """Project to weights whose sum over classes is 0, to which the softmax is invariant."""
-    return w_QD - jnp.mean(w_QD, 0, keepdims=True) if problem.exclusive else w_QD
+    """For softmax, project to weights whose sum over classes is 0: it is invariant to the mean."""
+    return w_QD - jnp.mean(w_QD, 0, keepdims=True) if problem.targets.ndim == 2 else w_QD
 
 
 def _direction(problem: Problem, state: _State) -> Array:
@@ -307,14 +292,11 @@ def _direction(problem: Problem, state: _State) -> Array:
 
 
 def _line_search(derivative: Callable, initial_derivative: Array) -> tuple[Array, Array, Any]:
-    """Return an accepted step length, whether there is one, and the last outputs.
+    """Return an accepted step length, whether there is one, and the last outputs of `derivative` beside its value.
 
     A length is accepted if its derivative is at most MAX_DERIVATIVE × the initial one. The objective is convex, so the
     sign of the derivative brackets the best length; unlike differences of the objective, it is accurate in float32. If
     no length is accepted, the largest one with a negative derivative is returned.
-
-    Args:
-      derivative: function of the length that returns the derivative and other outputs.
     """
 
     def accepted(trial):

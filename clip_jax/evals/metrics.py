@@ -33,12 +33,7 @@ class Undefined(ValueError):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Predictions:
-    """Scores of a model and the targets of n examples.
-
-    >>> predictions = Predictions(np.array([[0.2, 0.9], [0.8, 0.1], [0.3, 0.4]]), np.array([1, 0, 0]))
-    >>> round(METRICS["top1"](predictions), 3)
-    0.667
-    """
+    """Scores of a model and the targets of n examples."""
 
     scores: Float[np.ndarray, "n Q"] | Float[np.ndarray, "n"]  # of every class; for binary targets: of the positive one
     targets: Integer[np.ndarray, "n"] | Bool[np.ndarray, "n Q"]  # class ids; bool for multi-label targets
@@ -54,9 +49,8 @@ class Predictions:
         if n == 0:
             raise ValueError("scores: expected at least one example, got none")
         if self.targets.shape not in ((n,), shape):
-            raise ValueError(
-                f"targets: expected shape [n] or [n Q] of scores{list(shape)}, got {list(self.targets.shape)}"
-            )
+            got = list(self.targets.shape)
+            raise ValueError(f"targets: expected shape [n] or [n Q] of scores{list(shape)}, got {got}")
         if self.groups is not None and self.groups.shape != (n,):
             raise ValueError(f"groups: expected int[{n}], one per example, got shape {list(self.groups.shape)}")
         if self.ignored is not None and not self.ignored.shape == self.targets.shape == shape:
@@ -124,7 +118,6 @@ def hits(predictions: Predictions, k: int = 1) -> Bool[np.ndarray, "n"]:
 
 
 def accuracy(predictions: Predictions, k: int = 1) -> float:
-    """Return the fraction of examples whose class is among the top k."""
     return float(hits(predictions, k).mean())
 
 
@@ -139,10 +132,9 @@ def mean_per_class(predictions: Predictions) -> float:
 
 
 def macro_f1(predictions: Predictions) -> float:
-    """Return the mean F1 score over the classes with examples: the F1-macro_all of iWildCam.
+    """Return the mean F1 score over the classes with examples: the F1-macro_all of iWildCam, as in WILDS.
 
-    As in WILDS: f1_score(average='macro', labels=unique(y_true)). scikit-learn's default also averages over classes
-    that are predicted but have no examples.
+    scikit-learn's default also averages over classes that are predicted but have no examples.
     """
     classes = predictions.scores.shape[-1]
     hits_Q = np.bincount(predictions.targets, weights=hits(predictions), minlength=classes)
@@ -175,8 +167,6 @@ def roc_auc(predictions: Predictions) -> float:
     """Return the probability that a positive scores above a negative (Hateful Memes).
 
     The score of an example is float[n], or the difference of its scores of the two classes.
-
-    Raises Undefined if all examples are of one class.
     """
     scores, targets = predictions.scores, predictions.targets
     if targets.ndim != 1 or scores.shape[1:] not in ((), (2,)):
@@ -189,8 +179,7 @@ def roc_auc(predictions: Predictions) -> float:
     positive_n, finite_n = targets == 1, np.isfinite(score_n)
     if positive_n.all() or not positive_n.any():
         raise Undefined(
-            f"ROC AUC needs positives and negatives, but all {len(targets)} targets are {targets[0]}: use a split "
-            "with both, or accuracy"
+            f"ROC AUC: all {len(targets)} targets are {targets[0]}; use a split with both classes, or accuracy"
         )
     above_P = np.where(finite_n, score_n, -np.inf)[positive_n]
     negatives = np.sort(np.where(finite_n, score_n, np.inf)[~positive_n])
@@ -297,8 +286,6 @@ METRICS: dict[str, Metric] = {
 
 
 class Interval(NamedTuple):
-    """A confidence interval."""
-
     low: float
     high: float
 
@@ -329,18 +316,23 @@ def bootstrap_interval(
     if len(values_n) == 0 or not np.isfinite(values_n).all():
         raise ValueError("expected at least one value, all finite; count other values as errors, do not drop them")
     rng = np.random.default_rng(seed)
-    strata_n = np.zeros(len(values_n), np.int64) if strata_n is None else strata_n
-    strata = np.unique(strata_n)
+    strata = _rows_by_stratum(strata_n, len(values_n))
     means = np.zeros(resamples)
-    for stratum in strata:
-        values, counts = np.unique(values_n[strata_n == stratum].astype(np.float64), return_counts=True)
-        size = int(counts.sum())
+    for rows in strata:
+        values, counts = np.unique(values_n[rows].astype(np.float64), return_counts=True)
+        size = len(rows)
         step = max(1, BLOCK_SCORES // len(values))  # resamples per block
         for start in range(0, resamples, step):
             block = slice(start, min(start + step, resamples))
             drawn = rng.multinomial(size, counts / size, block.stop - block.start)
             means[block] += drawn @ values / size
     return _percentiles(means / len(strata), level)
+
+
+def _rows_by_stratum(strata_n: Integer[np.ndarray, "n"] | None, n: int) -> list[np.ndarray]:
+    if strata_n is None:
+        return [np.arange(n)]
+    return [np.flatnonzero(strata_n == stratum) for stratum in np.unique(strata_n)]
 
 
 def mean_interval(values_n: Float[np.ndarray, "n"] | Bool[np.ndarray, "n"]) -> Interval:
@@ -373,16 +365,13 @@ def bootstrap_metric(
 
     With strata, examples are drawn within each stratum. Resamples for which the metric is undefined (e.g. without
     negatives) are ignored. A minimum over groups is biased low in resamples.
-
-    Raises the errors of the metric for the examples themselves.
     """
     metric(predictions)  # raises its errors, and caches the ranks
     rng = np.random.default_rng(seed)
-    strata_n = np.zeros(len(predictions.scores), np.int64) if strata_n is None else strata_n
-    rows_by_stratum = [np.flatnonzero(strata_n == stratum) for stratum in np.unique(strata_n)]
+    strata = _rows_by_stratum(strata_n, len(predictions.scores))
     values = []
     for _ in range(resamples):
-        rows = np.concatenate([rng.choice(stratum, len(stratum)) for stratum in rows_by_stratum])
+        rows = np.concatenate([rng.choice(rows, len(rows)) for rows in strata])
         try:
             values.append(metric(predictions.take(rows)))
         except Undefined:
@@ -396,9 +385,6 @@ def exact_interval(correct: int, n: int, *, level: float = LEVEL) -> Interval:
     """Return the exact interval of an accuracy, `correct` of n (Clopper and Pearson 1934), by bisection.
 
     Conservative: it covers at least `level`, and is wider than the bootstrap's.
-
-    >>> [round(end, 4) for end in exact_interval(1, 1)]
-    [0.025, 1.0]
     """
     if not 0 <= correct <= n or n < 1:
         raise ValueError(f"correct: expected 0 ≤ correct ≤ n and n ≥ 1, got {correct} of {n}")

@@ -26,8 +26,7 @@ from clip_jax.devices import distributed, sharding
 from clip_jax.evals import EVALUATORS
 from clip_jax.evals.analysis import bias, hash_shards, robustness
 from clip_jax.evals.analysis.near_duplicates import MAX_DISTANCE
-from clip_jax.evals.embed import ModelEmbedder
-from clip_jax.evals.feature_cache import DiskCachedEmbedder, FeatureCache
+from clip_jax.evals.embed import DiskCachedEmbedder, FeatureCache, ModelEmbedder
 from clip_jax.evals.load import LoadOptions, expand
 from clip_jax.evals.report.charts import overlap_chart, robustness_chart
 from clip_jax.evals.report.tables import model_card, open_clip_csv, text_table

@@ -16,7 +16,7 @@ import math
 
 import numpy as np
 
-from clip_jax.evals.embed import average_prompts, embed_dataset
+from clip_jax.evals.embed import embed_dataset, embed_texts
 from clip_jax.evals.metrics import (
     METRICS,
     Interval,
@@ -118,8 +118,7 @@ def _associations(prefix: str, embedder: Embedder, dataset: EvalDataset) -> dict
     if not any(len(cue.candidates) >= MIN_CANDIDATES for cue in cues):
         raise Undefined(f"expected cues with at least {MIN_CANDIDATES} candidates, got none among {len(cues)} cues")
     image_nE = embedder.image(dataset.images)
-    prompts_TE = embedder.text([prompt for prompts in dataset.texts for prompt in prompts])
-    scores_Cn = scores(average_prompts(prompts_TE, np.array([len(prompts) for prompts in dataset.texts])), image_nE)
+    scores_Cn = scores(embed_texts(embedder, dataset), image_nE)
     scored = zip(scores_Cn, cues, strict=True)
     jaccard_C = np.array([jaccard(Predictions(s_n[None, c.candidates], c.associated[None])) for s_n, c in scored])
     candidates_C = np.array([len(cue.candidates) for cue in cues])

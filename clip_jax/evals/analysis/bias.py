@@ -82,8 +82,7 @@ class Rate(NamedTuple):
     interval: Interval
 
 
-@dataclasses.dataclass(frozen=True)
-class GroupResult:
+class GroupResult(NamedTuple):
     """Result of one group."""
 
     n: int  # number of examples
@@ -92,8 +91,7 @@ class GroupResult:
     category_rates: Mapping[str, Rate]  # fraction of examples with a predicted class of the category
 
 
-@dataclasses.dataclass(frozen=True)
-class Disparity:
+class Disparity(NamedTuple):
     """Difference between groups in one rate."""
 
     highest: str  # name of the group with the highest rate
@@ -114,32 +112,30 @@ class ErrorPair(NamedTuple):
 
 
 def intersect_groups(*columns: Sequence[str]) -> tuple[Int64[np.ndarray, "n"], tuple[str, ...]]:
-    """Return group ids and names of all combinations of the columns' values.
+    """Return group ids and names of all combinations of the columns' values, e.g. 'woman, 20-29'.
 
     Combinations without examples are groups with n = 0. An example with an empty value has the id -1, no group.
-
-    >>> ids, names = intersect_groups(["woman", "man"], ["20-29", "20-29"])
-    >>> ids.tolist(), names
-    ([1, 0], ('man, 20-29', 'woman, 20-29'))
     """
     if not columns or len(lengths := {len(column) for column in columns}) > 1:
         got = f"columns of {sorted(lengths)} values" if columns else "no columns"
         raise ValueError(f"groups: expected columns with one value per example, got {got}")
     values = [sorted({value for value in column if value}) for column in columns]
-    names = tuple(", ".join(combination) for combination in itertools.product(*values))
     ids = {combination: i for i, combination in enumerate(itertools.product(*values))}
-    return np.array([ids.get(row, -1) for row in zip(*columns, strict=True)], np.int64), names
+    rows = zip(*columns, strict=True)
+    return np.array([ids.get(row, -1) for row in rows], np.int64), tuple(map(", ".join, ids))
 
 
 def by_group(
-    predictions: Predictions, group_names: Sequence[str], categories: Categories | None = None
+    predictions: Predictions,
+    group_names: Sequence[str],
+    categories: Categories = {},  # noqa: B006 (not modified)
 ) -> dict[str, GroupResult]:
     """Return accuracy and category rates of each group, with exact 95 % intervals.
 
     Raises ValueError without groups, for groups without a name, and for unknown class ids.
     """
     groups_n = _checked_groups(predictions, group_names)
-    events = _events(predictions, categories or {})
+    events = _events(predictions, categories)
     not_finite_n = ~np.isfinite(predictions.scores).all(1)
     results = {}
     for group, name in enumerate(group_names):
@@ -153,7 +149,7 @@ def by_group(
 def disparity(
     predictions: Predictions,
     group_names: Sequence[str],
-    categories: Categories | None = None,
+    categories: Categories = {},  # noqa: B006 (not modified)
     *,
     permutations: int = PERMUTATIONS,
     seed: int = 0,
@@ -166,35 +162,27 @@ def disparity(
     """
     groups_n = _checked_groups(predictions, group_names)
     sizes_M = np.bincount(groups_n[groups_n >= 0], minlength=len(group_names))
+    present_M = sizes_M[sizes_M > 0]
     names = [name for name, size in zip(group_names, sizes_M, strict=True) if size]
     if len(names) < 2:
         raise Undefined(f"a difference requires two groups that have examples; got {', '.join(names) or 'none'}")
     if permutations < 1:
         raise ValueError(f"permutations={permutations}: expected 1 or more; the smallest p is 1 / (permutations + 1)")
-    events, found = _events(predictions, categories or {}), {}
+    events, found = _events(predictions, categories), {}
     for event, occurred_n in events.items():
         counts_M = np.bincount(groups_n[occurred_n & (groups_n >= 0)], minlength=len(group_names))[sizes_M > 0]
-        rates_M = counts_M / sizes_M[sizes_M > 0]
+        rates_M = counts_M / present_M
         high, low = float(rates_M.max()), float(rates_M.min())
         ratio = high / low if low else math.inf if high else 1.0
-        p = _permutation_p(counts_M, sizes_M[sizes_M > 0], permutations, seed)
+        # The p-value of Phipson and Smyth 2010; counts under permuted ids are multivariate hypergeometric.
+        rng = np.random.default_rng(seed)
+        drawn_mM = rng.multivariate_hypergeometric(present_M, int(counts_M.sum()), permutations, method="marginals")
+        ranges_m = np.ptp(drawn_mM / present_M[None], axis=1)
+        extreme = (ranges_m >= high - low - 1e-12).sum()  # equal differences differ by float rounding
+        p = float((1 + extreme) / (1 + permutations))
         highest, lowest = names[rates_M.argmax()], names[rates_M.argmin()]
         found[event] = Disparity(highest, lowest, high - low, ratio, p, min(1.0, p * len(events)))
     return found
-
-
-def _permutation_p(
-    counts_M: Int64[np.ndarray, "M"], sizes_M: Int64[np.ndarray, "M"], permutations: int, seed: int
-) -> float:
-    """Return the p-value of the range of rates under permutation of the groups (Phipson and Smyth 2010).
-
-    Counts per group under permuted group ids follow the multivariate hypergeometric distribution.
-    """
-    rng = np.random.default_rng(seed)
-    drawn_mM = rng.multivariate_hypergeometric(sizes_M, int(counts_M.sum()), permutations, method="marginals")
-    rates_mM, rates_M = drawn_mM / sizes_M[None], counts_M / sizes_M
-    extreme_m = np.ptp(rates_mM, axis=1) >= np.ptp(rates_M) - 1e-12  # equal differences differ by float rounding
-    return float((1 + extreme_m.sum()) / (1 + permutations))
 
 
 def _checked_groups(predictions: Predictions, group_names: Sequence[str]) -> Int64[np.ndarray, "n"]:
@@ -211,7 +199,7 @@ def _checked_groups(predictions: Predictions, group_names: Sequence[str]) -> Int
 
 
 def _events(predictions: Predictions, categories: Categories) -> dict[str, Bool[np.ndarray, "n"]]:
-    """Return the hits as 'accuracy', and for each category whether the predicted class belongs to it."""
+    """Return the hits as 'accuracy', and for each category whether the predicted class is in it."""
     events = {ACCURACY: hits(predictions)}
     classes = predictions.scores.shape[1]
     for name, class_ids in categories.items():

@@ -92,8 +92,7 @@ class Overlap:
 
     @property
     def significant(self) -> bool:
-        """Whether p_corrected < 0.05: overlap inflates the accuracy."""
-        return self.p_corrected < ALPHA
+        return self.p_corrected < ALPHA  # overlap inflates the accuracy
 
 
 def analyze_overlap(hits_n: Bool[np.ndarray, "n"], overlapping_n: Bool[np.ndarray, "n"], tests: int = 1) -> Overlap:
@@ -102,10 +101,6 @@ def analyze_overlap(hits_n: Bool[np.ndarray, "n"], overlapping_n: Bool[np.ndarra
     tests: number of evaluation datasets, for the Bonferroni correction.
 
     Without overlapping examples p is 1 and the gain 0. Raises Undefined if all examples overlap.
-
-    >>> overlap = analyze_overlap(np.array([1, 1, 1, 0, 1, 0], bool), np.array([1, 1, 0, 0, 0, 0], bool))
-    >>> round(overlap.fraction, 3), round(overlap.gain, 3), overlap.p_value
-    (0.333, 0.167, 0.25)
     """
     n, overlapping = len(hits_n), int(np.sum(overlapping_n))
     if hits_n.dtype != bool or overlapping_n.dtype != bool or hits_n.shape != overlapping_n.shape or not n:
@@ -116,9 +111,7 @@ def analyze_overlap(hits_n: Bool[np.ndarray, "n"], overlapping_n: Bool[np.ndarra
     if tests < 1:
         raise ValueError(f"tests={tests}: expected the number of evaluation datasets, 1 or more")
     if overlapping == n:
-        raise Undefined(
-            f"all {n} examples overlap: no clean example to compare with; the detector's threshold may be too loose"
-        )
+        raise Undefined(f"all {n} examples overlap: no clean example to compare with; the threshold may be too loose")
     correct, clean = int(hits_n[overlapping_n].sum()), float(hits_n[~overlapping_n].mean())
     low, high, p_value = math.nan, math.nan, 1.0
     if overlapping:

@@ -46,8 +46,7 @@ class LinearFit:
 def fit(points: Sequence[tuple[Number, Number]]) -> LinearFit:
     """Fit the line to (accuracy on ImageNet, accuracy under shift) of standard models by least squares on logits.
 
-    Raises:
-      ValueError: for accuracies of 0 or 1, which have no logit, and with fewer than two different x.
+    Raises ValueError for accuracies of 0 or 1, which have no logit, and with fewer than two different x.
 
     >>> line = fit([(0.5, 0.3), (0.8, 0.6)])
     >>> round(line.effective_robustness(0.7, 0.6), 3)
@@ -91,9 +90,8 @@ def robustness_gap(accuracies: Mapping[str, Number], shifts: Sequence[str] = SHI
 def summary(metrics: Mapping[str, float], standard_models: Mapping[str, tuple[float, float]]) -> dict[str, float]:
     """Return average accuracy over SHIFTS, the gap to ImageNet and, given standard models, the effective robustness.
 
-    Returns:
-      `robustness/shifts/{average,gap,effective}`. Empty unless zero-shot top-1 of all datasets is available and finite.
-      Without `effective` for accuracies of 0 or 1, which have no logit.
+    The keys are `robustness/shifts/{average,gap,effective}`. Empty unless zero-shot top-1 of all datasets is available
+    and finite; without `effective` for accuracies of 0 or 1, which have no logit.
     """
     found = {name: metrics.get(f"zeroshot/{name}/top1", math.nan) for name in (IMAGENET, *SHIFTS)}
     if not all(map(math.isfinite, found.values())):
