@@ -182,7 +182,9 @@ def small_architecture() -> Any:
     from clip_jax.config import MODELS, Architecture
 
     image = dataclasses.replace(MODELS["vit_b16"].image, image_size=32, patch_size=8, width=64, layers=2, heads=2)
-    text = dataclasses.replace(MODELS["vit_b16"].text, vocab_size=64, eos_id=63, length=16, width=64, layers=2, heads=2)
+    text = dataclasses.replace(
+        MODELS["vit_b16"].text, vocab_size=64, eos_id=63, context_length=16, width=64, layers=2, heads=2
+    )
     return Architecture(image, text, 64)
 
 

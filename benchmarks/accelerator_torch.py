@@ -40,7 +40,7 @@ def train(small: bool, deadline: float, record: Record) -> None:
         try:
             size = architecture.image.image_size
             image = torch.randint(0, 256, (rows, 3, size, size), dtype=torch.uint8, device=device)
-            tokens = torch.randint(1, text.eos_id, (rows, text.length), device=device)
+            tokens = torch.randint(1, text.eos_id, (rows, text.context_length), device=device)
             tokens[:, -1] = text.eos_id
             step(image, tokens).item()
             start = time.monotonic()
@@ -67,7 +67,7 @@ def _make_model(architecture: Any) -> tuple[str, Any]:
         return "torch.nn", CLIP(architecture)
     vision = {"image_size": image.image_size, "patch_size": image.patch_size, "width": image.width}
     vision |= {"layers": image.layers, "head_width": image.width // image.heads}
-    texts = {"context_length": text.length, "vocab_size": text.vocab_size, "width": text.width}
+    texts = {"context_length": text.context_length, "vocab_size": text.vocab_size, "width": text.width}
     texts |= {"layers": text.layers, "heads": text.heads}
     return f"open_clip {open_clip.__version__}", open_clip.model.CLIP(architecture.embed_dim, vision, texts)
 
@@ -99,9 +99,11 @@ class CLIP(nn.Module):
         self.class_token = nn.Parameter(torch.zeros(1, 1, image.width))
         self.image = Transformer(image, (image.image_size // image.patch_size) ** 2 + 1, embed_dim)
         self.tokens = nn.Embedding(text.vocab_size, text.width)
-        self.text = Transformer(text, text.length, embed_dim)
+        self.text = Transformer(text, text.context_length, embed_dim)
         self.logit_scale = nn.Parameter(torch.tensor(2.6593))
-        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(text.length), persistent=False)
+        self.register_buffer(
+            "mask", nn.Transformer.generate_square_subsequent_mask(text.context_length), persistent=False
+        )
 
     def forward(self, image: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         patches = self.patches(image).flatten(2).transpose(1, 2)

@@ -134,9 +134,9 @@ def noise_batch(config: Config) -> Batch:
     """Return this process's images of noise and captions of 5 to 32 tokens."""
     random, side = np.random.default_rng(0), config.model.image.image_size
     count, tower = config.train.batch_size // jax.process_count(), config.model.text
-    text = random.integers(1, tower.eos_id, (count, tower.length), np.int32)
-    ends = random.integers(4, min(32, tower.length), count)
-    text[np.arange(tower.length)[None] >= ends[:, None]] = 0
+    text = random.integers(1, tower.eos_id, (count, tower.context_length), np.int32)
+    ends = random.integers(4, min(32, tower.context_length), count)
+    text[np.arange(tower.context_length)[None] >= ends[:, None]] = 0
     text[np.arange(count), ends] = tower.eos_id
     return Batch(random.integers(0, 256, (count, side, side, 3), np.uint8), text, np.ones(count, bool))
 

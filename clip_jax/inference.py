@@ -207,7 +207,9 @@ def _to_device(params: dict[str, Any]) -> Params:
 
 def _tokenizer(config: WeightsConfig, truncate: bool) -> Tokenizer:
     if config.tokenizer.name != "clip_bpe" and not (config.tokenizer.path or config.tokenizer_file):
-        return _MissingTokenizer(config.model.text.vocab_size, config.model.text.length, 0, config.model.text.eos_id)
+        return _MissingTokenizer(
+            config.model.text.vocab_size, config.model.text.context_length, 0, config.model.text.eos_id
+        )
     return make_tokenizer(config.tokenizer, config.model.text, truncate=truncate, tokenizer_file=config.tokenizer_file)
 
 

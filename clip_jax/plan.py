@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from clip_jax.planner.predict import Plan
     from clip_jax.planner.topology import Topology
 
-FITS, FAILED, INVALID, DOES_NOT_FIT = 0, 1, 2, 3
+FITS, FAILED, REFUSED, DOES_NOT_FIT = 0, 1, 2, 3
 HEARTBEAT_SECONDS = 20
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run, e.g. configs/vit_l14.py.", lock_config=True)
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
         options = types.SimpleNamespace(config=_CONFIG.value, **{flag.name: flag.value for flag in _OPTIONS})
         fits = _plan(options, given={name for name in _LOSS_FLAGS if flags.FLAGS[name].present})
     except (ValueError, ModuleNotFoundError) as error:
-        _exit(INVALID, str(error))
+        _exit(REFUSED, str(error))
     except Exception as error:  # noqa: BLE001
         traceback.print_exc()
         _exit(FAILED, f"{type(error).__name__}: {error}")
@@ -88,10 +88,10 @@ def _plan(options: types.SimpleNamespace, given: set[str]) -> bool:
     if options.search:
         return _search(options, config, topology)
 
-    from clip_jax.planner.page import page
+    from clip_jax.planner.page import render_page
 
     plan = _plan_one(options, config, topology)
-    print(json.dumps(plan.as_json(), indent=2) if options.json else page(plan))
+    print(json.dumps(plan.as_json(), indent=2) if options.json else render_page(plan))
     if options.dump_hlo and plan.fits:
         pathlib.Path(options.dump_hlo).write_text(plan.compiled_text, encoding="utf-8")
     elif options.dump_hlo:
@@ -174,9 +174,9 @@ def _heartbeat(task: str) -> Iterator[None]:
 
 
 def _exit(code: int, message: str) -> NoReturn:
-    print(message if code == INVALID else f"FAILED: {message}", file=sys.stderr)
+    print(message if code == REFUSED else f"FAILED: {message}", file=sys.stderr)
     sys.exit(code)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=lambda argv: parse_flags(argv, lambda message: _exit(INVALID, message)))
+    app.run(main, flags_parser=lambda argv: parse_flags(argv, lambda message: _exit(REFUSED, message)))

@@ -113,7 +113,7 @@ def test_positions_of_a_tower_are_resized(tmp_path):
     np.savez(tmp_path / "w.npz", **conversion.LazyTensors(SIGLIP, tiny_models.params(SIGLIP), name_tables.BIG_VISION))
     image, text = (
         dataclasses.replace(SIGLIP.image, image_size=96),
-        dataclasses.replace(SIGLIP.text, length=20),
+        dataclasses.replace(SIGLIP.text, context_length=20),
     )
     larger = dataclasses.replace(SIGLIP, image=image, text=text)
     assert reading.read_tower(tmp_path / "w.npz", "image", larger)["image"]["positional_embedding"].shape == (36, 128)

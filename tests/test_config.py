@@ -143,7 +143,7 @@ def test_value_that_is_no_number_is_rejected(number, bad):
             {"train": {"dtype": "bf16"}},
             r"train\.dtype='bf16' is none of 'bfloat16', 'float32'; did you mean 'bfloat16'",
         ),
-        ({"model": {"image": {"kind": "swin"}}}, r"model\.image\.kind='swin' is none of 'vit', 'resnet', 'edges'"),
+        ({"model": {"image": {"kind": "swin"}}}, r"model\.image\.kind='swin' is none of 'vit', 'resnet', 'edgenet'"),
         ({"model": {"image": {"layers": 3}}}, r"model\.image\.kind=None is none of"),
         ({"train": {"batch_size": 8.0}}, r"train\.batch_size=8\.0 is a float, expected int"),
         ({"data": {"files": ["a"]}}, r"data\.files=\['a'\] is a list, expected str"),
@@ -285,7 +285,7 @@ def resolve(devices=8, processes=1, examples=None, train=None, **rest):
             "model.text.width=512 is not a multiple of model.text.heads=7",
         ),
         (
-            {"model": {"image": {"kind": "edges", "cell": 5}}},
+            {"model": {"image": {"kind": "edgenet", "cell": 5}}},
             r"image_size=48 is not a multiple of model\.image\.cell · 2\*\*len\(model\.image\.channels\)=20; use 40",
         ),
     ],

@@ -9,7 +9,7 @@ from clip_jax.models import flops
 from clip_jax.planner import predict
 from clip_jax.planner.cost import Program
 from clip_jax.planner.hlo import parse, parse_arrays
-from clip_jax.planner.page import page
+from clip_jax.planner.page import render_page
 from clip_jax.planner.topology import parse_topology
 
 
@@ -119,7 +119,7 @@ def test_loss_sends_texts_and_their_gradients_once_between_slices(name):
     assert {sent["slices"] for sent in plan.collectives if sent["network_bytes"]} == {2}
     texts = 4096 // 16 * 256 * 4
     assert 3 * texts <= plan.network_bytes <= 1.05 * 3 * texts
-    assert "between 2 slices" in page(plan)
+    assert "between 2 slices" in render_page(plan)
 
 
 def test_arrays_in_vmem_add_no_hbm_bytes():

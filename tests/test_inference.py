@@ -28,7 +28,7 @@ from tests.tiny_tokenizers import sentencepiece_model
 
 TINY = Architecture(
     ViT(image_size=16, patch_size=8, width=32, layers=1, heads=2),
-    TextTransformer(vocab_size=600, length=12, eos_id=599, width=32, layers=1, heads=2),
+    TextTransformer(vocab_size=600, context_length=12, eos_id=599, width=32, layers=1, heads=2),
     embed_dim=8,
 )
 CONFIG = WeightsConfig(TINY, preprocess=Preprocess(mean=(0.2, 0.3, 0.4)), source="a test")
@@ -145,7 +145,7 @@ def test_error_has_the_image_index_across_batches(model, images):
 
 
 def test_overlong_text_raises_unless_truncate_is_set(file, model):
-    with pytest.raises(ValueError, match=r"model\.text\.length=12"):
+    with pytest.raises(ValueError, match=r"model\.text\.context_length=12"):
         model.encode_text(["dog " * 50])
     assert load(file, truncate=True).encode_text(["dog " * 50]).shape == (1, 8)
 

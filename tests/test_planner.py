@@ -19,7 +19,7 @@ from clip_jax.devices.chips import CHIPS, KINDS, chip_of
 from clip_jax.models import flops
 from clip_jax.planner import predict
 from clip_jax.planner.cost import Program
-from clip_jax.planner.page import page
+from clip_jax.planner.page import render_page
 from clip_jax.planner.search import search, table
 from clip_jax.planner.topology import CORES, LARGEST, parse_topology
 from clip_jax.training.optim import frozen_towers
@@ -138,7 +138,7 @@ def small(image: ViT | ResNet, **train: object):
     config = default_config("vit_b32")
     config.train.batch_size, config.train.total_steps = 1024, 10_000
     config.train.update(train)
-    text = TextTransformer(vocab_size=1024, eos_id=1023, length=32, width=256, layers=3, heads=4)
+    text = TextTransformer(vocab_size=1024, eos_id=1023, context_length=32, width=256, layers=3, heads=4)
     return dataclasses.replace(from_config_dict(config), model=Architecture(image, text, 256))
 
 
@@ -221,7 +221,7 @@ def test_batch_above_the_memory_does_not_fit():
     pytest.importorskip("libtpu")
     plan = predict.plan_loss("softmax", 2**25, 4096, "float32", parse_topology("v5e-4"))
     assert not plan.fits and plan.needed_bytes > plan.topology.chip.hbm_bytes and plan.as_json()["fits"] is False
-    assert "DOES NOT FIT" in page(plan)
+    assert "DOES NOT FIT" in render_page(plan)
 
 
 def test_times_are_work_divided_by_datasheet_rates(vit_plan):
@@ -242,9 +242,9 @@ def test_gpu_plan_by_datasheet_follows_fsdp():
     )
     assert two.parameter_bytes == pytest.approx(plan.parameter_bytes / 2, rel=0.02)  # biases are replicated
     assert two.interconnect_bytes == pytest.approx(1.5 * plan.interconnect_bytes)
-    assert "Not compiled" in page(plan) and "image attention: cuDNN flash attention\ntext attention: XLA: " in page(
+    assert "Not compiled" in render_page(
         plan
-    )
+    ) and "image attention: cuDNN flash attention\ntext attention: XLA: " in render_page(plan)
 
 
 @pytest.mark.parametrize("change", ["float32", "shard_moments", "freeze"])
@@ -258,7 +258,9 @@ def test_gpu_plan_by_datasheet_follows_dtype_moments_and_freeze(change):
     before, after = predict.plan_by_datasheet(config, topology), predict.plan_by_datasheet(changed, topology)
     if change == "float32":
         assert after.seconds["compute"] == pytest.approx(989 / 67 * before.seconds["compute"])
-        assert "14.76 times the time of bfloat16" in page(after) and "matmul precision: float32" in page(after)
+        assert "14.76 times the time of bfloat16" in render_page(after) and "matmul precision: float32" in render_page(
+            after
+        )
     elif change == "shard_moments":
         assert (
             after.optimizer_bytes < 0.1 * before.optimizer_bytes
@@ -352,7 +354,7 @@ def test_search_finds_the_largest_batch_for_nonlinear_peaks(fixed, per_row, per_
 
 def test_suggested_fsdp_divides_a_mesh_with_tensor_parallelism(vit_plan):
     tensor = dataclasses.replace(vit_plan.config, mesh=MeshConfig(tensor=2))
-    text = page(dataclasses.replace(vit_plan, config=tensor, fits=False, needed_bytes=1e12))
+    text = render_page(dataclasses.replace(vit_plan, config=tensor, fits=False, needed_bytes=1e12))
     assert "--config.mesh.fsdp=8:" in text and "optimizer state, EMA" in text
 
 
@@ -367,14 +369,14 @@ def test_report_suggests_fewer_micro_batches_where_sharded_parameters_leave_room
         parameter_bytes=2e9,
         optimizer_bytes=4e9,
     )
-    assert "Try --config.mesh.fsdp=16 --config.train.micro_batches=2: sharded parameters" in page(tight)
-    assert "micro_batches=2" not in page(dataclasses.replace(tight, parameter_bytes=1e8, optimizer_bytes=2e8))
+    assert "Try --config.mesh.fsdp=16 --config.train.micro_batches=2: sharded parameters" in render_page(tight)
+    assert "micro_batches=2" not in render_page(dataclasses.replace(tight, parameter_bytes=1e8, optimizer_bytes=2e8))
     sharded = dataclasses.replace(config, mesh=MeshConfig(fsdp=16))
-    assert "micro_batches=2" not in page(dataclasses.replace(tight, config=sharded))
+    assert "micro_batches=2" not in render_page(dataclasses.replace(tight, config=sharded))
 
 
 def test_report_has_memory_work_speed_and_duration(vit_plan):
-    text = page(vit_plan)
+    text = render_page(vit_plan)
     for expected in (
         "v4-32: 16 chips of v4 (2x2x4)",
         "FITS",
@@ -407,4 +409,4 @@ def test_report_has_memory_work_speed_and_duration(vit_plan):
     ],
 )
 def test_report_suggests_the_change_that_relieves_the_bottleneck(vit_plan, change, expected):
-    assert expected in page(dataclasses.replace(vit_plan, **change))
+    assert expected in render_page(dataclasses.replace(vit_plan, **change))

@@ -357,8 +357,8 @@ def test_position_embeddings_are_resized_as_in_open_clip():
     ramp = np.add.outer(np.arange(4.0), 10 * np.arange(4.0)).reshape(16, 1) * np.ones((16, 128))
     old = np.concatenate([params["image"]["positional_embedding"][:1], ramp]).astype(np.float32)
     params = params | {"image": params["image"] | {"positional_embedding": old}}
-    model, resized = positions.resize(VIT, params, image_size=128, length=33)
-    assert (model.image.image_size, model.text.length) == (128, 33)
+    model, resized = positions.resize(VIT, params, image_size=128, context_length=33)
+    assert (model.image.image_size, model.text.context_length) == (128, 33)
     new = resized["image"]["positional_embedding"]
     np.testing.assert_array_equal(new[0], old[0])
     grid = new[1:].reshape(8, 8, 128)[2:6, 2:6, 0]
@@ -381,7 +381,7 @@ def test_position_embeddings_are_resized_as_in_open_clip():
 )
 def test_invalid_sizes_are_refused(size, length, message):
     with pytest.raises(ValueError, match=message):
-        positions.resize(VIT, tiny_models.params(VIT), image_size=size, length=length)
+        positions.resize(VIT, tiny_models.params(VIT), image_size=size, context_length=length)
 
 
 # --------------------------------------------------------------------------------------------------- published names

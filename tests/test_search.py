@@ -17,7 +17,7 @@ from clip_jax.models import make_model
 
 TINY = Architecture(
     EdgeNet(image_size=16, width=8),
-    TextTransformer(vocab_size=600, length=12, eos_id=599, width=32, layers=1, heads=2),
+    TextTransformer(vocab_size=600, context_length=12, eos_id=599, width=32, layers=1, heads=2),
     embed_dim=8,
 )
 
@@ -81,7 +81,7 @@ def test_command_prints_rank_cosine_and_name(weights, image_folder):
         (["--weights=/nowhere", "a dog"], "/nowhere"),
         (["--weights=WEIGHTS", "--images=/nowhere", "a dog"], "--images: expected a folder, got /nowhere"),
         (["--weights=WEIGHTS", "--images=EMPTY", "a dog"], "--images: expected files with .jpeg, .jpg"),
-        (["--weights=WEIGHTS", "dog " * 99], "model.text.length=12"),
+        (["--weights=WEIGHTS", "dog " * 99], "model.text.context_length=12"),
     ],
 )
 def test_wrong_input_exits_with_one_line(arguments, message, weights, tmp_path, capsys):

@@ -69,7 +69,7 @@ def test_truncation_keeps_the_end_token_and_the_first_tokens():
 
 
 def test_overlong_text_raises_with_its_beginning_its_length_and_the_key():
-    with pytest.raises(ValueError, match=r"'dog dog .* has 102 tokens .*model\.text\.length=77.*truncate=True"):
+    with pytest.raises(ValueError, match=r"'dog dog .* has 102 tokens .*model\.text\.context_length=77.*truncate=True"):
         ClipBPE(truncate=False)(["dog " * 100])
     assert ClipBPE(truncate=False)(["dog " * 75])[0, -1] == END
 
@@ -109,7 +109,7 @@ def test_vocabulary_out_of_range_raises(vocab_size):
 
 
 def test_length_without_room_for_a_token_raises():
-    with pytest.raises(ValueError, match=r"model\.text\.length=2"):
+    with pytest.raises(ValueError, match=r"model\.text\.context_length=2"):
         ClipBPE(length=2)
 
 
@@ -210,7 +210,7 @@ def test_sentencepiece_truncates_before_the_end_token_or_raises():
     row = SentencePiece(model, length=5)(["a red dog in the park"])[0]
     assert row[-1] == SentencePiece(model, length=5).eos_id
     np.testing.assert_array_equal(row[:-1], SentencePiece(model, length=40)(["a red dog in the park"])[0, :4])
-    with pytest.raises(ValueError, match=r"'a red dog in the park'.*model\.text\.length=5"):
+    with pytest.raises(ValueError, match=r"'a red dog in the park'.*model\.text\.context_length=5"):
         SentencePiece(model, length=5, truncate=False)(["a red dog in the park"])
 
 
@@ -250,7 +250,7 @@ def test_huggingface_truncates_before_the_end_token_or_raises():
     text = "a red dog in the park"
     whole, row = HuggingFace(tokenizer_json(), 40)([text])[0], HuggingFace(tokenizer_json(), 5)([text])[0]
     assert row.tolist() == [*whole[:4], 3]
-    with pytest.raises(ValueError, match=r"'a red dog in the park'.*model\.text\.length=5"):
+    with pytest.raises(ValueError, match=r"'a red dog in the park'.*model\.text\.context_length=5"):
         HuggingFace(tokenizer_json(), 5, truncate=False)([text])
 
 
@@ -298,7 +298,7 @@ def test_cleaned_text_is_tokenized(make, file):
 
 
 def test_make_tokenizer_follows_the_text_tower():
-    tokenizer = make_tokenizer(TokenizerConfig(), TextTransformer(vocab_size=4096, length=24, eos_id=4095))
+    tokenizer = make_tokenizer(TokenizerConfig(), TextTransformer(vocab_size=4096, context_length=24, eos_id=4095))
     assert (tokenizer.vocab_size, tokenizer.length, tokenizer.eos_id) == (4096, 24, 4095)
 
 

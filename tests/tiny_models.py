@@ -91,8 +91,8 @@ def inputs(architecture, rows=3, seed=0):
     coarse, repeat = rng.integers(20, 236, (rows, 4, 4, 3)), image.image_size // 4
     pixels = coarse.repeat(repeat, axis=1).repeat(repeat, axis=2)
     pixels = (pixels + rng.integers(-20, 20, pixels.shape)).astype(np.uint8)
-    tokens = rng.integers(3, min(text.vocab_size, 40_000) - 2, (rows, text.length)).astype(np.int32)
+    tokens = rng.integers(3, min(text.vocab_size, 40_000) - 2, (rows, text.context_length)).astype(np.int32)
     for row, ids in enumerate(tokens):
-        end = 4 + 3 * row % (text.length - 4)
+        end = 4 + 3 * row % (text.context_length - 4)
         ids[end], ids[end + 1 :] = text.eos_id, 0
     return pixels, tokens

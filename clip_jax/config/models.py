@@ -33,7 +33,7 @@ def _vit(
 
 def _clipa(image: ViT, text_width: int, text_heads: int, text_layers: int) -> Architecture:
     image = dataclasses.replace(image, norm_pre=False, pool="mean")
-    text = {"vocab_size": 32_000, "length": 32, "eos_id": 102, "causal": False, "pool": "last"}
+    text = {"vocab_size": 32_000, "context_length": 32, "eos_id": 102, "causal": False, "pool": "last"}
     return _vit(image, text_width, text_heads, text_layers=text_layers, **text)
 
 
@@ -59,12 +59,12 @@ def siglip_image(image_size: int, patch_size: int, width: int, activation: Activ
 
 
 def _siglip(
-    image: ViT, vocab_size: int, text_activation: Activation, *, text_width: int = 0, length: int = 64
+    image: ViT, vocab_size: int, text_activation: Activation, *, text_width: int = 0, context_length: int = 64
 ) -> Architecture:
     """Return a SigLIP model. By default, the text tower has the image tower's width."""
     width = text_width or image.width
     text = TextTransformer(
-        *(vocab_size, length, 1, width, *_SIGLIP_SIZES[width], text_activation),
+        *(vocab_size, context_length, 1, width, *_SIGLIP_SIZES[width], text_activation),
         causal=False,
         pool="last",
         norm_epsilon=1e-6,
@@ -113,7 +113,7 @@ MODELS: dict[str, Architecture] = {
     # SigLIP (Zhai et al. 2023) and SigLIP 2 (Tschannen et al. 2025); activations as in open_clip and timm.
     "siglip_b16": _siglip(siglip_image(224, 16, 768, "gelu"), 32_000, "gelu"),
     "siglip_l16_256": _siglip(siglip_image(256, 16, 1024, "gelu"), 32_000, "gelu"),
-    "siglip_so400m14": _siglip(siglip_image(224, 14, 1152, "gelu"), 32_000, "gelu", length=16),
+    "siglip_so400m14": _siglip(siglip_image(224, 14, 1152, "gelu"), 32_000, "gelu", context_length=16),
     "siglip_so400m14_384": _siglip(siglip_image(384, 14, 1152, "gelu"), 32_000, "gelu"),
     "siglip2_b16": _siglip(siglip_image(224, 16, 768, "gelu"), _SIGLIP2_VOCABULARY, "gelu_tanh"),
     "siglip2_b32_256": _siglip(siglip_image(256, 32, 768, "gelu_tanh"), _SIGLIP2_VOCABULARY, "gelu_tanh"),

@@ -15,7 +15,7 @@ from clip_jax.models.architecture import Architecture, Preprocess
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """Tokenizer. Its vocabulary must fit `model.text.vocab_size`; its length is `model.text.length`.
+    """Tokenizer. Its vocabulary must fit `model.text.vocab_size`; its length is `model.text.context_length`.
 
     All fields after `path` are for "sentencepiece" and "huggingface", whose files do not contain them.
     """

@@ -56,7 +56,7 @@ def _summary(config: WeightsConfig, params: Params) -> dict[str, str]:
     return {
         "model": f"{name_of(config.model)}, {count_parameters(params):,} parameters",
         "image": f"{image.image_size} px, {image.description}",
-        "text": f"{text.length} tokens of {text.vocab_size:,}, {text.description}",
+        "text": f"{text.context_length} tokens of {text.vocab_size:,}, {text.description}",
         "embedding": f"{config.model.embed_dim}",
         "activation": " and ".join(sorted(activations)),
         "preprocessing": f"{spec.resize}, {spec.interpolation}, mean {spec.mean}, std {spec.std}, "

@@ -133,7 +133,7 @@ def _openai_resnet(tower: ResNet) -> ResNet:
 
 def _openai_text(tower: TextTransformer) -> TextTransformer:
     sizes = {"width": tower.width, "layers": tower.layers, "heads": max(1, tower.width // 64)}
-    return TextTransformer(tower.vocab_size, tower.length, tower.vocab_size - 1, **sizes)
+    return TextTransformer(tower.vocab_size, tower.context_length, tower.vocab_size - 1, **sizes)
 
 
 # The tower that OpenAI's code builds for the sizes of a tower.
@@ -153,9 +153,9 @@ _LIBRARIES: dict[str, tuple[Callable[[pathlib.Path, Params, WeightsConfig], None
 def _write_tokenizer(folder: pathlib.Path, config: WeightsConfig) -> None:
     """Write the tokenizer for transformers; open_clip also reads it if it is not CLIP's own."""
     text, content = config.model.text, tokenizer_content(config)
-    settings: dict[str, Any] = {"model_max_length": text.length}
+    settings: dict[str, Any] = {"model_max_length": text.context_length}
     if config.tokenizer.name == "clip_bpe":
-        bpe = ClipBPE(text.length, text.vocab_size, merges_path=content)
+        bpe = ClipBPE(text.context_length, text.vocab_size, merges_path=content)
         vocabulary, merges = bpe.as_huggingface()
         (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
         _write_json(folder / "vocab.json", vocabulary)
@@ -168,7 +168,7 @@ def _write_tokenizer(folder: pathlib.Path, config: WeightsConfig) -> None:
         special, name = {"pad_token": "</s>", "eos_token": "</s>", "unk_token": "<unk>"}, "SiglipTokenizer"
     else:
         (folder / "tokenizer.json").write_bytes(content)
-        tokenizer = HuggingFace(content, text.length, pad_id=config.tokenizer.pad_id)
+        tokenizer = HuggingFace(content, text.context_length, pad_id=config.tokenizer.pad_id)
         end, padding = tokenizer.token(tokenizer.eos_id), tokenizer.token(tokenizer.pad_id)
         special, name = {"pad_token": padding, "eos_token": end, "sep_token": end}, "PreTrainedTokenizerFast"
     _write_json(folder / "special_tokens_map.json", special)

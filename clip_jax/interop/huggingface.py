@@ -58,7 +58,7 @@ def architecture(config: Mapping[str, Any], file: str) -> Architecture:
     else:
         eos_id, embed_dim = 1, text.get("projection_size") or text["hidden_size"]
     sizes = {"image_size": image["image_size"], "patch_size": image["patch_size"]}
-    tokens = {"vocab_size": text["vocab_size"], "length": text["max_position_embeddings"], "eos_id": eos_id}
+    tokens = {"vocab_size": text["vocab_size"], "context_length": text["max_position_embeddings"], "eos_id": eos_id}
     return Architecture(
         ViT(**sizes, **_transformer(image, file), **_FIXED[family][0]),
         TextTransformer(**tokens, **_transformer(text, file), **_FIXED[family][1]),
@@ -135,7 +135,7 @@ def config(model: Architecture) -> dict[str, Any]:
         }
 
     vision = transformer(image) | {"image_size": image.image_size, "patch_size": image.patch_size}
-    words = transformer(text) | {"vocab_size": text.vocab_size, "max_position_embeddings": text.length}
+    words = transformer(text) | {"vocab_size": text.vocab_size, "max_position_embeddings": text.context_length}
     if family == "siglip":
         words |= {"projection_size": model.embed_dim}
         return {"model_type": family, "architectures": ["SiglipModel"], "vision_config": vision, "text_config": words}

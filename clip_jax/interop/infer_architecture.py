@@ -33,7 +33,7 @@ def architecture(tensors: Mapping[str, np.ndarray], naming: Naming, file: str) -
     vocab_size, width = shapes.of("text/token_embedding/embedding")
     text = TextTransformer(
         vocab_size=vocab_size,
-        length=shapes.of("text/positional_embedding")[-2],
+        context_length=shapes.of("text/positional_embedding")[-2],
         eos_id=1 if siglip else vocab_size - 1,  # OpenAI pools at the greatest id
         width=width,
         layers=shapes.layers(f"text/{_BLOCKS}/norm1/scale"),

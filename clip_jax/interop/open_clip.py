@@ -120,7 +120,7 @@ def _text_tower(text: dict[str, Any], activation: Activation, file: str) -> Text
         projection = "none"
     tower = TextTransformer(
         vocab_size=vocab_size,
-        length=text.pop("context_length", 77),
+        context_length=text.pop("context_length", 77),
         # 'argmax' pools at the greatest id, which is the end token of CLIP's vocabulary.
         eos_id=vocab_size - 1 if pool == "argmax" else eos_id if pool == "eos" else min(1, vocab_size - 1),
         width=text.pop("width", 512),
@@ -232,7 +232,7 @@ _VISION_CONFIGS: dict[type, Callable[[Any], dict[str, Any]]] = {ViT: _vit_config
 
 
 def _text_config(text: TextTransformer, tokenizer: TokenizerConfig) -> dict[str, Any]:
-    config: dict[str, Any] = {"context_length": text.length, "vocab_size": text.vocab_size}
+    config: dict[str, Any] = {"context_length": text.context_length, "vocab_size": text.vocab_size}
     config |= {"width": text.width, "heads": text.heads, "layers": text.layers}
     config |= {"mlp_ratio": text.mlp_ratio} if text.mlp_ratio != 4.0 else {}
     config |= {"ls_init_value": text.layer_scale} if text.layer_scale else {}

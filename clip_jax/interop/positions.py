@@ -20,7 +20,9 @@ from clip_jax.typing import Params
 _MIN_LENGTH = 3  # tokens: start, one of the text, end
 
 
-def resize(model: Architecture, params: Params, *, image_size: int = 0, length: int = 0) -> tuple[Architecture, Params]:
+def resize(
+    model: Architecture, params: Params, *, image_size: int = 0, context_length: int = 0
+) -> tuple[Architecture, Params]:
     """Return architecture and parameters with another image size or context length.
 
     The patch grid is resized by antialiased bicubic interpolation and a class token's position is unchanged; text
@@ -28,7 +30,7 @@ def resize(model: Architecture, params: Params, *, image_size: int = 0, length: 
 
     Args:
       image_size: px; 0: unchanged.
-      length: tokens; 0: unchanged.
+      context_length: tokens; 0: unchanged.
 
     Raises:
       ValueError: if the tower has no positions to resize, or the size is invalid.
@@ -38,11 +40,12 @@ def resize(model: Architecture, params: Params, *, image_size: int = 0, length: 
         path = ("image", *_positions_path(model, image_size))
         params = _updated(params, path, functools.partial(_resize_grid, tower=tower))
         model = dataclasses.replace(model, image=tower)
-    if length and length != model.text.length:
-        if length < _MIN_LENGTH:
-            raise ValueError(f"context_length: expected at least {_MIN_LENGTH}, got {length}; use e.g. 77")
-        params = _updated(params, ("text", "positional_embedding"), functools.partial(_resize_text, length=length))
-        model = dataclasses.replace(model, text=dataclasses.replace(model.text, length=length))
+    if context_length and context_length != model.text.context_length:
+        if context_length < _MIN_LENGTH:
+            raise ValueError(f"context_length: expected at least {_MIN_LENGTH}, got {context_length}; use e.g. 77")
+        update = functools.partial(_resize_text, length=context_length)
+        params = _updated(params, ("text", "positional_embedding"), update)
+        model = dataclasses.replace(model, text=dataclasses.replace(model.text, context_length=context_length))
     return model, params
 
 

@@ -86,7 +86,7 @@ def read(
     if activation:
         check_name("activation", activation, ("quick_gelu", "gelu", "gelu_tanh"))
     weights = _read(_existing(path), model, activation)
-    config, sizes = weights.config, {"image_size": image_size, "length": context_length}
+    config, sizes = weights.config, {"image_size": image_size, "context_length": context_length}
     resized, params = positions.resize(config.model, weights.params, **sizes)
     config = dataclasses.replace(config, model=resized)
     if isinstance(tokenizer, str) and tokenizer:
@@ -164,7 +164,7 @@ def read_tower(path: str | os.PathLike[str], tower: str, model: Architecture) ->
         _check_shapes(local, params, config.model)
         stored = config.model
         found = getattr(stored, tower)
-        sizes = {key: getattr(found, key, None) for key in ("image_size", "length") if hasattr(expected, key)}
+        sizes = {key: getattr(found, key, None) for key in ("image_size", "context_length") if hasattr(expected, key)}
         if found != dataclasses.replace(expected, **sizes):
             raise ValueError(f"{local}: expected the {tower} tower {expected}, got {found}")
     else:
@@ -174,11 +174,11 @@ def read_tower(path: str | os.PathLike[str], tower: str, model: Architecture) ->
             found = dataclasses.replace(expected, image_size=size)
         else:
             length = tensors[naming.table["text/positional_embedding"].name].shape[-2]
-            found = dataclasses.replace(expected, length=length)
+            found = dataclasses.replace(expected, context_length=length)
         stored = dataclasses.replace(model, **{tower: found})
         params = conversion.params_from_tensors(stored, tensors, naming.table, os.fspath(local), tower=tower)
-    size, length = (model.image.image_size, 0) if tower == "image" else (0, model.text.length)
-    _, params = positions.resize(stored, params, image_size=size, length=length)
+    size, length = (model.image.image_size, 0) if tower == "image" else (0, model.text.context_length)
+    _, params = positions.resize(stored, params, image_size=size, context_length=length)
     return {key: params[key] for key in (tower, *(["batch_stats"] if tower == "image" else [])) if key in params}
 
 

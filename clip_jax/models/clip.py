@@ -130,7 +130,7 @@ def make_model(
     def init(key: jax.Array) -> Params:
         size = architecture.image.image_size
         image = jnp.zeros((1, size, size, 3), compute.dtype)
-        text = jnp.zeros((1, architecture.text.length), jnp.int32)
+        text = jnp.zeros((1, architecture.text.context_length), jnp.int32)
         variables = module.init(key, image, text)
         return variables["params"] | ({"batch_stats": variables["batch_stats"]} if "batch_stats" in variables else {})
 

@@ -111,7 +111,7 @@ def forward_flops(architecture: Architecture) -> tuple[float, float]:
     """
     model = make_model(architecture)
     params = jax.eval_shape(model.init, jax.random.key(0))
-    size, length = architecture.image.image_size, architecture.text.length
+    size, length = architecture.image.image_size, architecture.text.context_length
     image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
     text = jax.ShapeDtypeStruct((1, length), jnp.int32)
     image_flops, text_flops = count(model.encode_image, params, image), count(model.encode_text, params, text)

@@ -289,7 +289,7 @@ class Transformer(nn.Module):
         def step(x_BLD: Array, layer: Array, slot: Any) -> Array:
             # The lookup is inside the rematerialized function; outside, each layer's slice would be saved.
             params = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), stack)
-            return apply(x_BLD, checkpoint_name(jax.tree.map(_second_with_gradient_to_first, slot, params), "layer"))
+            return apply(x_BLD, checkpoint_name(jax.tree.map(_straight_through, slot, params), "layer"))
 
         step = compute.remat_function(step, prevent_cse=compute.unroll)
         layers = (jnp.arange(last), jax.tree.map(lambda leaf: leaf[:last], stack))
@@ -300,7 +300,7 @@ class Transformer(nn.Module):
 
 
 @jax.custom_vjp
-def _second_with_gradient_to_first(x: Array, y: Array) -> Array:
+def _straight_through(x: Array, y: Array) -> Array:
     """Return y, which equals x, and pass gradients to x. For a scan over the slice [:-1] of a stack, x is the slice.
 
     The scan reads from the whole stack, so the slice is never read and XLA does not copy it. The gradients of the slice
@@ -309,4 +309,4 @@ def _second_with_gradient_to_first(x: Array, y: Array) -> Array:
     return y
 
 
-_second_with_gradient_to_first.defvjp(lambda x, y: (y, None), lambda _, gradient: (gradient, None))
+_straight_through.defvjp(lambda x, y: (y, None), lambda _, gradient: (gradient, None))

@@ -17,7 +17,7 @@ RESOURCES = {
 }
 
 
-def page(plan: Plan) -> str:
+def render_page(plan: Plan) -> str:
     parts = [_title(plan), _memory(plan)]
     if plan.flops:
         parts += [_work(plan), _speed(plan)]

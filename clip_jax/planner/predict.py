@@ -283,7 +283,7 @@ def abstract_batch(config: Config, mesh: Mesh, rows: int = 0) -> Batch:
     rows_sharding = sharding.batch_sharding(mesh)
     return Batch(
         jax.ShapeDtypeStruct((count, side, side, 3), np.uint8, sharding=rows_sharding),
-        jax.ShapeDtypeStruct((count, config.model.text.length), np.int32, sharding=rows_sharding),
+        jax.ShapeDtypeStruct((count, config.model.text.context_length), np.int32, sharding=rows_sharding),
         jax.ShapeDtypeStruct((count,), bool, sharding=rows_sharding),
     )
 

@@ -15,15 +15,15 @@ def _clip_bpe(config: TokenizerConfig, text: TextTransformer, truncate: bool, to
     for key, value in _settings(config).items():
         if value != getattr(TokenizerConfig(), key):
             raise ValueError(f"tokenizer.{key}={value!r} is for tokenizers with a file, not for clip_bpe")
-    return ClipBPE(text.length, text.vocab_size, truncate, tokenizer_file or config.path)
+    return ClipBPE(text.context_length, text.vocab_size, truncate, tokenizer_file or config.path)
 
 
 def _sentencepiece(config: TokenizerConfig, text: TextTransformer, truncate: bool, tokenizer_file: bytes) -> Tokenizer:
-    return SentencePiece(tokenizer_file or config.path, text.length, truncate, **_settings(config))
+    return SentencePiece(tokenizer_file or config.path, text.context_length, truncate, **_settings(config))
 
 
 def _huggingface(config: TokenizerConfig, text: TextTransformer, truncate: bool, tokenizer_file: bytes) -> Tokenizer:
-    return HuggingFace(tokenizer_file or config.path, text.length, truncate, **_settings(config))
+    return HuggingFace(tokenizer_file or config.path, text.context_length, truncate, **_settings(config))
 
 
 def _settings(config: TokenizerConfig) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def make_tokenizer(
 ) -> Tokenizer:
     """Return the tokenizer of a text tower.
 
-    >>> tokenizer = make_tokenizer(TokenizerConfig("clip_bpe"), TextTransformer(length=6))
+    >>> tokenizer = make_tokenizer(TokenizerConfig("clip_bpe"), TextTransformer(context_length=6))
     >>> tokenizer(["a happy dog"]).tolist()
     [[49406, 320, 900, 1929, 49407, 0]]
 

@@ -87,7 +87,7 @@ class ClipBPE:
         """
         if length < 3:
             raise ValueError(
-                f"model.text.length={length} leaves no room between start and end; use at least 3, e.g. 77"
+                f"model.text.context_length={length} leaves no room between start and end; use at least 3, e.g. 77"
             )
         table = _read_table(merges_path)
         largest = len(table.symbols) + 2
@@ -175,8 +175,8 @@ class ClipBPE:
     def _check_length(self, text: str, tokens: int) -> None:
         if not self.truncate:
             raise ValueError(
-                f"the text {text[:60]!r}… has {tokens} tokens with start and end, but model.text.length={self.length};"
-                " shorten it, or pass truncate=True"
+                f"the text {text[:60]!r}… has {tokens} tokens with start and end, but"
+                f" model.text.context_length={self.length}; shorten it, or pass truncate=True"
             )
 
 

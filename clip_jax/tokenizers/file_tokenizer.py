@@ -70,7 +70,7 @@ class FileTokenizer:
         content = path if isinstance(path, bytes) else self._read(path)
         name = "the tokenizer's file" if isinstance(path, bytes) else f"tokenizer.path={os.fspath(path)!r}"
         if length < 3:
-            raise ValueError(f"model.text.length={length} leaves no room for a text; use at least 3, e.g. 64")
+            raise ValueError(f"model.text.context_length={length} leaves no room for a text; use at least 3, e.g. 64")
         self.length, self.truncate = length, truncate
         self.vocab_size, self.eos_id, own_pad_id = self._load(content, name)
         self.pad_id = own_pad_id if pad_id < 0 else pad_id
@@ -91,7 +91,7 @@ class FileTokenizer:
                 if not self.truncate:
                     raise ValueError(
                         f"the text {text[:60]!r}… has {len(ids)} tokens with its end, but"
-                        f" model.text.length={self.length}; shorten it, or pass truncate=True"
+                        f" model.text.context_length={self.length}; shorten it, or pass truncate=True"
                     )
                 ids = [*ids[: self.length - 1], self.eos_id]
             row[: len(ids)] = ids

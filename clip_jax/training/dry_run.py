@@ -22,13 +22,14 @@ def describe(config: Config, workdir: epath.Path) -> str:
     optimizer = optim.make_optimizer(config.optim, resolved.total_steps, architecture=config.model)
     state = step.abstract_state(step.model_from_config(config, mesh), optimizer, config, mesh)
     batch, image, text = config.train.batch_size, config.model.image, config.model.text
-    bytes_per_pair = image.image_size**2 * 3 + text.length * 4 + 1
+    length = text.context_length
+    bytes_per_pair = image.image_size**2 * 3 + length * 4 + 1
     teacher = config.teacher
     rows = {
         "model": name_of(config.model),
         "parameters": f"{count_parameters(state.params):,}",
         "  image tower": f"{count_parameters(state.params['image']):,} ({image.kind}, {image.image_size} px)",
-        "  text tower": f"{count_parameters(state.params['text']):,} ({text.length} tokens of {text.vocab_size:,})",
+        "  text tower": f"{count_parameters(state.params['text']):,} ({length} tokens of {text.vocab_size:,})",
         "initialization": config.init.weights or f"random, seed {config.train.seed}",
         "teacher": f"{teacher.weights}, weight {teacher.weight:g}" if teacher.weights else "",
         "steps": f"{resolved.total_steps:,}",

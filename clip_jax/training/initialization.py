@@ -62,8 +62,8 @@ def initial_params(config: Config) -> Params:
         weights = reading.read(init.weights, model=init.model, activation=init.activation)
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"init.weights={init.weights!r}: {error}") from error
-    size, length = model.image.image_size, model.text.length
-    found, params = positions.resize(weights.config.model, weights.params, image_size=size, length=length)
+    size, length = model.image.image_size, model.text.context_length
+    found, params = positions.resize(weights.config.model, weights.params, image_size=size, context_length=length)
     preprocess = dataclasses.replace(weights.config.preprocess, implementation=config.preprocess.implementation)
     stored = dataclasses.replace(config, model=found, preprocess=preprocess)
     _check_same(stored, config, f"init.weights={init.weights!r} has another model or other pixels")
@@ -86,8 +86,8 @@ def teacher_params(config: Config, tokenizer: Tokenizer) -> tuple[Architecture, 
         raise ValueError(f"{name} is one tower, and a teacher needs both: remove the colon and the tower's name")
     try:
         weights = reading.read(teacher.weights, model=teacher.model, activation=teacher.activation)
-        size, length = model.image.image_size, model.text.length
-        found, params = positions.resize(weights.config.model, weights.params, image_size=size, length=length)
+        size, length = model.image.image_size, model.text.context_length
+        found, params = positions.resize(weights.config.model, weights.params, image_size=size, context_length=length)
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"{name}: {error}") from error
     text = dataclasses.replace(model.text, vocab_size=found.text.vocab_size, eos_id=found.text.eos_id)

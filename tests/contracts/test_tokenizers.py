@@ -21,7 +21,7 @@ FILES = {"sentencepiece": sentencepiece_model, "huggingface": tokenizer_json}
 @pytest.fixture(scope="module", params=TOKENIZERS)
 def make(request):
     file = FILES.get(request.param, lambda: b"")()
-    config, text = TokenizerConfig(request.param), TextTransformer(length=LENGTH)
+    config, text = TokenizerConfig(request.param), TextTransformer(context_length=LENGTH)
     return lambda truncate=True: TOKENIZERS[request.param](config, text, truncate, file)
 
 
@@ -61,7 +61,7 @@ def test_two_instances_and_eight_threads_return_equal_ids(make):
 
 def test_overlong_text_is_truncated_or_raises(make):
     assert make()(["dog " * 1000])[0, -1] == make().eos_id
-    with pytest.raises(ValueError, match=rf"model\.text\.length={LENGTH}"):
+    with pytest.raises(ValueError, match=rf"model\.text\.context_length={LENGTH}"):
         make(truncate=False)(["dog " * 1000])
 
 

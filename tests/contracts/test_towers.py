@@ -45,7 +45,7 @@ LOOP_TOLERANCE = 1e-4
 def _small(model: Architecture) -> Architecture:
     """Return the architecture with tiny towers and a vocabulary of 64."""
     image = model.image.tiny()
-    text = dataclasses.replace(model.text.tiny(), vocab_size=64, length=8, eos_id=63)
+    text = dataclasses.replace(model.text.tiny(), vocab_size=64, context_length=8, eos_id=63)
     embed_dim = image.fixed_embed_dim or text.fixed_embed_dim or 16
     return dataclasses.replace(model, image=image, text=text, embed_dim=embed_dim)
 
@@ -79,7 +79,7 @@ def _trained_params(architecture: Architecture):
 def _inputs(architecture: Architecture, rows: int = 4):
     rng = np.random.default_rng(0)
     size = architecture.image.image_size
-    text = rng.integers(0, 63, (rows, architecture.text.length)).astype(np.int32)
+    text = rng.integers(0, 63, (rows, architecture.text.context_length)).astype(np.int32)
     text[:, -1] = architecture.text.eos_id
     return rng.integers(0, 256, (rows, size, size, 3), dtype=np.uint8), text
 

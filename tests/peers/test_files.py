@@ -91,7 +91,7 @@ def test_torchscript_archives_of_openai_are_read(state_dict, tmp_path, half):
     image, text = ARCHITECTURE.image, ARCHITECTURE.text
     sizes = (image.image_size, image.layers, image.width, image.patch_size)
     model = clip.model.CLIP(
-        ARCHITECTURE.embed_dim, *sizes, text.length, text.vocab_size, text.width, text.heads, text.layers
+        ARCHITECTURE.embed_dim, *sizes, text.context_length, text.vocab_size, text.width, text.heads, text.layers
     )
     model.load_state_dict(state_dict)
     if half:

@@ -66,7 +66,7 @@ def test_token_ids_equal_those_of_the_exported_directory(model, kind, content, t
     expected = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'dir'}")(texts).numpy()
     np.testing.assert_array_equal(found, expected)
     if kind == "sentencepiece":  # transformers drops an underscore, and undoes neither mojibake nor HTML
-        settings = {"padding": "max_length", "max_length": architecture.text.length, "truncation": True}
+        settings = {"padding": "max_length", "max_length": architecture.text.context_length, "truncation": True}
         plain = [text.replace("_", " ") for text in texts if "&" not in text]
         expected = transformers.AutoTokenizer.from_pretrained(tmp_path / "dir")(plain, **settings)["input_ids"]
         np.testing.assert_array_equal(
@@ -79,7 +79,7 @@ def test_open_clip_reads_a_tokenizer_with_fewer_merges_from_the_exported_directo
     directory.write(tmp_path / "dir", tiny_models.params(architecture), WeightsConfig(architecture))
     sentences = tiny_tokenizers.SENTENCES
     texts = [*sentences, "A RED_dog, in: the park", "", "caf\u00c3\u00a9 &amp; bar", " ".join(sentences), "\u72ac zq"]
-    found = ClipBPE(architecture.text.length, architecture.text.vocab_size)(texts)
+    found = ClipBPE(architecture.text.context_length, architecture.text.vocab_size)(texts)
     expected = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'dir'}")(texts).numpy()
     # open_clip pads with the end token, and pools at the first one. No text here contains id 0, an exclamation mark.
     np.testing.assert_array_equal(np.where(found == 0, architecture.text.eos_id, found), expected)

@@ -211,8 +211,9 @@ def model_card(run: Mapping[str, Any], report: EvalReport, config: WeightsConfig
         f"# {run['name']}",
         "",
         f"A CLIP model (Radford et al. 2021): `{run['architecture']}`, {run['parameters']:,} parameters, images of"
-        f" {image.image_size} px, texts of {text.length} tokens. Preprocessing: {spec.resize}, {spec.interpolation},"
-        f" mean {spec.mean}, standard deviation {spec.std}. Source: {config.source or 'fill in'}.",
+        f" {image.image_size} px, texts of {text.context_length} tokens. Preprocessing: {spec.resize},"
+        f" {spec.interpolation}, mean {spec.mean}, standard deviation {spec.std}."
+        f" Source: {config.source or 'fill in'}.",
         "",
         "## Intended use, data, limitations",
         "",

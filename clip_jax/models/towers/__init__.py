@@ -15,7 +15,7 @@ from clip_jax.models.towers.vit import ViT
 TOWERS: dict[str, type[ImageTower] | type[TextTower]] = {
     "vit": ViT,
     "resnet": ResNet,
-    "edges": EdgeNet,
+    "edgenet": EdgeNet,
     "transformer": TextTransformer,
 }
 

@@ -18,7 +18,7 @@ COUNT: Range = (1, 2**62)
 RANGES: dict[str, Range] = {
     "image_size": (1, 4096),
     "patch_size": (1, 4096),
-    "length": (3, 2**20),
+    "context_length": (3, 2**20),
     "eos_id": (0, 2**31 - 1),
     "mlp_ratio": (0.01, 100.0),
     "norm_epsilon": (1e-12, 1e-2),
@@ -165,12 +165,12 @@ class TextTower(Tower):
 
     Additional fields:
       vocab_size: number of token ids.
-      length: tokens per text, start and end tokens included.
+      context_length: tokens per text, start and end tokens included.
       eos_id: id of the end token; the tokenizer must have the same.
     """
 
     vocab_size: int
-    length: int
+    context_length: int
     eos_id: int
 
     @property

@@ -35,7 +35,7 @@ class EdgeNet(ImageTower):
     channels: tuple[int, ...] = (96, 192)  # per convolution; each convolution halves the sides
     width: int = 512  # of the dense layers
     layers: int = 1  # residual dense layers
-    kind: Literal["edges"] = "edges"
+    kind: Literal["edgenet"] = "edgenet"
 
     sharding_rules: ClassVar[Rules] = (
         *NORM_RULES,

@@ -34,7 +34,7 @@ class TextTransformer(TextTower):
     """Transformer over token ids. The defaults are those of CLIP's ViT-B models."""
 
     vocab_size: int = 49_408
-    length: int = 77  # tokens, start and end tokens included
+    context_length: int = 77  # tokens, start and end tokens included
     eos_id: int = 49_407  # end token; the tokenizer must have the same
     width: int = 512
     layers: int = 12
@@ -82,11 +82,11 @@ class TextTransformer(TextTower):
 
     @property
     def attention_shape(self) -> AttentionShape | None:
-        return AttentionShape(self.heads, self.width // self.heads, self.length)
+        return AttentionShape(self.heads, self.width // self.heads, self.context_length)
 
     @property
     def uncounted_flops(self) -> float:
-        return post_attention_flops(self, self.length - 1)
+        return post_attention_flops(self, self.context_length - 1)
 
     @property
     def supports_packing(self) -> bool:
@@ -117,7 +117,9 @@ class TextEncoder(nn.Module):
             dtype=dtype,
             name="token_embedding",
         )
-        positions_LD = self.param("positional_embedding", nn.initializers.normal(0.01), (config.length, config.width))
+        positions_LD = self.param(
+            "positional_embedding", nn.initializers.normal(0.01), (config.context_length, config.width)
+        )
         transformer = Transformer(config, config.causal, self.compute, name="transformer")
         positions_LD = positions_LD.astype(dtype)
         if isinstance(text, Stream):
