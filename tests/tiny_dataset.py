@@ -119,11 +119,11 @@ def evaluate(monkeypatch, embedder, row=ROW, evaluators=("zeroshot",), splits=SP
             raise Unavailable(f"no {part} split here")
         return splits[part]
 
+    monkeypatch.setattr(load, "load_split", load_split)
     return suite.evaluate(
         make_model(embedder, **options),
         names or [row.name],
         evaluators,
         load.LoadOptions(**prompts),
         evaluator_options,
-        load_split=load_split,
     )

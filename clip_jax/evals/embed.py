@@ -99,22 +99,19 @@ def _fetch(output: jax.Array, count: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class CachedEmbedder:
-    """Embedder that keeps embeddings in memory: every image and text is embedded once."""
+    """Embedder that keeps embeddings, not features, in memory: every image and text is embedded once."""
 
     embedder: Embedder
     _images: dict[bytes, np.ndarray] = dataclasses.field(default_factory=dict)
     _texts: dict[bytes, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def image(self, images: Sequence[bytes]) -> Float[np.ndarray, "n E"]:
-        """Return the image embeddings; only new images are passed to the embedder."""
         return _embed_new(self.embedder.image, self._images, images)
 
     def text(self, texts: Sequence[str]) -> Float[np.ndarray, "m E"]:
-        """Return the text embeddings; only new texts are passed to the embedder."""
         return _embed_new(self.embedder.text, self._texts, texts)
 
     def features(self, images: Sequence[bytes]) -> Float[np.ndarray, "n D"]:
-        """Return the features, which are not cached."""
         return features_of(self.embedder, images)
 
 
@@ -172,21 +169,18 @@ class FeatureCache:
 
 @dataclasses.dataclass(frozen=True)
 class DiskCachedEmbedder:
-    """Embedder that stores the embeddings and features of images with a fingerprint in a `FeatureCache`."""
+    """Embedder that stores embeddings and features of images with a fingerprint, not of texts, in a `FeatureCache`."""
 
     embedder: Embedder
     cache: FeatureCache
 
     def image(self, images: Sequence[bytes]) -> np.ndarray:
-        """Return unit vectors float[n E]."""
         return self._get("embeddings", self.embedder.image, images)
 
     def text(self, texts: Sequence[str]) -> np.ndarray:
-        """Return unit vectors float[m E], which are not cached."""
         return self.embedder.text(texts)
 
     def features(self, images: Sequence[bytes]) -> np.ndarray:
-        """Return features float[n D]. Raises Unavailable if the embedder has none."""
         return self._get("features", lambda images: features_of(self.embedder, images), images)
 
     def _get(self, kind: str, compute: Callable[[Sequence[bytes]], np.ndarray], images: Sequence[bytes]) -> np.ndarray:

@@ -88,12 +88,9 @@ def training_examples(embedder: Embedder, dataset: EvalDataset, train: DatasetSp
         return *splits, "the validation split"
     order = np.random.default_rng(0).permutation(len(train.images))
     count = max(1, round(HELD_OUT * len(order)))
-    held_out, kept = np.sort(order[:count]), np.sort(order[count:])
-    examples = probe_examples(embedder, train.images, train.targets)
-    return (
-        *(Examples(examples.features_nD[rows], examples.targets[rows]) for rows in (kept, held_out)),
-        f"{count:,} images held out of the training split",
-    )
+    features_nD, targets = probe_examples(embedder, train.images, train.targets)
+    kept, held_out = (Examples(features_nD[r], targets[r]) for r in (np.sort(order[count:]), np.sort(order[:count])))
+    return kept, held_out, f"{count:,} images held out of the training split"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +109,7 @@ class LinearProbe:
         return metric(Predictions(self.scores(examples.features_nD), examples.targets))
 
 
-@dataclasses.dataclass(frozen=True)
-class ProbeSearch:
+class ProbeSearch(NamedTuple):
     """Result of `search`."""
 
     l2: float  # selected on the validation split
@@ -182,7 +178,10 @@ def _binary_search(
 
     def visit(step: int) -> None:
         if step not in solved and abs(step) <= LAST_STEP:
-            solved[step] = training.solve(_l2(step), _warm_start(solved, step))
+            # Start at the mean of the neighboring optima, whose error is of second order, or at the nearest optimum.
+            sides = [s for s in solved if s < step], [s for s in solved if s > step]
+            near = [solved[min(side, key=lambda s: abs(s - step))] for side in sides if side]
+            solved[step] = training.solve(_l2(step), sum(near) / len(near) if near else None)
             values[step] = training.probe(solved[step]).evaluate(metric, validation)
 
     def best_step() -> int:
@@ -202,13 +201,6 @@ def _binary_search(
 
 def _l2(step: int) -> float:
     return float(10 ** (step / STEPS_PER_DECADE))
-
-
-def _warm_start(solved: dict, step: int):
-    """Return the mean of the neighboring optima, whose error is of second order, or the nearest optimum."""
-    sides = [[s for s in solved if s < step], [s for s in solved if s > step]]
-    near = [solved[min(side, key=lambda s: abs(s - step))] for side in sides if side]
-    return sum(near) / len(near) if near else None
 
 
 class _Training:
@@ -258,10 +250,9 @@ def _check_finite(features_nD: np.ndarray) -> None:
 def _checked_targets(examples: Examples, classes: int) -> np.ndarray:
     """Return the targets. Raises ValueError for wrong shapes and class ids."""
     features_nD, targets = examples
-    if not len(features_nD) or len(features_nD) != len(targets):
-        raise ValueError(
-            f"expected one target per row, at least 1, got {len(features_nD)} rows and {len(targets)} targets"
-        )
+    rows = len(features_nD)
+    if not rows or rows != len(targets):
+        raise ValueError(f"expected one target per row, at least 1, got {rows} rows and {len(targets)} targets")
     _check_finite(features_nD)
     if targets.dtype == bool:
         if targets.shape != (len(targets), classes):

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int64
 
 from clip_jax.config import DataConfig, check_name
 from clip_jax.devices import distributed
@@ -25,8 +24,6 @@ from clip_jax.evals.datasets.tfds import read_tfds
 from clip_jax.evals.datasets.webdataset import read_webdataset
 from clip_jax.evals.zeroshot import MIN_CANDIDATES, cue_prompt
 from clip_jax.typing import DatasetSplit, EvalDataset, Unavailable
-
-SplitLoader = Callable[[Dataset, str, str], DatasetSplit]  # (dataset, 'test' | 'train' | 'validation', data_dir)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +74,7 @@ def load_split(row: Dataset, part: str, data_dir: str) -> DatasetSplit:
     raise Unavailable("\n".join([f"{place} is not on this machine:", *problems, row.note]).rstrip())
 
 
-def load_dataset(
-    name: str,
-    options: LoadOptions = LoadOptions(),
-    load_split: SplitLoader = load_split,  # noqa: B008 (frozen)
-) -> EvalDataset:
+def load_dataset(name: str, options: LoadOptions = LoadOptions()) -> EvalDataset:  # noqa: B008 (frozen)
     """Load the test split of a dataset in DATASETS. Its other splits are loaded on access.
 
     Raises:
@@ -96,15 +89,12 @@ def load_dataset(
     row = DATASETS[name]
 
     def load(part: str) -> DatasetSplit:
+        if part == "validation" and not (row.validation or row.tfds_validation):
+            raise Unavailable(f"{row.name} has no validation split")
         with distributed.synchronized_errors(Unavailable, *DATA_ERRORS):
             split = load_split(row, part, options.data_dir)
         images = LazySequence(len(split.images), split.images.__getitem__, split.fingerprint)
         return dataclasses.replace(split, images=images)
-
-    def load_other(part: str) -> DatasetSplit:
-        if part == "validation" and not (row.validation or row.tfds_validation):
-            raise Unavailable(f"{row.name} has no validation split")
-        return load(part)
 
     if row.generate is not None:
         with distributed.synchronized_errors(Unavailable, *DATA_ERRORS):
@@ -120,6 +110,12 @@ def load_dataset(
     found, kind = (len(split.cues), "cues") if row.task == "association" else (len(split.images), "images")
     if row.size and found != row.size:
         raise Unavailable(f"expected {row.size:,} {kind} in the {row.test} split, found {found:,}: not comparable")
+    groups = None
+    if row.group_column >= 0:
+        if split.metadata is None:
+            raise Unavailable(f"{row.metric} needs groups, and the split has no metadata (.npy)")
+        groups = split.metadata[:, row.group_column]
+        groups = np.where(np.isin(groups, row.excluded_groups), -1, groups)
     parts = [f"{len(split.images):,} images of the {row.test} split", f"metric {row.metric}"]
     if row.classes:
         parts.insert(1, f"{row.classes} classes")
@@ -128,10 +124,10 @@ def load_dataset(
         split.images,
         (),
         split.targets,
-        groups=_groups(row, split),
+        groups=groups,
         metric=row.metric,
         cues=split.cues,
-        load_split=load_other,
+        load_split=load,
         description="; ".join(parts),
         classes=row.classes,
     )
@@ -146,18 +142,7 @@ def expand(names: list[str] | tuple[str, ...]) -> list[str]:
     return list(dict.fromkeys(dataset for name in names for dataset in SUITES.get(name, (name,))))
 
 
-def _groups(row: Dataset, split: DatasetSplit) -> Int64[np.ndarray, "n"] | None:
-    """Return the group ids of the dataset's worst-group metric, -1 for excluded groups; None without such a metric."""
-    if row.group_column < 0:
-        return None
-    if split.metadata is None:
-        raise Unavailable(f"{row.metric} needs groups, and the split has no metadata (.npy)")
-    column_n = split.metadata[:, row.group_column]
-    return np.where(np.isin(column_n, row.excluded_groups), -1, column_n)
-
-
-# ------------------------------------------------------------------------------------------------------ texts
-# By `Dataset.task`: a function of the registry's row, the test split and the options; returns fields of EvalDataset.
+# ----------------------------- by `Dataset.task`: fields of EvalDataset from the row, the test split and the options
 
 
 def _captions(row: Dataset, split: DatasetSplit, options: LoadOptions) -> dict:
@@ -186,9 +171,8 @@ def _class_prompts(row: Dataset, split: DatasetSplit, options: LoadOptions) -> d
         if not names:
             raise Unavailable("no class names: neither stored with the data nor published; give --class_names")
         if len(names) != row.classes:
-            raise Unavailable(
-                f"expected {row.classes} class names, got {len(names)} ({names_source}): give --class_names"
-            )
+            got = f"{len(names)} ({names_source})"
+            raise Unavailable(f"expected {row.classes} class names, got {got}: give --class_names")
     except Unavailable as error:  # probes need no texts
         return {"missing_texts": str(error)}
     texts = prompts.class_texts(names, templates)

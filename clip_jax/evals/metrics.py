@@ -357,7 +357,6 @@ def bootstrap_metric(
     predictions: Predictions,
     *,
     strata_n: Integer[np.ndarray, "n"] | None = None,
-    level: float = LEVEL,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Interval:
@@ -378,7 +377,7 @@ def bootstrap_metric(
             continue
     if not values:
         raise Undefined(f"undefined in all {resamples} resamples of {len(predictions.scores)} examples")
-    return _percentiles(np.array(values), level)
+    return _percentiles(np.array(values))
 
 
 def exact_interval(correct: int, n: int, *, level: float = LEVEL) -> Interval:
@@ -414,7 +413,7 @@ def _log_binomials(n: int) -> Float64[np.ndarray, "m"]:
     return log_factorial[n] - log_factorial - log_factorial[::-1]
 
 
-def _percentiles(values: Float64[np.ndarray, "m"], level: float) -> Interval:
+def _percentiles(values: Float64[np.ndarray, "m"], level: float = LEVEL) -> Interval:
     if not 0 < level < 1:
         raise ValueError(f"level: expected a fraction between 0 and 1, e.g. {LEVEL}, got {level}")
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])

@@ -73,11 +73,7 @@ class Options:
 
 
 def prepare(options: Options) -> Evaluation:
-    """Check the options, read the files that they name, and initialize the devices.
-
-    Raises:
-      ValueError: for an unknown name, or a file with unexpected content.
-    """
+    """Check the options, read the files that they name, and initialize the devices. Raises ValueError."""
     for name in options.evaluators:
         check_name("--evaluators", name, EVALUATORS)
     for name in ("data_dir", "cache_dir"):
@@ -154,13 +150,19 @@ class Evaluation:
     def _write(self, info: Mapping[str, Any], config: WeightsConfig, report: EvalReport) -> list[str]:
         """Write all reports and return their file names."""
         directory = self.options.directory
-        plots = _plots(info["name"], report, self.standard_models)
+        metrics, details, plots = report.metrics, report.details, {}
+        if "robustness/shifts/effective" in metrics:
+            points = list(self.standard_models.values())
+            model = metrics["zeroshot/imagenet/top1"], metrics["robustness/shifts/average"]
+            plots["robustness"] = robustness_chart(robustness.fit(points), points, {info["name"]: model})
+        if overlaps := {key.split("/")[1]: found for key, found in details.items() if key.startswith("overlap/")}:
+            plots["overlap"] = overlap_chart(overlaps)
         notes = {"descriptions": report.descriptions, "skipped": report.skipped, "failed": report.failed}
-        write_report(directory, report.metrics, self.steps, (), {**info, **notes}, plots)
+        write_report(directory, metrics, self.steps, (), {**info, **notes}, plots)
         columns = (info[key] for key in ("architecture", "weights", "parameters", "flops_per_pair"))
-        bias_tables = {key: rows for key, rows in report.details.items() if key.startswith("bias/")}
+        bias_tables = {key: rows for key, rows in details.items() if key.startswith("bias/")}
         files = {
-            "open_clip.csv": open_clip_csv(*columns, report.metrics),
+            "open_clip.csv": open_clip_csv(*columns, metrics),
             "MODEL_CARD.md": model_card(info, report, config),
             **{f"{name}.svg": svg for name, svg in plots.items()},
             **{f"{key.replace('/', '_')}.csv": bias.to_csv(rows) for key, rows in bias_tables.items()},
@@ -241,28 +243,12 @@ def _group_options(options: Options) -> dict[str, Any]:
     return {"groups": groups, "group_names": names, "categories": categories}
 
 
-def _plots(name: str, report: EvalReport, standard_models: Mapping[str, tuple[float, float]]) -> dict[str, str]:
-    """Return the SVGs of effective robustness and overlap that the report has data for."""
-    plots = {}
-    if "robustness/shifts/effective" in report.metrics:
-        points = list(standard_models.values())
-        model = (report.metrics["zeroshot/imagenet/top1"], report.metrics["robustness/shifts/average"])
-        plots["robustness"] = robustness_chart(robustness.fit(points), points, {name: model})
-    overlaps = {key.split("/")[1]: found for key, found in report.details.items() if key.startswith("overlap/")}
-    if overlaps:
-        plots["overlap"] = overlap_chart(overlaps)
-    return plots
-
-
 def _print(report: EvalReport, directory: pathlib.Path, files: Sequence[str]) -> None:
     if report.metrics:
         print(text_table(report.metrics))
-    for key, description in report.descriptions.items():
-        print(f"{key}: {description}")
-    for key, reason in report.skipped.items():
-        print(f"{key} is skipped: {reason}")
-    for key, error in report.failed.items():
-        print(f"{key} failed: {error}")
+    for notes, state in ((report.descriptions, ""), (report.skipped, " is skipped"), (report.failed, " failed")):
+        for key, note in notes.items():
+            print(f"{key}{state}: {note}")
     print(f"written to {directory}: {', '.join(files)}")
     if report.failed:
         sys.stdout.flush()

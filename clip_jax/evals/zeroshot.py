@@ -45,10 +45,6 @@ def zeroshot(embedder: Embedder, dataset: EvalDataset) -> EvalResult:
       `/ci_low`, `/ci_high` (95 %) and, if known, `/chance`; top1 has `/majority_class`. A metric that is undefined for
       the dataset, e.g. the ROC AUC of one class, is NaN, with a warning.
 
-    Raises:
-      Unavailable: if the dataset has no class names.
-      Undefined: if no cue has 10 candidates.
-
     >>> class OneHot:  # the image or text "i" is the unit vector e_i
     ...     image = text = staticmethod(lambda items: np.eye(3)[[int(item) for item in items]])
     >>> dataset = EvalDataset("toy", [b"0", b"1", b"1"], [("0",), ("1",)], np.array([0, 1, 0]))

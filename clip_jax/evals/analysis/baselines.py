@@ -31,9 +31,8 @@ METRICS = ("image_to_text/recall_at_1", "image_to_text/recall_at_5")
 def baselines(train: EvalDataset, datasets: Sequence[EvalDataset]) -> dict[str, float]:
     """Fit the baselines to `train` and evaluate them on `datasets`, with the candidates of the model's metrics.
 
-    Returns:
-      `baseline/ridge_pixels_hog/<dataset>/image_to_text/recall_at_{1,5}` and, for datasets whose texts are all in
-      `train`, `baseline/nearest_neighbor/<dataset>/image_to_text/recall_at_1`.
+    The keys are `baseline/ridge_pixels_hog/<dataset>/image_to_text/recall_at_{1,5}` and, for datasets whose texts are
+    all in `train`, `baseline/nearest_neighbor/<dataset>/image_to_text/recall_at_1`.
     """
     check_dataset(train)
     features_nD = pixels_and_hog(train.images)
@@ -51,7 +50,7 @@ def baselines(train: EvalDataset, datasets: Sequence[EvalDataset]) -> dict[str, 
 
 @dataclasses.dataclass(frozen=True)
 class Ridge:
-    """A linear map from image features to hashed text. Implements Embedder, for `retrieval`."""
+    """A linear map from image features to hashed text, an Embedder."""
 
     mean_D: Float[np.ndarray, "D"]
     std_D: Float[np.ndarray, "D"]

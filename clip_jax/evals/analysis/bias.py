@@ -140,9 +140,11 @@ def by_group(
     results = {}
     for group, name in enumerate(group_names):
         rows_n = groups_n == group
-        rates = {event: _rate(occurred_n[rows_n]) for event, occurred_n in events.items()}
-        accuracy = rates.pop(ACCURACY)
-        results[name] = GroupResult(int(rows_n.sum()), int(not_finite_n[rows_n].sum()), accuracy, rates)
+        n, rates = int(rows_n.sum()), {}
+        for event, occurred_n in events.items():
+            count = int(occurred_n[rows_n].sum())
+            rates[event] = Rate(count / n, exact_interval(count, n)) if n else Rate(math.nan, Interval(0.0, 1.0))
+        results[name] = GroupResult(n, int(not_finite_n[rows_n].sum()), rates.pop(ACCURACY), rates)
     return results
 
 
@@ -211,11 +213,6 @@ def _events(predictions: Predictions, categories: Categories) -> dict[str, Bool[
             )
         events[name] = np.isin(predictions.predicted, class_ids)
     return events
-
-
-def _rate(occurred_n: Bool[np.ndarray, "n"]) -> Rate:
-    n, count = len(occurred_n), int(occurred_n.sum())
-    return Rate(count / n, exact_interval(count, n)) if n else Rate(math.nan, Interval(0.0, 1.0))
 
 
 # ---------------------------------------------------------------------------------------------------- confusions

@@ -1,7 +1,7 @@
 """Near-duplicates of evaluation images in a training source, by embedding or by perceptual hash.
 
-Both searches are exact and take the training source in blocks: memory does not depend on its size. A row is an index
-into the whole source, counted over all blocks.
+Both searches are exact and take the training source in blocks: memory does not depend on its size. Rows are counted
+over all blocks.
 
 The detector of the paper (Radford et al. 2021, appendix C) is a network trained to recognize modified copies, with a
 threshold chosen by hand for each dataset. Any image embedding can replace it: inspect pairs near a threshold before
@@ -53,8 +53,8 @@ def nearest_similarity(
 ) -> tuple[Float32[np.ndarray, "n"], Int64[np.ndarray, "n"]]:
     """Return the highest cosine similarity of each evaluation embedding to a training embedding, and its row.
 
-    Embeddings that are zero or not finite are never compared. Without anything to compare, the similarity is NaN and
-    the row -1, so that no threshold makes the image a duplicate. The log has their number.
+    Embeddings that are zero or not finite are never compared, and the log has their number. Without anything to
+    compare, the similarity is NaN and the row -1.
     """
     best_n, row_n = _nearest(
         unit(eval_nE),
@@ -75,10 +75,7 @@ def _nearest(
     step: int,
     invalid_reason: str,
 ) -> tuple[Float64[np.ndarray, "n"], Int64[np.ndarray, "n"]]:
-    """Return the highest similarity of each valid row to a valid training row, and the first such training row.
-
-    Compares `step` rows with `step` rows at a time.
-    """
+    """Return the highest similarity of each valid row to a valid training row, and the first such training row."""
     best_n, row_n = np.full(len(eval_n), -np.inf), np.full(len(eval_n), NO_MATCH, np.int64)
     valid_n = np.flatnonzero(valid(eval_n))
     seen = invalid = 0
@@ -146,9 +143,9 @@ def nearest_hash(
 ) -> tuple[Int64[np.ndarray, "n"], Int64[np.ndarray, "n"]]:
     """Return the distance of each evaluation hash to the nearest training hash, 0 to 64 bits, and its first row.
 
-    NO_HASH is never compared. Without anything to compare, the distance is 65 and the row -1, so that no threshold
-    makes the image a duplicate. The log has their number. Compares all pairs, about 8e8 per second and core: 25,000
-    evaluation images with 10 million training images take 5 minutes.
+    NO_HASH is never compared, and the log has its number. Without anything to compare, the distance is 65 and the row
+    -1. Compares all pairs, about 8e8 per second and core: 25,000 evaluation images with 10 million training images
+    take 5 minutes.
     """
     equal_n, row_n = _nearest(
         eval_n,

@@ -98,9 +98,8 @@ class Overlap:
 def analyze_overlap(hits_n: Bool[np.ndarray, "n"], overlapping_n: Bool[np.ndarray, "n"], tests: int = 1) -> Overlap:
     """Compare the accuracy on examples with and without a near-duplicate in the training source.
 
-    tests: number of evaluation datasets, for the Bonferroni correction.
-
-    Without overlapping examples p is 1 and the gain 0. Raises Undefined if all examples overlap.
+    tests: number of evaluation datasets, for the Bonferroni correction. Without overlapping examples p is 1 and the
+    gain 0. Raises Undefined if all examples overlap.
     """
     n, overlapping = len(hits_n), int(np.sum(overlapping_n))
     if hits_n.dtype != bool or overlapping_n.dtype != bool or hits_n.shape != overlapping_n.shape or not n:

@@ -46,8 +46,6 @@ class LinearFit:
 def fit(points: Sequence[tuple[Number, Number]]) -> LinearFit:
     """Fit the line to (accuracy on ImageNet, accuracy under shift) of standard models by least squares on logits.
 
-    Raises ValueError for accuracies of 0 or 1, which have no logit, and with fewer than two different x.
-
     >>> line = fit([(0.5, 0.3), (0.8, 0.6)])
     >>> round(line.effective_robustness(0.7, 0.6), 3)
     0.12
@@ -65,10 +63,7 @@ def fit(points: Sequence[tuple[Number, Number]]) -> LinearFit:
 
 
 def average_shift(accuracies: Mapping[str, Number], shifts: Sequence[str] = SHIFTS) -> float:
-    """Return the mean accuracy over `shifts`. The paper averages over PAPER_SHIFTS.
-
-    Missing shifts are an error: averages are comparable only over the same shifts.
-    """
+    """Return the mean accuracy over `shifts`, which must all be there. The paper averages over PAPER_SHIFTS."""
     if missing := [shift for shift in shifts if shift not in accuracies]:
         available = tuple(shift for shift in PAPER_SHIFTS if shift in accuracies)
         raise ValueError(

@@ -60,7 +60,10 @@ def read_webdataset(directory: str | os.PathLike, split: str) -> DatasetSplit:
         file and the sample.
     """
     directory = Path(directory).expanduser()
-    kind = _dataset_type(directory)
+    path = directory / "dataset_type.txt"
+    kind = path.read_text("utf-8").strip().lower() if path.is_file() else "classification"
+    if kind not in SUFFIXES:
+        raise ValueError(f"{path}: expected {', '.join(SUFFIXES)}, got {kind!r}; without the file: classification")
     names, templates = read_lines(directory / "classnames.txt"), _templates(directory)
     shards = _shard_paths(directory / split)
     samples = [sample for shard in shards for sample in _read_shard(shard, SUFFIXES[kind])]
@@ -87,14 +90,6 @@ def read_webdataset(directory: str | os.PathLike, split: str) -> DatasetSplit:
         metadata=metadata,
         fingerprint=fingerprint(parts),
     )
-
-
-def _dataset_type(directory: Path) -> str:
-    path = directory / "dataset_type.txt"
-    kind = path.read_text("utf-8").strip().lower() if path.is_file() else "classification"
-    if kind not in SUFFIXES:
-        raise ValueError(f"{path}: expected {', '.join(SUFFIXES)}, got {kind!r}; without the file: classification")
-    return kind
 
 
 def _templates(directory: Path) -> tuple[str, ...]:

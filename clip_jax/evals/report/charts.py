@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -83,11 +84,12 @@ def _tag(name: str, body: str = "", **attributes: object) -> str:
 
 
 def line_chart(series: Mapping[str, Points], title: str) -> str:
-    """Return an SVG of named lines over a common x axis, '' without finite values.
+    """Return an SVG of named lines, with gaps at values that are not finite; '' without finite values."""
 
-    Lines have gaps at values that are not finite.
-    """
-    finite = [p for points in series.values() for p in points if math.isfinite(p[0]) and math.isfinite(p[1])]
+    def is_finite(point: tuple[Number, Number]) -> bool:
+        return all(map(math.isfinite, point))
+
+    finite = [point for points in series.values() for point in points if is_finite(point)]
     if not finite:
         return ""
     width, height = 480, 200
@@ -98,25 +100,14 @@ def line_chart(series: Mapping[str, Points], title: str) -> str:
     parts += [axes.x_tick(value, value) for value in x_ticks if x[0] <= value <= x[1]]
     for index, points in enumerate(series.values()):
         color = f"var(--series-{index % SERIES + 1})"
-        for run in _finite_runs(points[:: max(1, -(-len(points) // MAX_POINTS))]):
-            pixels = [axes.pixel(*point) for point in run]
+        for connected, run in itertools.groupby(points[:: max(1, -(-len(points) // MAX_POINTS))], is_finite):
+            pixels = [axes.pixel(*point) for point in run] if connected else []
             if len(pixels) == 1:
                 parts.append(_tag("circle", cx=pixels[0][0], cy=pixels[0][1], r=3, fill=color))
-            else:
+            elif pixels:
                 line = " ".join(f"{px},{py}" for px, py in pixels)
                 parts.append(_tag("polyline", points=line, fill="none", stroke=color, stroke_width=1.75))
     return _tag("svg", "".join(parts), viewBox=f"0 0 {width} {height}", role="img", aria_label=html.escape(title))
-
-
-def _finite_runs(points: Points) -> list[list[tuple[Number, Number]]]:
-    """Split a line at points that are not finite."""
-    runs: list[list[tuple[Number, Number]]] = [[]]
-    for x, y in points:
-        if math.isfinite(x) and math.isfinite(y):
-            runs[-1].append((x, y))
-        elif runs[-1]:
-            runs.append([])
-    return [run for run in runs if run]
 
 
 # --------------------------------------------------------------------------------------------- stand-alone charts
@@ -162,10 +153,7 @@ def robustness_chart(fit: LinearFit, points: Points, models: Mapping[str, tuple[
     Args:
       fit: drawn as a line, with the ideal y = x.
       points: (ImageNet accuracy, accuracy under shift) of standard models, drawn as gray dots.
-      models: the same by name, drawn as dots with their names.
-
-    Raises:
-      ValueError: for accuracies of 0 or 1, which have no logit, or without points and models.
+      models: the same by name. Accuracies of 0 or 1, which have no logit, raise ValueError.
     """
     all_points = [*points, *models.values()]
     if not all_points:
@@ -261,7 +249,7 @@ def overlap_chart(overlaps: Mapping[str, Overlap]) -> str:
 
     Left panel: accuracy on overlapping minus on clean examples with its interval, for datasets with any overlap; marked
     where the interval excludes 0. Right panel: accuracy on all minus on clean examples; marked where significant after
-    Bonferroni correction. The numbers are the tooltip of a circle. Raises ValueError without overlaps.
+    Bonferroni correction. The numbers are the tooltip of a circle.
     """
     if not overlaps:
         raise ValueError("nothing to plot: pass overlaps by dataset name, {'cifar10': analyze_overlap(…), …}")

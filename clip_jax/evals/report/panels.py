@@ -49,13 +49,10 @@ class Panels:
 def panels(
     embedder: Embedder, dataset: EvalDataset, *, texts: int = 6, images: int = 6, matches: int = 5, mistakes: int = 6
 ) -> Panels:
-    """Return the examples of a dataset.
+    """Return the examples of a dataset: numbers of evenly spaced queries, matches of each, and largest errors.
 
-    Args:
-      embedder: pass the CachedEmbedder that computed the metrics to reuse its embeddings.
-      texts, images: number of queries, evenly spaced in the dataset.
-      matches: number of candidates per query.
-      mistakes: number of images whose best incorrect text has the largest lead over the best correct text.
+    A mistake is an image whose best incorrect text has a lead over the best correct text. Pass the CachedEmbedder that
+    computed the metrics to reuse its embeddings.
     """
     image_nE, text_ME = embed_dataset(embedder, dataset)
 
@@ -121,11 +118,11 @@ def _mistakes(
     for rows, scores_bM in score_blocks(image_nE, text_ME):
         correct_bM, scores_bM = dataset.positive_texts(rows), np.nan_to_num(scores_bM, nan=-np.inf)
         wrong_bM, right_bM = np.where(correct_bM, -np.inf, scores_bM), np.where(correct_bM, scores_bM, -np.inf)
-        wrong_b, right_b = wrong_bM.argmax(1), right_bM.argmax(1)
-        wrong_score_b, right_score_b = wrong_bM.max(1), right_bM.max(1)
-        lead_b = np.where(np.isfinite(right_score_b), wrong_score_b - np.nan_to_num(right_score_b), -np.inf)
+        right_b = right_bM.max(1)
+        lead_b = np.where(np.isfinite(right_b), wrong_bM.max(1) - np.nan_to_num(right_b), -np.inf)
         for j in np.argsort(-lead_b)[:count]:
+            wrong, right = int(wrong_bM[j].argmax()), int(right_bM[j].argmax())
             if lead_b[j] > 0:
-                scores = float(wrong_score_b[j]), float(right_score_b[j])
-                found.append((lead_b[j], rows.start + int(j), int(wrong_b[j]), int(right_b[j]), *scores))
+                scores = float(wrong_bM[j, wrong]), float(right_bM[j, right])
+                found.append((lead_b[j], rows.start + int(j), wrong, right, *scores))
     return [entry[1:] for entry in sorted(found, reverse=True)[:count]]

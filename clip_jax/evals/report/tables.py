@@ -177,13 +177,10 @@ def headline(row: Dataset, metrics: Mapping[str, float]) -> float | None:
 
 
 def open_clip_csv(name: str, pretrained: str, parameters: int, flops: float, metrics: Mapping[str, float]) -> str:
-    """Return a header and a row with the columns of open_clip's table, then one column per other evaluated dataset.
+    """Return a CSV row with the columns of open_clip's table, then one column per other evaluated dataset.
 
-    Args:
-      flops: of one image and one text.
-
-    Returns:
-      CSV text. Cells without a value are empty; so is the average, unless all of its 38 datasets have a value.
+    Cells without a value are empty; so is the average, unless all of its 38 datasets have a value. flops: of one image
+    and one text.
     """
     others = [key for key in DATASETS if key not in _ORDER and headline(DATASETS[key], metrics) is not None]
     values = {DATASETS[key].title: headline(DATASETS[key], metrics) for key in (*_ORDER, *others)}

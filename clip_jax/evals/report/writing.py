@@ -7,29 +7,19 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
 from clip_jax.config import flatten
+from clip_jax.evals.report import tables
 from clip_jax.evals.report.charts import SERIES, Number, Points, line_chart
 from clip_jax.evals.report.panels import Panels
-from clip_jax.evals.report.tables import (
-    Result,
-    finite_or_none,
-    format_count,
-    format_fraction,
-    format_key,
-    language,
-    or_nan,
-    results,
-)
 
 # File names without information: the name of their directory is used instead.
 GENERIC_NAMES = ("params", "model", "weights", "pytorch_model", "open_clip_model", "open_clip_pytorch_model")
 SUFFIXES = (".msgpack", ".pt", ".pth", ".bin", ".safetensors", ".npz")
-
 
 NOTES = ("failed", "skipped")  # keys of `run` that map datasets without a result to the reason
 CURVES = {
@@ -124,10 +114,13 @@ def render_page(
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"words": format_key, "fraction": format_fraction, "count": format_count}
-    environment.filters["percent"] = _css_percent
+    environment.filters |= {"words": tables.format_key, "fraction": tables.format_fraction}
+    environment.filters |= {"count": tables.format_count, "percent": _css_percent}
     template = importlib.resources.files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
-    rows, languages = results(metrics), _languages(metrics)
+    rows, languages = tables.results(metrics), _languages(metrics)
+    groups = {row.dataset: [r for r in rows if r.dataset == row.dataset] for row in rows}
+    for language in languages:  # in a table of their own
+        del groups[language["dataset"]]
     return environment.from_string(template).render(
         title=run.get("name", "clip_jax run"),
         attribution=run.get("attribution", ""),
@@ -135,7 +128,7 @@ def render_page(
         sections={k: flatten(v) for k, v in run.items() if isinstance(v, Mapping) and k not in NOTES},
         notes={state: run.get(state, {}) for state in NOTES},
         headlines=[r for r in rows if r.threshold is not None] or [r for r in rows if r.baseline is not None][:4],
-        groups=_by_dataset(r for r in rows if r.dataset not in {row["dataset"] for row in languages}),
+        groups=groups,
         languages=languages,
         charts=[(title, names, markupsafe.Markup(svg)) for title, names, svg in _charts(curves)],
         panels=panels,
@@ -143,21 +136,14 @@ def render_page(
     )
 
 
-def _by_dataset(rows: Iterable[Result]) -> dict[str, list[Result]]:
-    groups: dict[str, list[Result]] = {}
-    for row in rows:
-        groups.setdefault(row.dataset, []).append(row)
-    return groups
-
-
 def _languages(metrics: Mapping[str, Number | None]) -> list[dict[str, Any]]:
     """Return a row for every retrieval dataset whose name ends in a language code, best first."""
     rows = []
     for name in dict.fromkeys(key.split("/")[1] for key in metrics if key.startswith("retrieval/")):
-        if language(name):
-            values = [finite_or_none(metrics.get(f"retrieval/{name}/{metric}")) for metric in LANGUAGE_METRICS]
-            chance = finite_or_none(metrics.get(f"retrieval/{name}/image_to_text/recall_at_5/chance"))
-            rows.append({"dataset": name, "language": language(name), "values": values, "chance": chance})
+        if tables.language(name):
+            values = [tables.finite_or_none(metrics.get(f"retrieval/{name}/{metric}")) for metric in LANGUAGE_METRICS]
+            chance = tables.finite_or_none(metrics.get(f"retrieval/{name}/image_to_text/recall_at_5/chance"))
+            rows.append({"dataset": name, "language": tables.language(name), "values": values, "chance": chance})
     return sorted(rows, key=lambda row: -(row["values"][1] or 0))
 
 
@@ -165,18 +151,18 @@ def _charts(curves: Sequence[Mapping[str, Number | None]]) -> list[tuple[str, li
     """Return (title, legend, SVG) of each training curve and of the evaluations by step."""
     charts = []
     for key, title in CURVES.items():
-        points: Points = [(r["step"], or_nan(r[key])) for r in curves if key in r and "loss" in r]
+        points: Points = [(r["step"], tables.or_nan(r[key])) for r in curves if key in r and "loss" in r]
         charts.append((title, [], line_chart({title: points}, title)))
     evaluations = [r for r in curves if "loss" not in r]
     for metric in ("image_to_text/recall_at_5", "top1"):
         keys = dict.fromkeys(k for r in evaluations for k in r if k.endswith(f"/{metric}"))
         series = {
-            format_key(k.split("/")[1]): [(r["step"], or_nan(r[k])) for r in evaluations if k in r]
+            tables.format_key(k.split("/")[1]): [(r["step"], tables.or_nan(r[k])) for r in evaluations if k in r]
             for k in keys
-            if not language(k.split("/")[1])
+            if not tables.language(k.split("/")[1])
         }
         series = dict(list(series.items())[:SERIES])
-        title = f"{format_key(metric)}, held out"
+        title = f"{tables.format_key(metric)}, held out"
         charts.append((title[0].upper() + title[1:], list(series), line_chart(series, title)))
     return [chart for chart in charts if chart[2]]
 
