@@ -14,7 +14,7 @@ import os
 import pathlib
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -65,36 +65,26 @@ class ModelEmbedder:
         """Return the image features before the projection, not normalized."""
         return self._embed(self.image_features, self.preprocess, images, "image")
 
-    def _batches(self, prepare: Callable[..., np.ndarray], items: Sequence[Any]) -> Iterator[tuple[np.ndarray, int]]:
-        """Yield this process's rows of every batch, and the number of rows of the global batch without padding."""
-        first, stop, _ = (self.rows or slice(None)).indices(self.batch_size)
-        for start in range(0, len(items), self.batch_size):
-            # The encoder is a collective: without synchronization, a decoding error would block the other processes.
-            with distributed.synchronized_errors(*DATA_ERRORS) if self.rows is not None else contextlib.nullcontext():
-                rows = prepare(items[start + first : start + stop] or items[-1:])
-            padding = [(0, stop - first - len(rows))] + [(0, 0)] * (rows.ndim - 1)
-            yield np.pad(rows, padding, mode="edge"), min(self.batch_size, len(items) - start)
-
     def _embed(
         self, encode: Callable[..., jax.Array], prepare: Callable[..., np.ndarray], items: Sequence[Any], kind: str
     ) -> Float[np.ndarray, "n E"]:
         if not len(items):
             raise ValueError(f"{kind}s: expected at least one, got none")
         jitted = jax.jit(encode, out_shardings=self.out_sharding)
-        outputs: list[np.ndarray] = []
-        pending: tuple[jax.Array, int] | None = None
-        for rows, count in self._batches(prepare, items):
-            started = jitted(self.params, self.put(rows)), count
-            if pending:  # fetched one batch later, so that the host decodes while the device computes
-                outputs.append(_fetch(*pending))
-            pending = started
+        first, stop, _ = (self.rows or slice(None)).indices(self.batch_size)
+        outputs: list[jax.Array | np.ndarray] = []
+        for start in range(0, len(items), self.batch_size):
+            # The encoder is a collective: without synchronization, a decoding error would block the other processes.
+            with distributed.synchronized_errors(*DATA_ERRORS) if self.rows is not None else contextlib.nullcontext():
+                rows = prepare(items[start + first : start + stop] or items[-1:])
+            padding = [(0, stop - first - len(rows))] + [(0, 0)] * (rows.ndim - 1)
+            started = jitted(self.params, self.put(np.pad(rows, padding, mode="edge")))
+            if outputs:  # fetched one batch later, so that the host decodes while the device computes
+                outputs[-1] = np.asarray(outputs[-1])
+            outputs.append(started)
             if self.on_batch:
                 self.on_batch()
-        return np.concatenate([*outputs, _fetch(*pending)])
-
-
-def _fetch(output: jax.Array, count: int) -> np.ndarray:
-    return np.asarray(output)[:count].astype(np.float32)
+        return np.concatenate(outputs)[: len(items)].astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,12 +231,7 @@ def embed_texts(embedder: Embedder, dataset: EvalDataset) -> Float[np.ndarray, "
 def average_prompts(
     prompts_TE: Float[np.ndarray, "T E"], counts_M: Integer[np.ndarray, "M"]
 ) -> Float[np.ndarray, "M E"]:
-    """Return the normalized mean of each text's unit prompt embeddings.
-
-    Args:
-      prompts_TE: prompt embeddings of the first text, then of the second, …
-      counts_M: number of prompts of each text, at least 1.
-    """
+    """Return the normalized mean of each text's unit prompt embeddings; `counts_M` are its numbers of prompts."""
     starts_M = np.concatenate([[0], np.cumsum(counts_M)[:-1]])
     return unit(np.add.reduceat(unit(prompts_TE), starts_M, axis=0))
 

@@ -134,8 +134,7 @@ def by_group(
 
     Raises ValueError without groups, for groups without a name, and for unknown class ids.
     """
-    groups_n = _checked_groups(predictions, group_names)
-    events = _events(predictions, categories)
+    groups_n, events = _groups_and_events(predictions, group_names, categories)
     not_finite_n = ~np.isfinite(predictions.scores).all(1)
     results = {}
     for group, name in enumerate(group_names):
@@ -162,7 +161,7 @@ def disparity(
     small. It accounts for the larger variance of small groups. Raises Undefined with fewer than two groups that have
     examples.
     """
-    groups_n = _checked_groups(predictions, group_names)
+    groups_n, events = _groups_and_events(predictions, group_names, categories)
     sizes_M = np.bincount(groups_n[groups_n >= 0], minlength=len(group_names))
     present_M = sizes_M[sizes_M > 0]
     names = [name for name, size in zip(group_names, sizes_M, strict=True) if size]
@@ -170,7 +169,7 @@ def disparity(
         raise Undefined(f"a difference requires two groups that have examples; got {', '.join(names) or 'none'}")
     if permutations < 1:
         raise ValueError(f"permutations={permutations}: expected 1 or more; the smallest p is 1 / (permutations + 1)")
-    events, found = _events(predictions, categories), {}
+    found = {}
     for event, occurred_n in events.items():
         counts_M = np.bincount(groups_n[occurred_n & (groups_n >= 0)], minlength=len(group_names))[sizes_M > 0]
         rates_M = counts_M / present_M
@@ -187,35 +186,27 @@ def disparity(
     return found
 
 
-def _checked_groups(predictions: Predictions, group_names: Sequence[str]) -> Int64[np.ndarray, "n"]:
+def _groups_and_events(
+    predictions: Predictions, group_names: Sequence[str], categories: Categories
+) -> tuple[Int64[np.ndarray, "n"], dict[str, Bool[np.ndarray, "n"]]]:
+    """Return the group ids, and the hits as 'accuracy' with, for each category, whether the predicted class is in it."""
     if predictions.groups is None:
-        raise ValueError(
-            "expected groups: Predictions(scores, targets, groups=int[n]); `intersect_groups` makes them from columns"
-        )
+        raise ValueError("expected groups: Predictions(…, groups=int[n]); `intersect_groups` makes them from columns")
     if (highest := int(predictions.groups.max())) >= len(group_names):
         raise ValueError(f"group {highest} has no name: expected groups 0 to {len(group_names) - 1}")
     if len(set(group_names)) < len(group_names):
         duplicates = sorted(name for name in set(group_names) if group_names.count(name) > 1)
         raise ValueError(f"group names: expected distinct names, got twice: {duplicates}")
-    return predictions.groups.astype(np.int64)
-
-
-def _events(predictions: Predictions, categories: Categories) -> dict[str, Bool[np.ndarray, "n"]]:
-    """Return the hits as 'accuracy', and for each category whether the predicted class is in it."""
     events = {ACCURACY: hits(predictions)}
     classes = predictions.scores.shape[1]
     for name, class_ids in categories.items():
         if name == ACCURACY:
             raise ValueError(f"categories: the name {ACCURACY!r} is reserved for another rate; rename the category")
         if not class_ids or min(class_ids) < 0 or max(class_ids) >= classes:
-            raise ValueError(
-                f"category {name!r}: expected one or more class ids from 0 to {classes - 1}, got {list(class_ids)}"
-            )
+            got = list(class_ids)
+            raise ValueError(f"category {name!r}: expected one or more class ids from 0 to {classes - 1}, got {got}")
         events[name] = np.isin(predictions.predicted, class_ids)
-    return events
-
-
-# ---------------------------------------------------------------------------------------------------- confusions
+    return predictions.groups.astype(np.int64), events
 
 
 def confusion(
@@ -243,9 +234,6 @@ def error_pairs(
         if count := int(errors_QQ[i, j]):
             pairs.append(ErrorPair(class_names[i], class_names[j], count, count / int(examples_Q[i])))
     return tuple(pairs)
-
-
-# -------------------------------------------------------------------------------------------------------- tables
 
 
 def table_rows(results: Mapping[str, GroupResult]) -> list[dict[str, Cell]]:

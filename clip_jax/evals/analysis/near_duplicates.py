@@ -45,9 +45,6 @@ _MIN_COEFFICIENTS = 16  # outside of the margin; 1 in 100 emoji have fewer
 _BLOCK = 512  # hashes of each side per step: 512² × 8 bytes = 2 MiB, within the cache of a core
 
 
-# ------------------------------------------------------------------------------------------------- by embedding
-
-
 def nearest_similarity(
     eval_nE: Float[np.ndarray, "n E"], blocks: Iterable[Float[np.ndarray, "_ E"]]
 ) -> tuple[Float32[np.ndarray, "n"], Int64[np.ndarray, "n"]]:
@@ -102,9 +99,6 @@ def _nearest(
             *(len(eval_n) - len(valid_n), invalid, seen, invalid_reason),
         )
     return best_n, row_n
-
-
-# ------------------------------------------------------------------------------------------- by perceptual hash
 
 
 def perceptual_hash(image: ImageLike) -> np.uint64:
