@@ -24,8 +24,7 @@ from jax.sharding import Mesh
 from clip_jax.config import WeightsConfig, check_local_path, check_name, name_of
 from clip_jax.devices import distributed, sharding
 from clip_jax.evals import EVALUATORS
-from clip_jax.evals.analysis import bias, hash_shards, robustness
-from clip_jax.evals.analysis.near_duplicates import MAX_DISTANCE
+from clip_jax.evals.analysis import bias, near_duplicates, robustness
 from clip_jax.evals.embed import DiskCachedEmbedder, FeatureCache, ModelEmbedder
 from clip_jax.evals.load import LoadOptions, expand
 from clip_jax.evals.report.charts import overlap_chart, robustness_chart
@@ -58,7 +57,7 @@ class Options:
     train_hashes: str = ""  # directory of the training images' hashes, for the evaluator overlap
     train_files: str = ""  # TFRecord shards to hash into `train_hashes` first
     beam_options: Sequence[str] = ()  # hash the shards with Apache Beam and these options
-    max_distance: int = MAX_DISTANCE  # bits in which near-duplicates differ at most
+    max_distance: int = near_duplicates.MAX_DISTANCE  # bits in which near-duplicates differ at most
     groups: str = ""  # CSV with a header and a row per test image, for bias
     group_columns: Sequence[str] = ()  # its columns whose combinations are the groups; (): all
     categories: str = ""  # JSON: class names that are counted together, by name
@@ -224,8 +223,9 @@ def _hashes(options: Options) -> tuple[np.ndarray, ...]:
     if options.train_files:
         from clip_jax.data.sources.tfrecord import expand_files  # imports TensorFlow
 
-        hash_shards.hash_shards(expand_files(options.train_files), options.train_hashes, options.beam_options or None)
-    return tuple(hash_shards.read_hashes(options.train_hashes).values())
+        files = expand_files(options.train_files)
+        near_duplicates.hash_shards(files, options.train_hashes, options.beam_options or None)
+    return tuple(near_duplicates.read_hashes(options.train_hashes).values())
 
 
 def _group_options(options: Options) -> dict[str, Any]:

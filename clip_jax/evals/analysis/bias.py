@@ -189,7 +189,7 @@ def disparity(
 def _groups_and_events(
     predictions: Predictions, group_names: Sequence[str], categories: Categories
 ) -> tuple[Int64[np.ndarray, "n"], dict[str, Bool[np.ndarray, "n"]]]:
-    """Return the group ids, and the hits as 'accuracy' with, for each category, whether the predicted class is in it."""
+    """Return the group ids; the hits as 'accuracy', and for each category whether the predicted class is in it."""
     if predictions.groups is None:
         raise ValueError("expected groups: Predictions(…, groups=int[n]); `intersect_groups` makes them from columns")
     if (highest := int(predictions.groups.max())) >= len(group_names):

@@ -15,9 +15,12 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterable
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
+from etils import epath
 from jaxtyping import Float, Float32, Float64, Int64, UInt64
 
 from clip_jax.config import Preprocess
@@ -28,6 +31,7 @@ log = logging.getLogger(__name__)
 
 HASH_BITS = 64
 NO_HASH = np.uint64(0)  # the hash of an image without one
+SUFFIX = ".hashes.npy"  # of the files of `hash_shards`
 NO_MATCH = -1  # the row of an image without a near-duplicate
 # Bits. Copies nearly always differ in 0 to 2 bits, unrelated photos in 32 ± 4. The probability that at most 8 of 63
 # random bits differ is 5e-10: by chance one in 5 evaluation images has such a neighbor among 400 million; at most 4
@@ -157,3 +161,88 @@ def _dct_rows() -> Float64[np.ndarray, "8 32"]:
     """Return the lowest rows of the orthonormal DCT-II matrix."""
     u, x = np.arange(_LOW)[:, None], np.arange(_SIDE)
     return np.cos(np.pi * u * (2 * x + 1) / (2 * _SIDE)) * np.where(u == 0, np.sqrt(1 / _SIDE), np.sqrt(2 / _SIDE))
+
+
+# --------------------------------------------------------------------------------- hashes of a training source's shards
+# One file per TFRecord shard: uint64[m] of the hashes of its records in the order of `data.sources.tfrecord`, NO_HASH
+# for records without one. With Apache Beam a worker processes a whole shard: `beam.io.ReadAllFromTFRecord` does not
+# return record numbers and stops at the first damaged record of a shard.
+
+
+def hash_shards(files: Sequence[str], output_dir: str, options: Sequence[str] | None = ()) -> None:
+    """Hash the images of TFRecord shards into `output_dir`, one file per shard; shards that have a file are skipped.
+
+    Args:
+      options: flags of Beam, such as ['--runner=DataflowRunner', '--project=…']; () runs on this machine; None hashes
+        one shard after another without Beam.
+    """
+    names = Counter(os.path.basename(path) for path in files)
+    if duplicates := [name for name, count in names.items() if count > 1]:
+        raise ValueError(
+            f"several shards are named {duplicates[0]!r}, and would share one output file: use an output_dir for each "
+            "folder of shards"
+        )
+    epath.Path(output_dir).mkdir(parents=True, exist_ok=True)
+    remaining = [path for path in files if not _output_path(path, output_dir).exists()]
+    log.info("%d of %d shards are hashed already", len(files) - len(remaining), len(files))
+    if options is None:
+        for path in remaining:
+            hash_shard(path, output_dir)
+    elif remaining:
+        try:
+            import apache_beam as beam
+            from apache_beam.options.pipeline_options import PipelineOptions
+        except ImportError as error:
+            raise ImportError("hash_shards requires Apache Beam: pip install apache-beam") from error
+        with beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
+            # Reshuffle: otherwise Beam fuses both steps, and one worker gets all shards.
+            _ = pipeline | beam.Create(remaining) | beam.Reshuffle() | beam.Map(hash_shard, output_dir)
+
+
+def hash_shard(path: str, output_dir: str) -> None:
+    """Hash the images of one shard. The output file is written atomically."""
+    from clip_jax.data.sources.tfrecord import TFRecordSource  # TensorFlow
+
+    try:
+        source = TFRecordSource([path], captions=(), cache_dir="")
+    except ValueError as error:  # a shard without records, which training skips too if other shards have some
+        log.warning("%s", error)
+        source = ()
+    hashes = np.full(len(source), NO_HASH)
+    for index in range(len(source)):
+        try:
+            hashes[index] = perceptual_hash(source.read(index).image)
+        except ValueError as error:  # or its subclass BadRecord
+            log.info("%s has no hash: %s", source.key(index), error)
+    output = _output_path(path, output_dir)
+    partial = output.with_name(output.name + f".{os.getpid()}.partial")
+    with partial.open("wb") as file:
+        np.save(file, hashes)
+    partial.replace(output)
+
+
+def read_hashes(output_dir: str) -> dict[str, UInt64[np.ndarray, "m"]]:
+    """Return the hashes of every shard by its file name, sorted."""
+    hashes = {}
+    for path in sorted(epath.Path(output_dir).glob("*" + SUFFIX), key=lambda path: path.name):
+        with path.open("rb") as file:
+            hashes[path.name.removesuffix(SUFFIX)] = np.load(file)
+    if not hashes:
+        raise ValueError(f"{output_dir} has no file *{SUFFIX}: write them by hash_shards(files, {output_dir!r})")
+    return hashes
+
+
+def record_name(hashes: Mapping[str, UInt64[np.ndarray, "m"]], row: int) -> str | None:
+    """Return 'shard#record' of a row over all shards, None for NO_MATCH."""
+    if row == NO_MATCH:
+        return None
+    sizes = [len(shard) for shard in hashes.values()]
+    ends = np.cumsum(sizes)
+    if not 0 <= row < ends[-1]:
+        raise IndexError(f"row {row} of {ends[-1]}")
+    shard = int(np.searchsorted(ends, row, side="right"))
+    return f"{list(hashes)[shard]}#{row - (ends[shard] - sizes[shard])}"
+
+
+def _output_path(path: str, output_dir: str) -> epath.Path:
+    return epath.Path(output_dir) / (os.path.basename(path) + SUFFIX)
