@@ -102,11 +102,10 @@ class Clip:
         ((1, 2), 1.0)
         """
         templates = _as_list(templates, "template")
-        for template in templates:
-            if "{}" not in template:
-                raise ValueError(
-                    f"templates: expected '{{}}' for the class name, got {template!r}; use e.g. 'a photo of a {{}}.'"
-                )
+        if wrong := [template for template in templates if "{}" not in template]:
+            raise ValueError(
+                f"templates: expected '{{}}' for the class name, got {wrong[0]!r}; use e.g. 'a photo of a {{}}.'"
+            )
         prompts = [template.replace("{}", name) for name in _as_list(classes, "class") for template in templates]
         class_QE = average_prompts(self.encode_text(prompts), np.full(len(classes), len(templates)))
         logits_nQ = self.scale * self.encode_image(images) @ class_QE.T
@@ -124,7 +123,7 @@ class Clip:
         outputs = [np.zeros((0, self.config.model.embed_dim), np.float32)]
         for start in range(0, len(items), _MAX_BATCH):
             rows = prepare(items[start : start + _MAX_BATCH], start)
-            padding = _batch_size(len(rows)) - len(rows)
+            padding = (1 << (len(rows) - 1).bit_length()) - len(rows)  # up to a power of two
             padded = np.pad(rows, [(0, padding)] + [(0, 0)] * (rows.ndim - 1), mode="edge")
             outputs.append(np.asarray(encode(self.params, padded))[: len(rows)])
         return np.concatenate(outputs)
@@ -170,14 +169,8 @@ def load(
     >>> load(path).config.source
     'random parameters, seed 0'
     """
-    weights = reading.read(
-        path,
-        model=model,
-        activation=activation,
-        image_size=image_size,
-        context_length=context_length,
-        tokenizer=tokenizer,
-    )
+    sizes = {"image_size": image_size, "context_length": context_length}
+    weights = reading.read(path, model=model, activation=activation, tokenizer=tokenizer, **sizes)
     config, params = weights.config, weights.params
     del weights  # `_to_device` frees each NumPy array after its copy
     return _clip(config, _to_device(dict(params)), truncate)
@@ -191,8 +184,11 @@ def random_model(name: str, seed: int = 0) -> Clip:
 
 
 def _clip(config: WeightsConfig, params: Params, truncate: bool) -> Clip:
-    functions = make_model(config.model, config.preprocess)
-    tokenizer = _tokenizer(config, truncate)
+    text, functions = config.model.text, make_model(config.model, config.preprocess)
+    if config.tokenizer.name != "clip_bpe" and not (config.tokenizer.path or config.tokenizer_file):
+        tokenizer = _MissingTokenizer(text.vocab_size, text.context_length, 0, text.eos_id)
+    else:
+        tokenizer = make_tokenizer(config.tokenizer, text, truncate=truncate, tokenizer_file=config.tokenizer_file)
     return Clip(config, params, tokenizer, jax.jit(functions.encode_image), jax.jit(functions.encode_text))
 
 
@@ -203,14 +199,6 @@ def _to_device(params: dict[str, Any]) -> Params:
         value = params.pop(name)
         moved[name] = _to_device(value) if isinstance(value, dict) else jax.device_put(value)
     return moved
-
-
-def _tokenizer(config: WeightsConfig, truncate: bool) -> Tokenizer:
-    if config.tokenizer.name != "clip_bpe" and not (config.tokenizer.path or config.tokenizer_file):
-        return _MissingTokenizer(
-            config.model.text.vocab_size, config.model.text.context_length, 0, config.model.text.eos_id
-        )
-    return make_tokenizer(config.tokenizer, config.model.text, truncate=truncate, tokenizer_file=config.tokenizer_file)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,8 +223,3 @@ def _as_list(items: Any, kind: str) -> list[Any]:
     if isinstance(items, (str, bytes, os.PathLike)) or single_array or not hasattr(items, "__len__"):
         raise TypeError(f"expected a sequence, e.g. a list with one {kind}, got one {type(items).__name__}")
     return list(items)
-
-
-def _batch_size(count: int) -> int:
-    """Return the smallest power of two that is at least `count`."""
-    return 1 << (count - 1).bit_length()

@@ -56,7 +56,7 @@ def test_torch_to_msgpack_to_npz_to_directory_keeps_all_weights(folder):
         (("openai.pt",), "expected SRC and DST"),
         (("openai.pt", "x.msgpack"), "expected an activation, got none"),
         (("openai.pt", "x.msgpack", "--to=torch"), "--to: expected one of directory, npz, msgpack, got 'torch'"),
-        (("nothing.pt", "x.msgpack"), "nothing.pt: there is no such file"),
+        (("nothing.pt", "x.msgpack"), "nothing.pt: expected a file or directory"),
         (("openai.pt", "x.msgpack", "--activation=gelu", "--image_size=50"), "multiple of 16, got 50; use 48"),
     ],
 )

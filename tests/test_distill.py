@@ -297,7 +297,7 @@ def test_a_teacher_with_another_merge_table_is_refused_with_an_example(tmp_path)
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ("/nowhere.pt", r"teacher\.weights='/nowhere\.pt': /nowhere\.pt: there is no such file"),
+        ("/nowhere.pt", r"teacher\.weights='/nowhere\.pt': /nowhere\.pt: expected a file or directory"),
         ("lit.npz:img", r"teacher\.weights='lit\.npz:img' is one tower, and a teacher needs both"),
     ],
 )

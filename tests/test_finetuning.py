@@ -62,7 +62,9 @@ def test_one_tower_is_pretrained_and_the_other_random(tmp_path):
     found = initialization.initial_params(_config(f"{tmp_path}/w.pt:image", RESNET))
     assert found.keys() == {"image", "batch_stats"}
     jax.tree.map(np.testing.assert_array_equal, found["image"], params["image"])
-    with pytest.raises(ValueError, match=r"init\.weights='/nowhere\.pt:image': /nowhere\.pt: there is no such file"):
+    with pytest.raises(
+        ValueError, match=r"init\.weights='/nowhere\.pt:image': /nowhere\.pt: expected a file or directory"
+    ):
         initialization.initial_params(_config("/nowhere.pt:image"))
 
 
@@ -74,7 +76,7 @@ def test_weights_of_another_model_or_preprocessing_are_refused(tmp_path):
         initialization.initial_params(_config(tmp_path / "w.msgpack"))
     with pytest.raises(ValueError, match=r"model\.text\.activation is 'gelu' there, 'quick_gelu' here"):
         initialization.initial_params(_config(tmp_path / "w.msgpack", with_activation(VIT, "quick_gelu")))
-    with pytest.raises(ValueError, match=r"init\.weights='/nowhere\.pt': /nowhere\.pt: there is no such file"):
+    with pytest.raises(ValueError, match=r"init\.weights='/nowhere\.pt': /nowhere\.pt: expected a file or directory"):
         initialization.initial_params(_config("/nowhere.pt"))
 
 

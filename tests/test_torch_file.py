@@ -82,9 +82,9 @@ def test_compressed_members_are_read(tmp_path):
         ({"size": (3,)}, r"shape \(3,\) exceeds its storage of 2"),
         ({"offset": 1}, "exceeds its storage"),
         ({"strides": (2,)}, "exceeds its storage"),
-        ({"strides": (-1,), "offset": 1}, r"invalid strides \(-1,\) at offset 1"),
-        ({"offset": -1}, "strides"),
-        ({"size": (2, 2), "strides": (1,)}, "strides"),
+        ({"strides": (-1,), "offset": 1}, r"expected one stride per axis, none negative, got \(-1,\) at offset 1"),
+        ({"offset": -1}, "stride per axis"),
+        ({"size": (2, 2), "strides": (1,)}, "stride per axis"),
         # A stride of 0 expands two numbers to terabytes.
         ({"size": (2**40,), "strides": (0,)}, "exceeds its storage"),
         ({"count": 3}, "expected 3 float32, got 8 bytes"),
@@ -204,3 +204,25 @@ def test_file_without_tensors_is_refused(tmp_path):
     content = pickle.dumps(collections.OrderedDict(epoch=3), 2)
     with pytest.raises(ValueError, match="got no tensors"):
         torch_file.read(_archive(tmp_path / "w.pt", content))
+
+
+def _containing_itself(key):
+    content = collections.OrderedDict(epoch=3)
+    content[key] = content
+    return content
+
+
+def _doubled_at_each_level():
+    content = collections.OrderedDict()
+    for _ in range(50):  # 2**50 names
+        content = collections.OrderedDict(left=content, right=content)
+    return content
+
+
+@pytest.mark.parametrize(
+    "content", [_containing_itself("state_dict"), _containing_itself("layer"), _doubled_at_each_level()]
+)
+def test_pickle_that_contains_itself_is_refused(tmp_path, content):
+    path = _archive(tmp_path / "w.pt", pickle.dumps(content, 2))
+    with pytest.raises(ValueError, match=r"w\.pt: expected .* containers, got more"):
+        torch_file.read(path)

@@ -26,6 +26,7 @@ from clip_jax.config import ResNet, TextTransformer, ViT, WeightsConfig
 from clip_jax.interop import conversion, huggingface, name_tables, open_clip, safetensors, torch_file
 from clip_jax.interop.msgpack import tokenizer_content
 from clip_jax.tokenizers import ClipBPE, HuggingFace
+from clip_jax.tokenizers.bpe import END, START
 from clip_jax.typing import Params
 
 # In order of preference, which is open_clip's: its own files first.
@@ -68,7 +69,7 @@ def write(path: str | os.PathLike[str], params: Params, config: WeightsConfig) -
         for library, (write_files, usage) in _LIBRARIES.items():
             try:
                 write_files(unfinished, params, config)
-            except _Unsupported as reason:
+            except ValueError as reason:
                 report[library] = f"skipped: {reason}"
             else:
                 report[library], written = usage.format(target), True
@@ -85,16 +86,11 @@ def write(path: str | os.PathLike[str], params: Params, config: WeightsConfig) -
     return report
 
 
-class _Unsupported(Exception):
-    """A library does not have the model."""
+# The writers of libraries raise ValueError for a model that the library does not have, before they write a file.
 
 
 def _write_transformers(folder: pathlib.Path, params: Params, config: WeightsConfig) -> None:
-    model = config.model
-    try:
-        content = huggingface.config(model)
-    except ValueError as error:
-        raise _Unsupported(error) from error
+    model, content = config.model, huggingface.config(config.model)
     siglip = content["model_type"] == "siglip"
     table = name_tables.HUGGINGFACE_SIGLIP if siglip else name_tables.HUGGINGFACE
     safetensors.write(folder / "model.safetensors", conversion.LazyTensors(model, params, table))
@@ -104,10 +100,7 @@ def _write_transformers(folder: pathlib.Path, params: Params, config: WeightsCon
 
 
 def _write_open_clip(folder: pathlib.Path, params: Params, config: WeightsConfig) -> None:
-    try:
-        content = open_clip.config(config.model, config.preprocess, config.tokenizer)
-    except ValueError as error:
-        raise _Unsupported(error) from error
+    content = open_clip.config(config.model, config.preprocess, config.tokenizer)
     timm = "timm_model_name" in content["model_cfg"]["vision_cfg"]
     table = name_tables.OPEN_CLIP_SIGLIP if timm else name_tables.OPENAI
     safetensors.write(folder / "open_clip_model.safetensors", conversion.LazyTensors(config.model, params, table))
@@ -119,16 +112,8 @@ def _write_clip(folder: pathlib.Path, params: Params, config: WeightsConfig) -> 
     model = config.model
     towers = [model.image, model.text]
     if [_OPENAI_TOWERS.get(type(tower), lambda _: None)(tower) for tower in towers] != towers or model.logit_bias:
-        raise _Unsupported("OpenAI's code has QuickGELU, heads of 64, a class token and CLIP's vocabulary alone")
+        raise ValueError("OpenAI's code has QuickGELU, heads of 64, a class token and CLIP's vocabulary alone")
     torch_file.write(folder / "clip.pt", conversion.LazyTensors(model, params, name_tables.OPENAI))
-
-
-def _openai_vit(tower: ViT) -> ViT:
-    return ViT(tower.image_size, tower.patch_size, tower.width, tower.layers, max(1, tower.width // 64))
-
-
-def _openai_resnet(tower: ResNet) -> ResNet:
-    return ResNet(tower.image_size, tower.width, tower.layers, tower.width // 2)
 
 
 def _openai_text(tower: TextTransformer) -> TextTransformer:
@@ -138,8 +123,8 @@ def _openai_text(tower: TextTransformer) -> TextTransformer:
 
 # The tower that OpenAI's code builds for the sizes of a tower.
 _OPENAI_TOWERS: dict[type, Callable[[Any], Any]] = {
-    ViT: _openai_vit,
-    ResNet: _openai_resnet,
+    ViT: lambda tower: ViT(tower.image_size, tower.patch_size, tower.width, tower.layers, max(1, tower.width // 64)),
+    ResNet: lambda tower: ResNet(tower.image_size, tower.width, tower.layers, tower.width // 2),
     TextTransformer: _openai_text,
 }
 
@@ -155,11 +140,11 @@ def _write_tokenizer(folder: pathlib.Path, config: WeightsConfig) -> None:
     text, content = config.model.text, tokenizer_content(config)
     settings: dict[str, Any] = {"model_max_length": text.context_length}
     if config.tokenizer.name == "clip_bpe":
-        bpe = ClipBPE(text.context_length, text.vocab_size, merges_path=content)
-        vocabulary, merges = bpe.as_huggingface()
+        vocabulary, merges = ClipBPE(text.context_length, text.vocab_size, merges_path=content).as_huggingface()
         (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
         _write_json(folder / "vocab.json", vocabulary)
-        special, name = huggingface.special_tokens("<|startoftext|>", "<|endoftext|>"), "CLIPTokenizer"
+        special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
+        name = "CLIPTokenizer"
         settings |= {"do_lower_case": True}
     elif not content:
         return

@@ -26,6 +26,12 @@ _CLIP_TEXT |= {"vocab_size": 49_408, "max_position_embeddings": 77, "hidden_act"
 _SIGLIP_IMAGE = _CLIP_IMAGE | {"patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
 _SIGLIP_TEXT = _SIGLIP_IMAGE | {"vocab_size": 32_000, "max_position_embeddings": 64}
 
+# clip_jax field -> key of the configs.
+_FIELDS = {"width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads"}
+_FIELDS |= {"norm_epsilon": "layer_norm_eps"}
+_IMAGE_FIELDS = _FIELDS | {"image_size": "image_size", "patch_size": "patch_size"}
+_TEXT_FIELDS = _FIELDS | {"vocab_size": "vocab_size", "context_length": "max_position_embeddings"}
+
 # Fields that transformers does not configure, by model_type: image tower, text tower.
 _FIXED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "clip": (
@@ -57,27 +63,20 @@ def architecture(config: Mapping[str, Any], file: str) -> Architecture:
         embed_dim = config.get("projection_dim", 512)
     else:
         eos_id, embed_dim = 1, text.get("projection_size") or text["hidden_size"]
-    sizes = {"image_size": image["image_size"], "patch_size": image["patch_size"]}
-    tokens = {"vocab_size": text["vocab_size"], "context_length": text["max_position_embeddings"], "eos_id": eos_id}
     return Architecture(
-        ViT(**sizes, **_transformer(image, file), **_FIXED[family][0]),
-        TextTransformer(**tokens, **_transformer(text, file), **_FIXED[family][1]),
+        ViT(**_tower(image, _IMAGE_FIELDS, file), **_FIXED[family][0]),
+        TextTransformer(eos_id=eos_id, **_tower(text, _TEXT_FIELDS, file), **_FIXED[family][1]),
         embed_dim,
         logit_bias=family == "siglip",
     )
 
 
-def _transformer(config: Mapping[str, Any], file: str) -> dict[str, Any]:
+def _tower(config: Mapping[str, Any], fields: Mapping[str, str], file: str) -> dict[str, Any]:
     if config["hidden_act"] not in _ACTIVATIONS:
         raise ValueError(f"{file}: hidden_act: expected {', '.join(_ACTIVATIONS)}, got {config['hidden_act']!r}")
-    return {
-        "width": config["hidden_size"],
-        "layers": config["num_hidden_layers"],
-        "heads": config["num_attention_heads"],
-        "mlp_ratio": mlp_ratio(config["hidden_size"], config["intermediate_size"]),
-        "activation": _ACTIVATIONS[config["hidden_act"]],
-        "norm_epsilon": config["layer_norm_eps"],
-    }
+    tower = {field: config[key] for field, key in fields.items()}
+    ratio = mlp_ratio(config["hidden_size"], config["intermediate_size"])
+    return tower | {"mlp_ratio": ratio, "activation": _ACTIVATIONS[config["hidden_act"]]}
 
 
 def mlp_ratio(width: int, hidden: int) -> float:
@@ -106,43 +105,32 @@ def preprocess(config: Mapping[str, Any], model: Architecture) -> Preprocess:
     )
 
 
-def model_type(model: Architecture) -> str | None:
-    """Return 'clip' or 'siglip', or None if transformers has no such model."""
-    towers = (model.image, model.text)
-    if not (isinstance(model.image, ViT) and isinstance(model.text, TextTransformer)):
-        return None
-    for family, fixed in _FIXED.items():
-        if all(vars(tower) | fields == vars(tower) for tower, fields in zip(towers, fixed, strict=True)):
-            return family
-    return None
-
-
 def config(model: Architecture) -> dict[str, Any]:
     """Return the config.json of a model. Raises ValueError for a model that transformers does not have."""
-    image, text, family = model.image, model.text, model_type(model)
-    if family is None:
+    towers = (model.image, model.text)
+    plain = isinstance(model.image, ViT) and isinstance(model.text, TextTransformer)
+    families = (
+        family
+        for family, fixed in _FIXED.items()
+        if all(vars(tower) | fields == vars(tower) for tower, fields in zip(towers, fixed, strict=True))
+    )
+    if not plain or (family := next(families, None)) is None:
         raise ValueError("transformers has no such model: its CLIPModel and SiglipModel are plain Vision Transformers")
-    activations = {value: name for name, value in reversed(_ACTIVATIONS.items())}
-
-    def transformer(tower: ViT | TextTransformer) -> dict[str, Any]:
-        return {
-            "hidden_size": tower.width,
-            "intermediate_size": int(tower.width * tower.mlp_ratio),
-            "num_hidden_layers": tower.layers,
-            "num_attention_heads": tower.heads,
-            "hidden_act": activations[tower.activation],
-            "layer_norm_eps": tower.norm_epsilon,
-        }
-
-    vision = transformer(image) | {"image_size": image.image_size, "patch_size": image.patch_size}
-    words = transformer(text) | {"vocab_size": text.vocab_size, "max_position_embeddings": text.context_length}
+    vision, words = _tower_config(model.image, _IMAGE_FIELDS), _tower_config(model.text, _TEXT_FIELDS)
+    content = {"model_type": family, "architectures": ["CLIPModel" if family == "clip" else "SiglipModel"]}
     if family == "siglip":
         words |= {"projection_size": model.embed_dim}
-        return {"model_type": family, "architectures": ["SiglipModel"], "vision_config": vision, "text_config": words}
-    projection = {"projection_dim": model.embed_dim}
-    words |= projection | {"bos_token_id": text.vocab_size - 2, "eos_token_id": text.eos_id}
-    sections = {"vision_config": vision | projection, "text_config": words}
-    return {"model_type": family, "architectures": ["CLIPModel"]} | projection | sections
+    else:
+        projection = {"projection_dim": model.embed_dim}
+        content, vision = content | projection, vision | projection
+        words |= projection | {"bos_token_id": model.text.vocab_size - 2, "eos_token_id": model.text.eos_id}
+    return content | {"vision_config": vision, "text_config": words}
+
+
+def _tower_config(tower: ViT | TextTransformer, fields: Mapping[str, str]) -> dict[str, Any]:
+    activations = {value: name for name, value in reversed(_ACTIVATIONS.items())}
+    hidden = {"intermediate_size": int(tower.width * tower.mlp_ratio), "hidden_act": activations[tower.activation]}
+    return {key: getattr(tower, field) for field, key in fields.items()} | hidden
 
 
 def preprocessor_config(spec: Preprocess, size: int, siglip: bool) -> dict[str, Any]:
@@ -163,8 +151,3 @@ def preprocessor_config(spec: Preprocess, size: int, siglip: bool) -> dict[str, 
         "image_mean": list(spec.mean),
         "image_std": list(spec.std),
     }
-
-
-def special_tokens(start: str, end: str) -> dict[str, str]:
-    """Return the roles of CLIP's special tokens: the end token is also the padding and the unknown token."""
-    return {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}

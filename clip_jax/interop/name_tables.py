@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -30,71 +31,70 @@ class Tensor:
 
 
 Table = dict[str, Tensor]
+_QKV = ("query", "key", "value")
 
 
-def _norm(path: str, source: str, first: int = 0) -> Table:
-    leaves = {"scale": "weight", "bias": "bias"}
-    return {f"{path}/{leaf}": Tensor(f"{source}.{name}", first_layer=first) for leaf, name in leaves.items()}
+def _tensors(names: Mapping[str, str], path: str = "", source: str = "", **fields: Any) -> Table:
+    """Single tensors: clip_jax path below `path` -> name below `source`."""
+    return {f"{path}{name}": Tensor(f"{source}{other}", **fields) for name, other in names.items()}
 
 
-def _batch_norm(path: str, source: str, first: int = 0) -> Table:
-    stats = {"mean": "running_mean", "var": "running_var"}
-    leaves = {f"batch_stats/{path}/{leaf}": f"{source}.{name}" for leaf, name in stats.items()}
-    return _norm(path, source, first) | {leaf: Tensor(name, first_layer=first) for leaf, name in leaves.items()}
+def _layers(names: Mapping[str, str], path: str = "", source: str = "", *, first: int = 0, flax: bool = False) -> Table:
+    """Linear layers, convolutions and norms: clip_jax path below `path` -> name in torch, or Flax, below `source`."""
+    table: Table = {}
+    for name, other in names.items():
+        leaf = "scale" if "norm" in name else "kernel"
+        weight, separator = (leaf, "/") if flax else ("weight", ".")
+        transposed = leaf == "kernel" and not flax
+        table[f"{path}{name}/{leaf}"] = Tensor(f"{source}{other}{separator}{weight}", transposed, first_layer=first)
+        table[f"{path}{name}/bias"] = Tensor(f"{source}{other}{separator}bias", first_layer=first)
+    return table
 
 
-def _dense(path: str, source: str, first: int = 0) -> Table:
-    """Linear layer or convolution of torch."""
-    kernel = Tensor(f"{source}.weight", transposed=True, first_layer=first)
-    return {f"{path}/kernel": kernel, f"{path}/bias": Tensor(f"{source}.bias", first_layer=first)}
+def _batch_norms(names: Mapping[str, str], path: str = "", source: str = "", *, first: int = 0) -> Table:
+    stats = {f"{name}/mean": f"{other}.running_mean" for name, other in names.items()}
+    stats |= {f"{name}/var": f"{other}.running_var" for name, other in names.items()}
+    return _layers(names, path, source, first=first) | _tensors(stats, f"batch_stats/{path}", source, first_layer=first)
 
 
-def _fused(path: str, names: tuple[str, ...], source: str, separator: str = ".") -> Table:
+def _fused(path: str, names: tuple[str, ...], source: str) -> Table:
     """Several layers, e.g. query, key and value, that torch fuses into one."""
     table: Table = {}
     for number, name in enumerate(names):
         chunk = (number, len(names))
-        table[f"{path}/{name}/kernel"] = Tensor(f"{source}{separator}weight", transposed=True, chunk=chunk)
-        table[f"{path}/{name}/bias"] = Tensor(f"{source}{separator}bias", chunk=chunk)
+        table[f"{path}{name}/kernel"] = Tensor(f"{source}weight", transposed=True, chunk=chunk)
+        table[f"{path}{name}/bias"] = Tensor(f"{source}bias", chunk=chunk)
     return table
 
 
-_QKV = ("query", "key", "value")
-_SCALARS = {name: Tensor(name) for name in ("logit_scale", "logit_bias")}
+_SCALARS = {"logit_scale": Tensor("logit_scale"), "logit_bias": Tensor("logit_bias")}
 
 
 def _openai_blocks(tower: str, prefix: str) -> Table:
-    path, source = f"{tower}/transformer/blocks", f"{prefix}transformer.resblocks.{{}}"
+    path, source = f"{tower}/transformer/blocks/", f"{prefix}transformer.resblocks.{{}}."
+    layers = {"attention/out": "attn.out_proj", "mlp/in": "mlp.c_fc", "mlp/out": "mlp.c_proj"}
     return (
-        _fused(f"{path}/attention", _QKV, f"{source}.attn.in_proj", "_")
-        | _dense(f"{path}/attention/out", f"{source}.attn.out_proj")
-        | _norm(f"{path}/norm1", f"{source}.ln_1")
-        | _norm(f"{path}/norm2", f"{source}.ln_2")
-        | _dense(f"{path}/mlp/in", f"{source}.mlp.c_fc")
-        | _dense(f"{path}/mlp/out", f"{source}.mlp.c_proj")
-        | {f"{path}/layer_scale{n}": Tensor(f"{source}.ls_{n}.gamma") for n in (1, 2)}
+        _fused(f"{path}attention/", _QKV, f"{source}attn.in_proj_")
+        | _layers(layers | {"norm1": "ln_1", "norm2": "ln_2"}, path, source)
+        | _tensors({"layer_scale1": "ls_1.gamma", "layer_scale2": "ls_2.gamma"}, path, source)
     )
 
 
 def _bottleneck(path: str, source: str, first: int = 0) -> Table:
-    table: Table = {}
-    for number in (1, 2, 3):
-        table |= _dense(f"{path}/conv{number}", f"{source}.conv{number}", first)
-        table |= _batch_norm(f"{path}/norm{number}", f"{source}.bn{number}", first)
-    table |= _dense(f"{path}/shortcut_conv", f"{source}.downsample.0", first)
-    return table | _batch_norm(f"{path}/shortcut_norm", f"{source}.downsample.1", first)
+    convolutions = {"conv1": "conv1", "conv2": "conv2", "conv3": "conv3", "shortcut_conv": "downsample.0"}
+    norms = {"norm1": "bn1", "norm2": "bn2", "norm3": "bn3", "shortcut_norm": "downsample.1"}
+    return _layers(convolutions, path, source, first=first) | _batch_norms(norms, path, source, first=first)
 
 
 def _openai_resnet() -> Table:
-    table: Table = {"image/pool/positional_embedding": Tensor("visual.attnpool.positional_embedding")}
-    for number in (1, 2, 3):
-        table |= _dense(f"image/stem_conv{number}", f"visual.conv{number}")
-        table |= _batch_norm(f"image/stem_norm{number}", f"visual.bn{number}")
+    pool = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "projection": "c_proj"}
+    table = _tensors({"image/pool/positional_embedding": "visual.attnpool.positional_embedding"})
+    table |= _layers(pool, "image/pool/", "visual.attnpool.")
+    table |= _layers({f"image/stem_conv{number}": f"visual.conv{number}" for number in (1, 2, 3)})
+    table |= _batch_norms({f"image/stem_norm{number}": f"visual.bn{number}" for number in (1, 2, 3)})
     for stage in range(4):
-        table |= _bottleneck(f"image/stage{stage}_first", f"visual.layer{stage + 1}.0")
-        table |= _bottleneck(f"image/stage{stage}_rest", f"visual.layer{stage + 1}.{{}}", first=1)
-    for name, letter in (("query", "q"), ("key", "k"), ("value", "v"), ("projection", "c")):
-        table |= _dense(f"image/pool/{name}", f"visual.attnpool.{letter}_proj")
+        table |= _bottleneck(f"image/stage{stage}_first/", f"visual.layer{stage + 1}.0.")
+        table |= _bottleneck(f"image/stage{stage}_rest/", f"visual.layer{stage + 1}.{{}}.", first=1)
     return table
 
 
@@ -102,44 +102,35 @@ _OPENAI_TEXT = (
     {"text/token_embedding/embedding": Tensor("token_embedding.weight")}
     | {"text/positional_embedding": Tensor("positional_embedding")}
     | _openai_blocks("text", "")
-    | _norm("text/norm_final", "ln_final")
+    | _layers({"text/norm_final": "ln_final"})
 )
 
 # OpenAI and open_clip's own towers.
 OPENAI: Table = (
     _SCALARS
     | _OPENAI_TEXT
-    | {"text/projection": Tensor("text_projection")}
+    | {"text/projection": Tensor("text_projection"), "image/projection": Tensor("visual.proj")}
     | {"image/patch_embedding": Tensor("visual.conv1.weight", transposed=True)}
     | {f"image/{name}": Tensor(f"visual.{name}") for name in ("class_embedding", "positional_embedding")}
-    | _norm("image/norm_pre", "visual.ln_pre")
+    | _layers({"image/norm_pre": "visual.ln_pre", "image/norm_post": "visual.ln_post"})
     | _openai_blocks("image", "visual.")
-    | _norm("image/norm_post", "visual.ln_post")
-    | {"image/projection": Tensor("visual.proj")}
     | _openai_resnet()
 )
 
 
 def _timm_image() -> Table:
-    path, block, pool = "image/transformer/blocks", "visual.trunk.blocks.{}", "visual.trunk.attn_pool"
+    path, block, pool = "image/transformer/blocks/", "visual.trunk.blocks.{}.", "visual.trunk.attn_pool."
+    mlp = {"mlp/in": "mlp.fc1", "mlp/out": "mlp.fc2"}
     return (
         {"image/patch_embedding": Tensor("visual.trunk.patch_embed.proj.weight", transposed=True)}
         | {"image/patch_bias": Tensor("visual.trunk.patch_embed.proj.bias")}
         | {"image/positional_embedding": Tensor("visual.trunk.pos_embed", leading_axes=1)}
-        | _norm(f"{path}/norm1", f"{block}.norm1")
-        | _fused(f"{path}/attention", _QKV, f"{block}.attn.qkv")
-        | _dense(f"{path}/attention/out", f"{block}.attn.proj")
-        | _norm(f"{path}/norm2", f"{block}.norm2")
-        | _dense(f"{path}/mlp/in", f"{block}.mlp.fc1")
-        | _dense(f"{path}/mlp/out", f"{block}.mlp.fc2")
-        | _norm("image/norm_post", "visual.trunk.norm")
-        | {"image/pool/probe": Tensor(f"{pool}.latent", leading_axes=2)}
-        | _dense("image/pool/query", f"{pool}.q")
-        | _fused("image/pool", ("key", "value"), f"{pool}.kv")
-        | _dense("image/pool/out", f"{pool}.proj")
-        | _norm("image/pool/norm", f"{pool}.norm")
-        | _dense("image/pool/mlp/in", f"{pool}.mlp.fc1")
-        | _dense("image/pool/mlp/out", f"{pool}.mlp.fc2")
+        | _fused(f"{path}attention/", _QKV, f"{block}attn.qkv.")
+        | _layers(mlp | {"attention/out": "attn.proj", "norm1": "norm1", "norm2": "norm2"}, path, block)
+        | _layers({"image/norm_post": "visual.trunk.norm"})
+        | {"image/pool/probe": Tensor(f"{pool}latent", leading_axes=2)}
+        | _fused("image/pool/", ("key", "value"), f"{pool}kv.")
+        | _layers(mlp | {"query": "q", "out": "proj", "norm": "norm"}, "image/pool/", pool)
     )
 
 
@@ -154,49 +145,40 @@ OPEN_CLIP_SIGLIP: Table = (
 
 
 def _huggingface_tower(tower: str, source: str) -> Table:
-    path, layer = f"{tower}/transformer/blocks", f"{source}.encoder.layers.{{}}"
-    table: Table = {}
-    for name in _QKV:
-        table |= _dense(f"{path}/attention/{name}", f"{layer}.self_attn.{name[0]}_proj")
-    return (
-        table
-        | _dense(f"{path}/attention/out", f"{layer}.self_attn.out_proj")
-        | _norm(f"{path}/norm1", f"{layer}.layer_norm1")
-        | _norm(f"{path}/norm2", f"{layer}.layer_norm2")
-        | _dense(f"{path}/mlp/in", f"{layer}.mlp.fc1")
-        | _dense(f"{path}/mlp/out", f"{layer}.mlp.fc2")
-        | {f"{tower}/positional_embedding": Tensor(f"{source}.embeddings.position_embedding.weight")}
+    layers = {f"attention/{name}": f"self_attn.{name[0]}_proj" for name in _QKV}
+    layers |= {"attention/out": "self_attn.out_proj", "mlp/in": "mlp.fc1", "mlp/out": "mlp.fc2"}
+    layers |= {"norm1": "layer_norm1", "norm2": "layer_norm2"}
+    positions = {"positional_embedding": "embeddings.position_embedding.weight"}
+    return _layers(layers, f"{tower}/transformer/blocks/", f"{source}encoder.layers.{{}}.") | _tensors(
+        positions, f"{tower}/", source
     )
 
 
 _HUGGINGFACE_TOWERS = (
-    _huggingface_tower("image", "vision_model")
-    | _huggingface_tower("text", "text_model")
+    _huggingface_tower("image", "vision_model.")
+    | _huggingface_tower("text", "text_model.")
     | {"image/patch_embedding": Tensor("vision_model.embeddings.patch_embedding.weight", transposed=True)}
-    | _norm("image/norm_post", "vision_model.post_layernorm")
     | {"text/token_embedding/embedding": Tensor("text_model.embeddings.token_embedding.weight")}
-    | _norm("text/norm_final", "text_model.final_layer_norm")
+    | _layers({"image/norm_post": "vision_model.post_layernorm", "text/norm_final": "text_model.final_layer_norm"})
 )
 
 HUGGINGFACE: Table = (
     _SCALARS
     | _HUGGINGFACE_TOWERS
     | {"image/class_embedding": Tensor("vision_model.embeddings.class_embedding")}
-    | _norm("image/norm_pre", "vision_model.pre_layrnorm")  # transformers' spelling
+    | _layers({"image/norm_pre": "vision_model.pre_layrnorm"})  # transformers' spelling
     | {"image/projection": Tensor("visual_projection.weight", transposed=True)}
     | {"text/projection": Tensor("text_projection.weight", transposed=True)}
 )
 
+_SIGLIP_POOL = {"out": "attention.out_proj", "norm": "layernorm", "mlp/in": "mlp.fc1", "mlp/out": "mlp.fc2"}
 HUGGINGFACE_SIGLIP: Table = (
     {name: Tensor(name, leading_axes=1) for name in _SCALARS}
     | _HUGGINGFACE_TOWERS
     | {"image/patch_bias": Tensor("vision_model.embeddings.patch_embedding.bias")}
     | {"image/pool/probe": Tensor("vision_model.head.probe", leading_axes=2)}
-    | _fused("image/pool", _QKV, "vision_model.head.attention.in_proj", "_")
-    | _dense("image/pool/out", "vision_model.head.attention.out_proj")
-    | _norm("image/pool/norm", "vision_model.head.layernorm")
-    | _dense("image/pool/mlp/in", "vision_model.head.mlp.fc1")
-    | _dense("image/pool/mlp/out", "vision_model.head.mlp.fc2")
+    | _fused("image/pool/", _QKV, "vision_model.head.attention.in_proj_")
+    | _layers(_SIGLIP_POOL, "image/pool/", "vision_model.head.")
     | {"text/projection": Tensor("text_model.head.weight", transposed=True)}
     | {"text/projection_bias": Tensor("text_model.head.bias")}
 )
@@ -215,44 +197,25 @@ def _in_flax(tensor: Tensor, path: str) -> Tensor:
 HUGGINGFACE_FLAX: Table = {path: _in_flax(tensor, path) for path, tensor in HUGGINGFACE.items()}
 
 
-def _unchanged(path: str, source: str, leaves: tuple[str, ...] = ("kernel", "bias")) -> Table:
-    return {f"{path}/{leaf}": Tensor(f"{source}/{leaf}") for leaf in leaves}
-
-
-def _big_vision_tower(tower: str, source: str) -> Table:
-    path, layer, norm = f"{tower}/transformer/blocks", f"{source}/encoderblock_{{}}", ("scale", "bias")
-    table: Table = {}
-    for name in (*_QKV, "out"):
-        table |= _unchanged(f"{path}/attention/{name}", f"{layer}/MultiHeadDotProductAttention_0/{name}")
-    return (
-        table
-        | _unchanged(f"{path}/norm1", f"{layer}/LayerNorm_0", norm)
-        | _unchanged(f"{path}/norm2", f"{layer}/LayerNorm_1", norm)
-        | _unchanged(f"{path}/mlp/in", f"{layer}/MlpBlock_0/Dense_0")
-        | _unchanged(f"{path}/mlp/out", f"{layer}/MlpBlock_0/Dense_1")
-    )
-
-
 def _big_vision() -> Table:
-    pool, head, norm = "image/pool", "img/MAPHead_0", ("scale", "bias")
-    table = _big_vision_tower("image", "img/Transformer") | _big_vision_tower("text", "txt/Encoder_0")
-    for name in (*_QKV, "out"):
-        table |= _unchanged(f"{pool}/{name}", f"{head}/MultiHeadDotProductAttention_0/{name}")
+    heads = (*_QKV, "out")
+    attention, mlp = "MultiHeadDotProductAttention_0", {"mlp/in": "MlpBlock_0/Dense_0", "mlp/out": "MlpBlock_0/Dense_1"}
+    block = mlp | {f"attention/{name}": f"{attention}/{name}" for name in heads}
+    block |= {"norm1": "LayerNorm_0", "norm2": "LayerNorm_1"}
+    pool = mlp | {name: f"{attention}/{name}" for name in heads} | {"norm": "LayerNorm_0"}
+    norms = {"image/norm_post": "img/Transformer/encoder_norm", "text/norm_final": "txt/Encoder_0/encoder_norm"}
     return (
-        table
-        | {"logit_scale": Tensor("t", leading_axes=1), "logit_bias": Tensor("b", leading_axes=1)}
+        {"logit_scale": Tensor("t", leading_axes=1), "logit_bias": Tensor("b", leading_axes=1)}
         | {"image/class_embedding": Tensor("img/cls", leading_axes=2)}  # LiT
-        | {"image/patch_embedding": Tensor("img/embedding/kernel")}
-        | {"image/patch_bias": Tensor("img/embedding/bias")}
+        | {"image/patch_embedding": Tensor("img/embedding/kernel"), "image/patch_bias": Tensor("img/embedding/bias")}
         | {"image/positional_embedding": Tensor("img/pos_embedding", leading_axes=1)}
         | {"text/positional_embedding": Tensor("txt/pos_embedding", leading_axes=1)}
-        | _unchanged("image/norm_post", "img/Transformer/encoder_norm", norm)
-        | {f"{pool}/probe": Tensor(f"{head}/probe", leading_axes=2)}
-        | _unchanged(f"{pool}/norm", f"{head}/LayerNorm_0", norm)
-        | _unchanged(f"{pool}/mlp/in", f"{head}/MlpBlock_0/Dense_0")
-        | _unchanged(f"{pool}/mlp/out", f"{head}/MlpBlock_0/Dense_1")
+        | _layers(block, "image/transformer/blocks/", "img/Transformer/encoderblock_{}/", flax=True)
+        | _layers(block, "text/transformer/blocks/", "txt/Encoder_0/encoderblock_{}/", flax=True)
+        | {"image/pool/probe": Tensor("img/MAPHead_0/probe", leading_axes=2)}
+        | _layers(pool, "image/pool/", "img/MAPHead_0/", flax=True)
+        | _layers(norms, flax=True)
         | {"text/token_embedding/embedding": Tensor("txt/Embed_0/embedding")}
-        | _unchanged("text/norm_final", "txt/Encoder_0/encoder_norm", norm)
         | {"text/projection": Tensor("txt/head/kernel"), "text/projection_bias": Tensor("txt/head/bias")}
     )
 

@@ -8,7 +8,7 @@ Source: open_clip `model.py` (CLIPVisionCfg, CLIPTextCfg), `model_configs/*.json
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from clip_jax.config import (
@@ -24,25 +24,18 @@ from clip_jax.config import (
 
 # timm image towers of open_clip's SigLIP models -> (patch size in px, width, activation).
 _TIMM: dict[str, tuple[int, int, Activation]] = {
-    "vit_base_patch16_siglip_224": (16, 768, "gelu"),
-    "vit_base_patch16_siglip_256": (16, 768, "gelu"),
-    "vit_base_patch16_siglip_384": (16, 768, "gelu"),
-    "vit_base_patch16_siglip_512": (16, 768, "gelu"),
-    "vit_base_patch32_siglip_256": (32, 768, "gelu_tanh"),
-    "vit_large_patch16_siglip_256": (16, 1024, "gelu"),
-    "vit_large_patch16_siglip_384": (16, 1024, "gelu"),
-    "vit_large_patch16_siglip_512": (16, 1024, "gelu_tanh"),
-    "vit_so400m_patch14_siglip_224": (14, 1152, "gelu"),
-    "vit_so400m_patch14_siglip_378": (14, 1152, "gelu"),
-    "vit_so400m_patch14_siglip_384": (14, 1152, "gelu"),
-    "vit_so400m_patch16_siglip_256": (16, 1152, "gelu_tanh"),
-    "vit_so400m_patch16_siglip_384": (16, 1152, "gelu_tanh"),
-    "vit_so400m_patch16_siglip_512": (16, 1152, "gelu_tanh"),
-    "vit_giantopt_patch16_siglip_256": (16, 1536, "gelu_tanh"),
-    "vit_giantopt_patch16_siglip_384": (16, 1536, "gelu_tanh"),
+    f"vit_{name}_patch{patch}_siglip_{size}": (patch, width, activation)
+    for name, patch, width, activation, sizes in (
+        ("base", 16, 768, "gelu", (224, 256, 384, 512)),
+        ("base", 32, 768, "gelu_tanh", (256,)),
+        ("large", 16, 1024, "gelu", (256, 384)),
+        ("large", 16, 1024, "gelu_tanh", (512,)),
+        ("so400m", 14, 1152, "gelu", (224, 378, 384)),
+        ("so400m", 16, 1152, "gelu_tanh", (256, 384, 512)),
+        ("giantopt", 16, 1536, "gelu_tanh", (256, 384)),
+    )
+    for size in sizes
 }
-# Keys that name files or follow from the others.
-_TOKENIZER_KEYS = {"hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode"}
 
 
 # --------------------------------------------------------------------------------------------------------- reading
@@ -58,15 +51,12 @@ def architecture(config: Mapping[str, Any], file: str) -> Architecture:
       ValueError: with the key that clip_jax does not support.
     """
     config = dict(config)
-    embed_dim, quick_gelu = config.pop("embed_dim"), config.pop("quick_gelu", False)
-    vision, text = dict(config.pop("vision_cfg")), dict(config.pop("text_cfg"))
+    embed_dim = config.pop("embed_dim")
+    activation: Activation = "quick_gelu" if config.pop("quick_gelu", False) else "gelu"
+    image_tower = _image_tower(dict(config.pop("vision_cfg")), activation, file)
+    text_tower = _text_tower(dict(config.pop("text_cfg")), activation, file)
     logit_bias = config.pop("init_logit_bias", None) is not None
-    for key in ("init_logit_scale", "custom_text"):
-        config.pop(key, None)
-    activation: Activation = "quick_gelu" if quick_gelu else "gelu"
-    image_tower = _image_tower(vision, activation, file)
-    text_tower = _text_tower(text, activation, file)
-    _check_no_other_keys(file, "", config)
+    _check_no_other_keys(file, "", config, ignored=("init_logit_scale", "custom_text"))
     return Architecture(image_tower, text_tower, embed_dim, logit_bias)
 
 
@@ -78,77 +68,75 @@ def _image_tower(vision: dict[str, Any], activation: Activation, file: str) -> V
         size = size[0]
     if (timm := vision.pop("timm_model_name", None)) is not None:
         if timm not in _TIMM:
-            raise ValueError(f"{file}: vision_cfg.timm_model_name={timm!r} is not supported by clip_jax")
-        expected = {"timm_pool": "map", "timm_proj": "none"}
-        _check_no_other_keys(file, "vision_cfg.", vision, expected | {"timm_model_pretrained": False})
+            raise ValueError(f"{file}: vision_cfg.timm_model_name: expected a SigLIP tower for clip_jax, got {timm!r}")
+        fixed = {"timm_pool": "map", "timm_proj": "none", "timm_model_pretrained": False}
+        _check_no_other_keys(file, "vision_cfg.", vision, fixed)
         return siglip_image(size, *_TIMM[timm])
-    width, head_width, layers = vision.pop("width", 768), vision.pop("head_width", 64), vision.pop("layers", 12)
+    head_width, layers = vision.pop("head_width", 64), vision.get("layers", 12)
     if isinstance(layers, (list, tuple)):
-        _check_no_other_keys(file, "vision_cfg.", vision, {"patch_size": None})
+        width = vision.pop("width", 768)
+        _check_no_other_keys(file, "vision_cfg.", vision, {"patch_size": None}, ignored=("layers",))
         return ResNet(size, width, tuple(layers), width * 32 // head_width)
+    shared = _transformer(vision, 768, activation)
+    pool, after_pool = vision.pop("pool_type", "tok"), vision.pop("final_ln_after_pool", False)
+    # clip_jax has the norm of the mean of the patches, not the mean of their norms.
+    if pool not in ("tok", "avg") or (pool == "avg" and not after_pool):
+        raise ValueError(
+            f"{file}: vision_cfg.pool_type: expected tok, or avg with final_ln_after_pool, for clip_jax, got {pool!r}"
+            f" with final_ln_after_pool={after_pool}"
+        )
     image = ViT(
         image_size=size,
         patch_size=vision.pop("patch_size", 16),
-        width=width,
-        layers=layers,
-        heads=width // head_width,
-        mlp_ratio=float(vision.pop("mlp_ratio", 4.0)),
-        activation=_activation(vision, activation),
+        heads=shared["width"] // head_width,
         norm_pre=not vision.pop("no_ln_pre", False),
-        norm_epsilon=(vision.pop("norm_kwargs", None) or {}).get("eps", 1e-5),
-        layer_scale=vision.pop("ls_init_value", None) or 0.0,
-        pool={"tok": "class", "avg": "mean"}.get(vision.pop("pool_type", "tok"), "none"),
+        pool="class" if pool == "tok" else "mean",
+        **shared,
     )
-    # clip_jax has the norm of the mean of the patches, not the mean of their norms.
-    after_pool = vision.pop("final_ln_after_pool", False)
-    if image.pool == "none" or (image.pool == "mean" and not after_pool):
-        raise ValueError(f"{file}: vision_cfg.pool_type, final_ln_after_pool={after_pool}: not supported by clip_jax")
-    vision.pop("patch_dropout", None)  # training only
-    _check_no_other_keys(file, "vision_cfg.", vision)
+    _check_no_other_keys(file, "vision_cfg.", vision, ignored=("patch_dropout",))  # training only
     return image
 
 
 def _text_tower(text: dict[str, Any], activation: Activation, file: str) -> TextTransformer:
-    for key in _TOKENIZER_KEYS:
-        text.pop(key, None)
     pool, eos_id = text.pop("pool_type", "argmax"), text.pop("eos_id", 2)
-    vocab_size = text.pop("vocab_size", 49_408)
     if pool not in ("argmax", "eos", "last"):
         raise ValueError(f"{file}: text_cfg.pool_type: expected argmax, eos or last for clip_jax, got {pool!r}")
-    projection = "bias" if text.pop("proj_bias", False) else "linear"
-    if text.pop("proj_type", "linear") == "none":
-        projection = "none"
+    vocab_size, projection = text.pop("vocab_size", 49_408), text.pop("proj_type", "linear")
+    biased = text.pop("proj_bias", False)
     tower = TextTransformer(
         vocab_size=vocab_size,
         context_length=text.pop("context_length", 77),
         # 'argmax' pools at the greatest id, which is the end token of CLIP's vocabulary.
         eos_id=vocab_size - 1 if pool == "argmax" else eos_id if pool == "eos" else min(1, vocab_size - 1),
-        width=text.pop("width", 512),
-        layers=text.pop("layers", 12),
         heads=text.pop("heads", 8),
-        mlp_ratio=float(text.pop("mlp_ratio", 4.0)),
-        activation=_activation(text, activation),
         causal=not text.pop("no_causal_mask", False),
         pool="last" if pool == "last" else "end",
-        norm_epsilon=(text.pop("norm_kwargs", None) or {}).get("eps", 1e-5),
-        projection=projection,
-        layer_scale=text.pop("ls_init_value", None) or 0.0,
+        projection="none" if projection == "none" else "bias" if biased else "linear",
+        **_transformer(text, 512, activation),
     )
-    _check_no_other_keys(file, "text_cfg.", text)
+    _check_no_other_keys(file, "text_cfg.", text, ignored=("hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode"))
     return tower
 
 
-def _activation(config: dict[str, Any], default: Activation) -> Activation:
-    return "gelu_tanh" if (config.pop("act_kwargs", None) or {}).get("approximate") == "tanh" else default
+def _transformer(config: dict[str, Any], width: int, activation: Activation) -> dict[str, Any]:
+    """Pop the keys that both towers have; return them as fields, with open_clip's defaults."""
+    tanh = (config.pop("act_kwargs", None) or {}).get("approximate") == "tanh"
+    return {
+        "width": config.pop("width", width),
+        "layers": config.pop("layers", 12),
+        "mlp_ratio": float(config.pop("mlp_ratio", 4.0)),
+        "activation": "gelu_tanh" if tanh else activation,
+        "norm_epsilon": (config.pop("norm_kwargs", None) or {}).get("eps", 1e-5),
+        "layer_scale": config.pop("ls_init_value", None) or 0.0,
+    }
 
 
 def _check_no_other_keys(
-    file: str, prefix: str, rest: Mapping[str, Any], allowed: Mapping[str, Any] | None = None
+    file: str, prefix: str, rest: Mapping[str, Any], allowed: Mapping[str, Any] = {}, ignored: Iterable[str] = ()
 ) -> None:
     for key, value in rest.items():
-        if value in (None, False, {}) or (allowed and key in allowed and value == allowed[key]):
-            continue
-        raise ValueError(f"{file}: {prefix}{key}={value!r} is not supported by clip_jax")
+        if key not in ignored and value not in (None, False, {}) and (key not in allowed or value != allowed[key]):
+            raise ValueError(f"{file}: {prefix}{key}: expected a key that clip_jax supports, got {value!r}")
 
 
 def preprocess(config: Mapping[str, Any]) -> Preprocess:
@@ -192,25 +180,23 @@ def config(model: Architecture, spec: Preprocess, tokenizer: TokenizerConfig) ->
     for tower in (image, text):
         if type(tower) not in (*_VISION_CONFIGS, TextTransformer):
             raise ValueError(f"open_clip has no {type(tower).__name__} tower; use another format, e.g. msgpack")
-    vision = _VISION_CONFIGS[type(image)](image)
+    vision, content = _VISION_CONFIGS[type(image)](image), {"embed_dim": model.embed_dim}
     activations = {getattr(image, "activation", text.activation), text.activation}
-    model_config: dict[str, Any] = {"embed_dim": model.embed_dim}
     if "timm_model_name" in vision:  # timm's activation is part of the name
-        model_config |= {"custom_text": True}
+        content |= {"custom_text": True}
     elif len(activations) > 1:
         raise ValueError(f"open_clip has one activation for both towers, this model has {sorted(activations)}")
     else:
-        model_config |= {"quick_gelu": True} if "quick_gelu" in activations else {}
-    model_config |= {"init_logit_bias": -10} if model.logit_bias else {}
-    model_config |= {"vision_cfg": vision, "text_cfg": _text_config(text, tokenizer)}
-    names = {"mean": list(spec.mean), "std": list(spec.std)}
-    names |= {"interpolation": spec.interpolation, "resize_mode": spec.resize}
-    return {"model_cfg": model_config, "preprocess_cfg": names}
+        content |= {"quick_gelu": True} if "quick_gelu" in activations else {}
+    content |= {"init_logit_bias": -10} if model.logit_bias else {}
+    content |= {"vision_cfg": vision, "text_cfg": _text_config(text, tokenizer)}
+    pixels = {"mean": list(spec.mean), "std": list(spec.std)}
+    pixels |= {"interpolation": spec.interpolation, "resize_mode": spec.resize}
+    return {"model_cfg": content, "preprocess_cfg": pixels}
 
 
 def _resnet_config(image: ResNet) -> dict[str, Any]:
-    sizes = {"image_size": image.image_size, "layers": list(image.layers), "width": image.width}
-    return sizes | {"patch_size": None}
+    return {"image_size": image.image_size, "layers": list(image.layers), "width": image.width, "patch_size": None}
 
 
 def _vit_config(image: ViT) -> dict[str, Any]:
@@ -220,26 +206,18 @@ def _vit_config(image: ViT) -> dict[str, Any]:
             raise ValueError("open_clip's SigLIP image towers are timm's, and none of them equals model.image")
         timm = {"timm_model_name": name, "timm_model_pretrained": False, "timm_pool": "map", "timm_proj": "none"}
         return {"image_size": image.image_size} | timm
-    vision = {"image_size": image.image_size, "layers": image.layers, "width": image.width}
-    vision |= {"patch_size": image.patch_size, "head_width": image.width // image.heads}
-    vision |= {"mlp_ratio": image.mlp_ratio} if image.mlp_ratio != 4.0 else {}
-    vision |= {} if image.norm_pre else {"no_ln_pre": True}
-    vision |= {"pool_type": "avg", "final_ln_after_pool": True} if image.pool == "mean" else {}
-    return vision | ({"ls_init_value": image.layer_scale} if image.layer_scale else {})
+    vision = _transformer_config(image) | {"image_size": image.image_size, "patch_size": image.patch_size}
+    vision |= {"head_width": image.width // image.heads} | ({} if image.norm_pre else {"no_ln_pre": True})
+    return vision | ({"pool_type": "avg", "final_ln_after_pool": True} if image.pool == "mean" else {})
 
 
 _VISION_CONFIGS: dict[type, Callable[[Any], dict[str, Any]]] = {ViT: _vit_config, ResNet: _resnet_config}
 
 
 def _text_config(text: TextTransformer, tokenizer: TokenizerConfig) -> dict[str, Any]:
-    config: dict[str, Any] = {"context_length": text.context_length, "vocab_size": text.vocab_size}
-    config |= {"width": text.width, "heads": text.heads, "layers": text.layers}
-    config |= {"mlp_ratio": text.mlp_ratio} if text.mlp_ratio != 4.0 else {}
-    config |= {"ls_init_value": text.layer_scale} if text.layer_scale else {}
-    config |= {} if text.causal else {"no_causal_mask": True}
-    config |= {"norm_kwargs": {"eps": text.norm_epsilon}} if text.norm_epsilon != 1e-5 else {}
+    config = _transformer_config(text) | {"context_length": text.context_length, "vocab_size": text.vocab_size}
+    config |= {"heads": text.heads} | ({} if text.causal else {"no_causal_mask": True})
     config |= {"linear": {}, "bias": {"proj_bias": True}, "none": {"proj_type": "none"}}[text.projection]
-    config |= {"act_kwargs": {"approximate": "tanh"}} if text.activation == "gelu_tanh" else {}
     # The default tokenizer of open_clip is CLIP's with all merges; 'local' reads the tokenizer files of the directory.
     if tokenizer.name != "clip_bpe" or tokenizer.path or text.vocab_size != TextTransformer.vocab_size:
         # open_clip always cleans texts; 'whitespace' is the nearest to 'none'.
@@ -251,3 +229,11 @@ def _text_config(text: TextTransformer, tokenizer: TokenizerConfig) -> dict[str,
     elif text.eos_id != text.vocab_size - 1:
         config |= {"pool_type": "eos", "eos_id": text.eos_id}
     return config
+
+
+def _transformer_config(tower: ViT | TextTransformer) -> dict[str, Any]:
+    config: dict[str, Any] = {"width": tower.width, "layers": tower.layers}
+    config |= {"mlp_ratio": tower.mlp_ratio} if tower.mlp_ratio != 4.0 else {}
+    config |= {"ls_init_value": tower.layer_scale} if tower.layer_scale else {}
+    config |= {"norm_kwargs": {"eps": tower.norm_epsilon}} if tower.norm_epsilon != 1e-5 else {}
+    return config | ({"act_kwargs": {"approximate": "tanh"}} if tower.activation == "gelu_tanh" else {})

@@ -7,21 +7,20 @@ numbers (another cubic kernel, no antialiasing).
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable
 
 import jax
 import numpy as np
 
 from clip_jax.config import Architecture, ImageTower
+from clip_jax.interop import conversion
 from clip_jax.typing import Params
 
 _MIN_LENGTH = 3  # tokens: start, one of the text, end
 
 
 def resize(
-    model: Architecture, params: Params, *, image_size: int = 0, context_length: int = 0
+    model: Architecture, params: Params, image_size: int = 0, context_length: int = 0
 ) -> tuple[Architecture, Params]:
     """Return architecture and parameters with another image size or context length.
 
@@ -35,23 +34,23 @@ def resize(
     Raises:
       ValueError: if the tower has no positions to resize, or the size is invalid.
     """
+    leaves = conversion.flat(params)
     if image_size and image_size != model.image.image_size:
-        tower = dataclasses.replace(model.image, image_size=image_size)
-        path = ("image", *_positions_path(model, image_size))
-        params = _updated(params, path, functools.partial(_resize_grid, tower=tower))
-        model = dataclasses.replace(model, image=tower)
+        path = "/".join(("image", *_positions_path(model.image, image_size)))
+        model = dataclasses.replace(model, image=dataclasses.replace(model.image, image_size=image_size))
+        leaves[path] = _resize_grid(np.asarray(leaves[path]), model.image)
     if context_length and context_length != model.text.context_length:
         if context_length < _MIN_LENGTH:
             raise ValueError(f"context_length: expected at least {_MIN_LENGTH}, got {context_length}; use e.g. 77")
-        update = functools.partial(_resize_text, length=context_length)
-        params = _updated(params, ("text", "positional_embedding"), update)
+        path = "text/positional_embedding"
         model = dataclasses.replace(model, text=dataclasses.replace(model.text, context_length=context_length))
-    return model, params
+        old = np.asarray(leaves[path])
+        leaves[path] = np.asarray(jax.image.resize(old, (context_length, old.shape[1]), "linear", antialias=False))
+    return model, conversion.nested(leaves)
 
 
-def _positions_path(model: Architecture, size: int) -> tuple[str, ...]:
+def _positions_path(tower: ImageTower, size: int) -> tuple[str, ...]:
     """Return the path of the image tower's position embedding. Raises ValueError for an invalid size."""
-    tower = model.image
     stride, path = tower.stride, tower.positions_path
     if path is None:
         raise ValueError(
@@ -69,14 +68,3 @@ def _resize_grid(old: np.ndarray, tower: ImageTower) -> np.ndarray:
     grid = old[prefix:].reshape(old_side, old_side, -1)
     resized = jax.image.resize(grid, (side, side, grid.shape[2]), "bicubic")
     return np.concatenate([old[:prefix], np.asarray(resized).reshape(side * side, -1)])
-
-
-def _resize_text(old: np.ndarray, length: int) -> np.ndarray:
-    return np.asarray(jax.image.resize(old, (length, old.shape[1]), "linear", antialias=False))
-
-
-def _updated(tree: Params, path: tuple[str, ...], update: Callable[[np.ndarray], np.ndarray]) -> Params:
-    """Return a copy of a nested tree with one leaf replaced by a function of it."""
-    if not path:
-        return update(np.asarray(tree))
-    return tree | {path[0]: _updated(tree[path[0]], path[1:], update)}

@@ -66,29 +66,14 @@ def read(
     context_length: int = 0,
     tokenizer: TokenizerConfig | str = "",
 ) -> Weights:
-    """Read weights of any registered format.
-
-    Args:
-      path: file, directory, name of an OpenAI model, or 'hf-hub:<owner>/<name>'.
-      model: name in `config.MODELS`, for files without a config.
-      activation: 'quick_gelu', 'gelu' or 'gelu_tanh', for files without a config. It overrides a config.
-      image_size: px; position embeddings are resized to it. 0: unchanged.
-      context_length: tokens, likewise.
-      tokenizer: replaces the tokenizer of the file: path of a SentencePiece `.model` or a Hugging Face
-        `tokenizer.json`, used with the settings of the published models, or a TokenizerConfig.
-
-    Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: if the file is damaged, unsafe, incomplete or doesn't match its config.
-    """
+    """Read weights of any registered format. Arguments and errors are those of `clip_jax.load`."""
     if model:
         check_name("model", model, MODELS)
     if activation:
         check_name("activation", activation, ("quick_gelu", "gelu", "gelu_tanh"))
     weights = _read(_existing(path), model, activation)
-    config, sizes = weights.config, {"image_size": image_size, "context_length": context_length}
-    resized, params = positions.resize(config.model, weights.params, **sizes)
-    config = dataclasses.replace(config, model=resized)
+    resized, params = positions.resize(weights.config.model, weights.params, image_size, context_length)
+    config = dataclasses.replace(weights.config, model=resized)
     if isinstance(tokenizer, str) and tokenizer:
         name = "huggingface" if tokenizer.endswith(".json") else "sentencepiece"
         tokenizer = dataclasses.replace(tokenizer_of(resized), name=name, path=tokenizer)
@@ -100,29 +85,27 @@ def read(
 def _existing(path: str | os.PathLike[str]) -> pathlib.Path:
     local = hub.locate(path)
     if not local.exists():
-        raise FileNotFoundError(f"{path}: there is no such file or directory")
+        raise FileNotFoundError(f"{path}: expected a file or directory, got none; give another path")
     return local
 
 
 def _read(path: pathlib.Path, model: str, activation: str) -> Weights:
-    arrays, config = formats.read(path)
+    params, config = formats.read(path)
     if config is not None:
         if model and MODELS[model] != config.model:
             raise ValueError(f"model={model!r}: expected the architecture in {path}, got another; omit model")
-        _check_shapes(path, arrays, config.model)
-        if activation:
-            config = dataclasses.replace(config, model=with_activation(config.model, activation))
-        return Weights(arrays, config, f"clip_jax {formats.detect(path)}")
-    file = directory.weight_file(path) if path.is_dir() else path
-    naming, tensors = detect_naming(arrays, os.fspath(file))
-    config = None if model else _config_of_directory(file)
-    if config is None:
-        config = _config_of_tensors(file, tensors, naming, model, activation)
-    if activation:
-        config = dataclasses.replace(config, model=with_activation(config.model, activation))
-    config = dataclasses.replace(config, source=name_of(config.model))
-    params = conversion.params_from_tensors(config.model, tensors, naming.table, os.fspath(file))
-    return Weights(params, config, f"{naming.title} names, {formats.detect(file)}")
+        _check_shapes(path, params, config.model)
+        kind, source = f"clip_jax {formats.detect(path)}", config.source
+    else:
+        file = directory.weight_file(path) if path.is_dir() else path
+        naming, tensors = detect_naming(params, os.fspath(file))
+        config = None if model else _config_of_directory(file)
+        config = config or _config_of_tensors(file, tensors, naming, model, activation)
+        params = conversion.params_from_tensors(config.model, tensors, naming.table, os.fspath(file))
+        kind, source = f"{naming.title} names, {formats.detect(file)}", None
+    architecture = with_activation(config.model, activation) if activation else config.model
+    config = dataclasses.replace(config, model=architecture, source=name_of(architecture) if source is None else source)
+    return Weights(params, config, kind)
 
 
 def _check_shapes(path: pathlib.Path, params: Params, model: Architecture) -> None:
@@ -162,23 +145,20 @@ def read_tower(path: str | os.PathLike[str], tower: str, model: Architecture) ->
     expected = getattr(model, tower)
     if config is not None:
         _check_shapes(local, params, config.model)
-        stored = config.model
-        found = getattr(stored, tower)
+        stored, found = config.model, getattr(config.model, tower)
         sizes = {key: getattr(found, key, None) for key in ("image_size", "context_length") if hasattr(expected, key)}
         if found != dataclasses.replace(expected, **sizes):
             raise ValueError(f"{local}: expected the {tower} tower {expected}, got {found}")
     else:
         naming, tensors = detect_naming(params, os.fspath(local))
         if tower == "image":
-            size = infer_architecture.image_tower(tensors, naming, os.fspath(local)).image_size
-            found = dataclasses.replace(expected, image_size=size)
+            sizes = {"image_size": infer_architecture.image_tower(tensors, naming, os.fspath(local)).image_size}
         else:
-            length = tensors[naming.table["text/positional_embedding"].name].shape[-2]
-            found = dataclasses.replace(expected, context_length=length)
-        stored = dataclasses.replace(model, **{tower: found})
+            sizes = {"context_length": tensors[naming.table["text/positional_embedding"].name].shape[-2]}
+        stored = dataclasses.replace(model, **{tower: dataclasses.replace(expected, **sizes)})
         params = conversion.params_from_tensors(stored, tensors, naming.table, os.fspath(local), tower=tower)
     size, length = (model.image.image_size, 0) if tower == "image" else (0, model.text.context_length)
-    _, params = positions.resize(stored, params, image_size=size, context_length=length)
+    _, params = positions.resize(stored, params, size, length)
     return {key: params[key] for key in (tower, *(["batch_stats"] if tower == "image" else [])) if key in params}
 
 
@@ -188,21 +168,19 @@ def read_tower(path: str | os.PathLike[str], tower: str, model: Architecture) ->
 def _config_of_directory(file: pathlib.Path) -> WeightsConfig | None:
     """Return the configuration by the config files in the directory of a weight file; None without one."""
     folder = file.parent
-    config = folder / "open_clip_config.json"
-    if config.is_file() and file.name.startswith("open_clip"):
+    if (config := folder / "open_clip_config.json").is_file() and file.name.startswith("open_clip"):
         content = _json(config)
         model = open_clip.architecture(content.get("model_cfg", content), os.fspath(config))
         preprocess = open_clip.preprocess(content.get("preprocess_cfg") or {})
-        tokenizer, tokenizer_file = _tokenizer(model, folder)
-        if tokenizer.name != "clip_bpe":
-            tokenizer = open_clip.tokenizer(tokenizer, content)
     elif (config := folder / "config.json").is_file():
+        content, processor = None, folder / "preprocessor_config.json"
         model = huggingface.architecture(_json(config), os.fspath(config))
-        processor = folder / "preprocessor_config.json"
         preprocess = huggingface.preprocess(_json(processor) if processor.is_file() else {}, model)
-        tokenizer, tokenizer_file = _tokenizer(model, folder)
     else:
         return None
+    tokenizer, tokenizer_file = _tokenizer(model, folder)
+    if content is not None and tokenizer.name != "clip_bpe":
+        tokenizer = open_clip.tokenizer(tokenizer, content)
     return WeightsConfig(model, tokenizer, preprocess, tokenizer_file=tokenizer_file)
 
 
@@ -214,7 +192,9 @@ def _config_of_tensors(
         architecture = MODELS[model]
     else:
         architecture = infer_architecture.architecture(tensors, naming, os.fspath(file))
-        activation = activation or naming.activation or _torchscript_activation(file)
+        code = torch_file.torchscript_code(file)  # of archives such as OpenAI's
+        in_code = "quick_gelu" if "QuickGELU" in code or "1.702" in code else ""
+        activation = activation or naming.activation or in_code
         if not activation:
             raise ValueError(
                 f"{file}: expected an activation, got none in the file, and the wrong one costs accuracy without an"
@@ -228,21 +208,14 @@ def _config_of_tensors(
     return WeightsConfig(architecture, tokenizer, preprocess, tokenizer_file=tokenizer_file)
 
 
-def _torchscript_activation(file: pathlib.Path) -> str:
-    """Return 'quick_gelu' if the code in a TorchScript archive, such as OpenAI's, contains it, else ''."""
-    code = torch_file.torchscript_code(file)
-    return "quick_gelu" if "QuickGELU" in code or "1.702" in code else ""
-
-
 def _tokenizer(model: Architecture, folder: pathlib.Path) -> tuple[TokenizerConfig, bytes]:
     """Return the tokenizer in a directory, and the content of its file unless it is CLIP's published one."""
-    merges = folder / "merges.txt"
     clip_vocabulary = model.text.vocab_size == MAX_VOCAB_SIZE
-    if merges.is_file():
-        content = merges.read_bytes()
+    if (folder / "merges.txt").is_file():
+        content = (folder / "merges.txt").read_bytes()
         lines = content.decode("utf-8", "replace").split("\n")[1:-1]
         published = clip_vocabulary and lines == ClipBPE().as_huggingface()[1]
-        return (TokenizerConfig(), b"") if published else (TokenizerConfig("clip_bpe", merges.name), content)
+        return (TokenizerConfig(), b"") if published else (TokenizerConfig("clip_bpe", "merges.txt"), content)
     config = tokenizer_of(model)
     if config.name == "clip_bpe" and not clip_vocabulary:
         config = TokenizerConfig("sentencepiece")  # unknown, but not CLIP's

@@ -15,9 +15,10 @@ import math
 import os
 import pathlib
 import pickle
+import reprlib
 import struct
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -38,6 +39,8 @@ _DTYPES = {
     "LongStorage": np.int64,
 }
 _MAX_CODE = 1 << 24  # bytes; the published archives have about 100 kB
+# A pickle can contain itself, or one object in two places at each of many levels.
+_MAX_DEPTH, _MAX_VALUES = 64, 1 << 20
 _LOCAL_HEADER = 30  # bytes before the name of a zip member
 
 
@@ -60,18 +63,12 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], None]:
             raise _Refused("truncated: expected a zip directory at its end, got none; copy it again")
         else:
             content = _read_legacy(file)
+        return _named_tensors(_state_dict(content)), None
     except _Refused as error:
         raise ValueError(f"{path}: {error}") from error
-    # Exceptions of pickle and zipfile for damaged files.
-    except (
-        *(pickle.UnpicklingError, zipfile.BadZipFile, EOFError, ValueError, KeyError, IndexError, OSError),
-        *(TypeError, AttributeError, struct.error, UnicodeDecodeError, OverflowError, NotImplementedError),
-    ) as error:
+    # A damaged byte can make pickle and zipfile raise any exception.
+    except Exception as error:
         raise ValueError(f"{path}: damaged torch file: {type(error).__name__}: {error}; copy it again") from error
-    tensors = dict(_named_tensors(_state_dict(content)))
-    if not tensors:
-        raise ValueError(f"{path}: expected a state dict, a checkpoint or a TorchScript archive, got no tensors")
-    return tensors, None
 
 
 def torchscript_code(path: str | os.PathLike[str]) -> str:
@@ -138,7 +135,7 @@ def _read_zip(file: pathlib.Path) -> Any:
         def storage(dtype: np.dtype, key: str, count: int) -> np.ndarray:
             info = members.get(f"{root}data/{key}")
             if info is None:
-                raise _Refused(f"the data of tensor storage {key!r} is missing")
+                raise _Refused(f"tensor storage {key!r}: expected its data in the archive, got none; copy it again")
             if info.file_size < count * dtype.itemsize:
                 raise _Refused(f"tensor storage {key!r}: expected {count} {dtype}, got {info.file_size} bytes")
             if info.compress_type != zipfile.ZIP_STORED:
@@ -197,7 +194,7 @@ class _Module:
 
 @dataclasses.dataclass
 class _StorageType:
-    """Stands for torch.HalfStorage and the like. Not the dtype itself, because a pickle can modify its objects."""
+    """torch.HalfStorage and the like. Not the dtype itself, because a pickle can modify its objects."""
 
     dtype: np.dtype
 
@@ -223,10 +220,10 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> np.ndarray | None:
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or not isinstance(pid[1], _StorageType):
-            raise _Refused(f"expected a tensor storage, got {str(pid)[:80]}")
+            raise _Refused(f"expected a tensor storage, got {reprlib.repr(pid)}")
         _, kind, key, _device, count = pid[:5]
-        if not isinstance(count, int) or count < 0:
-            raise _Refused(f"tensor storage {key!r}: expected a size, got {count!r}")
+        if not isinstance(count, int) or count < 0 or not isinstance(key, (str, int)):
+            raise _Refused(f"tensor storage {reprlib.repr(key)}: expected a size, got {reprlib.repr(count)}")
         return self._storage(kind.dtype, str(key), count)
 
 
@@ -234,12 +231,13 @@ def _tensor(storage: np.ndarray | None, offset: int, size: tuple, stride: tuple,
     """Return a view of a storage after a bounds check: the file's strides could point outside it."""
     if storage is None:
         return None
-    numbers = (offset, *size, *stride)
+    numbers, shape = (offset, *size, *stride), reprlib.repr(size)
     if len(size) != len(stride) or not all(isinstance(n, int) and n >= 0 for n in numbers):
-        raise _Refused(f"a tensor of shape {size} has invalid strides {stride} at offset {offset}")
+        found = f"{reprlib.repr(stride)} at offset {reprlib.repr(offset)}"
+        raise _Refused(f"a tensor of shape {shape}: expected one stride per axis, none negative, got {found}")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if math.prod(size) and (last >= len(storage) or math.prod(size) > len(storage)):
-        raise _Refused(f"a tensor of shape {size} exceeds its storage of {len(storage)} elements")
+        raise _Refused(f"a tensor of shape {shape} exceeds its storage of {len(storage)} elements")
     view = storage[offset : last + 1] if math.prod(size) else storage[:0]
     steps = [step * storage.itemsize for step in stride]
     return np.lib.stride_tricks.as_strided(view, size, steps, writeable=False)
@@ -266,19 +264,27 @@ _FUNCTIONS: dict[tuple[str, str], Callable] = {
 
 def _state_dict(content: Any) -> Any:
     """Return the model's part of a checkpoint: open_clip and Lightning store it as `state_dict`."""
-    while isinstance(content, Mapping) and not any(isinstance(value, np.ndarray) for value in content.values()):
-        inner = next((content[key] for key in ("state_dict", "model", "module") if key in content), None)
-        if inner is None:
-            return content
-        content = inner
+    for _ in range(_MAX_DEPTH):
+        if not isinstance(content, Mapping) or any(isinstance(value, np.ndarray) for value in content.values()):
+            break
+        content = next((content[key] for key in ("state_dict", "model", "module") if key in content), content)
     return content
 
 
-def _named_tensors(content: Any, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
-    if isinstance(content, _Module):
-        content = vars(content)
-    if isinstance(content, np.ndarray):
-        yield prefix, content
-    elif isinstance(content, Mapping):
-        for name, value in content.items():
-            yield from _named_tensors(value, f"{prefix}.{name}" if prefix else str(name))
+def _named_tensors(content: Any) -> dict[str, np.ndarray]:
+    """Return the tensors of nested containers; their names are joined by dots."""
+    tensors, pending, visited = {}, [("", content, 0)], 0
+    while pending:
+        prefix, value, depth = pending.pop()
+        visited += 1
+        if depth > _MAX_DEPTH or visited + len(pending) > _MAX_VALUES:
+            raise _Refused(f"expected at most {_MAX_VALUES:,} values in {_MAX_DEPTH} nested containers, got more")
+        value = vars(value) if isinstance(value, _Module) else value
+        if isinstance(value, np.ndarray):
+            tensors[prefix] = value
+        elif isinstance(value, Mapping):
+            dot = "." if prefix else ""
+            pending += [(f"{prefix}{dot}{name}", inner, depth + 1) for name, inner in reversed(value.items())]
+    if not tensors:
+        raise _Refused("expected a state dict, a checkpoint or a TorchScript archive, got no tensors")
+    return tensors

@@ -2,39 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
 
 from clip_jax.config import TextTransformer, TokenizerConfig
 from clip_jax.tokenizers.bpe import ClipBPE
-from clip_jax.tokenizers.huggingface import HuggingFace
-from clip_jax.tokenizers.sentencepiece import SentencePiece
+from clip_jax.tokenizers.file_tokenizer import FileTokenizer, HuggingFace, SentencePiece
 from clip_jax.typing import Tokenizer
+
+__all__ = ["TOKENIZERS", "ClipBPE", "HuggingFace", "SentencePiece", "make_tokenizer"]
 
 
 def _clip_bpe(config: TokenizerConfig, text: TextTransformer, truncate: bool, tokenizer_file: bytes) -> Tokenizer:
-    for key, value in _settings(config).items():
-        if value != getattr(TokenizerConfig(), key):
-            raise ValueError(f"tokenizer.{key}={value!r} is for tokenizers with a file, not for clip_bpe")
+    for key in ("clean", "pad_id", "keep_end"):
+        if (value := getattr(config, key)) != (default := getattr(TokenizerConfig(), key)):
+            raise ValueError(f"tokenizer.{key}: expected {default!r} with clip_bpe, got {value!r}; remove it")
     return ClipBPE(text.context_length, text.vocab_size, truncate, tokenizer_file or config.path)
 
 
-def _sentencepiece(config: TokenizerConfig, text: TextTransformer, truncate: bool, tokenizer_file: bytes) -> Tokenizer:
-    return SentencePiece(tokenizer_file or config.path, text.context_length, truncate, **_settings(config))
-
-
-def _huggingface(config: TokenizerConfig, text: TextTransformer, truncate: bool, tokenizer_file: bytes) -> Tokenizer:
-    return HuggingFace(tokenizer_file or config.path, text.context_length, truncate, **_settings(config))
-
-
-def _settings(config: TokenizerConfig) -> dict[str, Any]:
-    return {"clean": config.clean, "pad_id": config.pad_id, "keep_end": config.keep_end}
+def _from_file(
+    cls: type[FileTokenizer], config: TokenizerConfig, text: TextTransformer, truncate: bool, tokenizer_file: bytes
+) -> Tokenizer:
+    settings = {"clean": config.clean, "pad_id": config.pad_id, "keep_end": config.keep_end}
+    return cls(tokenizer_file or config.path, text.context_length, truncate, **settings)
 
 
 # config key `tokenizer.name` -> function of (config, text tower, truncate, content of the tokenizer's file or b"")
 TOKENIZERS = {
     "clip_bpe": _clip_bpe,
-    "sentencepiece": _sentencepiece,
-    "huggingface": _huggingface,
+    "sentencepiece": functools.partial(_from_file, SentencePiece),
+    "huggingface": functools.partial(_from_file, HuggingFace),
 }
 
 
@@ -61,13 +57,10 @@ def make_tokenizer(
     rounded_up = tokenizer.vocab_size <= text.vocab_size <= 1.05 * tokenizer.vocab_size
     fits = {"vocab_size": rounded_up, "eos_id": text.pool != "end" or text.eos_id == tokenizer.eos_id}
     for field, fit in fits.items():
-        given, expected = getattr(text, field), getattr(tokenizer, field)
         if not fit:
+            expected = getattr(tokenizer, field)
             raise ValueError(
-                f"model.text.{field}={given} does not fit tokenizer.name={config.name!r}, whose {field} is {expected};"
-                f" set model.text.{field}={expected}"
+                f"model.text.{field}: expected {expected} by tokenizer.name={config.name!r}, got"
+                f" {getattr(text, field)}; set model.text.{field}={expected}"
             )
     return tokenizer
-
-
-__all__ = ["TOKENIZERS", "ClipBPE", "HuggingFace", "SentencePiece", "make_tokenizer"]

@@ -1,7 +1,7 @@
 """CLIP's byte-level byte-pair encoding (BPE), with the ids of OpenAI's tokenizer on any text.
 
-A text is repaired (ftfy), HTML-unescaped twice, its whitespace collapsed, and lower-cased. A regular expression splits
-it into words, and the UTF-8 bytes of each word are merged pair by pair, the earliest merge of the table first.
+A cleaned text is split into words by a regular expression, and the UTF-8 bytes of each word are merged pair by pair,
+the earliest merge of the table first.
 
 Source: https://github.com/openai/CLIP/blob/2558ec83f8fdfd5b500bf0c7255d1f53b5dbf588/clip/simple_tokenizer.py,
 Sennrich et al. 2016 (arXiv:1508.07909). The table `clip_merges.txt.gz` is OpenAI's (clip_merges.LICENSE): its header
@@ -19,20 +19,14 @@ import dataclasses
 import functools
 import gzip
 import heapq
-import html
 import importlib.resources
 import itertools
-import os
-import pathlib
-import re
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-import ftfy
-import numpy as np
 import regex
-from ftfy.badness import is_bad
-from jaxtyping import Int32, Integer
+
+from clip_jax.tokenizers.base import RowTokenizer, read_file
+from clip_jax.tokenizers.cleaning import clean
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 MAX_VOCAB_SIZE = 49_408  # of the published table: 512 bytes, 48,894 merges, start and end
@@ -43,29 +37,23 @@ _SPLIT = regex.compile(
     rf"{regex.escape(START)}|{regex.escape(END)}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+",
     regex.IGNORECASE,
 )
-_WHITESPACE = regex.compile(r"\s+")
-# Characters that ftfy does not change unless they are mojibake or not composed (NFC), without '&', the start of an HTML
-# entity: ASCII; Latin, Greek, Cyrillic, Hebrew, Arabic, Devanagari and Thai letters; dashes and signs; kana, CJK and
-# Hangul; emoji.
-_UNTOUCHED = re.compile(
-    r"[ -%'-~\xa1-\xac\xae-\u0131\u0134-\u0148\u014a-\u01c3\u01cd-\u01f0\u01f4-\u02af\u0370-\u04ff\u05d0-\u05ea"
-    r"\u0620-\u064a\u0904-\u0939\u0e01-\u0e30\u2010-\u2017\u2020-\u2027\u2030-\u203a\u20a0-\u20bf\u2100-\u214f"
-    r"\u2190-\u23ff\u2500-\u27bf\u3001-\u30ff\u4e00-\u9fff\uac00-\ud7a3\ufe0f\u200d\U0001f300-\U0001faff]*"
-)
 # The 65,536 most recent words cover nearly all words of a corpus. Words above 64 characters (URLs, text without spaces)
 # rarely repeat and are not cached, which bounds the cache to about 100 MB.
 _CACHED_WORDS = 65_536
 _CACHED_LENGTH = 64  # characters
 
 
-class ClipBPE:
-    """CLIP's tokenizer. A row of ids is: start token, text tokens, end token, padding. Thread-safe.
+class ClipBPE(RowTokenizer):
+    """CLIP's tokenizer. A row of ids is: start token, text tokens, end token, padding.
 
     `pad_id` is 0, which is also the token '!': locate the end of a text by `eos_id`, the greatest id, not by padding.
 
     >>> tokenizer = ClipBPE(length=8)
-    >>> tokenizer(["a happy dog", "dog"]).tolist()
+    >>> rows = tokenizer(["A happy Dog", "dog"])
+    >>> rows.tolist()
     [[49406, 320, 900, 1929, 49407, 0, 0, 0], [49406, 1929, 49407, 0, 0, 0, 0, 0]]
+    >>> tokenizer.decode(rows[0])  # in lower case, with a space after each word
+    'a happy dog'
     """
 
     pad_id: int = 0
@@ -77,7 +65,7 @@ class ClipBPE:
 
         Args:
           length: ids per row, including start and end token.
-          vocab_size: 512 bytes, the first merges of the table, and 2 special tokens; 515 to 49,408 for CLIP's table.
+          vocab_size: 512 bytes, the first merges, and 2 special tokens; 515 to 49,408 for CLIP's table.
           truncate: truncate texts that are too long, keeping the end token; False raises ValueError.
           merges_path: path or content of another merge table, plain or gzip, one merge per line, the most frequent
             first; empty for CLIP's.
@@ -85,43 +73,23 @@ class ClipBPE:
         Raises:
           ValueError: if `vocab_size` or `length` is out of range, or the file is no merge table.
         """
-        if length < 3:
-            raise ValueError(
-                f"model.text.context_length={length} leaves no room between start and end; use at least 3, e.g. 77"
-            )
+        super().__init__(length, truncate)
         table = _read_table(merges_path)
         largest = len(table.symbols) + 2
         if not _BYTE_SYMBOLS + 3 <= vocab_size <= largest:
             raise ValueError(
-                f"model.text.vocab_size={vocab_size} is out of range: the tokenizer clip_bpe has 512 bytes, 1 to"
-                f" {len(table.pairs)} merges and 2 special tokens; use {_BYTE_SYMBOLS + 3} to {largest}"
+                f"model.text.vocab_size: expected {_BYTE_SYMBOLS + 3} to {largest} with clip_bpe (512 bytes, 1 to"
+                f" {len(table.pairs)} merges and 2 special tokens), got {vocab_size}; use e.g. {largest}"
             )
-        self.length, self.vocab_size, self.truncate = length, vocab_size, truncate
-        self.bos_id, self.eos_id = vocab_size - 2, vocab_size - 1
+        self.vocab_size, self.bos_id, self.eos_id = vocab_size, vocab_size - 2, vocab_size - 1
         self._symbols = table.symbols[: vocab_size - 2]
-        self._merges = {
-            pair: _BYTE_SYMBOLS + rank for rank, pair in enumerate(table.pairs[: vocab_size - 2 - _BYTE_SYMBOLS])
-        }
+        pairs = table.pairs[: vocab_size - 2 - _BYTE_SYMBOLS]
+        self._merges = {pair: merged for merged, pair in enumerate(pairs, start=_BYTE_SYMBOLS)}
         self._words = table.words
         self._recent = functools.lru_cache(_CACHED_WORDS)(self._encode_chunk)
 
-    def __call__(self, texts: Sequence[str]) -> Int32[np.ndarray, "n L"]:
-        """Return one row of `length` ids per text.
-
-        Raises:
-          ValueError: if a text is too long and `truncate` is False.
-          TypeError: if `texts` is one string.
-        """
-        if isinstance(texts, (str, bytes)):
-            raise TypeError(f"expected a sequence of texts, got one: wrap it, [{texts[:40]!r}]")
-        rows = np.full((len(texts), self.length), self.pad_id, np.int32)
-        for row, text in zip(rows, texts, strict=True):
-            ids = self.encode(text)
-            if len(ids) > self.length - 2:
-                self._check_length(text, len(ids) + 2)
-                del ids[self.length - 2 :]
-            row[: len(ids) + 2] = (self.bos_id, *ids, self.eos_id)
-        return rows
+    def _encode(self, texts: Sequence[str]) -> Iterator[list[int]]:
+        return ([self.bos_id, *self.encode(text), self.eos_id] for text in texts)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text of any length, without start and end token.
@@ -135,15 +103,8 @@ class ClipBPE:
             ids += self._recent(chunk) if len(chunk) <= _CACHED_LENGTH else self._encode_chunk(chunk)
         return ids
 
-    def decode(self, ids: Sequence[int] | Integer[np.ndarray, "L"]) -> str:
-        """Return the text of a row up to its end token, in lower case, with a space after each word.
-
-        >>> tokenizer = ClipBPE()
-        >>> tokenizer.decode(tokenizer(["A happy Dog!"])[0])
-        'a happy dog !'
-        """
-        kept = itertools.takewhile(lambda token: token != self.eos_id, map(int, ids))
-        text = b"".join(self._symbols[token] for token in kept if token != self.bos_id)
+    def _decode(self, ids: list[int]) -> str:
+        text = b"".join(self._symbols[token] for token in ids if token != self.bos_id)
         return text.decode("utf-8", errors="replace").strip()
 
     def as_huggingface(self) -> tuple[dict[str, int], list[str]]:
@@ -171,31 +132,6 @@ class ClipBPE:
         ids = [_BYTE_ID[byte] for byte in word.encode()]
         ids[-1] += 256
         return (_merge if len(ids) <= _SHORT else _merge_long)(ids, self._merges)
-
-    def _check_length(self, text: str, tokens: int) -> None:
-        if not self.truncate:
-            raise ValueError(
-                f"the text {text[:60]!r}… has {tokens} tokens with start and end, but"
-                f" model.text.context_length={self.length}; shorten it, or pass truncate=True"
-            )
-
-
-def clean(text: str) -> str:
-    """Repair, HTML-unescape, collapse whitespace to single spaces and lower-case, as OpenAI does."""
-    return repair(text).lower()
-
-
-def repair(text: str) -> str:
-    """Undo mojibake, HTML-unescape twice, and collapse whitespace to single spaces."""
-    # ftfy and html do not change printable ASCII without '&', and its only whitespace is the space.
-    if text.isascii() and text.isprintable() and "&" not in text:
-        return " ".join(text.split())
-    # ftfy and html take four times as long as the rest of the tokenizer.
-    if not (_UNTOUCHED.fullmatch(text) and unicodedata.is_normalized("NFC", text) and not is_bad(text)):
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    text = text.strip()
-    # str.strip and \s disagree on U+001C to U+001F, so both are needed, in this order.
-    return _WHITESPACE.sub(" ", text).strip()
 
 
 _NONE = 1 << 30  # greater than any id
@@ -262,16 +198,12 @@ _SHORT = 64  # bytes; above, the priority queue is faster
 
 @dataclasses.dataclass(frozen=True)
 class _Table:
-    """A merge table as ids.
+    """A merge table as ids."""
 
-    pairs: the two ids that merge `i` joins to id 512 + i.
-    symbols: the bytes of every id, with a space at a word's end.
-    words: ids of complete words of ASCII letters, which need no merges. Only for CLIP's table, where a test checks that
-      the merges of each word end in its id; other tables need not have this property.
-    """
-
-    pairs: tuple[tuple[int, int], ...]
-    symbols: tuple[bytes, ...]
+    pairs: tuple[tuple[int, int], ...]  # the two ids that merge `i` joins to id 512 + i
+    symbols: tuple[bytes, ...]  # the bytes of every id, with a space at a word's end
+    # Ids of complete words of ASCII letters, which need no merges. Only of CLIP's table, where a test checks that the
+    # merges of each word end in its id; other tables need not have this property.
     words: Mapping[str, int]
 
 
@@ -282,12 +214,14 @@ def _read_table(path: str | bytes) -> _Table:
     id_of = {c: i for i, c in enumerate(characters)} | {c + _WORD_END: 256 + i for i, c in enumerate(characters)}
     symbols = [bytes([byte]) for byte in order] + [bytes([byte]) + b" " for byte in order]
     pairs = []
-    for number, line in _read_lines(path):
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if not line or (number == 1 and "#version:" in line):  # '#version: 0.2', with or without a name
+            continue
         parts = line.split()
         if len(parts) != 2 or not id_of.keys() >= set(parts) or "".join(parts) in id_of:
             raise ValueError(
-                f"the tokenizer's merge table, line {number}: {line[:60]!r} is not a merge: expected two symbols, each"
-                " a byte or the result of an earlier line, that form a new one, e.g. 'th e</w>'"
+                f"the tokenizer's merge table, line {number}: expected two symbols, each a byte or the result of an"
+                f" earlier line, that form a new one, e.g. 'th e</w>', got {line[:60]!r}; give another file"
             )
         first, second = (id_of[part] for part in parts)
         id_of["".join(parts)] = len(symbols)
@@ -298,18 +232,9 @@ def _read_table(path: str | bytes) -> _Table:
     return _Table(tuple(pairs), tuple(symbols), known)
 
 
-def _read_lines(path: str | bytes) -> Iterator[tuple[int, str]]:
-    """Yield numbers and lines of the table, without the header ('#version: 0.2', with or without a name)."""
-    content = path if isinstance(path, bytes) and path else _read_file(os.fsdecode(path))
-    if content.startswith(b"\x1f\x8b"):
-        content = gzip.decompress(content)
-    for number, line in enumerate(content.decode("utf-8").split("\n"), start=1):
-        if line and not (number == 1 and "#version:" in line):
-            yield number, line
-
-
-def _read_file(path: str) -> bytes:
-    file = pathlib.Path(path).expanduser() if path else importlib.resources.files(__package__) / "clip_merges.txt.gz"
-    if not file.is_file():
-        raise ValueError(f"tokenizer.path={path!r}: the file does not exist; leave it empty for CLIP's merge table")
-    return file.read_bytes()
+def _read_text(path: str | bytes) -> str:
+    if not path:
+        content = (importlib.resources.files(__package__) / "clip_merges.txt.gz").read_bytes()
+    else:
+        content = path if isinstance(path, bytes) else read_file(path, "/data/merges.txt")
+    return (gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content).decode("utf-8")

@@ -1,46 +1,27 @@
-"""Base class of the tokenizers that read a user's file: cleaning of texts, padding of rows.
+"""Tokenizers that read a user's file: SentencePiece and Hugging Face's `tokenizer.json`.
 
-Source of the cleaning functions: open_clip `tokenizer.py` (`get_clean_fn`); big_vision
-`evaluators/proj/image_text/prompt_engineering.py` (`_canonicalize_string_py`).
+The file defines normalization, pieces and special tokens; cleaning before and padding after tokenization come from
+`TokenizerConfig`.
+
+Sources: Kudo and Richardson 2018 (arXiv:1808.06226), https://github.com/google/sentencepiece;
+https://github.com/huggingface/tokenizers (extra: `clip-jax-tpu[interop]`).
 """
 
 from __future__ import annotations
 
 import os
-import pathlib
-import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int32, Integer
+from jaxtyping import Int32
 
-from clip_jax.tokenizers.bpe import repair
-
-_NO_PUNCTUATION = str.maketrans("_", " ", string.punctuation.replace("_", ""))
-
-
-def _canonicalize(text: str) -> str:
-    """Remove ASCII punctuation, replace underscores by spaces, and lower-case, as in SigLIP's evaluation."""
-    return " ".join(repair(text).translate(_NO_PUNCTUATION).lower().split())
+from clip_jax.tokenizers.base import RowTokenizer, read_file
+from clip_jax.tokenizers.cleaning import CLEAN
 
 
-# `tokenizer.clean` -> function. 'lower' is SigLIP 2's in transformers; the last two are open_clip's.
-CLEAN: Mapping[str, Callable[[str], str]] = {
-    "none": str,
-    "lower": str.lower,
-    "whitespace": repair,
-    "canonicalize": _canonicalize,
-}
+class FileTokenizer(RowTokenizer):
+    """A tokenizer with a user's file. Subclasses also implement `_load`."""
 
-
-class FileTokenizer:
-    """A tokenizer with a user's file. A row of ids is: tokens, end token, padding. Thread-safe.
-
-    Subclasses implement `_load`, `_encode` and `_decode`.
-    """
-
-    vocab_size: int
-    eos_id: int
     EXAMPLE_PATH: str  # for error messages
 
     def __init__(
@@ -67,57 +48,91 @@ class FileTokenizer:
           ImportError: if the library that reads the file is not installed.
           ValueError: if the file is missing, is no tokenizer, or has no end token, or if `length` is too short.
         """
-        content = path if isinstance(path, bytes) else self._read(path)
+        super().__init__(length, truncate)
+        content = path if isinstance(path, bytes) else read_file(path, self.EXAMPLE_PATH)
         name = "the tokenizer's file" if isinstance(path, bytes) else f"tokenizer.path={os.fspath(path)!r}"
-        if length < 3:
-            raise ValueError(f"model.text.context_length={length} leaves no room for a text; use at least 3, e.g. 64")
-        self.length, self.truncate = length, truncate
         self.vocab_size, self.eos_id, own_pad_id = self._load(content, name)
         self.pad_id = own_pad_id if pad_id < 0 else pad_id
         self._clean, self._keep_end = CLEAN[clean], keep_end
 
     def __call__(self, texts: Sequence[str]) -> Int32[np.ndarray, "n L"]:
-        """Return one row of `length` ids per text.
-
-        Raises:
-          ValueError: if a text is too long and `truncate` is False.
-          TypeError: if `texts` is one string.
-        """
-        if isinstance(texts, (str, bytes)):
-            raise TypeError(f"expected a sequence of texts, got one: wrap it, [{texts[:40]!r}]")
-        rows = np.full((len(texts), self.length), self.pad_id, np.int32)
-        for row, text, ids in zip(rows, texts, self._encode([self._clean(text) for text in texts]), strict=True):
-            if len(ids) > self.length:
-                if not self.truncate:
-                    raise ValueError(
-                        f"the text {text[:60]!r}… has {len(ids)} tokens with its end, but"
-                        f" model.text.context_length={self.length}; shorten it, or pass truncate=True"
-                    )
-                ids = [*ids[: self.length - 1], self.eos_id]
-            row[: len(ids)] = ids
+        """Return rows as `RowTokenizer`, without the end token if `keep_end` is False."""
+        rows = super().__call__(texts)
         return rows if self._keep_end else np.where(rows == self.eos_id, np.int32(self.pad_id), rows)
-
-    def decode(self, ids: Sequence[int] | Integer[np.ndarray, "L"]) -> str:
-        """Return the text of a row up to its end token."""
-        row = list(map(int, ids))
-        return self._decode(row[: row.index(self.eos_id)] if self.eos_id in row else row)
-
-    def _read(self, path: str | os.PathLike[str]) -> bytes:
-        file = pathlib.Path(path).expanduser()
-        if not file.is_file():
-            raise ValueError(
-                f"tokenizer.path={os.fspath(path)!r}: the file does not exist; give e.g."
-                f" --config.tokenizer.path={self.EXAMPLE_PATH}"
-            )
-        return file.read_bytes()
 
     def _load(self, content: bytes, name: str) -> tuple[int, int, int]:
         """Read the file's content; return vocabulary size, end id and padding id. `name` is for errors."""
         raise NotImplementedError
 
-    def _encode(self, texts: list[str]) -> list[list[int]]:
-        """Return the ids of each text, with its end token."""
-        raise NotImplementedError
+
+class SentencePiece(FileTokenizer):
+    """The tokenizer of SigLIP and most multilingual text towers. A row of ids is: pieces, end token, padding.
+
+    `pad_id` is the argument, or the model's, or the end token if the model has none.
+    """
+
+    EXAMPLE_PATH = "/data/c4_en.model"
+
+    def _load(self, content: bytes, name: str) -> tuple[int, int, int]:
+        import sentencepiece
+
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(content)
+        except RuntimeError as error:
+            raise ValueError(f"{name}: expected a SentencePiece model, got {error}; give another file") from error
+        eos_id, pad_id = self._processor.eos_id(), self._processor.pad_id()
+        if eos_id < 0:  # absent
+            raise ValueError(
+                f"{name}: expected an end token, which the text tower needs for pooling, got none; train the model"
+                " with one, e.g. spm_train --eos_id=1"
+            )
+        return self._processor.vocab_size(), eos_id, eos_id if pad_id < 0 else pad_id
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return [[*ids, self.eos_id] for ids in self._processor.encode([self._clean(text) for text in texts])]
 
     def _decode(self, ids: list[int]) -> str:
-        raise NotImplementedError
+        return self._processor.decode(ids)
+
+
+class HuggingFace(FileTokenizer):
+    """A row of ids is: the tokens that the file defines, with its special tokens, and padding.
+
+    The end token is the last token of an empty text. `pad_id` is the argument, the file's, the id of the token `<pad>`
+    or `[PAD]`, or the end token: the first of these that exists.
+    """
+
+    EXAMPLE_PATH = "/data/bert/tokenizer.json"
+
+    def _load(self, content: bytes, name: str) -> tuple[int, int, int]:
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise ImportError("tokenizer.name='huggingface' needs a library: pip install tokenizers") from error
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+        except Exception as error:  # the library raises plain Exceptions
+            raise ValueError(f"{name}: expected a tokenizer.json, got {error}; give another file") from error
+        padding = self._tokenizer.padding or {}
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        special = self._tokenizer.encode("").ids
+        if not special:
+            raise ValueError(
+                f"{name}: expected an end token, which the text tower needs for pooling, got none; give the file's"
+                " post_processor a template such as '$A </s>'"
+            )
+        named = [self._tokenizer.token_to_id(token) for token in ("<pad>", "[PAD]")]
+        own_pad_id = next(token for token in (padding.get("pad_id"), *named, special[-1]) if token is not None)
+        return self._tokenizer.get_vocab_size(), special[-1], own_pad_id
+
+    def token(self, token_id: int) -> str:
+        """Return the token of an id, as the file spells it."""
+        return self._tokenizer.id_to_token(token_id)
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._tokenizer.encode_batch([self._clean(text) for text in texts])]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids)
