@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import importlib.resources
 import io
 import math
 import re
@@ -196,40 +197,17 @@ def open_clip_csv(name: str, pretrained: str, parameters: int, flops: float, met
 
 def model_card(run: Mapping[str, Any], report: EvalReport, config: WeightsConfig) -> str:
     """Return a draft of a Hugging Face model card in Markdown: measured values, and placeholders for the rest."""
-    spec, image, text = config.preprocess, config.model.image, config.model.text
-    lines = [
-        "---",
-        "library_name: clip_jax",
-        "pipeline_tag: zero-shot-image-classification",
-        "tags: [clip, jax, flax]",
-        "license: # fill in",
-        "---",
-        "",
-        f"# {run['name']}",
-        "",
-        f"A CLIP model (Radford et al. 2021): `{run['architecture']}`, {run['parameters']:,} parameters, images of"
-        f" {image.image_size} px, texts of {text.context_length} tokens. Preprocessing: {spec.resize},"
-        f" {spec.interpolation}, mean {spec.mean}, standard deviation {spec.std}."
-        f" Source: {config.source or 'fill in'}.",
-        "",
-        "## Intended use, data, limitations",
-        "",
-        "Fill in: training data and its licenses, intended and out-of-scope uses, groups of people and languages that"
-        " the data does not represent (`clip_jax.evals.analysis.bias` evaluates by group).",
-        "",
-        "## Evaluation",
-        "",
-        "Fractions with 95 % confidence intervals; few-shot: range over draws. Ties count as errors.",
-        "",
-        "| metric | value | interval | published |",
-        "|---|--:|--:|--:|",
-    ]
-    for result in results(report.metrics):
-        interval = f"{result.low:.3f} to {result.high:.3f}" if result.low is not None else ""
-        published = "" if result.published is None else f"{result.published:.3f}"
-        lines.append(f"| {result.key} | {result.value:.3f} | {interval} | {published} |")
-    lines += ["", "Evaluation setup:", "", *(f"- {key}: {setup}." for key, setup in report.descriptions.items())]
-    missing = report.skipped | {key: f"failed: {reason}" for key, reason in report.failed.items()}
-    if missing:
-        lines += ["", "Not evaluated:", "", *(f"- {key}: {reason}" for key, reason in missing.items())]
-    return "\n".join(lines) + "\n"
+    values = {"run": run, "report": report, "config": config, "results": results(report.metrics)}
+    return render("model_card.md.jinja", autoescape=False, **values)
+
+
+def render(template: str, *, autoescape: bool = True, **values: Any) -> str:
+    """Return a template of this package with its values."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=autoescape, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {"words": format_key, "fraction": format_fraction, "count": format_count}
+    text = importlib.resources.files(__package__).joinpath(template).read_text(encoding="utf-8")
+    return environment.from_string(text).render(**values)

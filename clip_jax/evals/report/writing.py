@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import json
 import math
 import os
@@ -108,20 +107,15 @@ def render_page(
     plots: Mapping[str, str] | None = None,
 ) -> str:
     """Return the page as HTML. Arguments: see `write_report`."""
-    import jinja2
     import markupsafe
 
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters |= {"words": tables.format_key, "fraction": tables.format_fraction}
-    environment.filters |= {"count": tables.format_count, "percent": _css_percent}
-    template = importlib.resources.files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
     rows, languages = tables.results(metrics), _languages(metrics)
     groups = {row.dataset: [r for r in rows if r.dataset == row.dataset] for row in rows}
     for language in languages:  # in a table of their own
         del groups[language["dataset"]]
-    return environment.from_string(template).render(
+    return tables.render(
+        "report.html.jinja",
+        percent=_css_percent,
         title=run.get("name", "clip_jax run"),
         attribution=run.get("attribution", ""),
         properties={k: v for k, v in run.items() if not isinstance(v, Mapping) and k not in ("name", "attribution")},
