@@ -248,4 +248,4 @@ def check_dataset(dataset: EvalDataset) -> None:
     if targets.ndim == 1 and (targets.min() < 0 or targets.max() >= len(texts)):
         raise ValueError(f"{name}: expected targets from 0 to {len(texts) - 1}, got {targets.min()} to {targets.max()}")
     if empty := [index for index, prompts in enumerate(texts) if not prompts]:
-        raise ValueError(f"{name}: expected a prompt for every text, got none for {len(empty)}, e.g. text {empty[0]}")
+        raise ValueError(f"{name}: expected a prompt per text, got none for text {empty[0]} ({len(empty)} in all)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -72,6 +73,10 @@ def _class_feature(name: str, features: Any) -> tuple[str, tuple[str, ...]]:
     )
 
 
+def _image(rows: Sequence[dict], index: int) -> bytes:
+    return rows[index]["image"]
+
+
 def _read_rows(builder: Any, split: str, feature: str) -> tuple[Sequence[bytes], list, list[int]]:
     """Return the encoded images of a split, their class ids (or lists of class ids), and their sizes in bytes."""
     import tensorflow_datasets
@@ -79,7 +84,7 @@ def _read_rows(builder: Any, split: str, feature: str) -> tuple[Sequence[bytes],
     decoders = {"image": tensorflow_datasets.decode.SkipDecoding()}
     if builder.info.file_format is tensorflow_datasets.core.FileFormat.ARRAY_RECORD:
         rows = builder.as_data_source(split, decoders=decoders)
-        images = LazySequence(len(rows), lambda i: rows[i]["image"])
+        images = LazySequence(len(rows), functools.partial(_image, rows))
         pairs = ((row["image"], row[feature]) for row in rows)
     else:
         dataset = builder.as_dataset(
