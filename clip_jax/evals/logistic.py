@@ -292,7 +292,7 @@ def _direction(problem: Problem, state: _State) -> Array:
 
 
 def _line_search(derivative: Callable, initial_derivative: Array) -> tuple[Array, Array, Any]:
-    """Return an accepted step length, whether there is one, and the last outputs of `derivative` beside its value.
+    """Return an accepted step length, whether there is one, and the last auxiliary outputs of `derivative`.
 
     A length is accepted if its derivative is at most MAX_DERIVATIVE × the initial one. The objective is convex, so the
     sign of the derivative brackets the best length; unlike differences of the objective, it is accurate in float32. If

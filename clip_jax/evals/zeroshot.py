@@ -115,8 +115,8 @@ def _associations(prefix: str, embedder: Embedder, dataset: EvalDataset) -> dict
         raise Undefined(f"expected cues with at least {MIN_CANDIDATES} candidates, got none among {len(cues)} cues")
     image_nE = embedder.image(dataset.images)
     scores_Cn = scores(embed_texts(embedder, dataset), image_nE)
-    scored = zip(scores_Cn, cues, strict=True)
-    jaccard_C = np.array([jaccard(Predictions(s_n[None, c.candidates], c.associated[None])) for s_n, c in scored])
+    pairs = zip(scores_Cn, cues, strict=True)
+    jaccard_C = np.array([jaccard(Predictions(s_n[None, c.candidates], c.associated[None])) for s_n, c in pairs])
     candidates_C = np.array([len(cue.candidates) for cue in cues])
     chance_C = np.array([chance_jaccard(len(cue.candidates), int(cue.associated.sum())) for cue in cues])
     metrics = {}

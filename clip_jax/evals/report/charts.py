@@ -120,10 +120,10 @@ _STYLE = (
 )
 
 
-def _standalone(width: int, height: int, label: str, parts: Iterable[str]) -> str:
-    """Return an SVG with its own style. `label` describes it for screen readers."""
+def _standalone(width: int, height: int, title: str, parts: Iterable[str]) -> str:
+    """Return an SVG with its own style. `title` is for screen readers."""
     background = _tag("rect", width=width, height=height, fill="var(--paper)")
-    attributes = {"class": "chart", "viewBox": f"0 0 {width} {height}", "role": "img", "aria_label": label}
+    attributes = {"class": "chart", "viewBox": f"0 0 {width} {height}", "role": "img", "aria_label": title}
     body = _tag("style", _STYLE) + background + "".join(parts)
     return _tag("svg", body, xmlns="http://www.w3.org/2000/svg", **attributes)
 
@@ -180,8 +180,8 @@ def robustness_chart(fit: LinearFit, points: Points, models: Mapping[str, tuple[
     for name, (x, y) in models.items():
         above = 100 * fit.effective_robustness(x, y)
         dots.append((name, logit(x), logit(y), f"{name}: {above:+.1f} points of effective robustness"))
-    label = "Accuracy under distribution shift against accuracy on ImageNet"
-    return _standalone(width, height, label, [*parts, *_named_dots(axes, dots, "model")])
+    title = "Accuracy under distribution shift against accuracy on ImageNet"
+    return _standalone(width, height, title, [*parts, *_named_dots(axes, dots, "model")])
 
 
 def _clipped_line(axes: _Axes, slope: float, intercept: float, **attributes: object) -> str:
