@@ -206,9 +206,8 @@ def embed_dataset(
 ) -> tuple[Float[np.ndarray, "n E"], Float[np.ndarray, "M E"]]:
     """Return the embeddings of the images and of the texts, averaged over the prompts of each text.
 
-    Raises:
-      Unavailable: if the dataset has no texts for a known reason, e.g. missing class names.
-      ValueError: for an inconsistent dataset (see `check_dataset`), or a wrong number of rows from the embedder.
+    Raises Unavailable if the dataset has no texts for a known reason, e.g. missing class names; ValueError for an
+    inconsistent dataset, or a wrong number of rows from the embedder.
     """
     if dataset.missing_texts:
         raise Unavailable(dataset.missing_texts)

@@ -46,9 +46,7 @@ class LoadOptions:
 def load_split(row: Dataset, part: str, data_dir: str) -> DatasetSplit:
     """Load a split from a Python package, else from `<data_dir>/<row.folder>/<split>`, else from TFDS below `data_dir`.
 
-    Raises:
-      Unavailable: if the split is not on this machine. The message lists the places and how to prepare the data.
-      ValueError: if the stored data is damaged or incomplete.
+    Raises Unavailable if the split is not on this machine: the message lists the places and how to prepare the data.
     """
     if row.builtin:
         return read_builtin(row.builtin, part)

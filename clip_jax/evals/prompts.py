@@ -46,11 +46,7 @@ FORMAT = 'a JSON object such as {"class_names": ["cat", ["dog", "puppy"]], "temp
 
 
 def class_texts(class_names: Names, templates: Sequence[str]) -> Names:
-    """Return the prompts of every class: each of its names in each template.
-
-    >>> class_texts((("cat",), ("dog", "puppy")), ("a {}.",))
-    (('a cat.',), ('a dog.', 'a puppy.'))
-    """
+    """Return the prompts of every class: each of its names in each template."""
     return tuple(
         tuple(template.replace(SLOT, name) for template in templates for name in names) for names in class_names
     )

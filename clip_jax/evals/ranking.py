@@ -62,9 +62,7 @@ def ranks(
     """Return for each query the number of negative candidates ranked before its best positive; 0 is best.
 
     Ties and NaN scores rank before it. A query without a positive of finite score gets M, worse than any rank.
-
-    Args:
-      positives: query indices and candidate indices of all matching pairs, each pair once.
+    `positives` are the query indices and candidate indices of all matching pairs, each pair once.
     """
     queries_NE, candidates_ME = unit(queries_NE), unit(candidates_ME)
     query_m, candidate_m = positives

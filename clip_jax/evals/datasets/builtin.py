@@ -19,12 +19,7 @@ Arrays = tuple[list[bytes], np.ndarray, tuple[str, ...]]  # encoded images, clas
 
 
 def read_builtin(name: str, split: str) -> DatasetSplit:
-    """Return the 'train' or 'test' split of a dataset of BUILTIN.
-
-    Raises:
-      Unavailable: if the package is not installed, with the command that installs it.
-      ValueError: for an unknown name or split.
-    """
+    """Return the 'train' or 'test' split of a dataset of BUILTIN. Raises Unavailable if a package is missing."""
     if name not in BUILTIN:
         raise ValueError(f"there is no built-in dataset {name!r}; expected one of {', '.join(BUILTIN)}")
     if split not in ("train", "test"):

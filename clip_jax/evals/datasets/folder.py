@@ -31,8 +31,7 @@ T = TypeVar("T")
 def read_folder(directory: str | os.PathLike, split: str) -> DatasetSplit:
     """Open a split of images in a local folder. The layout: this module's docstring.
 
-    Raises:
-      ValueError: without images, or if class names, captions or cues do not match the images.
+    Raises ValueError without images, or if class names, captions or cues do not match the images.
     """
     directory = Path(directory).expanduser()
     folder = directory / split

@@ -22,12 +22,8 @@ def read_tfds(name: str, split: str, data_dir: str) -> DatasetSplit:
     From ArrayRecord files, images are read on access, after one pass over the classes. TFRecord has no random access:
     all encoded images of the split stay in memory, 6.7 GB for the validation split of ImageNet.
 
-    Args:
-      name: such as 'cifar10' or 'imagenet_v2/matched-frequency'.
-
-    Raises:
-      Unavailable: if the dataset has not been prepared, with the command that prepares it, or has no image classes.
-      ValueError: for an unknown split.
+    Raises Unavailable if the dataset has not been prepared, with the command that prepares it, or has no image classes;
+    ValueError for an unknown split. name: such as 'cifar10' or 'imagenet_v2/matched-frequency'.
     """
     import tensorflow_datasets
     from tensorflow_datasets.core import read_only_builder

@@ -55,9 +55,7 @@ class Sample:
 def read_webdataset(directory: str | os.PathLike, split: str) -> DatasetSplit:
     """Open a split of tar shards in a local folder. The layout: this module's docstring.
 
-    Raises:
-      ValueError: if a shard is missing or damaged, or a sample has no image or no valid target. The message has the
-        file and the sample.
+    Raises ValueError if a shard is missing or damaged, or a sample has no image or no valid target.
     """
     directory = Path(directory).expanduser()
     path = directory / "dataset_type.txt"
