@@ -57,7 +57,7 @@ few_shot.tasks, few_shot.needs_train_split = ("zeroshot",), True
 
 
 def draw(class_ids_n: Integer[np.ndarray, "n"], classes: int, shots: int, seed: int) -> Int64[np.ndarray, "m"]:
-    """Return the rows of `shots` random examples of each class, ordered by class. Draws with fewer shots are subsets."""
+    """Return the rows of `shots` random examples per class, ordered by class. Draws with fewer shots are subsets."""
     drawn = []
     for class_id in range(classes):
         rows = np.flatnonzero(class_ids_n == class_id)
