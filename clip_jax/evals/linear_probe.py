@@ -140,9 +140,7 @@ def fit(
     [0, 0, 1, 1]
     """
     if not 0 < l2 < np.inf:
-        raise ValueError(
-            f"l2: expected a positive number such as 1e-6, got {l2}; separable classes have no optimum at 0"
-        )
+        raise ValueError(f"l2: expected a positive number such as 1e-6, got {l2}; without it there may be no optimum")
     training = _Training(Examples(features_nD, targets), classes, tolerance)
     return training.probe(training.solve(l2, training.coordinates(start)))
 

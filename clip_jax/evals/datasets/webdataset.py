@@ -95,9 +95,7 @@ def _templates(directory: Path) -> tuple[str, ...]:
     templates = tuple(line.replace("{c}", "{}") for line in read_lines(path))
     for number, template in enumerate(templates, start=1):
         if "{}" not in template:
-            raise ValueError(
-                f"{path}, line {number}: expected {{c}} for the class, as in 'a photo of a {{c}}.', got {template!r}"
-            )
+            raise ValueError(f"{path}, line {number}: expected {{c}}, as in 'a photo of a {{c}}.', got {template!r}")
     return templates
 
 
@@ -114,9 +112,8 @@ def _shard_paths(folder: Path) -> list[Path]:
     names = [f"{number}.tar" for number in range(count)]
     if missing := [name for name in names if name not in found]:
         source = "numbers from 0 without gaps" if expected is None else f"{expected} shards as in nshards.txt"
-        raise ValueError(
-            f"{folder}: {', '.join(missing)} missing; expected {source}, got {', '.join(sorted(found)) or 'no tar'}"
-        )
+        got = ", ".join(sorted(found)) or "no tar"
+        raise ValueError(f"{folder}: {', '.join(missing)} missing; expected {source}, got {got}")
     if unexpected := sorted(found.difference(names)):
         raise ValueError(
             f"{folder}: {', '.join(unexpected)} unexpected; expected {count} shards 0.tar … {count - 1}.tar: remove "
