@@ -10,10 +10,8 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
-import os
 import pathlib
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,6 +24,7 @@ from clip_jax.devices import distributed
 from clip_jax.devices.distributed import DATA_ERRORS
 from clip_jax.evals.datasets.files import LazySequence
 from clip_jax.evals.ranking import unit
+from clip_jax.paths import write_atomically
 from clip_jax.typing import Embedder, EvalDataset, Params, Tokenizer, Unavailable
 
 log = logging.getLogger(__name__)
@@ -151,7 +150,8 @@ class FeatureCache:
         computed = compute()
         if distributed.is_main_process() and np.isfinite(computed).all():
             try:
-                _write(path, computed)
+                _remove_abandoned(path.parent)
+                write_atomically(path, lambda file: np.save(file, computed))
             except OSError as error:  # disk full or read-only: the evaluation goes on without the cache
                 log.warning("%s: features not cached: %s", path, error)
         return computed
@@ -188,17 +188,12 @@ def _read(path: pathlib.Path, rows: int) -> np.ndarray | None:
     return array if isinstance(array, np.ndarray) and array.ndim == 2 and len(array) == rows else None
 
 
-def _write(path: pathlib.Path, array: np.ndarray) -> None:
-    """Write a file atomically, and remove temporary files of killed writers."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for abandoned in path.parent.glob(f"{'[0-9a-f]' * 32}.{'[0-9a-f]' * 32}.new"):  # no file of other programs
+def _remove_abandoned(directory: pathlib.Path) -> None:
+    """Remove temporary files of killed writers (see `paths.write_atomically`), and no file of other programs."""
+    for path in directory.glob(f".{'[0-9a-f]' * 32}.npy.*"):
         with contextlib.suppress(OSError):  # renamed or removed meanwhile
-            if time.time() - abandoned.stat().st_mtime > ABANDONED_SECONDS:
-                abandoned.unlink()
-    new = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.new")
-    with open(new, "wb") as file:
-        np.save(file, array)
-    os.replace(new, path)
+            if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+                path.unlink()
 
 
 def embed_dataset(

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from clip_jax.config import WeightsConfig, check_local_path, check_name, name_of
+from clip_jax.config import WeightsConfig, check_name, name_of
 from clip_jax.devices import distributed, sharding
 from clip_jax.evals import EVALUATORS
 from clip_jax.evals.analysis import bias, near_duplicates, robustness
@@ -29,10 +29,11 @@ from clip_jax.evals.embed import DiskCachedEmbedder, FeatureCache, ModelEmbedder
 from clip_jax.evals.load import LoadOptions, expand
 from clip_jax.evals.report.charts import overlap_chart, robustness_chart
 from clip_jax.evals.report.tables import model_card, open_clip_csv, text_table
-from clip_jax.evals.report.writing import check_same_weights, weights_name, write_atomically, write_report
+from clip_jax.evals.report.writing import check_same_weights, weights_name, write_report
 from clip_jax.evals.suite import EvalReport, EvaluatedModel, evaluate
 from clip_jax.models import count_parameters, make_model
 from clip_jax.models.flops import forward_flops
+from clip_jax.paths import check_local, write_atomically
 from clip_jax.preprocess import preprocess_many
 from clip_jax.provenance import versions
 from clip_jax.tokenizers import make_tokenizer
@@ -76,7 +77,7 @@ def prepare(options: Options) -> Evaluation:
     for name in options.evaluators:
         check_name("--evaluators", name, EVALUATORS)
     for name in ("data_dir", "cache_dir"):
-        check_local_path(f"--{name}", getattr(options, name))
+        check_local(f"--{name}", getattr(options, name))
     names = expand(options.datasets)
     if not (names and options.evaluators):
         raise ValueError("--datasets and --evaluators: expected at least one of each, e.g. --datasets=smoke")

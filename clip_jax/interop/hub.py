@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import pathlib
 
+from clip_jax.paths import check_local
+
 HUB = "hf-hub:"
 CACHE = "~/.cache/clip"
 OPENAI = {
@@ -34,8 +36,7 @@ def locate(path: str | os.PathLike[str]) -> pathlib.Path:
       ValueError: for a URL, or if `huggingface_hub` is not installed.
     """
     name = os.fspath(path)
-    if "://" in name:
-        raise ValueError(f"{name}: expected a local path, got a URL; copy it first, e.g. gcloud storage cp {name} .")
+    check_local("weights", name)
     if name.startswith(HUB):
         return _download(name.removeprefix(HUB))
     local = pathlib.Path(name).expanduser()

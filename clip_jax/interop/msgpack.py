@@ -20,15 +20,16 @@ import json
 import os
 import pathlib
 import struct
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, BinaryIO
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import msgpack as packer
 import numpy as np
+from etils import epath
 from flax import serialization
 
 from clip_jax.config import WeightsConfig, build
+from clip_jax.paths import check_local, write_atomically
 
 FORMAT, VERSION = "clip_jax", 1
 _KEYS = {"config", "format", "params", "sha256", "tokenizer", "version"}
@@ -37,12 +38,12 @@ _FIRST_KEY = b"\xa6config"
 
 
 def write(path: str | os.PathLike[str], params: Mapping[str, Any], config: WeightsConfig) -> None:
-    """Write a weight file atomically.
+    """Write a weight file atomically, to a local path or a URL.
 
     If `config.tokenizer.path` is set and `config.tokenizer_file` is empty, that file is read and stored.
 
     Raises:
-      ValueError: if the path is not local, or the tokenizer file is missing.
+      ValueError: if the tokenizer file is missing.
 
     >>> import tempfile, numpy as np
     >>> from clip_jax.config import WeightsConfig
@@ -52,7 +53,6 @@ def write(path: str | os.PathLike[str], params: Mapping[str, Any], config: Weigh
     >>> params["text"]["projection"].shape, config.source
     ((2, 3), 'example')
     """
-    target = _local(path)
     tokenizer = tokenizer_content(config)
     content = {
         "format": FORMAT,
@@ -62,7 +62,7 @@ def write(path: str | os.PathLike[str], params: Mapping[str, Any], config: Weigh
         "params": _as_numpy(params),
     }
     content["sha256"] = _checksum(content)
-    write_atomically(target, lambda file: file.writelines(_packed(content)))
+    write_atomically(epath.Path(path).expanduser(), lambda file: file.writelines(_packed(content)))
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], WeightsConfig]:
@@ -72,7 +72,8 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], WeightsConfig]:
       FileNotFoundError: if there is no such file.
       ValueError: if the file has another format, is truncated or damaged, or needs a newer clip_jax.
     """
-    file = _local(path)
+    check_local("weights", path)
+    file = pathlib.Path(path).expanduser()
     if not file.stat().st_size:
         raise ValueError(f"{path}: expected a clip_jax weight file, got an empty file; copy or export it again")
     with file.open("rb") as stream:
@@ -118,12 +119,6 @@ def config_json(config: WeightsConfig) -> str:
 def config_from_json(text: str | bytes, tokenizer: bytes) -> WeightsConfig:
     """Return the configuration of `config_json`, with the content of the tokenizer file."""
     return build(WeightsConfig, {**json.loads(text), "tokenizer_file": tokenizer})
-
-
-def _local(path: str | os.PathLike[str]) -> pathlib.Path:
-    if "://" in os.fspath(path):
-        raise ValueError(f"{path}: expected a local path, got a URL; use one, and gcloud storage cp to copy the file")
-    return pathlib.Path(path).expanduser()
 
 
 def tokenizer_content(config: WeightsConfig) -> bytes:
@@ -194,37 +189,3 @@ def flat_arrays(tree: Any, path: str = "") -> Iterator[tuple[str, np.ndarray]]:
         return
     for key in sorted(tree):
         yield from flat_arrays(tree[key], f"{path}/{key}")
-
-
-def write_atomically(target: pathlib.Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write to a temporary file and rename it to `target` after fsync, so that a failure leaves the old file."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # In the same directory: a rename is atomic only within a file system.
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    _fsync_directory(target.parent)
-
-
-def _umask() -> int:
-    # mkstemp creates files with mode 0600. The umask can only be read by setting it.
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _fsync_directory(folder: pathlib.Path) -> None:
-    """Make the rename durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

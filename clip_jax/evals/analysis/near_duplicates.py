@@ -25,6 +25,7 @@ from jaxtyping import Float, Float32, Float64, Int64, UInt64
 
 from clip_jax.config import Preprocess
 from clip_jax.evals.ranking import BLOCK_SCORES, unit
+from clip_jax.paths import write_atomically
 from clip_jax.preprocess import ImageLike, preprocess
 
 log = logging.getLogger(__name__)
@@ -200,7 +201,7 @@ def hash_shards(files: Sequence[str], output_dir: str, options: Sequence[str] | 
 
 
 def hash_shard(path: str, output_dir: str) -> None:
-    """Hash the images of one shard. The output file is written atomically."""
+    """Hash the images of one shard."""
     from clip_jax.data.sources.tfrecord import TFRecordSource  # TensorFlow
 
     try:
@@ -214,11 +215,7 @@ def hash_shard(path: str, output_dir: str) -> None:
             hashes[index] = perceptual_hash(source.read(index).image)
         except ValueError as error:  # or its subclass BadRecord
             log.info("%s has no hash: %s", source.key(index), error)
-    output = _output_path(path, output_dir)
-    partial = output.with_name(output.name + f".{os.getpid()}.partial")
-    with partial.open("wb") as file:
-        np.save(file, hashes)
-    partial.replace(output)
+    write_atomically(_output_path(path, output_dir), lambda file: np.save(file, hashes))
 
 
 def read_hashes(output_dir: str) -> dict[str, UInt64[np.ndarray, "m"]]:

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from clip_jax.evals.datasets.registry import DATASETS, SUITES, Dataset
-from clip_jax.evals.report.charts import Number
+from clip_jax.typing import Number
 
 if TYPE_CHECKING:
     from clip_jax.config import WeightsConfig
