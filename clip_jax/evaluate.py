@@ -55,15 +55,6 @@ _TOKENIZER = flags.DEFINE_string("tokenizer", "", "SentencePiece .model or token
 
 def main(_: list[str]) -> int:
     """Evaluate, print the table, write the reports. Returns the exit code."""
-    if bool(_WEIGHTS.value) == bool(_FOLLOW.value):
-        raise ValueError(
-            "expected either --weights=FILE, e.g. runs/emoji/params.msgpack, or --follow=WORKDIR, e.g. runs/emoji"
-        )
-    return INCOMPLETE if _evaluate() else command.FINISHED
-
-
-def _evaluate() -> int:
-    """Return the number of failed results, over all evaluated checkpoints."""
     from etils import epath
 
     from clip_jax.devices import distributed
@@ -71,6 +62,10 @@ def _evaluate() -> int:
     from clip_jax.interop import reading
     from clip_jax.training.follow import follow
 
+    if bool(_WEIGHTS.value) == bool(_FOLLOW.value):
+        raise ValueError(
+            "expected either --weights=FILE, e.g. runs/emoji/params.msgpack, or --follow=WORKDIR, e.g. runs/emoji"
+        )
     for module in _MODULES.value:
         try:
             importlib.import_module(module)
@@ -92,7 +87,7 @@ def _evaluate() -> int:
             _EVERY_SECONDS.value,
         )
     distributed.barrier("evaluated")
-    return evaluation.failed
+    return INCOMPLETE if evaluation.failed else command.FINISHED
 
 
 if __name__ == "__main__":
