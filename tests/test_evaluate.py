@@ -11,6 +11,7 @@ import time
 import pytest
 
 from clip_jax.config import MODELS, WeightsConfig
+from clip_jax.evals import run as evals_run
 from clip_jax.evals.datasets.registry import DATASETS
 from clip_jax.evals.report.writing import check_same_weights, weights_name
 from clip_jax.interop import msgpack
@@ -104,6 +105,14 @@ def test_invalid_input_exits_with_2_and_one_sentence(weights, tmp_path, argument
     ((printed, errors),) = run("--cache_dir=", *arguments, f"--out={tmp_path / 'out'}", code=2)
     assert printed == "" and message in errors and len(errors.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["data_dir", "out", "standard_models", "groups", "categories", "cache_dir"])
+def test_url_for_a_local_path_is_refused(monkeypatch, tmp_path, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"--{name}=gs://bucket/x: expected a local path, got a URL"):
+        evals_run.prepare(evals_run.Options("small.msgpack", **{name: "gs://bucket/x"}))
+    assert not list(tmp_path.iterdir())
 
 
 def test_missing_datasets_are_listed_with_instructions(weights, tmp_path):

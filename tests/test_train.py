@@ -174,7 +174,7 @@ def test_wrong_vocabulary_size_is_refused(tiny, tmp_path):
 
 def test_wrong_end_token_is_refused(tiny, tmp_path):
     text = dataclasses.replace(tiny.model.text, eos_id=5)
-    with pytest.raises(ValueError, match="model.text.eos_id=5.*799"):
+    with pytest.raises(ValueError, match="model.text.eos_id: expected 799 .* got 5"):
         loop.prepare(_changed(tiny, "model", text=text), epath.Path(tmp_path))
 
 

@@ -146,10 +146,5 @@ def tokenizer_of(model: Architecture) -> TokenizerConfig:
 
 
 def name_of(architecture: Architecture) -> str:
-    """Return the name of an architecture in MODELS, or 'custom'.
-
-    Example:
-      >>> name_of(MODELS["vit_b32"])
-      'vit_b32'
-    """
+    """Return the name of an architecture in MODELS, or 'custom'."""
     return next((name for name, known in MODELS.items() if known == architecture), "custom")

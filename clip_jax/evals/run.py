@@ -74,10 +74,10 @@ class Options:
 
 def prepare(options: Options) -> Evaluation:
     """Check the options, read the files that they name, and initialize the devices. Raises ValueError."""
+    for name in ("data_dir", "out", "standard_models", "groups", "categories", "cache_dir"):
+        check_local(f"--{name}", getattr(options, name))
     for name in options.evaluators:
         check_name("--evaluators", name, EVALUATORS)
-    for name in ("data_dir", "cache_dir"):
-        check_local(f"--{name}", getattr(options, name))
     names = expand(options.datasets)
     if not (names and options.evaluators):
         raise ValueError("--datasets and --evaluators: expected at least one of each, e.g. --datasets=smoke")
