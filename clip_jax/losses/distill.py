@@ -29,17 +29,11 @@ def distilled(loss: ContrastiveLoss, weight: float) -> Callable[..., tuple[Scala
       (`teacher_image_bG`, `teacher_text_bG`) and its logit scale (`teacher_logit_scale`).
     """
 
-    def distilled_loss(
-        *, teacher_image_bG: Array, teacher_text_bG: Array, teacher_logit_scale: Array, **arguments: Any
-    ) -> tuple[Scalar, Metrics]:
-        value, metrics = loss(**arguments)
+    def distilled_loss(**arguments: Any) -> tuple[Scalar, Metrics]:
+        teacher = {name: x for name, x in arguments.items() if name.startswith("teacher_")}
+        value, metrics = loss(**{name: x for name, x in arguments.items() if name not in teacher})
         student = {name: arguments.get(name) for name in ("image_bE", "text_bE", "logit_scale", "axis")}
-        distillation, more = distillation_loss(
-            teacher_image_bG=teacher_image_bG,
-            teacher_text_bG=teacher_text_bG,
-            teacher_logit_scale=teacher_logit_scale,
-            **student,
-        )
+        distillation, more = distillation_loss(**student, **teacher)
         return value + weight * distillation, metrics | more
 
     return distilled_loss

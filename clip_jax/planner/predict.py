@@ -221,7 +221,9 @@ def _with_compiled_cost(plan: Plan, lowered: jax.stages.Lowered) -> Plan:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return dataclasses.replace(plan, fits=False, needed_bytes=_needed_bytes(str(error)) * per_chip)
+        found = re.search(r"\(([\d.]+)([KMGT]?)\) exceeds available", str(error))
+        needed = float(found[1]) * _UNITS[found[2]] if found else 0.0
+        return dataclasses.replace(plan, fits=False, needed_bytes=needed * per_chip)
     memory, text = program.memory_analysis(), program.as_text()
     cost: Cost = Program(text, slices=topology.slices, devices_per_slice=topology.devices_per_slice).cost()
     collectives = tuple(
@@ -314,12 +316,6 @@ def saved_bytes(config: Config, mesh: Mesh) -> float:
     pairs = zip(residuals(rows), residuals(2 * rows), strict=True)
     total = sum(math.prod(x.shape) * x.dtype.itemsize for x, doubled in pairs if x.shape != doubled.shape)
     return total / sharding.batch_shards(mesh)
-
-
-def _needed_bytes(message: str) -> float:
-    """Return the bytes that the compiler's out-of-memory error reports as needed."""
-    found = re.search(r"\(([\d.]+)([KMGT]?)\) exceeds available", message)
-    return float(found[1]) * _UNITS[found[2]] if found else 0.0
 
 
 def plan_by_datasheet(config: Config, topology: Topology) -> Plan:
