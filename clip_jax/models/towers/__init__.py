@@ -18,5 +18,3 @@ TOWERS: dict[str, type[ImageTower] | type[TextTower]] = {
     "edgenet": EdgeNet,
     "transformer": TextTransformer,
 }
-
-__all__ = ["TOWERS", "EdgeNet", "ImageTower", "ResNet", "Rules", "TextTower", "TextTransformer", "Tower", "ViT"]
