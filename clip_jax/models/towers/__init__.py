@@ -18,16 +18,3 @@ TOWERS: dict[str, type[ImageTower] | type[TextTower]] = {
     "edgenet": EdgeNet,
     "transformer": TextTransformer,
 }
-
-__all__ = [
-    "TOWERS",
-    "EdgeNet",
-    "Encoder",
-    "ImageTower",
-    "ResNet",
-    "Rules",
-    "TextTower",
-    "TextTransformer",
-    "Tower",
-    "ViT",
-]
