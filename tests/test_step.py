@@ -157,5 +157,6 @@ def test_all_steps_run_one_compiled_program():
 @pytest.mark.parametrize("select", [step._select_with_cond, step._select_with_where])
 def test_a_selection_applies_the_update_only_if_finite(select):
     """The CPU uses one, TPUs and GPUs the other."""
-    selected = jax.jit(lambda finite: select(finite, lambda: {"a": jnp.float32(2)}, {"a": jnp.float32(1)}))
-    assert (float(selected(True)["a"]), float(selected(False)["a"])) == (2, 1)
+    new, old = (jnp.float32(2),), (jnp.float32(1),)
+    selected = jax.jit(lambda finite: select(finite, lambda: new, old, lambda result: (*result, result[0] - old[0])))
+    assert (*map(float, selected(True)), *map(float, selected(False))) == (2, 1, 1, 0)
