@@ -14,6 +14,7 @@ import jax  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+import ctypes  # noqa: E402
 import gc  # noqa: E402
 
 import pytest  # noqa: E402
@@ -25,3 +26,5 @@ def clear_caches():
     yield
     jax.clear_caches()
     gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc keeps freed memory otherwise
+        libc.malloc_trim(0)
