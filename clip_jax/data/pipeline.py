@@ -146,9 +146,6 @@ def _no_autograph(function: Callable) -> Callable:
     return tf.autograph.experimental.do_not_convert(function)
 
 
-# ----------------------------------------------------------------------------------------------- read and tokenize
-
-
 def _fetch(
     source: DataSource,
     tokenizer: Tokenizer,
@@ -230,9 +227,6 @@ def _fetch_op(fetch: Fetch, length: int, example_ids: tf.Tensor, epochs: tf.Tens
     return example_ids, epochs, *map(tf.ensure_shape, fetched, shapes)
 
 
-# ----------------------------------------------------------------------------------------------- decode and augment
-
-
 @functools.lru_cache(maxsize=16)
 def _prepare_function(size: int, length: int, config: AugmentConfig) -> Callable:
     """Return `_decode_chunk` traced once: the dataset, replacements and later pipelines share the graph."""
@@ -271,9 +265,6 @@ def _decode_chunk(
     image = tf.scatter_nd(kept[:, None], pixels, tf.stack([count + 1, size, size, 3]))[:-1]
     decodable = tf.scatter_nd(kept[:, None], tf.ones_like(kept), [count + 1])[:-1] > 0
     return tf.ensure_shape(image, [None, size, size, 3]), tokens, ok & decodable, example_ids, epochs
-
-
-# ---------------------------------------------------------------------------------------------- replace bad records
 
 
 class _Repair:

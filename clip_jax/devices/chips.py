@@ -1,8 +1,8 @@
 """Datasheet figures of accelerators: FLOP/s, memory, bandwidth.
 
 Sources: docs.cloud.google.com/tpu/docs/{v2,v3,v4,v5e,v5p,v6e,tpu7x} as of 2026; NVIDIA's datasheets of A100, H100,
-H200, B200 and L4, dense bfloat16. HBM of TPUs is the amount that the compiler allots to a program, from its error
-message. Links count one direction, half of the "bidirectional" figure where only that is published.
+H200, B200 (SXM) and L4, without sparsity. HBM of TPUs is the amount that the compiler allots to a program, from its
+error message. Links count one direction, half of the "bidirectional" figure where only that is published.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ class Chip:
 
     name: str
     flops_per_second: float  # dense bfloat16
+    float32_flops_per_second: float  # TPUs: six bfloat16 passes; GPUs: without tensor cores and TF32
     hbm_bytes: int  # available to one program
     hbm_bytes_per_second: float
     link_bytes_per_second: float  # ICI or NVLink, sum of all links, one direction
@@ -41,7 +42,8 @@ def _chip(
 ) -> Chip:
     """Return a TPU, with the number of its JAX devices and its memory in GiB, or a GPU, with its memory in GB."""
     kind, unit = ("tpu", GIB) if devices else ("gpu", 10**9)
-    rates = tera * 1e12, int(memory * unit), hbm * 1e9, link * 1e9, gigabits / 8 * 1e9
+    float32 = _GPU_FLOAT32.get(name, tera / 6)
+    rates = tera * 1e12, float32 * 1e12, int(memory * unit), hbm * 1e9, link * 1e9, gigabits / 8 * 1e9
     return Chip(name, *rates, host, devices or 1, kind)
 
 
@@ -62,6 +64,7 @@ _TABLE = (
     ("NVIDIA B200", "b200", 2250, 180, 8000, 900, 400),
     ("NVIDIA L4", "l4", 121, 24, 300, 32, 100),  # links: PCIe
 )
+_GPU_FLOAT32 = {"a100-40gb": 19.5, "a100": 19.5, "h100": 67, "h200": 67, "b200": 75, "l4": 30.3}  # TFLOP/s
 CHIPS: dict[str, Chip] = {row[1]: _chip(*row[1:]) for row in _TABLE}
 KINDS = {row[0]: row[1] for row in _TABLE} | {"TPU v5": "v5p"}  # names by `device.device_kind`
 

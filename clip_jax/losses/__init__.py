@@ -10,5 +10,3 @@ from clip_jax.losses.sigmoid import SigmoidLoss
 from clip_jax.losses.softmax import SoftmaxLoss
 
 LOSSES: dict[str, type[ContrastiveLoss]] = {"softmax": SoftmaxLoss, "sigmoid": SigmoidLoss}
-
-__all__ = ["LOSSES", "ContrastiveLoss", "SigmoidLoss", "SoftmaxLoss", "distillation_loss", "distilled"]

@@ -52,13 +52,15 @@ def _largest_plan(
     rows: Number = max(1, config.train.batch_size // devices)
     best, fits, fails = None, {}, {}  # bytes by rows per device
     for _ in range(MAX_COMPILATIONS):
-        result = plan(_with_batch_size(config, rows * devices), topology)
+        train = dataclasses.replace(config.train, batch_size=rows * devices)
+        result = plan(dataclasses.replace(config, train=train), topology)
         if result.fits:
             fits[rows] = result.peak_bytes
             best = result if rows == max(fits) else best
         else:
             fails[rows] = result.needed_bytes
-        rows = _round_rows(_next_rows(fits, fails, topology.chip.hbm_bytes))
+        rows = int(_next_rows(fits, fails, topology.chip.hbm_bytes))
+        rows = rows // 8 * 8 if rows >= 8 else rows  # whole tiles of 8 rows
         if rows < 1 or rows in fails or rows <= MIN_GROWTH * max(fits, default=0):
             break
     return best
@@ -81,15 +83,6 @@ def _next_rows(fits: dict[int, Number], fails: dict[int, Number], capacity: Numb
     gradient = bytes_per_row(low or sorted(fails)[1], high)
     rows = high + (target - peaks[high]) / gradient if gradient > 0 else 0
     return rows if 0 < rows < high else math.sqrt(max(low, 1) * high)
-
-
-def _round_rows(rows: Number) -> int:
-    """Round down to whole tiles of 8 rows."""
-    return int(rows) // 8 * 8 if rows >= 8 else int(rows)
-
-
-def _with_batch_size(config: Config, batch_size: int) -> Config:
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=batch_size))
 
 
 def table(plans: Sequence[Plan]) -> str:

@@ -9,8 +9,6 @@ from clip_jax.tokenizers.bpe import ClipBPE
 from clip_jax.tokenizers.file_tokenizer import FileTokenizer, HuggingFace, SentencePiece
 from clip_jax.typing import Tokenizer
 
-__all__ = ["TOKENIZERS", "ClipBPE", "HuggingFace", "SentencePiece", "make_tokenizer"]
-
 
 def _clip_bpe(config: TokenizerConfig, text: TextTransformer, truncate: bool, tokenizer_file: bytes) -> Tokenizer:
     for key in ("clean", "pad_id", "keep_end"):

@@ -228,6 +228,6 @@ def _describe(tree: PyTree) -> dict[str, str]:
 def _check_same_arrays(found: dict[str, str], wanted: dict[str, str], where: str) -> None:
     """Raise ValueError for the first array that differs: Orbax casts dtypes silently and has errors of many lines."""
     for path in [*wanted, *found]:
-        there, here = found.get(path, "absent"), wanted.get(path, "absent")
-        if there != here:
-            raise ValueError(f"checkpoint {where} belongs to another model: {path} is {there} there, {here} here")
+        expected, stored = wanted.get(path, "absent"), found.get(path, "absent")
+        if stored != expected:
+            raise ValueError(f"checkpoint {where} belongs to another model: {path}: expected {expected}, got {stored}")

@@ -82,9 +82,11 @@ def teacher_params(config: Config, tokenizer: Tokenizer) -> tuple[Architecture, 
     if tokenizer_config.name == "clip_bpe" or weights.config.tokenizer_file:
         stored_tokenizer = make_tokenizer(tokenizer_config, found.text, tokenizer_file=weights.config.tokenizer_file)
         for sample in _SAMPLES:
-            there, here = (tokenize([sample])[0].tolist() for tokenize in (stored_tokenizer, tokenizer))
-            if there != here:
-                raise ValueError(f"{name} has other token ids than this run: {sample!r} is {there} there, {here} here")
+            expected, ids = (tokenize([sample])[0].tolist() for tokenize in (stored_tokenizer, tokenizer))
+            if ids != expected:
+                raise ValueError(
+                    f"{name} has other token ids than this run: {sample!r}: expected {expected}, got {ids}"
+                )
     log.info("distilling from %s (%s)", config.teacher.weights, weights.format)
     return found, weights.params
 

@@ -152,8 +152,8 @@ def _restored_or_initial_state(run: Run, checkpoints: Checkpoints) -> tuple[Trai
     state, info = restored
     if info["training_data"] != run.source.fingerprint():
         raise ValueError(
-            f"the training data is not the data of the run in {run.workdir}: fingerprint {run.source.fingerprint()}"
-            f" here, {info['training_data']} there. Restore the shards, or use another --workdir"
+            f"the training data is not the data of the run in {run.workdir}: expected the fingerprint"
+            f" {info['training_data']}, got {run.source.fingerprint()}. Restore the shards, or use another --workdir"
         )
     log.info("restored the checkpoint of step %d of %d", int(state.step), run.total_steps)
     return state, info

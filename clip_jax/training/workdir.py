@@ -66,10 +66,10 @@ def check_same_config(stored: Config, given: Config, workdir: epath.Path) -> Non
 
 
 def format_differences(stored: Config, given: Config) -> str:
-    """Return e.g. 'train.seed is 0 there, 1 here' for the first five differing keys; '' for equal configs."""
+    """Return e.g. 'train.seed: expected 0, got 1' for the first five differing keys; '' for equal configs."""
     changed = list(differences(stored, given).items())
     more = [f"and {len(changed) - 5} more"] if len(changed) > 5 else []
-    return "; ".join([f"{key} is {old!r} there, {new!r} here" for key, (old, new) in changed[:5]] + more)
+    return "; ".join([f"{key}: expected {old!r}, got {new!r}" for key, (old, new) in changed[:5]] + more)
 
 
 def write_config(workdir: epath.Path, config: Config) -> None:
