@@ -48,11 +48,7 @@ def _search(weights: str | None, queries: Sequence[str], folder: str, top: int) 
 
 
 def images_in(folder: str | os.PathLike[str]) -> tuple[list[str], list[str]]:
-    """Return the paths of all images in a folder and its subfolders, and their names relative to it.
-
-    Raises:
-      ValueError: if there is no such folder, or no image in it.
-    """
+    """Return the paths of all images in a folder and its subfolders, and their names relative to it."""
     root = pathlib.Path(folder).expanduser()
     if not root.is_dir():
         raise ValueError(f"--images: expected a folder, got {folder}")

@@ -7,9 +7,8 @@ Each has its own tensor names, so a directory contains the weights up to three t
     open_clip_config.json, open_clip_model.safetensors  open_clip: 'local-dir:' + dir
     clip.pt                                             OpenAI: clip.load(dir + '/clip.pt'), which rounds to float16
 
-A library that does not have the model is skipped, and the reason is returned.
-
-Source: transformers `modeling_utils.py`, `tokenization_clip.py`; open_clip `factory.py`; openai/CLIP `clip/clip.py`.
+A library that does not have the model is skipped, and the reason is returned. Sources: transformers
+`modeling_utils.py`, `tokenization_clip.py`; open_clip `factory.py`; openai/CLIP `clip/clip.py`.
 """
 
 from __future__ import annotations
@@ -51,13 +50,10 @@ def weight_file(folder: pathlib.Path) -> pathlib.Path:
 
 
 def write(path: str | os.PathLike[str], params: Params, config: WeightsConfig) -> dict[str, str]:
-    """Write a directory atomically.
+    """Write a directory atomically. Raises ValueError if it exists and is not empty, or if no library has the model.
 
     Returns:
       For 'transformers', 'open_clip' and 'clip.load' the call that loads the model, or 'skipped: ' and the reason.
-
-    Raises:
-      ValueError: if the directory exists and is not empty, or no library has the model.
     """
     target = pathlib.Path(path).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):

@@ -29,6 +29,10 @@ class Tensor:
     first_layer: int = 0  # index of the first layer
     merged_heads: bool = False  # heads and head dimension in one axis, as in all transposed matrices
 
+    def of_layer(self, layer: int | None) -> str:
+        """Return the name of a layer's tensor. None: the parameter is not stacked over layers."""
+        return self.name.format((layer or 0) + self.first_layer)
+
 
 Table = dict[str, Tensor]
 _QKV = ("query", "key", "value")
@@ -248,11 +252,7 @@ _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")  # DistributedDataParallel, 
 
 
 def detect_naming(tensors: Mapping[str, np.ndarray], file: str) -> tuple[Naming, dict[str, np.ndarray]]:
-    """Return the naming of a file's tensors, and the tensors without the prefixes of wrappers and of the naming.
-
-    Raises:
-      ValueError: if no entry of `NAMINGS` matches.
-    """
+    """Return the naming of a file's tensors, and the tensors without the prefixes of wrappers and of the naming."""
     unwrapped = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
     for naming in NAMINGS:
         plain = {name.removeprefix(naming.prefix): tensor for name, tensor in unwrapped.items()}

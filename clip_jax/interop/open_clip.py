@@ -42,14 +42,7 @@ _TIMM: dict[str, tuple[int, int, Activation]] = {
 
 
 def architecture(config: Mapping[str, Any], file: str) -> Architecture:
-    """Return the architecture of a `model_cfg`.
-
-    Args:
-      file: name for error messages.
-
-    Raises:
-      ValueError: with the key that clip_jax does not support.
-    """
+    """Return the architecture of a `model_cfg`. Raises ValueError, with the key, if clip_jax does not support it."""
     config = dict(config)
     embed_dim = config.pop("embed_dim")
     activation: Activation = "quick_gelu" if config.pop("quick_gelu", False) else "gelu"
@@ -171,11 +164,7 @@ def tokenizer(found: TokenizerConfig, config: Mapping[str, Any]) -> TokenizerCon
 
 
 def config(model: Architecture, spec: Preprocess, tokenizer: TokenizerConfig) -> dict[str, Any]:
-    """Return `{'model_cfg': …, 'preprocess_cfg': …}` for `open_clip_config.json`.
-
-    Raises:
-      ValueError: for a tower that open_clip does not have.
-    """
+    """Return the content of `open_clip_config.json`. Raises ValueError for a tower that open_clip does not have."""
     image, text = model.image, model.text
     for tower in (image, text):
         if type(tower) not in (*_VISION_CONFIGS, TextTransformer):

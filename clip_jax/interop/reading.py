@@ -2,10 +2,8 @@
 
 The format follows from the content of a file, not from its name. The configuration comes from the file, from config
 files in its directory, or from the caller. A state dict does not record its activation, and the wrong one costs
-accuracy without an error, so it is never guessed.
-
-Source of the layouts: openai/CLIP `clip/model.py`, open_clip `factory.py`, transformers `modeling_utils.py`, big_vision
-`utils.py` (`load_params`).
+accuracy without an error, so it is never guessed. Sources of the layouts: openai/CLIP `clip/model.py`, open_clip
+`factory.py`, transformers `modeling_utils.py`, big_vision `utils.py` (`load_params`).
 """
 
 from __future__ import annotations
@@ -31,18 +29,10 @@ from clip_jax.config import (
     tokenizer_of,
     with_activation,
 )
-from clip_jax.interop import (
-    conversion,
-    directory,
-    formats,
-    hub,
-    huggingface,
-    infer_architecture,
-    open_clip,
-    positions,
-    torch_file,
-)
+from clip_jax.interop import conversion, directory, formats, huggingface, infer_architecture, open_clip, positions
+from clip_jax.interop.hub import locate
 from clip_jax.interop.name_tables import Naming, detect_naming
+from clip_jax.interop.torch_file import torchscript_code
 from clip_jax.tokenizers import ClipBPE
 from clip_jax.tokenizers.bpe import MAX_VOCAB_SIZE
 from clip_jax.typing import Params
@@ -83,7 +73,7 @@ def read(
 
 
 def _existing(path: str | os.PathLike[str]) -> pathlib.Path:
-    local = hub.locate(path)
+    local = locate(path)
     if not local.exists():
         raise FileNotFoundError(f"{path}: expected a file or directory, got none; give another path")
     return local
@@ -120,8 +110,6 @@ def _check_shapes(path: pathlib.Path, params: Params, model: Architecture) -> No
             )
 
 
-# ---------------------------------------------------------------------------------------------------------- towers
-
 _TOWERS = {"img": "image", "image": "image", "txt": "text", "text": "text"}
 
 
@@ -134,11 +122,7 @@ def split_tower(path: str) -> tuple[str, str]:
 def read_tower(path: str | os.PathLike[str], tower: str, model: Architecture) -> Params:
     """Read one tower with the architecture of `model`; position embeddings are resized to its sizes.
 
-    The other tower of the file is ignored; clip_jax need not support it.
-
-    Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: for a damaged or unsafe file, or another architecture.
+    The other tower of the file is ignored; clip_jax need not support it. Errors as for `read`.
     """
     local = _existing(path)
     params, config = formats.read(local)
@@ -160,9 +144,6 @@ def read_tower(path: str | os.PathLike[str], tower: str, model: Architecture) ->
     size, length = (model.image.image_size, 0) if tower == "image" else (0, model.text.context_length)
     _, params = positions.resize(stored, params, size, length)
     return {key: params[key] for key in (tower, *(["batch_stats"] if tower == "image" else [])) if key in params}
-
-
-# --------------------------------------------------------------------------------------------------- configuration
 
 
 def _config_of_directory(file: pathlib.Path) -> WeightsConfig | None:
@@ -192,7 +173,7 @@ def _config_of_tensors(
         architecture = MODELS[model]
     else:
         architecture = infer_architecture.architecture(tensors, naming, os.fspath(file))
-        code = torch_file.torchscript_code(file)  # of archives such as OpenAI's
+        code = torchscript_code(file)  # of archives such as OpenAI's
         in_code = "quick_gelu" if "QuickGELU" in code or "1.702" in code else ""
         activation = activation or naming.activation or in_code
         if not activation:

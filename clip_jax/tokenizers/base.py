@@ -56,7 +56,7 @@ class RowTokenizer:
         raise NotImplementedError
 
 
-def read_file(path: str | os.PathLike[str], example: str) -> bytes:
+def read_file(path: str | os.PathLike[str], example: str = "/data/c4_en.model") -> bytes:
     """Return the content of a tokenizer's file. Raises ValueError, with a path as example, if it is missing."""
     file = pathlib.Path(path).expanduser()
     if not file.is_file():

@@ -45,7 +45,6 @@ class FileTokenizer(RowTokenizer):
           keep_end: False replaces the end token by padding, as in CLIPA's training.
 
         Raises:
-          ImportError: if the library that reads the file is not installed.
           ValueError: if the file is missing, is no tokenizer, or has no end token, or if `length` is too short.
         """
         super().__init__(length, truncate)
