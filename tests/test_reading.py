@@ -299,6 +299,13 @@ def test_open_clip_config_names_a_local_tokenizer_for_another_vocabulary(tmp_pat
     assert reading.read(tmp_path / "dir").config.tokenizer.name == "clip_bpe"
 
 
+def test_open_clip_config_keeps_epsilon_and_activation_of_both_towers(tmp_path):
+    towers = [dataclasses.replace(x, norm_epsilon=1e-6, activation="gelu_tanh") for x in (VIT.image, VIT.text)]
+    model = dataclasses.replace(VIT, image=towers[0], text=towers[1])
+    directory.write(tmp_path / "dir", tiny_models.params(model), WeightsConfig(model))
+    assert reading.read(tmp_path / "dir/open_clip_model.safetensors").config.model == model
+
+
 def test_libraries_without_the_model_are_skipped_with_the_reason(tmp_path):
     report = directory.write(tmp_path / "rn", tiny_models.params(TINY["resnet"]), WeightsConfig(TINY["resnet"]))
     assert report["transformers"].startswith("skipped: transformers has no such model")

@@ -63,9 +63,12 @@ def write(path: str | os.PathLike[str], params: Params, config: WeightsConfig) -
     report, written = {}, False
     try:
         for library, (write_files, usage) in _LIBRARIES.items():
+            files = set(unfinished.iterdir())
             try:
                 write_files(unfinished, params, config)
             except ValueError as reason:
+                if set(unfinished.iterdir()) != files:
+                    raise
                 report[library] = f"skipped: {reason}"
             else:
                 report[library], written = usage.format(target), True

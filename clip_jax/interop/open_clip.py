@@ -11,16 +11,8 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from clip_jax.config import (
-    Activation,
-    Architecture,
-    Preprocess,
-    ResNet,
-    TextTransformer,
-    TokenizerConfig,
-    ViT,
-    siglip_image,
-)
+from clip_jax import config as configs
+from clip_jax.config import Activation, Architecture, Preprocess, ResNet, TextTransformer, TokenizerConfig, ViT
 
 # timm image towers of open_clip's SigLIP models -> (patch size in px, width, activation).
 _TIMM: dict[str, tuple[int, int, Activation]] = {
@@ -64,7 +56,7 @@ def _image_tower(vision: dict[str, Any], activation: Activation, file: str) -> V
             raise ValueError(f"{file}: vision_cfg.timm_model_name: expected a SigLIP tower for clip_jax, got {timm!r}")
         fixed = {"timm_pool": "map", "timm_proj": "none", "timm_model_pretrained": False}
         _check_no_other_keys(file, "vision_cfg.", vision, fixed)
-        return siglip_image(size, *_TIMM[timm])
+        return configs.siglip_image(size, *_TIMM[timm])
     head_width, layers = vision.pop("head_width", 64), vision.get("layers", 12)
     if isinstance(layers, (list, tuple)):
         width = vision.pop("width", 768)
@@ -190,7 +182,7 @@ def _resnet_config(image: ResNet) -> dict[str, Any]:
 
 def _vit_config(image: ViT) -> dict[str, Any]:
     if image.pool == "attention":
-        name = next((n for n, row in _TIMM.items() if siglip_image(image.image_size, *row) == image), None)
+        name = next((n for n, row in _TIMM.items() if configs.siglip_image(image.image_size, *row) == image), None)
         if name is None:
             raise ValueError("open_clip's SigLIP image towers are timm's, and none of them equals model.image")
         timm = {"timm_model_name": name, "timm_model_pretrained": False, "timm_pool": "map", "timm_proj": "none"}

@@ -17,18 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from clip_jax.config import (
-    MODELS,
-    SIGLIP_PREPROCESS,
-    Architecture,
-    Preprocess,
-    TokenizerConfig,
-    WeightsConfig,
-    check_name,
-    name_of,
-    tokenizer_of,
-    with_activation,
-)
+from clip_jax import config as configs
+from clip_jax.config import Architecture, Preprocess, TokenizerConfig, WeightsConfig
 from clip_jax.interop import conversion, directory, formats, huggingface, infer_architecture, open_clip, positions
 from clip_jax.interop.hub import locate
 from clip_jax.interop.name_tables import Naming, detect_naming
@@ -58,15 +48,15 @@ def read(
 ) -> Weights:
     """Read weights of any registered format. Arguments and errors are those of `clip_jax.load`."""
     if model:
-        check_name("model", model, MODELS)
+        configs.check_name("model", model, configs.MODELS)
     if activation:
-        check_name("activation", activation, ("quick_gelu", "gelu", "gelu_tanh"))
+        configs.check_name("activation", activation, ("quick_gelu", "gelu", "gelu_tanh"))
     weights = _read(_existing(path), model, activation)
     resized, params = positions.resize(weights.config.model, weights.params, image_size, context_length)
     config = dataclasses.replace(weights.config, model=resized)
     if isinstance(tokenizer, str) and tokenizer:
         name = "huggingface" if tokenizer.endswith(".json") else "sentencepiece"
-        tokenizer = dataclasses.replace(tokenizer_of(resized), name=name, path=tokenizer)
+        tokenizer = dataclasses.replace(configs.tokenizer_of(resized), name=name, path=tokenizer)
     if tokenizer:
         config = dataclasses.replace(config, tokenizer=tokenizer, tokenizer_file=b"")
     return Weights(params, config, weights.format)
@@ -80,22 +70,22 @@ def _existing(path: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def _read(path: pathlib.Path, model: str, activation: str) -> Weights:
-    params, config = formats.read(path)
-    if config is not None:
-        if model and MODELS[model] != config.model:
+    params, stored = formats.read(path)
+    if stored is not None:
+        if model and configs.MODELS[model] != stored.model:
             raise ValueError(f"model={model!r}: expected the architecture in {path}, got another; omit model")
-        _check_shapes(path, params, config.model)
-        kind, source = f"clip_jax {formats.detect(path)}", config.source
+        _check_shapes(path, params, stored.model)
+        config, kind = stored, f"clip_jax {formats.detect(path)}"
     else:
         file = directory.weight_file(path) if path.is_dir() else path
         naming, tensors = detect_naming(params, os.fspath(file))
         config = None if model else _config_of_directory(file)
         config = config or _config_of_tensors(file, tensors, naming, model, activation)
         params = conversion.params_from_tensors(config.model, tensors, naming.table, os.fspath(file))
-        kind, source = f"{naming.title} names, {formats.detect(file)}", None
-    architecture = with_activation(config.model, activation) if activation else config.model
-    config = dataclasses.replace(config, model=architecture, source=name_of(architecture) if source is None else source)
-    return Weights(params, config, kind)
+        kind = f"{naming.title} names, {formats.detect(file)}"
+    architecture = configs.with_activation(config.model, activation) if activation else config.model
+    source = stored.source if stored else configs.name_of(architecture)
+    return Weights(params, dataclasses.replace(config, model=architecture, source=source), kind)
 
 
 def _check_shapes(path: pathlib.Path, params: Params, model: Architecture) -> None:
@@ -170,7 +160,7 @@ def _config_of_tensors(
 ) -> WeightsConfig:
     """Return the configuration of the named model, or by the shapes of the tensors."""
     if model:
-        architecture = MODELS[model]
+        architecture = configs.MODELS[model]
     else:
         architecture = infer_architecture.architecture(tensors, naming, os.fspath(file))
         code = torchscript_code(file)  # of archives such as OpenAI's
@@ -182,8 +172,8 @@ def _config_of_tensors(
                 " error; give activation='quick_gelu' (OpenAI, DFN, MetaCLIP and open_clip's …-quickgelu) or 'gelu'"
                 " (LAION, DataComp and most others), or the model, e.g. model='vit_b32'"
             )
-        architecture = with_activation(architecture, activation)
-    preprocess = SIGLIP_PREPROCESS if architecture.logit_bias or naming.siglip else Preprocess()
+        architecture = configs.with_activation(architecture, activation)
+    preprocess = configs.SIGLIP_PREPROCESS if architecture.logit_bias or naming.siglip else Preprocess()
     preprocess = dataclasses.replace(preprocess, implementation="openai")
     tokenizer, tokenizer_file = _tokenizer(architecture, file.parent)
     return WeightsConfig(architecture, tokenizer, preprocess, tokenizer_file=tokenizer_file)
@@ -197,7 +187,7 @@ def _tokenizer(model: Architecture, folder: pathlib.Path) -> tuple[TokenizerConf
         lines = content.decode("utf-8", "replace").split("\n")[1:-1]
         published = clip_vocabulary and lines == ClipBPE().as_huggingface()[1]
         return (TokenizerConfig(), b"") if published else (TokenizerConfig("clip_bpe", "merges.txt"), content)
-    config = tokenizer_of(model)
+    config = configs.tokenizer_of(model)
     if config.name == "clip_bpe" and not clip_vocabulary:
         config = TokenizerConfig("sentencepiece")  # unknown, but not CLIP's
     files = {"spiece.model": "sentencepiece", "tokenizer.model": "sentencepiece", "tokenizer.json": "huggingface"}
