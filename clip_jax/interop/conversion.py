@@ -52,7 +52,7 @@ def params_from_tensors(
 
     def parameter(path: str, shape: tuple[int, ...], layers: int) -> np.ndarray:
         if path not in table:
-            raise ValueError(f"{file}: this format cannot store the parameter {path}")
+            raise ValueError(f"{file}: expected a format that stores the parameter {path}, got another; use msgpack")
         array = _aligned_empty((layers, *shape) if layers else shape)
         for layer in range(layers) if layers else (None,):
             _copy(array if layer is None else array[layer], convert(path, shape, layer))
@@ -80,7 +80,7 @@ class LazyTensors(Mapping[str, np.ndarray]):
         self.shapes: dict[str, tuple[int, ...]] = {}
         for path, (shape, layers) in parameter_shapes(model).items():
             if path not in table:
-                raise ValueError(f"this format cannot store the parameter {path}")
+                raise ValueError(f"expected a format that stores the parameter {path}, got another; use msgpack")
             source = table[path]
             for layer in range(layers) if layers else (None,):
                 name = source.of_layer(layer)
