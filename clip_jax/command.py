@@ -1,27 +1,68 @@
-"""Flag parsing of the commands with a --config: errors as one sentence."""
+"""Shared by the commands: flag parsing, logging, exit codes, and errors as one sentence."""
 
 from __future__ import annotations
 
+import logging
+import os
+import pathlib
+import sys
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from absl import flags
+from absl import app, flags
 from ml_collections import ConfigDict
 
 from clip_jax import config as configs
 
+FINISHED, FAILED, REFUSED = 0, 1, 2
 
-def parse_flags(argv: list[str], refuse: Callable[[str], NoReturn]) -> list[str]:
-    """Parse the flags, and call `refuse` with one sentence for a wrong flag.
+Main = Callable[[list[str]], int]  # (positional arguments) -> exit code
 
-    ml_collections raises AttributeError for an unknown config key.
+
+def run(
+    main: Main,
+    *,
+    positional: bool = False,
+    refused: tuple[type[Exception], ...] = (ValueError, FileNotFoundError),
+    level: int = logging.WARNING,
+    leave: Callable[[int], object] = sys.exit,
+) -> None:
+    """Parse the flags, run a command and exit with its code.
+
+    Wrong flags and errors of the types `refused` exit with REFUSED and one sentence, and a traceback if the environment
+    variable CLIP_JAX_TRACEBACK is set; other errors exit with FAILED and a traceback.
+
+    Args:
+      positional: whether the command accepts arguments that are not flags.
+      level: of the messages of libraries; those of clip_jax are shown from INFO on.
+      leave: exits after an error. `os._exit` for commands that run in several processes: `sys.exit` waits in JAX's
+        shutdown barrier for the other hosts. They wait in a collective for this one, whose heartbeat continues: both
+        would wait for five minutes without a message.
     """
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        refuse(str(error))
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        refuse(f"in the config or a --config flag: {_innermost_message(error)}")
+
+    def parse(argv: list[str]) -> list[str]:
+        try:
+            return flags.FLAGS(argv)
+        except flags.Error as error:
+            _exit(REFUSED, str(error), leave)
+        except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+            # ml_collections raises AttributeError for an unknown config key.
+            _exit(REFUSED, f"in the config or a --config flag: {_innermost_message(error)}", leave)
+
+    def guarded(argv: list[str]) -> None:
+        _set_up_logging(level)
+        try:
+            if argv[1:] and not positional:
+                raise ValueError(f"unexpected argument {argv[1]!r}; flags begin with --")
+            code = main(argv[1:])
+        except refused as error:
+            _exit(REFUSED, str(error), leave, with_traceback=bool(os.environ.get("CLIP_JAX_TRACEBACK")))
+        except Exception as error:  # noqa: BLE001
+            _exit(FAILED, f"{type(error).__name__}: {error}", leave, with_traceback=True)
+        sys.exit(code)
+
+    app.run(guarded, flags_parser=parse)
 
 
 def checked_config(value: ConfigDict | None) -> configs.Config:
@@ -31,8 +72,26 @@ def checked_config(value: ConfigDict | None) -> configs.Config:
     return configs.from_config_dict(value)
 
 
+def _set_up_logging(level: int) -> None:
+    logging.basicConfig(
+        level=logging.INFO, format="%(levelname).1s %(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
+    )
+    for library in ("absl", "jax", "orbax", "tensorflow", "fontTools"):
+        logging.getLogger(library).setLevel(level)
+
+
 def _innermost_message(error: BaseException) -> str:
     """Return the message of the innermost of nested ml_collections errors, on one line."""
     while error.args and isinstance(error.args[0], BaseException):
         error = error.args[0]
     return ", ".join(str(error.args[0] if error.args else error).splitlines())
+
+
+def _exit(code: int, message: str, leave: Callable[[int], object], *, with_traceback: bool = False) -> NoReturn:
+    if with_traceback:
+        traceback.print_exc()
+    print(f"clip_jax.{pathlib.Path(sys.argv[0]).stem}: {message}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    leave(code)
+    raise AssertionError("not reached: `leave` exits")

@@ -6,13 +6,9 @@ codes: 0; 2 for wrong flags or input, with a one-line error.
 
 from __future__ import annotations
 
-import logging
-import sys
-from collections.abc import Sequence
+from absl import flags
 
-from absl import app, flags
-
-REFUSED = 2
+from clip_jax import command
 
 _TO = flags.DEFINE_string(
     "to", "msgpack", "Format: msgpack, npz, directory (for other libraries) or another writable one."
@@ -26,21 +22,17 @@ _TOKENIZER = flags.DEFINE_string(
 )
 
 
-def main(argv: Sequence[str]) -> None:
-    """Convert and print the summary."""
-    logging.getLogger("jax").setLevel(logging.WARNING)  # no messages about the search for a TPU
+def main(paths: list[str]) -> int:
+    """Convert and print the summary. Returns the exit code."""
     from clip_jax.interop.convert import convert
 
-    try:
-        if len(argv) != 3:
-            raise ValueError(f"expected SRC and DST, e.g. ViT-B-32.pt params.msgpack, got {len(argv) - 1} arguments")
-        options = {"model": _MODEL.value, "activation": _ACTIVATION.value, "tokenizer": _TOKENIZER.value}
-        options |= {"image_size": _IMAGE_SIZE.value, "context_length": _CONTEXT_LENGTH.value}
-        print(convert(argv[1], argv[2], to=_TO.value, **options))
-    except (ValueError, FileNotFoundError) as error:
-        print(f"clip_jax.convert: {error}", file=sys.stderr)
-        sys.exit(REFUSED)
+    if len(paths) != 2:
+        raise ValueError(f"expected SRC and DST, e.g. ViT-B-32.pt params.msgpack, got {len(paths)} arguments")
+    options = {"model": _MODEL.value, "activation": _ACTIVATION.value, "tokenizer": _TOKENIZER.value}
+    options |= {"image_size": _IMAGE_SIZE.value, "context_length": _CONTEXT_LENGTH.value}
+    print(convert(*paths, to=_TO.value, **options))
+    return command.FINISHED
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main, positional=True)

@@ -17,16 +17,12 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-import sys
-import traceback
-from collections.abc import Sequence
-from typing import NoReturn
 
-from absl import app, flags
+from absl import flags
 
-from clip_jax.command import parse_flags
+from clip_jax import command
 
-FAILED, REFUSED, INCOMPLETE = 1, 2, 3
+INCOMPLETE = 3
 
 _WEIGHTS = flags.DEFINE_string("weights", None, "Path or name, as in clip_jax.load, e.g. runs/emoji/params.msgpack.")
 _FOLLOW = flags.DEFINE_string("follow", None, "Instead of --weights: a --workdir; new checkpoints are evaluated.")
@@ -57,27 +53,13 @@ _ACTIVATION = flags.DEFINE_string("activation", "", "quick_gelu, gelu or gelu_ta
 _TOKENIZER = flags.DEFINE_string("tokenizer", "", "SentencePiece .model or tokenizer.json, for weights without one.")
 
 
-def main(argv: Sequence[str]) -> int:
+def main(_: list[str]) -> int:
     """Evaluate, print the table, write the reports. Returns the exit code."""
-    logging.basicConfig(
-        level=logging.INFO, format="%(levelname).1s %(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
-    )
-    for name in ("absl", "jax", "tensorflow"):
-        logging.getLogger(name).setLevel(logging.ERROR)  # e.g. Orbax's warnings about read-only directories
-    try:
-        if len(argv) > 1:
-            raise ValueError(f"unexpected argument {argv[1]!r}; flags begin with --")
-        if bool(_WEIGHTS.value) == bool(_FOLLOW.value):
-            raise ValueError(
-                "expected either --weights=FILE, e.g. runs/emoji/params.msgpack, or --follow=WORKDIR, e.g. runs/emoji"
-            )
-        failed = _evaluate()
-    except (ValueError, FileNotFoundError) as error:
-        _exit(REFUSED, str(error))
-    except Exception as error:  # noqa: BLE001
-        traceback.print_exc()
-        _exit(FAILED, f"{type(error).__name__}: {error}")
-    return INCOMPLETE if failed else 0
+    if bool(_WEIGHTS.value) == bool(_FOLLOW.value):
+        raise ValueError(
+            "expected either --weights=FILE, e.g. runs/emoji/params.msgpack, or --follow=WORKDIR, e.g. runs/emoji"
+        )
+    return INCOMPLETE if _evaluate() else command.FINISHED
 
 
 def _evaluate() -> int:
@@ -113,13 +95,6 @@ def _evaluate() -> int:
     return evaluation.failed
 
 
-def _exit(code: int, message: str) -> NoReturn:
-    """Exit immediately: JAX's shutdown barrier would wait for processes that wait for this one."""
-    print(f"clip_jax.evaluate: {message}", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
 if __name__ == "__main__":
-    app.run(main, flags_parser=lambda argv: parse_flags(argv, lambda message: _exit(REFUSED, message)))
+    # Level ERROR: no warnings of Orbax about directories that are read-only.
+    command.run(main, level=logging.ERROR, leave=os._exit)

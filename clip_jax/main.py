@@ -6,18 +6,15 @@ with its traceback; 2, a wrong flag, config or input, with one sentence.
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-import traceback
-from typing import NoReturn
 
-from absl import app, flags
+from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
+from clip_jax import command
 from clip_jax import config as configs
-from clip_jax.command import checked_config, parse_flags
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A Python file with get_config(), e.g. configs/emoji.py.", lock_config=True
@@ -28,30 +25,14 @@ _WORKDIR = flags.DEFINE_string(
 _EXPORT = flags.DEFINE_string("export", None, "Write the final weights to this msgpack file or gs:// URL.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print a summary of the run and exit.")
 
-FINISHED, FAILED, REFUSED = 0, 1, 2
 
-
-def main(argv: list[str]) -> None:
-    """Train with the given flags and exit with a documented code."""
-    logging.basicConfig(
-        level=logging.INFO, format="%(levelname).1s %(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
-    )
-    for verbose in ("absl", "jax", "orbax", "tensorflow", "fontTools"):
-        logging.getLogger(verbose).setLevel(logging.WARNING)
-    if len(argv) > 1:
-        _exit(REFUSED, f"unexpected argument {argv[1]!r}; flags begin with --")
-    try:
-        finished = _run()
-    except ValueError as error:
-        _exit(REFUSED, str(error), with_traceback=bool(os.environ.get("CLIP_JAX_TRACEBACK")))
-    except Exception as error:  # noqa: BLE001
-        _exit(FAILED, f"{type(error).__name__}: {error}", with_traceback=True)
+def main(_: list[str]) -> int:
+    """Train with the given flags. Returns the exit code."""
+    finished = _run()
     if not _DRY_RUN.value:
-        print(
-            "finished" if finished else "stopped by SIGTERM, state saved: the same command resumes the run",
-            file=sys.stderr,
-        )
-    sys.exit(FINISHED)
+        message = "finished" if finished else "stopped by SIGTERM, state saved: the same command resumes the run"
+        print(message, file=sys.stderr)
+    return command.FINISHED
 
 
 def _run() -> bool:
@@ -84,7 +65,7 @@ def _config_and_workdir() -> tuple[configs.Config, epath.Path]:
         if stored is None:
             raise ValueError(f"{workdir} has no run to resume; give --config, e.g. --config=configs/emoji.py")
         return stored, workdir
-    given = checked_config(_CONFIG.value)
+    given = command.checked_config(_CONFIG.value)
     _check_names(given)
     configs.check_local_paths(given)
     if stored is not None:
@@ -106,19 +87,5 @@ def _check_names(config: configs.Config) -> None:
         configs.check_name("eval.baselines_dataset", config.eval.baselines_dataset, DATASETS)
 
 
-def _exit(code: int, message: str, *, with_traceback: bool = False) -> NoReturn:
-    """Print the message and exit immediately.
-
-    `os._exit`, because `sys.exit` waits in JAX's shutdown barrier for the other hosts. They wait in a collective for
-    this one, whose heartbeat continues: both would wait for five minutes without a message.
-    """
-    if with_traceback:
-        traceback.print_exc()
-    print(f"clip_jax: {message}", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
 if __name__ == "__main__":
-    app.run(main, flags_parser=lambda argv: parse_flags(argv, lambda message: _exit(REFUSED, message)))
+    command.run(main, refused=(ValueError,), leave=os._exit)

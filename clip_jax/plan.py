@@ -14,16 +14,15 @@ import pathlib
 import sys
 import threading
 import time
-import traceback
 import types
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
+from clip_jax import command
 from clip_jax import config as configs
-from clip_jax.command import checked_config, parse_flags
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from clip_jax.planner.predict import Plan
     from clip_jax.planner.topology import Topology
 
-FITS, FAILED, REFUSED, DOES_NOT_FIT = 0, 1, 2, 3
+DOES_NOT_FIT = 3
 HEARTBEAT_SECONDS = 20
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run, e.g. configs/vit_l14.py.", lock_config=True)
@@ -55,19 +54,11 @@ _LOSS_FLAGS = {  # and the config key with the same meaning
 }
 
 
-def main(argv: list[str]) -> None:
-    """Plan by the flags, and exit with a documented code."""
-    try:
-        if len(argv) > 1:
-            raise ValueError(f"unexpected argument {argv[1]!r}; flags begin with --")
-        options = types.SimpleNamespace(config=_CONFIG.value, **{flag.name: flag.value for flag in _OPTIONS})
-        fits = _plan(options, given={name for name in _LOSS_FLAGS if flags.FLAGS[name].present})
-    except (ValueError, ModuleNotFoundError) as error:
-        _exit(REFUSED, str(error))
-    except Exception as error:  # noqa: BLE001
-        traceback.print_exc()
-        _exit(FAILED, f"{type(error).__name__}: {error}")
-    sys.exit(FITS if fits else DOES_NOT_FIT)
+def main(_: list[str]) -> int:
+    """Plan by the flags. Returns the exit code."""
+    options = types.SimpleNamespace(config=_CONFIG.value, **{flag.name: flag.value for flag in _OPTIONS})
+    fits = _plan(options, given={name for name in _LOSS_FLAGS if flags.FLAGS[name].present})
+    return command.FINISHED if fits else DOES_NOT_FIT
 
 
 def _plan(options: types.SimpleNamespace, given: set[str]) -> bool:
@@ -151,7 +142,7 @@ def _search(options: types.SimpleNamespace, config: configs.Config | None, topol
 def _config(given: ConfigDict | None) -> configs.Config:
     if given is None:
         raise ValueError("give --config, e.g. --config=configs/vit_l14.py, or --loss_only")
-    return checked_config(given)
+    return command.checked_config(given)
 
 
 @contextlib.contextmanager
@@ -173,10 +164,5 @@ def _heartbeat(task: str) -> Iterator[None]:
         thread.join()
 
 
-def _exit(code: int, message: str) -> NoReturn:
-    print(message if code == REFUSED else f"FAILED: {message}", file=sys.stderr)
-    sys.exit(code)
-
-
 if __name__ == "__main__":
-    app.run(main, flags_parser=lambda argv: parse_flags(argv, lambda message: _exit(REFUSED, message)))
+    command.run(main, refused=(ValueError, ModuleNotFoundError))

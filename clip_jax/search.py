@@ -5,32 +5,27 @@ Prints one table per query. Exit codes: 0; 2 for wrong flags or input, with a on
 
 from __future__ import annotations
 
-import logging
 import os
 import pathlib
-import sys
 from collections.abc import Sequence
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from jaxtyping import Float, Int64
 
+from clip_jax import command
+
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
-REFUSED = 2
 
 _WEIGHTS = flags.DEFINE_string("weights", None, "Weights, e.g. runs/emoji/params.msgpack.")
 _IMAGES = flags.DEFINE_string("images", "", "Folder, searched recursively for PNG, JPEG and WebP. Empty: the emoji.")
 _TOP = flags.DEFINE_integer("top", 10, "Number of matches per query.", lower_bound=1)
 
 
-def main(argv: Sequence[str]) -> None:
-    """Print the best matches of each query."""
-    logging.getLogger("jax").setLevel(logging.WARNING)  # no messages about the search for a TPU
-    try:
-        _search(_WEIGHTS.value, argv[1:], _IMAGES.value, _TOP.value)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"clip_jax.search: {error}", file=sys.stderr)
-        sys.exit(REFUSED)
+def main(queries: list[str]) -> int:
+    """Print the best matches of each query. Returns the exit code."""
+    _search(_WEIGHTS.value, queries, _IMAGES.value, _TOP.value)
+    return command.FINISHED
 
 
 def _search(weights: str | None, queries: Sequence[str], folder: str, top: int) -> None:
@@ -83,4 +78,4 @@ def _emoji() -> tuple[list[bytes], list[str]]:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main, positional=True)

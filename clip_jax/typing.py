@@ -25,6 +25,7 @@ Params = PyTree  # nested dicts of arrays, `jax.ShapeDtypeStruct`s or shardings
 Leaf = Any
 Metrics = dict[str, Array]
 ArrayLike = Array | np.ndarray
+Number = int | float  # annotations are executed in tests, where an int is not a float
 
 SLICE = "slice"  # mesh axis over TPU slices, which the data center network connects
 

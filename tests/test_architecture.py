@@ -18,7 +18,7 @@ from tests import vocabulary
 ROOT = pathlib.Path(__file__).parents[1]
 
 LAYERS = {
-    **dict.fromkeys(["provenance", "typing"], 0),
+    **dict.fromkeys(["paths", "provenance", "typing"], 0),
     **dict.fromkeys(["models", "losses"], 1),
     "config": 2,
     **dict.fromkeys(["data", "devices", "preprocess", "tokenizers"], 3),

@@ -217,9 +217,9 @@ def test_file_mode_follows_the_umask(tmp_path):
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
 
 
-def test_remote_path_is_refused_with_an_alternative():
+def test_reading_a_remote_path_is_refused_with_an_alternative():
     with pytest.raises(ValueError, match="gs://bucket/a: expected a local path, got a URL.*storage cp"):
-        msgpack.write("gs://bucket/a", parameters(), CONFIG)
+        msgpack.read("gs://bucket/a")
 
 
 def test_missing_file_raises_file_not_found(tmp_path):

@@ -10,9 +10,10 @@ from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 
 import clip_jax
+from clip_jax import paths
 from clip_jax.devices.distributed import Preempted, PreemptionMonitor
 from clip_jax.evals.suite import Suite
-from clip_jax.training import loop, metrics, workdir
+from clip_jax.training import loop, metrics
 from clip_jax.training.checkpoint import Checkpoints
 from tests import runs
 
@@ -123,8 +124,8 @@ def test_preempted_during_evaluation_evaluates_that_step_when_resumed(config, un
 
 def test_preempted_run_with_remote_workdir(config, uninterrupted, tmp_path, monkeypatch):
     """An object store cannot append: every flush is an object, and the export is written once."""
-    monkeypatch.setattr(metrics, "is_remote", lambda path: True)
-    monkeypatch.setattr(workdir, "is_remote", lambda path: True)
+    for module in (metrics, paths):
+        monkeypatch.setattr(module, "is_url", lambda path: str(path).startswith(str(tmp_path)))
     directory, export = tmp_path / "run", tmp_path / "export/params.msgpack"
     with monkeypatch.context() as patch:
         _preempt(patch, checks=EVERY + 3 + 1)  # three batches are evaluated at step 4

@@ -6,11 +6,10 @@ import sys
 import jax
 import numpy as np
 import pytest
-from absl import flags
 from absl.testing import flagsaver
 from PIL import Image
 
-from clip_jax import search
+from clip_jax import command, search
 from clip_jax.config import Architecture, EdgeNet, TextTransformer, WeightsConfig
 from clip_jax.interop import msgpack
 from clip_jax.models import make_model
@@ -84,12 +83,14 @@ def test_command_prints_rank_cosine_and_name(weights, image_folder):
         (["--weights=WEIGHTS", "dog " * 99], "model.text.context_length=12"),
     ],
 )
-def test_wrong_input_exits_with_one_line(arguments, message, weights, tmp_path, capsys):
+def test_wrong_input_exits_with_one_line(arguments, message, weights, tmp_path, monkeypatch, capsys):
     known = {"WEIGHTS": str(weights), "EMPTY": str(tmp_path)}
     for word, path in known.items():
         arguments = [argument.replace(word, path) for argument in arguments]
+    monkeypatch.setattr(command, "_set_up_logging", lambda level: None)
+    monkeypatch.setattr(command.app, "run", lambda main, flags_parser: main(flags_parser(["search", *arguments])))
     with flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
-        search.main(flags.FLAGS(["search", *arguments]))
-    assert ended.value.code == search.REFUSED
+        command.run(search.main, positional=True)
+    assert ended.value.code == command.REFUSED
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

@@ -13,6 +13,7 @@ from etils import epath
 
 import clip_jax
 from clip_jax import config as configs
+from clip_jax import paths
 from clip_jax.config import MODELS
 from clip_jax.config.resolve import LOCAL_PATHS
 from clip_jax.devices import distributed
@@ -232,10 +233,10 @@ def test_records_are_dropped_atomically(tmp_path, monkeypatch):
     content = '{"step": 1, "loss": 2}\n{"step": 2, "loss": 1}\n'
     (path / metrics.METRICS_FILE).write_text(content)
 
-    def killed(self, target):
+    def killed(source, target):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(type(path), "replace", killed)
+    monkeypatch.setattr(paths.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         metrics.Writer(path, first_step=1, active=True)
     assert (path / metrics.METRICS_FILE).read_text() == content
@@ -243,7 +244,7 @@ def test_records_are_dropped_atomically(tmp_path, monkeypatch):
 
 def test_metrics_of_a_remote_workdir_are_never_appended(tmp_path, monkeypatch):
     path = epath.Path(tmp_path)
-    monkeypatch.setattr(metrics, "is_remote", lambda path: True)
+    monkeypatch.setattr(metrics, "is_url", lambda path: True)
     for first_step in (0, 2):  # the second writer drops step 3
         writer = metrics.Writer(path, first_step=first_step, active=True)
         for step in range(first_step + 1, 4):

@@ -13,7 +13,7 @@ from clip_jax.config.build import (
 )
 from clip_jax.config.models import MODELS, SIGLIP_PREPROCESS, name_of, preprocess_of, siglip_image, tokenizer_of
 from clip_jax.config.recipes import paper, runlocal, with_argument
-from clip_jax.config.resolve import Resolved, check_local_path, check_local_paths, resolve
+from clip_jax.config.resolve import Resolved, check_local_paths, resolve
 from clip_jax.config.schema import (
     AugmentConfig,
     CheckpointConfig,
@@ -62,7 +62,6 @@ __all__ = [
     "WeightsConfig",
     "build",
     "check",
-    "check_local_path",
     "check_local_paths",
     "check_name",
     "default_config",

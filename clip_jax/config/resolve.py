@@ -10,6 +10,7 @@ from clip_jax.config.build import check_name, differences
 from clip_jax.config.models import MODELS
 from clip_jax.config.schema import Config, OptimConfig, TeacherConfig, TrainConfig
 from clip_jax.models.architecture import check
+from clip_jax.paths import check_local
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,23 +25,11 @@ class Resolved:
 LOCAL_PATHS = ("data.cache_dir", "eval.data_dir", "init.weights", "teacher.weights", "tokenizer.path")
 
 
-def check_local_path(name: str, path: str) -> None:
-    """Raise ValueError for a URL where only a local path is supported; `gs://…` would become a local folder `gs:`.
-
-    >>> check_local_path("--data_dir", "/data")
-    """
-    if "://" in path:
-        raise ValueError(
-            f"{name}={path}: expected a local path, got a URL; copy it to a local disk, e.g. gcloud storage cp"
-            f" -r {path} /data/, or mount the bucket with gcsfuse"
-        )
-
-
 def check_local_paths(config: Config) -> None:
     """Raise ValueError if a key of LOCAL_PATHS is a URL. --workdir, --export and data.files may be URLs."""
     for key in LOCAL_PATHS:
         section, name = key.split(".")
-        check_local_path(key, getattr(getattr(config, section), name))
+        check_local(key, getattr(getattr(config, section), name))
 
 
 def _check_thresholds(config: Config) -> None:

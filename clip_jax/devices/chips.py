@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 
+from clip_jax.typing import Number
+
 GIB = 2**30
-Number = int | float
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ from jaxtyping import PyTree
 
 from clip_jax.models.architecture import Architecture
 from clip_jax.models.layers import Rules
+from clip_jax.models.params import split_batch_stats, tree_path
 from clip_jax.typing import SLICE, Params
 
 AXES = (SLICE, "data", "fsdp", "tensor")
@@ -91,7 +92,7 @@ def param_specs(params: Params, mesh: AnyMesh, rules: Rules) -> PyTree:
     """
 
     def spec(path: tuple, leaf: Any) -> PartitionSpec:
-        name = "/".join(str(key.key) for key in path)
+        name = tree_path(path)
         matches = [(pattern, axes) for pattern, axes in rules if re.fullmatch(pattern, name)]
         if len(matches) != 1:
             found = " and ".join(repr(pattern) for pattern, _ in matches) or "none"
@@ -117,11 +118,10 @@ def param_specs(params: Params, mesh: AnyMesh, rules: Rules) -> PyTree:
 
 def param_shardings(params: Params, mesh: Mesh, architecture: Architecture) -> PyTree:
     """Return the sharding of every parameter; batch statistics are replicated."""
-    trained = {name: value for name, value in params.items() if name != "batch_stats"}
+    trained, stats = split_batch_stats(params)
     specs = param_specs(trained, mesh, sharding_rules(architecture))
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
-    stats = {name: value for name, value in params.items() if name == "batch_stats"}
-    return shardings | jax.tree.map(lambda _: replicated(mesh), stats)
+    return shardings | ({} if stats is None else {"batch_stats": jax.tree.map(lambda _: replicated(mesh), stats)})
 
 
 def state_shardings(state: Any, mesh: AnyMesh, architecture: Architecture, *, shard_moments: bool = False) -> Any:

@@ -34,10 +34,11 @@ from clip_jax.evals.feature_cache import DiskCachedEmbedder, FeatureCache
 from clip_jax.evals.load import LoadOptions, expand
 from clip_jax.evals.report.charts import overlap_chart, robustness_chart
 from clip_jax.evals.report.tables import model_card, open_clip_csv, text_table
-from clip_jax.evals.report.writing import check_same_weights, weights_name, write_atomically, write_report
+from clip_jax.evals.report.writing import check_same_weights, weights_name, write_report
 from clip_jax.evals.suite import EvalReport, Model, evaluate
 from clip_jax.models import count_parameters, make_model
 from clip_jax.models.flops import forward_flops
+from clip_jax.paths import write_atomically
 from clip_jax.preprocess import preprocess_many
 from clip_jax.provenance import versions
 from clip_jax.tokenizers import make_tokenizer

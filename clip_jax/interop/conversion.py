@@ -17,7 +17,7 @@ import numpy as np
 
 from clip_jax.config import Architecture
 from clip_jax.interop.name_tables import Table, Tensor
-from clip_jax.models import make_model
+from clip_jax.models import make_model, tree_path
 from clip_jax.typing import Params
 
 # Suffixes of tensors that are no parameters and follow from the shapes.
@@ -169,7 +169,7 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def flat(tree: Params) -> dict:
     """Return the leaves of a nested tree by path, e.g. `text/projection`."""
-    return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in jax.tree.leaves_with_path(tree)}
+    return {tree_path(p): leaf for p, leaf in jax.tree.leaves_with_path(tree)}
 
 
 def nested(leaves: Mapping[str, np.ndarray]) -> Params:

@@ -18,6 +18,7 @@ import numpy as np
 
 from clip_jax.config import WeightsConfig
 from clip_jax.interop import directory, msgpack, npz, safetensors, torch_file
+from clip_jax.interop.conversion import flat
 from clip_jax.typing import Params
 
 _HEAD = 16  # bytes
@@ -71,13 +72,13 @@ def writer(name: str) -> Callable[[str | os.PathLike[str], Params, WeightsConfig
 def _read_flax(path: pathlib.Path) -> tuple[dict[str, np.ndarray], None]:
     """Read Hugging Face's `flax_model.msgpack`: arrays by their nested names, joined by dots."""
     try:
-        arrays = dict(msgpack.flat_arrays(msgpack.restore(path)))
+        arrays = flat(msgpack.restore(path))
         if not all(isinstance(array, np.ndarray) for array in arrays.values()):
             raise ValueError("it contains values that are not arrays")
     # A damaged byte can make the parser and Flax's decoder raise any exception.
     except Exception as error:
         raise ValueError(f"{path}: expected Flax msgpack, got a truncated or damaged file ({error})") from error
-    return {name.removeprefix("/").replace("/", "."): array for name, array in arrays.items()}, None
+    return {name.replace("/", "."): array for name, array in arrays.items()}, None
 
 
 def _read_shards(index: pathlib.Path) -> tuple[dict[str, Any], None]:

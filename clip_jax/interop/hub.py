@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import pathlib
 
+from clip_jax.paths import check_local
+
 HUB = "hf-hub:"
 CACHE = "~/.cache/clip"
 OPENAI = {
@@ -32,8 +34,7 @@ def locate(path: str | os.PathLike[str]) -> pathlib.Path:
     Raises FileNotFoundError, with the command that downloads it, if OpenAI's file is not in the cache.
     """
     name = os.fspath(path)
-    if "://" in name:
-        raise ValueError(f"{name}: expected a local path, got a URL; copy it first, e.g. gcloud storage cp {name} .")
+    check_local("weights", name)
     if name.startswith(HUB):
         try:
             import huggingface_hub

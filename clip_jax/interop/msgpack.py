@@ -20,16 +20,18 @@ import json
 import os
 import pathlib
 import struct
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, BinaryIO
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import msgpack as packer
 import numpy as np
+from etils import epath
 from flax import serialization
 
 from clip_jax.config import WeightsConfig, build
+from clip_jax.interop.conversion import flat
+from clip_jax.paths import check_local, write_atomically
 from clip_jax.tokenizers.base import read_file
 
 FORMAT, VERSION = "clip_jax", 1
@@ -39,10 +41,10 @@ _FIRST_KEY = b"\xa6config"
 
 
 def write(path: str | os.PathLike[str], params: Mapping[str, Any], config: WeightsConfig) -> None:
-    """Write a weight file atomically, with the content of the file `config.tokenizer.path`.
+    """Write a weight file atomically, to a local path or a URL, with the content of the file `config.tokenizer.path`.
 
     Raises:
-      ValueError: if the path is not local, or the tokenizer file is missing.
+      ValueError: if the tokenizer file is missing.
 
     >>> import tempfile, numpy as np
     >>> from clip_jax.config import WeightsConfig
@@ -52,7 +54,6 @@ def write(path: str | os.PathLike[str], params: Mapping[str, Any], config: Weigh
     >>> params["text"]["projection"].shape, config.source
     ((2, 3), 'example')
     """
-    target = _local(path)
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -61,7 +62,7 @@ def write(path: str | os.PathLike[str], params: Mapping[str, Any], config: Weigh
         "params": jax.tree.map(np.asarray, params),
     }
     content["sha256"] = _checksum(content)
-    write_atomically(target, lambda file: file.writelines(_packed(content)))
+    write_atomically(epath.Path(path).expanduser(), lambda file: file.writelines(_packed(content)))
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], WeightsConfig]:
@@ -71,7 +72,8 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], WeightsConfig]:
       FileNotFoundError: if there is no such file.
       ValueError: if the file has another format, is truncated or damaged, or needs a newer clip_jax.
     """
-    file = _local(path)
+    check_local("weights", path)
+    file = pathlib.Path(path).expanduser()
     with file.open("rb") as stream:
         head = stream.read(12)
     if not detect(file, head):
@@ -122,12 +124,6 @@ def config_from_json(text: str | bytes, tokenizer: bytes) -> WeightsConfig:
     return build(WeightsConfig, {**json.loads(text), "tokenizer_file": tokenizer})
 
 
-def _local(path: str | os.PathLike[str]) -> pathlib.Path:
-    if "://" in os.fspath(path):
-        raise ValueError(f"{path}: expected a local path, got a URL; use one, and gcloud storage cp to copy the file")
-    return pathlib.Path(path).expanduser()
-
-
 def tokenizer_content(config: WeightsConfig) -> bytes:
     """Return the content of the tokenizer file, b'' without one. Raises ValueError if the file is missing."""
     if config.tokenizer_file or not config.tokenizer.path:
@@ -165,50 +161,7 @@ def _packed(value: Any) -> Iterator[bytes | memoryview]:
 def _checksum(content: Mapping[str, Any]) -> str:
     digest = hashlib.sha256(content["config"].encode())
     digest.update(b"\0" + content["tokenizer"])
-    for name, array in flat_arrays(content["params"]):
-        digest.update(f"\0{name}\0{array.dtype.name}\0{array.shape}\0".encode())
+    for name, array in flat(content["params"]).items():
+        digest.update(f"\0/{name}\0{array.dtype.name}\0{array.shape}\0".encode())
         digest.update(np.ascontiguousarray(array).view(np.uint8).data)
     return digest.hexdigest()
-
-
-def flat_arrays(tree: Any, path: str = "") -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (path, leaf) of nested dicts in sorted order, e.g. ('/text/projection', array)."""
-    if not isinstance(tree, dict):
-        yield path, tree
-        return
-    for key in sorted(tree):
-        yield from flat_arrays(tree[key], f"{path}/{key}")
-
-
-def write_atomically(target: pathlib.Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write to a temporary file and rename it to `target` after fsync, so that a failure leaves the old file."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # In the same directory: a rename is atomic only within a file system.
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    _fsync_directory(target.parent)
-
-
-def _umask() -> int:
-    # mkstemp creates files with mode 0600. The umask can only be read by setting it.
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _fsync_directory(folder: pathlib.Path) -> None:
-    """Make the rename durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

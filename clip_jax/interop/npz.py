@@ -20,7 +20,8 @@ import numpy as np
 
 from clip_jax.config import WeightsConfig
 from clip_jax.interop.conversion import flat, nested
-from clip_jax.interop.msgpack import config_from_json, config_json, tokenizer_content, write_atomically
+from clip_jax.interop.msgpack import config_from_json, config_json, tokenizer_content
+from clip_jax.paths import write_atomically
 from clip_jax.typing import Params
 
 _CONFIG, _TOKENIZER = "config.json", "tokenizer"

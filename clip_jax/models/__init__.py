@@ -1,6 +1,7 @@
 """CLIP encoders in Flax linen, used as pure functions of their parameters."""
 
-from clip_jax.models.clip import Model, attention_implementations, count_parameters, make_model, matmul_precision
+from clip_jax.models.clip import Model, attention_implementations, make_model, matmul_precision
+from clip_jax.models.params import count_parameters, split_batch_stats, tree_path
 from clip_jax.models.towers import TOWERS, ImageTower, TextTower
 
 __all__ = [
@@ -12,4 +13,6 @@ __all__ = [
     "count_parameters",
     "make_model",
     "matmul_precision",
+    "split_batch_stats",
+    "tree_path",
 ]

@@ -20,6 +20,7 @@ from clip_jax.models import packing
 from clip_jax.models.architecture import Architecture, Preprocess
 from clip_jax.models.attention import attention_implementation
 from clip_jax.models.layers import Compute, upcast
+from clip_jax.models.params import split_batch_stats
 from clip_jax.typing import ArrayLike, Metrics, Params
 
 
@@ -116,6 +117,7 @@ def make_model(
 
     Example:
       >>> from clip_jax.config import MODELS
+      >>> from clip_jax.models import count_parameters
       >>> model = make_model(MODELS["vit_b32"])
       >>> params = jax.eval_shape(model.init, jax.random.key(0))  # shapes; jax.jit(model.init) returns arrays
       >>> count_parameters(params)
@@ -135,11 +137,11 @@ def make_model(
         return variables["params"] | ({"batch_stats": variables["batch_stats"]} if "batch_stats" in variables else {})
 
     def apply(method: str, params: Params, *inputs: Any, **options: Any) -> Any:
-        trained = {name: value for name, value in params.items() if name != "batch_stats"}
-        stats = {name: value for name, value in params.items() if name == "batch_stats"}
+        trained, stats = split_batch_stats(params)
+        variables = {"params": trained} | ({} if stats is None else {"batch_stats": stats})
         precision = matmul_precision(dtype)
         with jax.default_matmul_precision(precision) if precision else contextlib.nullcontext():
-            return module.apply({"params": trained} | stats, *inputs, method=method, **options)
+            return module.apply(variables, *inputs, method=method, **options)
 
     def normalize(image: UInt8[ArrayLike, "B H W 3"]) -> Float[Array, "B H W 3"]:
         pixels = jnp.asarray(image, jnp.promote_types(compute.dtype, jnp.float32))
@@ -204,12 +206,6 @@ def attention_implementations(
             shape = shape._replace(tokens=2 * size)  # keys: the previous chunk and its own
         found[name] = attention_implementation(shape, mesh, dtype, masked=packed) if shape else "no self-attention"
     return found
-
-
-def count_parameters(params: Params) -> int:
-    """Return the number of trained parameters of a tree of arrays or shapes."""
-    trained = {name: value for name, value in params.items() if name != "batch_stats"}
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trained))
 
 
 def _unit_norm(x_BE: Float[Array, "B E"]) -> Float[Array, "B E"]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from clip_jax.config import name_of
-from clip_jax.devices.chips import Number
 from clip_jax.planner.predict import Plan
+from clip_jax.typing import Number
 
 IMAGES_PER_CORE_SECOND = 254  # decode, crop and resize of 512 px JPEG by tf.data: docs/performance.md
 RESOURCES = {

@@ -20,14 +20,13 @@ from jax.sharding import AbstractMesh, Mesh
 
 from clip_jax.config import Config, MeshConfig, name_of, resolve
 from clip_jax.devices import sharding
-from clip_jax.devices.chips import Number
 from clip_jax.losses import LOSSES
-from clip_jax.models import flops
+from clip_jax.models import flops, split_batch_stats
 from clip_jax.models.clip import attention_implementations, matmul_precision
 from clip_jax.planner.cost import Cost, Program
 from clip_jax.planner.topology import Topology
 from clip_jax.training import optim, step
-from clip_jax.typing import Batch
+from clip_jax.typing import Batch, Number
 
 # Without tensor cores, which have no full float32: NVIDIA's datasheets of A100, H100, H200, B200 and L4.
 FLOAT32_FLOPS_PER_SECOND = {"a100-40gb": 19.5e12, "a100": 19.5e12, "h100": 67e12, "h200": 67e12, "b200": 75e12}
@@ -294,8 +293,7 @@ def traced_flops(config: Config, mesh: Mesh) -> float:
     gradient = step.make_gradient(model, config, mesh)
 
     def batch_gradient(params: Any, batch: Batch) -> Any:
-        trained = {name: value for name, value in params.items() if name != "batch_stats"}
-        return gradient(trained, params.get("batch_stats"), batch, jax.random.key(0))
+        return gradient(*split_batch_stats(params), batch, jax.random.key(0))
 
     params = jax.eval_shape(model.init, jax.random.key(0))
     return flops.count(batch_gradient, params, abstract_batch(config, mesh), padding=False)
@@ -304,8 +302,8 @@ def traced_flops(config: Config, mesh: Mesh) -> float:
 def saved_bytes(config: Config, mesh: Mesh) -> float:
     """Return the bytes per device that the towers save for the backward pass: residuals that grow with the batch."""
     model = step.model_from_config(config, mesh)
-    params, embed = jax.eval_shape(model.init, jax.random.key(0)), step.make_embed(model, config.optim.freeze)
-    stats = params.pop("batch_stats", None)
+    params, stats = split_batch_stats(jax.eval_shape(model.init, jax.random.key(0)))
+    embed = step.make_embed(model, config.optim.freeze)
 
     def residuals(count: int) -> list[Any]:
         batch = abstract_batch(config, mesh, count)

@@ -7,9 +7,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 from clip_jax.config import Config, resolve
-from clip_jax.devices.chips import Number
 from clip_jax.planner.predict import Plan
 from clip_jax.planner.topology import Topology
+from clip_jax.typing import Number
 
 POLICIES = ("none", "dots", "names", "full")
 MAX_COMPILATIONS = 6  # for one row of the table

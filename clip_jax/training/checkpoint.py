@@ -23,7 +23,9 @@ from jaxtyping import Array, PyTree, UInt32
 from orbax.checkpoint import checkpoint_managers
 
 from clip_jax.devices import distributed
-from clip_jax.training.workdir import check_writable, is_remote
+from clip_jax.models import tree_path
+from clip_jax.paths import is_url
+from clip_jax.training.workdir import check_writable
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +56,7 @@ class Checkpoints:
           SaveFailed: the directory is not writable.
         """
         # Orbax accepts absolute paths only, and raises for others at the first save; URLs are absolute.
-        self.directory = epath.Path(directory if is_remote(directory) else os.path.abspath(directory))
+        self.directory = epath.Path(directory if is_url(directory) else os.path.abspath(directory))
         self._read_only = read_only
         if not read_only:
             try:
@@ -230,11 +232,7 @@ def _first_line(error: BaseException) -> str:
 def _describe(tree: PyTree) -> dict[str, str]:
     """Return e.g. `{'params/logit_scale': 'float32[]', …}`."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {_path(path): f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}" for path, leaf in leaves}
-
-
-def _path(path: tuple) -> str:
-    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+    return {tree_path(path): f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}" for path, leaf in leaves}
 
 
 def _check_same_arrays(found: dict[str, str], wanted: dict[str, str], where: str) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -305,7 +304,8 @@ def _finish(run: Run, params: Params, suite: Suite, baselines_dataset: EvalDatas
         for name, reason in suite.skipped.items():
             print(f"{name} is skipped: {reason}")
         if export:
-            _export(workdir.to_path(export, "--export"), gathered, _weights_config(run))
+            write_weights(workdir.to_path(export, "--export"), gathered, _weights_config(run))
+            log.info("weights written to %s", export)
     distributed.barrier("finished")
 
 
@@ -325,18 +325,6 @@ def _embedder(run: Run, params: Params) -> ModelEmbedder:
         on_batch=run.preemption.check,
         image_features=run.model.image_features,
     )
-
-
-def _export(path: epath.Path, params: Params, config: WeightsConfig) -> None:
-    """Write the weights to a local file, or through a temporary file to an object store."""
-    if workdir.is_remote(path):
-        with tempfile.TemporaryDirectory() as folder:
-            local = epath.Path(folder) / path.name
-            write_weights(local, params, config)
-            path.write_bytes(local.read_bytes())
-    else:
-        write_weights(path, params, config)
-    log.info("weights written to %s", path)
 
 
 def _weights_config(run: Run) -> WeightsConfig:

@@ -22,7 +22,7 @@ import optax
 from etils import epath
 
 from clip_jax.config import TrainConfig
-from clip_jax.training.workdir import is_remote, write_atomically
+from clip_jax.paths import is_url, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ class Writer:
         from clu import metric_writers  # imports TensorFlow
 
         self._board = metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir / "tensorboard")))
-        self._workdir, self._remote = workdir, is_remote(workdir)
+        self._workdir, self._remote = workdir, is_url(workdir)
         self._buffer: list[str] = []
         self._evaluated_steps: set[int] = set()
         for path in reversed(_files(workdir)):

@@ -19,7 +19,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from clip_jax.config import Architecture, OptimConfig
-from clip_jax.models import make_model
+from clip_jax.models import make_model, tree_path
 from clip_jax.training.rounding import round_nearest, stochastic_round
 from clip_jax.typing import ArrayLike, Params
 
@@ -163,7 +163,7 @@ def cast_params(params: Params, pattern: str) -> Params:
       ValueError: the pattern matches no parameter.
     """
     matches = _match_paths(params, pattern)
-    cast = jax.tree_util.tree_map_with_path(lambda path, x: x and not _ALWAYS_FLOAT32.search(_name(path)), matches)
+    cast = jax.tree_util.tree_map_with_path(lambda path, x: x and not _ALWAYS_FLOAT32.search(tree_path(path)), matches)
     if pattern and not any(jax.tree.leaves(cast)):
         raise ValueError(_match_error("half_precision_params", pattern, "no parameter", params))
     return jax.tree.map(lambda x, half: round_nearest(x, "bfloat16") if half else x, params, cast)
@@ -226,11 +226,11 @@ def stop_frozen_gradients(params: Params, pattern: str) -> Params:
 
 def _match_paths(params: Params, pattern: str) -> PyTree[bool]:
     regex = re.compile(pattern)
-    return jax.tree_util.tree_map_with_path(lambda path, _: bool(pattern and regex.search(_name(path))), params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: bool(pattern and regex.search(tree_path(path))), params)
 
 
 def _match_error(key: str, pattern: str, matched: str, params: Params) -> str:
-    names = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    names = [tree_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     examples = ", ".join(names[:: max(1, len(names) // 4)])
     return f"optim.{key}={pattern!r} matches {matched}; there are e.g. {examples}"
 
@@ -263,17 +263,13 @@ def layer_decay_factors(params: Params, decay: float, architecture: Architecture
         tower = towers.get(path[0].key)
         if tower is None:
             return 1.0
-        layer = tower.layer(_name(path[1:]))
+        layer = tower.layer(tree_path(path[1:]))
         if isinstance(layer, range):
             powers = decay ** (tower.output_layer - np.asarray(layer, np.float32))
             return powers.reshape(-1, *[1] * (leaf.ndim - 1))
         return decay ** (tower.output_layer - layer)
 
     return jax.tree_util.tree_map_with_path(factor, params)
-
-
-def _name(path: tuple) -> str:
-    return "/".join(str(key.key) for key in path)
 
 
 def weight_decay_mask(params: Params, no_weight_decay: str = "") -> PyTree[bool]:
@@ -289,7 +285,7 @@ def weight_decay_mask(params: Params, no_weight_decay: str = "") -> PyTree[bool]
     """
 
     def decays(path: tuple, _: object) -> bool:
-        name = _name(path)
+        name = tree_path(path)
         return not _NEVER_DECAYED.search(name) and not (no_weight_decay and re.search(no_weight_decay, name))
 
     return jax.tree_util.tree_map_with_path(decays, params)

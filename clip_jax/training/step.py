@@ -23,7 +23,7 @@ from clip_jax.config import Architecture, Config, OptimConfig, TrainConfig
 from clip_jax.devices import sharding
 from clip_jax.devices.sharding import BATCH, BATCH_AXES, REPLICATED, batch_sharding, replicated
 from clip_jax.losses import distilled
-from clip_jax.models import Model, make_model
+from clip_jax.models import Model, make_model, split_batch_stats
 from clip_jax.training import optim
 from clip_jax.typing import Batch, Leaf, Metrics, Params
 
@@ -121,10 +121,10 @@ def make_teacher(architecture: Architecture, params: Params, config: Config, mes
 def init_state(params: Params, optimizer: optax.GradientTransformation, config: OptimConfig) -> TrainState:
     """Return the state before the first step. `params` includes `batch_stats` for models that have them."""
     zero = jnp.zeros((), jnp.int32)
-    trained = {name: value for name, value in params.items() if name != "batch_stats"}
+    trained, stats = split_batch_stats(params)
     ema = jax.tree.map(jnp.copy, trained) if config.ema_decay else None  # a copy, because the step donates both
     trained = optim.cast_params(trained, config.half_precision_params)
-    return TrainState(zero, trained, optimizer.init(trained), params.get("batch_stats"), ema, zero + 0, zero + 0)
+    return TrainState(zero, trained, optimizer.init(trained), stats, ema, zero + 0, zero + 0)
 
 
 def abstract_state(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 
 from etils import epath
 
 from clip_jax.config import Config, differences, from_json, to_json
+from clip_jax.paths import write_atomically
 from clip_jax.provenance import versions
 
 CONFIG_FILE = "config.json"
@@ -24,11 +24,6 @@ def to_path(path: str, flag: str) -> epath.Path:
         return epath.Path(path).expanduser()
     except KeyError as error:  # epath's, for an unknown scheme
         raise ValueError(f"{flag}={path}: expected a local path, gs:// or s3://, got {error.args[0]}") from error
-
-
-def is_remote(path: str | os.PathLike[str]) -> bool:
-    """Return whether a path is a URL: an object store replaces objects as a whole and cannot append to them."""
-    return "://" in os.fspath(path)
 
 
 def check_writable(directory: epath.Path, suffix: str = "") -> None:
@@ -89,10 +84,3 @@ def write_config(workdir: epath.Path, config: Config) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     write_atomically(workdir / VERSIONS_FILE, json.dumps(versions(), indent=2) + "\n")
     write_atomically(workdir / CONFIG_FILE, to_json(config))
-
-
-def write_atomically(path: epath.Path, text: str) -> None:
-    """Write a temporary file and rename it, so that a reader or a resumed run never finds a partial file."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)

@@ -18,7 +18,6 @@ import logging
 import os
 import re
 import struct
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,6 +29,7 @@ from google.protobuf.message import DecodeError
 
 from clip_jax.config import DataConfig
 from clip_jax.data.sources.synthetic import SyntheticSource
+from clip_jax.paths import is_url, write_atomically
 from clip_jax.typing import BadRecord, Record
 
 log = logging.getLogger(__name__)
@@ -216,12 +216,8 @@ def _expand_braces(pattern: str) -> list[str]:
     return [path for n in numbers for path in _expand_braces(pattern[: match.start()] + n + pattern[match.end() :])]
 
 
-def _is_url(path: str) -> bool:
-    return "://" in path
-
-
 def _glob(path: str) -> list[str]:
-    if _is_url(path):
+    if is_url(path):
         return sorted(tf.io.gfile.glob(path))
     if glob.has_magic(path) and not os.path.exists(path):
         return sorted(glob.glob(path, recursive=True))
@@ -230,7 +226,7 @@ def _glob(path: str) -> list[str]:
 
 def _open(path: str):
     """Open a file for seeking; local files without a buffer, since every read has a known length."""
-    return tf.io.gfile.GFile(path, "rb") if _is_url(path) else open(path, "rb", buffering=0)
+    return tf.io.gfile.GFile(path, "rb") if is_url(path) else open(path, "rb", buffering=0)
 
 
 # ------------------------------------------------------------------------------------------------------- the index
@@ -262,23 +258,20 @@ def _index(file, size: int) -> np.ndarray:
 def _cached_index(path: str, cache: Path | None) -> tuple[np.ndarray, int]:
     """Return a shard's offsets and size in bytes; from the cache if size and modification time are unchanged."""
     size, modified = _stat(path)
-    name = hashlib.sha256(f"{path if _is_url(path) else os.path.abspath(path)} {size} {modified}".encode())
+    name = hashlib.sha256(f"{path if is_url(path) else os.path.abspath(path)} {size} {modified}".encode())
     cached = cache / "tfrecord-index" / f"{name.hexdigest()[:32]}.npy" if cache else None
     if cached and cached.exists():
         return np.load(cached), size
     with _open(path) as file:
         offsets = _index(file, size)
     if cached:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=cached.parent, suffix=".tmp", delete=False) as file:
-            np.save(file, offsets)
-        os.replace(file.name, cached)  # atomic: other processes may write the same file
+        write_atomically(cached, lambda file: np.save(file, offsets))  # other processes may write the same file
     return offsets, size
 
 
 def _stat(path: str) -> tuple[int, int]:
     """Return size in bytes and modification time in ns."""
-    if _is_url(path):
+    if is_url(path):
         stat = tf.io.gfile.stat(path)
         return stat.length, stat.mtime_nsec
     stat = os.stat(path)

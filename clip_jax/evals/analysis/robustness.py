@@ -19,11 +19,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from clip_jax.typing import Number
+
 SHIFTS = ("imagenet_v2", "imagenet_a", "imagenet_r", "imagenet_sketch", "objectnet")
 PAPER_SHIFTS = (*SHIFTS, "imagenet_vid", "youtube_bb")  # the last two, of videos, are rarely evaluated
 IMAGENET = "imagenet"
-
-Number = int | float  # annotations are executed in tests, where an int is not a float
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from clip_jax.evals.analysis.overlap import Overlap
 from clip_jax.evals.analysis.robustness import LinearFit, expit, logit
+from clip_jax.typing import Number
 
-Number = int | float  # annotations are executed in tests, where an int is not a float
 Points = Sequence[tuple[Number, Number]]
 Span = tuple[Number, Number]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from clip_jax.config import flatten
-from clip_jax.evals.report.charts import SERIES, Number, Points, line_chart
+from clip_jax.evals.report.charts import SERIES, Points, line_chart
 from clip_jax.evals.report.panels import Panels
 from clip_jax.evals.report.results import (
     Result,
@@ -20,6 +20,7 @@ from clip_jax.evals.report.results import (
     or_nan,
     results,
 )
+from clip_jax.typing import Number
 
 NOTES = ("failed", "skipped")  # keys of `run` that map datasets without a result to the reason
 CURVES = {

@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Mapping
 
-from clip_jax.evals.report.charts import Number
+from clip_jax.typing import Number
 
 REFERENCES = ("candidates", "chance", "majority_class", "threshold", "ci_low", "ci_high", "min", "max", "published")
 LANGUAGES = {

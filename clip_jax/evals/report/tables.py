@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from clip_jax.evals.datasets.registry import DATASETS, SUITES, Dataset
-from clip_jax.evals.report.charts import Number
 from clip_jax.evals.report.results import format_count, language, results
+from clip_jax.typing import Number
 
 if TYPE_CHECKING:
     from clip_jax.config import WeightsConfig

@@ -12,9 +12,10 @@ from typing import Any
 from etils import epath
 
 from clip_jax.config import flatten
-from clip_jax.evals.report.charts import Number
 from clip_jax.evals.report.html import render_page
 from clip_jax.evals.report.panels import Panels
+from clip_jax.paths import write_atomically
+from clip_jax.typing import Number
 
 # File names without information: the name of their directory is used instead.
 GENERIC_NAMES = ("params", "model", "weights", "pytorch_model", "open_clip_model", "open_clip_pytorch_model")
@@ -47,14 +48,6 @@ def write_report(
     directory.mkdir(parents=True, exist_ok=True)
     write_atomically(directory / "report.json", json.dumps(flat, sort_keys=True, indent=1, ensure_ascii=False) + "\n")
     write_atomically(directory / "report.html", render_page(metrics, curves, panels, run, plots))
-
-
-def write_atomically(path: os.PathLike[str], text: str) -> None:
-    """Write a text file. A reader sees either the old or the new content, never a part."""
-    path = epath.Path(path)
-    new = path.with_name(path.name + ".new")
-    new.write_text(text)
-    new.replace(path)
 
 
 def weights_name(weights: str) -> str:
