@@ -147,8 +147,8 @@ def _packed(value: Any) -> Iterator[bytes | memoryview]:
     elif not isinstance(value, np.ndarray):
         yield packer.packb(value)
     elif value.nbytes > _MAX_PIECE:
-        flat, step = value.reshape(-1), _MAX_PIECE // value.itemsize
-        pieces = {str(i): flat[start : start + step] for i, start in enumerate(range(0, value.size, step))}
+        values, step = value.reshape(-1), _MAX_PIECE // value.itemsize
+        pieces = {str(i): values[start : start + step] for i, start in enumerate(range(0, value.size, step))}
         shape = {str(axis): side for axis, side in enumerate(value.shape)}
         yield from _packed({"__msgpack_chunked_array__": True, "chunks": pieces, "shape": shape})
     else:
