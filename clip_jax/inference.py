@@ -128,9 +128,8 @@ def load(
 ) -> Clip:
     """Load a model from a weight file, a directory, a name of an OpenAI model or a repository of the Hugging Face hub.
 
-    Formats: clip_jax (`--export`, `clip_jax.convert`), OpenAI's archives, torch state dicts and checkpoints,
-    safetensors, directories of open_clip and Hugging Face, Flax msgpack, big_vision npz, and others registered in
-    `clip_jax.interop.formats.FORMATS`. An unknown activation is an error, not a guess.
+    Formats: clip_jax's, OpenAI's archives, torch state dicts and checkpoints, safetensors, directories of open_clip and
+    Hugging Face, Flax msgpack, big_vision npz, and others in `clip_jax.interop.formats.FORMATS`.
 
     Args:
       path: file or directory; name such as 'vit_b32' for OpenAI's weights in ~/.cache/clip; or

@@ -32,7 +32,6 @@ from clip_jax.config import Preprocess
 # Encoded image, path, PIL image, or uint8[H W], [H W 3] or [H W 4].
 ImageLike = Image.Image | bytes | str | os.PathLike[str] | np.ndarray
 
-_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _SIXTEEN_BIT = {"I;16": "<u2", "I;16L": "<u2", "I;16B": ">u2"}
 # A 1 × 10,000 image resized to 224 px on its shorter side would have 500 Mpx, 1.5 GB.
 _MAX_RESIZED_PIXELS = 100_000_000
@@ -54,7 +53,7 @@ def preprocess(image: ImageLike, size: int, spec: Preprocess) -> UInt8[np.ndarra
       FileNotFoundError: if the path does not exist.
     """
     opened = _BEFORE_RESIZE[spec.implementation](_open(image))
-    resampling = _RESAMPLING[spec.interpolation]
+    resampling = Image.Resampling[spec.interpolation.upper()]
     if spec.resize == "squash":
         return np.array(opened.resize((size, size), resampling).convert("RGB"))
     width, height = _resized_shape(opened.size, size)
