@@ -39,7 +39,7 @@ INSTALL = [
     "ftfy>=6.3",
     "regex>=2024.11.6",
     "google-crc32c>=1.7",  # TFRecord's checksum
-    "jinja2>=3.1.4",  # report.html
+    "jinja2>=3.1.4",  # report.html and model cards
 ]
 
 # Images and names of emoji; clip_jax/data/sources/emoji.py renders them to pairs.

@@ -38,8 +38,8 @@ flags.DEFINE_string("out", "", "Directory of the reports; default: evaluations/<
 flags.DEFINE_string("templates", "", "Templates of all datasets: a name or a .json file.")
 flags.DEFINE_string("class_names", "", "Class names of a single dataset: a name or a .json file.")
 flags.DEFINE_string("standard_models", "", "CSV of standard models, for effective robustness.")
-flags.DEFINE_string("overlap", "", "Directory of the training images' hashes, for the evaluator overlap.")
-flags.DEFINE_string("train_files", "", "TFRecord shards to hash into --overlap first.")
+flags.DEFINE_string("train_hashes", "", "Directory of the training images' hashes, for the evaluator overlap.")
+flags.DEFINE_string("train_files", "", "TFRecord shards to hash into --train_hashes first.")
 flags.DEFINE_list("beam_options", [], "Hash with Apache Beam, e.g. --runner=DataflowRunner.")
 flags.DEFINE_integer("max_distance", 8, "Bits in which near-duplicates may differ; use 4 for 10⁸ training images.")
 flags.DEFINE_string("groups", "", "CSV with a header and a row per test image, for the evaluator bias.")
@@ -55,15 +55,6 @@ _TOKENIZER = flags.DEFINE_string("tokenizer", "", "SentencePiece .model or token
 
 def main(_: list[str]) -> int:
     """Evaluate, print the table, write the reports. Returns the exit code."""
-    if bool(_WEIGHTS.value) == bool(_FOLLOW.value):
-        raise ValueError(
-            "expected either --weights=FILE, e.g. runs/emoji/params.msgpack, or --follow=WORKDIR, e.g. runs/emoji"
-        )
-    return INCOMPLETE if _evaluate() else command.FINISHED
-
-
-def _evaluate() -> int:
-    """Return the number of failed results, over all evaluated checkpoints."""
     from etils import epath
 
     from clip_jax.devices import distributed
@@ -71,6 +62,10 @@ def _evaluate() -> int:
     from clip_jax.interop import reading
     from clip_jax.training.follow import follow
 
+    if bool(_WEIGHTS.value) == bool(_FOLLOW.value):
+        raise ValueError(
+            "expected either --weights=FILE, e.g. runs/emoji/params.msgpack, or --follow=WORKDIR, e.g. runs/emoji"
+        )
     for module in _MODULES.value:
         try:
             importlib.import_module(module)
@@ -92,7 +87,7 @@ def _evaluate() -> int:
             _EVERY_SECONDS.value,
         )
     distributed.barrier("evaluated")
-    return evaluation.failed
+    return INCOMPLETE if evaluation.failed else command.FINISHED
 
 
 if __name__ == "__main__":

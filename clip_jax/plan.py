@@ -25,8 +25,6 @@ from clip_jax import command
 from clip_jax import config as configs
 
 if TYPE_CHECKING:
-    from ml_collections import ConfigDict
-
     from clip_jax.planner.predict import Plan
     from clip_jax.planner.topology import Topology
 
@@ -55,30 +53,24 @@ _LOSS_FLAGS = {  # and the config key with the same meaning
 
 
 def main(_: list[str]) -> int:
-    """Plan by the flags. Returns the exit code."""
+    """Plan by the flags, print, and return the exit code."""
+    from clip_jax.planner.topology import parse_topology
+
     options = types.SimpleNamespace(config=_CONFIG.value, **{flag.name: flag.value for flag in _OPTIONS})
-    fits = _plan(options, given={name for name in _LOSS_FLAGS if flags.FLAGS[name].present})
+    if not options.topology:
+        raise ValueError("give --topology, e.g. --topology=v5e-256, v4-512 or h100-64")
+    if options.config is None and not options.loss_only:
+        raise ValueError("give --config, e.g. --config=configs/vit_l14.py, or --loss_only")
+    topology = parse_topology(options.topology, options.slices)
+    config = None if options.loss_only else command.checked_config(options.config)
+    _check_options(options, topology)
+    os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported: it would look for a TPU and log errors
+    fits = _search(options, config, topology) if options.search else _print_plan(options, config, topology)
     return command.FINISHED if fits else DOES_NOT_FIT
 
 
-def _plan(options: types.SimpleNamespace, given: set[str]) -> bool:
-    """Plan, print, and return whether it fits.
-
-    Args:
-      options: values of all flags by name.
-      given: flags of _LOSS_FLAGS on the command line.
-    """
-    from clip_jax.planner.topology import parse_topology
-
-    if not options.topology:
-        raise ValueError("give --topology, e.g. --topology=v5e-256, v4-512 or h100-64")
-    topology = parse_topology(options.topology, options.slices)
-    config = None if options.loss_only else _config(options.config)
-    _check_options(options, given, topology)
-    os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported: it would look for a TPU and log errors
-    if options.search:
-        return _search(options, config, topology)
-
+def _print_plan(options: types.SimpleNamespace, config: configs.Config | None, topology: Topology) -> bool:
+    """Print a plan, and return whether it fits."""
     from clip_jax.planner.page import render_page
 
     plan = _plan_one(options, config, topology)
@@ -90,12 +82,12 @@ def _plan(options: types.SimpleNamespace, given: set[str]) -> bool:
     return plan.fits
 
 
-def _check_options(options: types.SimpleNamespace, given: set[str], topology: Topology) -> None:
+def _check_options(options: types.SimpleNamespace, topology: Topology) -> None:
     """Raise ValueError for flags without effect."""
     if options.loss_only and options.config is not None:
         raise ValueError("--loss_only has no --config; remove one of them")
     if not options.loss_only:
-        for name in (name for name in _LOSS_FLAGS if name in given):
+        for name in (name for name in _LOSS_FLAGS if flags.FLAGS[name].present):
             instead = f"; for a run use --{_LOSS_FLAGS[name]}=…" if _LOSS_FLAGS[name] else ""
             raise ValueError(f"--{name} is for --loss_only{instead}")
     if options.dump_hlo and (options.search or topology.chip.kind != "tpu"):
@@ -137,12 +129,6 @@ def _search(options: types.SimpleNamespace, config: configs.Config | None, topol
         if found or not sys.exc_info()[0]:  # after an interrupt, too: the rows may have taken hours
             print(json.dumps([plan.as_json() for plan in found], indent=2) if options.json else table(found))
     return bool(found)
-
-
-def _config(given: ConfigDict | None) -> configs.Config:
-    if given is None:
-        raise ValueError("give --config, e.g. --config=configs/vit_l14.py, or --loss_only")
-    return command.checked_config(given)
 
 
 @contextlib.contextmanager

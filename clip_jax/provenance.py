@@ -13,11 +13,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow",
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of clip_jax, Python, the platform and the numerical packages, and the git commit.
-
-    >>> sorted(versions())[:4]
-    ['clip_jax', 'flax', 'git_commit', 'jax']
-    """
+    """Return the versions of clip_jax, Python, the platform and the numerical packages, and the git commit."""
     return {
         "clip_jax": __version__,
         "git_commit": git_commit(),

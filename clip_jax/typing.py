@@ -179,10 +179,7 @@ class Unavailable(RuntimeError):
 
 @runtime_checkable
 class Embedder(Protocol):
-    """Encoders of images and texts, the model of an evaluator. Optional: `features(images) -> float[n D]`.
-
-    Embeddings are unit vectors, or NaN where the model's output is not finite; there is one row per input.
-    """
+    """Encoders to unit vectors, NaN where the output is not finite. Optional: `features(images) -> float[n D]`."""
 
     def image(self, images: Sequence[bytes]) -> Float[np.ndarray, "n E"]: ...
 
@@ -190,11 +187,7 @@ class Embedder(Protocol):
 
 
 class EvalResult(dict[str, float]):
-    """Metrics of an evaluator, with a one-line description of the method and data for tables and plots.
-
-    >>> EvalResult({"zeroshot/cifar10/top1": 0.5}, "80 templates")["zeroshot/cifar10/top1"]
-    0.5
-    """
+    """Metrics of an evaluator, with a one-line description of the method and data for tables and plots."""
 
     def __init__(self, metrics: Mapping[str, float], description: str = "", detail: Any = None):
         super().__init__(metrics)

@@ -150,10 +150,13 @@ def test_restore_raises_if_every_checkpoint_is_damaged(checkpoints):
     [
         (
             {"kernel": jnp.zeros((64, 33)), "step": jnp.int32(0)},
-            r"kernel is float32\[64, 32\] there, float32\[64, 33\] here",
+            r"kernel: expected float32\[64, 33\], got float32\[64, 32\]",
         ),
-        ({"kernel": jnp.zeros((64, 32), jnp.bfloat16), "step": jnp.int32(0)}, "kernel is float32.* there, bfloat16"),
-        ({"weight": jnp.zeros((64, 32)), "step": jnp.int32(0)}, "weight is absent there"),
+        (
+            {"kernel": jnp.zeros((64, 32), jnp.bfloat16), "step": jnp.int32(0)},
+            "kernel: expected bfloat16.*, got float32",
+        ),
+        ({"weight": jnp.zeros((64, 32)), "step": jnp.int32(0)}, "weight: expected .*, got absent"),
     ],
 )
 def test_checkpoint_of_another_model_is_refused_with_one_sentence(checkpoints, other, message):

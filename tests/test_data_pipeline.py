@@ -3,6 +3,9 @@
 import io
 import itertools
 import logging
+import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -320,6 +323,31 @@ def test_other_exceptions_propagate_unchanged():
 
     with pytest.raises(ZeroDivisionError, match="a bug in a tokenizer"):
         take(SyntheticSource(20), 1, tokenizer=Broken())
+
+
+_ABANDONED = """
+import time
+import numpy as np
+from clip_jax import config, data
+
+class Tokenizer:
+    length = 4
+    def __call__(self, texts):
+        time.sleep(0.5)  # a thread of TensorFlow is here when the script ends, and then needs the GIL
+        return np.zeros((len(texts), 4), np.int32)
+
+settings = config.DataConfig(source="synthetic", decode_threads=2)
+steps = data.batches(data.make_source(settings), Tokenizer(), settings, image_size=16, batch_size=8, seed=0,
+                     start_step=0, rows=slice(0, 8))
+print(next(steps).batch.image.shape)
+"""
+
+
+def test_script_that_abandons_its_batches_ends():
+    command, root = [sys.executable, "-c", _ABANDONED], pathlib.Path(__file__).parents[1]
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=120)
+    assert (result.returncode, result.stdout) == (0, "(8, 16, 16, 3)\n"), result.stderr
+    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize("rows", [slice(4, 4), slice(0, 9), slice(0, 8, 2), slice(6, 2)])

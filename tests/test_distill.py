@@ -270,14 +270,17 @@ def test_a_teacher_may_be_of_another_family_and_is_resized_to_the_run(tmp_path):
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        (WeightsConfig(RESNET, preprocess=Preprocess((0.5,) * 3)), r"preprocess\.mean is \(0\.5, 0\.5, 0\.5\) there"),
+        (
+            WeightsConfig(RESNET, preprocess=Preprocess((0.5,) * 3)),
+            r"preprocess\.mean: expected \(0\.5, 0\.5, 0\.5\), got",
+        ),
         (
             WeightsConfig(dataclasses.replace(RESNET, text=dataclasses.replace(RESNET.text, vocab_size=700))),
-            r"other pixels or token ids than this run: model\.text\.vocab_size is 700 there, 600 here",
+            r"other pixels or token ids than this run: model\.text\.vocab_size: expected 700, got 600",
         ),
         (
             WeightsConfig(RESNET, TokenizerConfig("sentencepiece", clean="lower")),
-            r"tokenizer\.name is 'sentencepiece' there, 'clip_bpe' here; tokenizer\.clean is 'lower' there",
+            r"tokenizer\.name: expected 'sentencepiece', got 'clip_bpe'; tokenizer\.clean: expected 'lower'",
         ),
     ],
 )
@@ -290,7 +293,9 @@ def test_a_teacher_with_another_merge_table_is_refused_with_an_example(tmp_path)
     merges = [f"{a} {b}" for a in "abcdefghij" for b in "klmnopqrs"][: VIT.text.vocab_size - 514]
     content = "\n".join(["#version: 0.2", *merges, ""]).encode()
     weights = WeightsConfig(RESNET, TokenizerConfig(path="merges.txt"), tokenizer_file=content)
-    with pytest.raises(ValueError, match=r"other token ids than this run: 'a photo of a dog' is \[598, .* here"):
+    with pytest.raises(
+        ValueError, match=r"other token ids than this run: 'a photo of a dog': expected \[598, .*, got \["
+    ):
         _run(tmp_path, weights=weights)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from clip_jax.evals import load, suite
 from clip_jax.evals.datasets import registry
-from clip_jax.evals.datasets.load import load_split
+from clip_jax.evals.load import load_split
 from clip_jax.evals.metrics import Undefined
 from clip_jax.evals.zeroshot import chance_jaccard, cue_prompt, zeroshot
 from clip_jax.typing import Cue, DatasetSplit, EvalDataset, Unavailable
@@ -110,8 +110,8 @@ ROW = dataclasses.replace(registry.DATASETS["winogavil"], name="tiny", size=2)
 
 def evaluate(monkeypatch, split, evaluators=("zeroshot",), **options):
     register(monkeypatch, ROW)
-    options = load.LoadOptions(**options)
-    return suite.evaluate(make_model(Perfect()), ["tiny"], evaluators, options, load_split=lambda *_: split)
+    monkeypatch.setattr(load, "load_split", lambda *_: split)
+    return suite.evaluate(make_model(Perfect()), ["tiny"], evaluators, load.LoadOptions(**options))
 
 
 def test_winogavil_is_evaluated_by_zeroshot_only_and_described(monkeypatch):

@@ -17,10 +17,9 @@ from clip_jax.config import DataConfig
 from clip_jax.data.sources import emoji
 from clip_jax.evals.datasets.builtin import read_builtin
 from clip_jax.evals.datasets.folder import read_folder
-from clip_jax.evals.datasets.load import load_split
 from clip_jax.evals.datasets.registry import Dataset
 from clip_jax.evals.datasets.tfds import read_tfds
-from clip_jax.evals.load import LoadOptions, load_dataset
+from clip_jax.evals.load import LoadOptions, load_dataset, load_split
 from clip_jax.typing import Unavailable
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -323,7 +322,7 @@ def test_unprepared_tfds_datasets_are_unavailable_with_the_command_that_prepares
 
 
 def test_tfds_is_imported_lazily():
-    code = "import sys, clip_jax.evals.datasets.load; sys.exit('tensorflow_datasets' in sys.modules)"
+    code = "import sys, clip_jax.evals.load; sys.exit('tensorflow_datasets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 

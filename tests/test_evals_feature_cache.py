@@ -8,8 +8,8 @@ import time
 import numpy as np
 import pytest
 
-from clip_jax.evals import feature_cache
-from clip_jax.evals.feature_cache import FeatureCache
+from clip_jax.evals import embed
+from clip_jax.evals.embed import FeatureCache
 from tests.tiny_dataset import CLASSES, SPLITS, Perfect, evaluate, split
 
 
@@ -140,7 +140,7 @@ def test_two_writers_of_one_key_leave_one_complete_file(tmp_path, monkeypatch):
             np.testing.assert_array_equal(cache.get("key", 3, Computed(others)), others)
         save(file, array)
 
-    monkeypatch.setattr(feature_cache.np, "save", interrupted)
+    monkeypatch.setattr(embed.np, "save", interrupted)
     np.testing.assert_array_equal(cache.get("key", 3, Computed()), ROWS)
     assert len(set(files)) == 2 and len(list(tmp_path.iterdir())) == 1
     np.testing.assert_array_equal(cache.get("key", 3, Computed(others)), ROWS)
@@ -154,7 +154,8 @@ def test_the_file_of_a_killed_writer_is_not_read_and_later_removed(tmp_path, mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(feature_cache.np, "save", killed)
+        patched.setattr(embed.np, "save", killed)
+        patched.setattr("clip_jax.paths.os.unlink", lambda path: None)  # SIGKILL runs no `except`
         cache.get("key", 3, Computed())
     (left,) = tmp_path.iterdir()
     unrelated = tmp_path / "notes.new"
@@ -162,7 +163,7 @@ def test_the_file_of_a_killed_writer_is_not_read_and_later_removed(tmp_path, mon
     np.testing.assert_array_equal(cache.get("key", 3, again := Computed()), ROWS)
     assert again.calls == 1 and left.exists()  # the writer may still be running
     for path in (left, unrelated):
-        os.utime(path, (time.time() - feature_cache.ABANDONED_SECONDS - 60,) * 2)
+        os.utime(path, (time.time() - embed.ABANDONED_SECONDS - 60,) * 2)
     cache.get("another", 3, Computed())
     assert not left.exists() and unrelated.exists() and len(list(tmp_path.glob("*.npy"))) == 2
 

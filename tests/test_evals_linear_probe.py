@@ -5,7 +5,6 @@ max_iter=100_000)` fitted to `split(1, 300)`, with `OneVsRestClassifier` for sig
 on `split(2, 200)`, refitted to both, on `split(3, 500)`.
 """
 
-import dataclasses
 import gc
 
 import jax
@@ -369,28 +368,18 @@ def test_draws_are_nested_and_balanced():
     assert set(draws[-1]) != set(draw(TRAIN.targets, CLASSES, 16, 4))
 
 
-def test_a_class_with_fewer_examples_is_an_error_or_drawn_completely():
-    class_ids = np.array([0, 0, 0, 1, 0, 1])
+def test_a_class_with_fewer_examples_is_an_error():
     with pytest.raises(ValueError, match="at most 2, the examples of class 1, got 4"):
-        draw(class_ids, 2, 4, 0)
-    assert set(draw(class_ids, 2, 4, 0, fewer=True)) == set(range(6))
+        draw(np.array([0, 0, 0, 1, 0, 1]), 2, 4, 0)
 
 
 def test_more_shots_are_better():
-    results = few_shot_curve(TRAIN, VALIDATION, CLASSES, l2=1.0, shots=(1, 16), seeds=range(3))
-    low, high = results[1].interval
-    assert low <= results[1].mean <= high < results[16].mean
-    rows = draw(TRAIN.targets, CLASSES, 16, 2)
-    probe = fit(*(x[rows] for x in TRAIN), CLASSES, 1.0)
-    assert results[16].values[2] == probe.evaluate(accuracy, VALIDATION)
+    results = few_shot_curve(TRAIN, VALIDATION, split(3, 500), CLASSES, shots=(1, 16), seeds=range(3))
+    assert len(results[1]) == 3 and max(results[1]) < np.mean(results[16])
 
 
 def test_few_shot_probes_search_on_the_validation_split():
-    results = few_shot_curve(TRAIN, split(3, 500), CLASSES, validation=VALIDATION, shots=(4,), seeds=(0,))
+    results = few_shot_curve(TRAIN, VALIDATION, split(3, 500), CLASSES, shots=(4,), seeds=(0,))
     rows = draw(TRAIN.targets, CLASSES, 4, 0)
     found = search(Examples(*(x[rows] for x in TRAIN)), VALIDATION, CLASSES, refit=False)
-    assert results[4].values == (found.probe.evaluate(accuracy, split(3, 500)),)
-    with pytest.raises(ValueError, match="expected either l2"):
-        few_shot_curve(TRAIN, VALIDATION, CLASSES)
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        results[4].values = ()
+    assert results[4] == [found.probe.evaluate(accuracy, split(3, 500))]

@@ -11,7 +11,7 @@ import scipy.stats  # JAX depends on it
 from PIL import Image
 
 from clip_jax.data.sources.tfrecord import write_tfrecord
-from clip_jax.evals.analysis import hash_shards, near_duplicates
+from clip_jax.evals.analysis import near_duplicates
 from clip_jax.evals.analysis.near_duplicates import (
     MAX_DISTANCE,
     hash_images,
@@ -266,19 +266,19 @@ def test_rows_of_shard_hashes_map_to_records(tmp_path):
     paths, output = shards(tmp_path), tmp_path / "hashes"
     output.mkdir()
     for path in paths:
-        hash_shards.hash_shard(path, str(output))
-    hashes = hash_shards.read_hashes(str(output))
+        near_duplicates.hash_shard(path, str(output))
+    hashes = near_duplicates.read_hashes(str(output))
     assert [len(shard) for shard in hashes.values()] == [3, 0, 3] and hashes["00000.tfrecord"][2] == 0
     queries = hash_images([encoded(photo(seed), "JPEG") for seed in (1, 2, 4)] + [b"broken"])
     distance, row = nearest_hash(queries, hashes.values())
     assert (distance[:3] <= MAX_DISTANCE).all()
-    assert [hash_shards.record_name(hashes, int(r)) for r in row] == [
+    assert [near_duplicates.record_name(hashes, int(r)) for r in row] == [
         *("00000.tfrecord#1", "00002.tfrecord#0", "00002.tfrecord#2", None)
     ]
     with pytest.raises(IndexError, match="row 6 of 6"):
-        hash_shards.record_name(hashes, 6)
+        near_duplicates.record_name(hashes, 6)
     with pytest.raises(ValueError, match=r"has no file \*.hashes.npy: write them by hash_shards"):
-        hash_shards.read_hashes(str(tmp_path))
+        near_duplicates.read_hashes(str(tmp_path))
 
 
 def test_without_beam_the_error_has_the_install_command(tmp_path, monkeypatch):
@@ -291,17 +291,17 @@ def test_without_beam_the_error_has_the_install_command(tmp_path, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without_beam)
     with pytest.raises(ImportError, match="pip install apache-beam"):
-        hash_shards.hash_shards(["a.tfrecord"], str(tmp_path))
+        near_duplicates.hash_shards(["a.tfrecord"], str(tmp_path))
 
 
 def test_beam_skips_hashed_shards(tmp_path):
     pytest.importorskip("apache_beam")
     paths, output = shards(tmp_path), str(tmp_path / "hashes")
-    hash_shards.hash_shards(paths[:1], output)
+    near_duplicates.hash_shards(paths[:1], output)
     first = tmp_path / "hashes/00000.tfrecord.hashes.npy"
     kept = first.stat().st_mtime_ns
-    hash_shards.hash_shards(paths, output)
+    near_duplicates.hash_shards(paths, output)
     assert first.stat().st_mtime_ns == kept
-    assert list(hash_shards.read_hashes(output)) == ["00000.tfrecord", "00001.tfrecord", "00002.tfrecord"]
+    assert list(near_duplicates.read_hashes(output)) == ["00000.tfrecord", "00001.tfrecord", "00002.tfrecord"]
     with pytest.raises(ValueError, match="several shards are named '00000.tfrecord'"):
-        hash_shards.hash_shards([paths[0], "/elsewhere/00000.tfrecord"], output)
+        near_duplicates.hash_shards([paths[0], "/elsewhere/00000.tfrecord"], output)

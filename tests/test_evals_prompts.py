@@ -6,7 +6,6 @@ import sys
 import pytest
 
 from clip_jax.evals import prompts
-from clip_jax.evals.prompts import Prompts
 from clip_jax.typing import Unavailable
 
 # The syntax of open_clip: lambdas, names over several lines.
@@ -82,8 +81,8 @@ def test_a_missing_package_is_reported_with_the_install_command(monkeypatch):
 def test_prompts_of_a_json_file(tmp_path):
     file = tmp_path / "pets.json"
     file.write_text('{"class_names": ["cat", ["dog", "puppy"]], "templates": ["{}", "my {}, a {}"]}')
-    own = Prompts(prompts.class_names(str(file)), prompts.templates(str(file)))
-    assert own.texts() == (("cat", "my cat, a cat"), ("dog", "puppy", "my dog, a dog", "my puppy, a puppy"))
+    texts = prompts.class_texts(prompts.class_names(str(file)), prompts.templates(str(file)))
+    assert texts == (("cat", "my cat, a cat"), ("dog", "puppy", "my dog, a dog", "my puppy, a puppy"))
 
 
 @pytest.mark.parametrize(
@@ -105,14 +104,14 @@ def test_an_invalid_file_is_an_error_with_the_format(tmp_path, content, message)
 
 
 def test_the_digest_changes_with_any_prompt_and_the_order_of_classes():
-    base = Prompts((("cat",), ("dog",)), ("a {}",))
+    base = prompts.digest((("cat",), ("dog",)), ("a {}",))
     others = [
-        Prompts((("dog",), ("cat",)), ("a {}",)),
-        Prompts((("cat", "dog"),), ("a {}",)),
-        Prompts((("cat",), ("dog",)), ("a {}.",)),
+        prompts.digest((("dog",), ("cat",)), ("a {}",)),
+        prompts.digest((("cat", "dog"),), ("a {}",)),
+        prompts.digest((("cat",), ("dog",)), ("a {}.",)),
     ]
-    assert len({p.digest for p in (base, *others)}) == 4
-    assert base.digest == Prompts((("cat",), ("dog",)), ("a {}",)).digest == "38c4e22f0598"
+    assert len({base, *others}) == 4
+    assert base == prompts.digest((("cat",), ("dog",)), ("a {}",)) == "38c4e22f0598"
 
 
 def test_builtin_templates_have_a_slot():

@@ -15,11 +15,9 @@ from clip_jax.evals import ranking
 from clip_jax.evals.analysis import overlap, robustness
 from clip_jax.evals.report import panels as panels_module
 from clip_jax.evals.report.charts import overlap_chart, robustness_chart
-from clip_jax.evals.report.html import render_page
 from clip_jax.evals.report.panels import panels
-from clip_jax.evals.report.results import results
-from clip_jax.evals.report.tables import text_table
-from clip_jax.evals.report.writing import write_report
+from clip_jax.evals.report.tables import results, text_table
+from clip_jax.evals.report.writing import render_page, write_report
 from clip_jax.typing import EvalDataset
 
 KEY = "retrieval/emoji_unseen/image_to_text/recall_at_5"

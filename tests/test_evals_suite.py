@@ -42,7 +42,7 @@ def test_every_result_has_a_description(monkeypatch):
     for description in report.descriptions.values():
         for part in ("20 images of the test split", "4 classes", "metric top1", PREPROCESSING):
             assert part in description
-    digest = prompts.Prompts(tuple((name,) for name in NAMES), prompts.templates("photo")).digest
+    digest = prompts.digest(tuple((name,) for name in NAMES), prompts.templates("photo"))
     assert digest in report.descriptions["zeroshot/tiny"] and "4 prompts" in report.descriptions["zeroshot/tiny"]
     assert "held out of the training split" in report.descriptions["linear_probe/tiny"]
     assert "5 draws" in report.descriptions["few_shot/tiny"]
@@ -122,9 +122,8 @@ def _evaluate_three(monkeypatch, error, after_each=lambda report: None):
             raise error
         return SPLITS[part]
 
-    return suite.evaluate(
-        make_model(Perfect()), list(rows), ("zeroshot",), after_each=after_each, load_split=load_split
-    )
+    monkeypatch.setattr(load, "load_split", load_split)
+    return suite.evaluate(make_model(Perfect()), list(rows), ("zeroshot",), after_each=after_each)
 
 
 @pytest.mark.parametrize(
@@ -193,9 +192,7 @@ def test_an_evaluator_and_a_dataset_registered_elsewhere_work_by_name(monkeypatc
         "mine": EvalTask("mean_norm", "elsewhere", {"scale": 3.0}),
         "theirs": EvalTask("linear_probe", "elsewhere"),
     }
-    monkeypatch.setattr(
-        suite, "load_dataset", lambda name, options: load.load_dataset(name, options, lambda *_: SPLITS["test"])
-    )
+    monkeypatch.setattr(load, "load_split", lambda *_: SPLITS["test"])
     loaded = suite.load_suite(EvalConfig(tasks=tasks), DataConfig())
     assert loaded.evaluate(Perfect())["mean_norm/mine/image"] == 3
 
@@ -209,9 +206,7 @@ def test_a_task_of_the_training_loop_that_the_model_does_not_support_is_skipped(
             self.images, self.texts, self.image_calls = [], [], 0
 
     register(monkeypatch, ROW)
-    monkeypatch.setattr(
-        suite, "load_dataset", lambda name, options: load.load_dataset(name, options, lambda _, part, __: SPLITS[part])
-    )
+    monkeypatch.setattr(load, "load_split", lambda _, part, __: SPLITS[part])
     tasks = {"probe": EvalTask("linear_probe", "tiny"), "tiny": EvalTask("zeroshot", "tiny")}
     loaded = suite.load_suite(EvalConfig(tasks=tasks, thresholds={"linear_probe/probe/top1": 1.0}), DataConfig())
     assert loaded.evaluate(WithoutFeatures())["zeroshot/tiny/top1"] == 1
@@ -298,7 +293,7 @@ def seen(monkeypatch):
         monkeypatch.setattr(sys.modules[f"clip_jax.evals.{module}"], name, recorded)
 
     record("linear_probe", "search", lambda arguments, options: arguments[:2])
-    record("few_shot", "few_shot_curve", lambda arguments, options: (arguments[0], options["validation"]))
+    record("few_shot", "few_shot_curve", lambda arguments, options: arguments[:2])
     return seen
 
 

@@ -11,6 +11,7 @@ import time
 import pytest
 
 from clip_jax.config import MODELS, WeightsConfig
+from clip_jax.evals import run as evals_run
 from clip_jax.evals.datasets.registry import DATASETS
 from clip_jax.evals.report.writing import check_same_weights, weights_name
 from clip_jax.interop import msgpack
@@ -95,13 +96,23 @@ def test_numbers_do_not_depend_on_the_batch_size_or_cached_features(alone, weigh
         (("--weights=WEIGHTS", "--wieghts=x"), "wieghts"),
         (("--weights=WEIGHTS", "--datasets="), "--datasets"),
         (("--weights=WEIGHTS", "--modules=no_such_module"), "no_such_module"),
+        (("--weights=WEIGHTS", "--data_dir=gs://bucket/data"), "--data_dir=gs://bucket/data: expected a local path"),
+        (("--weights=WEIGHTS", "--cache_dir=gs://bucket/f"), "--cache_dir=gs://bucket/f: expected a local path"),
     ],
 )
 def test_invalid_input_exits_with_2_and_one_sentence(weights, tmp_path, arguments, message):
     arguments = [argument.replace("WEIGHTS", str(weights)) for argument in arguments]
-    ((printed, errors),) = run(*arguments, "--cache_dir=", f"--out={tmp_path / 'out'}", code=2)
+    ((printed, errors),) = run("--cache_dir=", *arguments, f"--out={tmp_path / 'out'}", code=2)
     assert printed == "" and message in errors and len(errors.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["data_dir", "out", "standard_models", "groups", "categories", "cache_dir"])
+def test_url_for_a_local_path_is_refused(monkeypatch, tmp_path, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"--{name}=gs://bucket/x: expected a local path, got a URL"):
+        evals_run.prepare(evals_run.Options("small.msgpack", **{name: "gs://bucket/x"}))
+    assert not list(tmp_path.iterdir())
 
 
 def test_missing_datasets_are_listed_with_instructions(weights, tmp_path):

@@ -72,9 +72,11 @@ def test_weights_of_another_model_or_preprocessing_are_refused(tmp_path):
     msgpack.write(
         tmp_path / "w.msgpack", tiny_models.params(VIT), WeightsConfig(VIT, preprocess=Preprocess((0.5,) * 3))
     )
-    with pytest.raises(ValueError, match=r"other pixels than this run: preprocess\.mean is \(0\.5, 0\.5, 0\.5\) there"):
+    with pytest.raises(
+        ValueError, match=r"other pixels than this run: preprocess\.mean: expected \(0\.5, 0\.5, 0\.5\), got"
+    ):
         initialization.initial_params(_config(tmp_path / "w.msgpack"))
-    with pytest.raises(ValueError, match=r"model\.text\.activation is 'gelu' there, 'quick_gelu' here"):
+    with pytest.raises(ValueError, match=r"model\.text\.activation: expected 'gelu', got 'quick_gelu'"):
         initialization.initial_params(_config(tmp_path / "w.msgpack", with_activation(VIT, "quick_gelu")))
     with pytest.raises(ValueError, match=r"init\.weights='/nowhere\.pt': /nowhere\.pt: expected a file or directory"):
         initialization.initial_params(_config("/nowhere.pt"))

@@ -95,6 +95,16 @@ def test_command_evaluates_every_checkpoint_and_reports_failed_datasets(finished
     assert len((tmp_path / "out/evaluations.jsonl").read_text().splitlines()) == len(lines)
 
 
+def test_a_truncated_last_line_is_evaluated_again_and_damages_no_other(finished, tmp_path):
+    flags = (f"--follow={finished}", "--datasets=digits", f"--out={tmp_path}", "--cache_dir=")
+    path = tmp_path / "evaluations.jsonl"
+    path.write_text('{"step": 7, "zeroshot/digits/top1": 0.5}\n{"step": 14, "zeroshot/dig')  # killed while writing
+    run(*flags, tiny=True)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == STEPS and lines[0]["zeroshot/digits/top1"] == 0.5
+    assert all("zeroshot/digits/top1" in line for line in lines)
+
+
 def test_follow_waits_for_an_unfinished_run(copy):
     report, last = copy / "report.json", copy / "checkpoints/20"
     report.rename(copy / "report.later")

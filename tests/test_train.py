@@ -85,7 +85,7 @@ def test_restarted_finished_run_only_evaluates(finished):
 def test_workdir_of_another_config_is_refused(finished):
     directory, _, _ = finished
     messages = runs.finish(runs.start(directory, "--config.train.seed=5"), code=2)[0]
-    assert "train.total_steps is 20 there, 40 here" in messages and "train.seed is 0 there, 5 here" in messages
+    assert "train.total_steps: expected 20, got 40" in messages and "train.seed: expected 0, got 5" in messages
 
 
 # ------------------------------------------------------------------------------------- checks before the first step
@@ -174,7 +174,7 @@ def test_wrong_vocabulary_size_is_refused(tiny, tmp_path):
 
 def test_wrong_end_token_is_refused(tiny, tmp_path):
     text = dataclasses.replace(tiny.model.text, eos_id=5)
-    with pytest.raises(ValueError, match="model.text.eos_id=5.*799"):
+    with pytest.raises(ValueError, match="model.text.eos_id: expected 799 .* got 5"):
         loop.prepare(_changed(tiny, "model", text=text), epath.Path(tmp_path))
 
 
@@ -185,7 +185,7 @@ def test_equal_values_on_all_processes_pass():
 def test_message_about_another_config_has_the_differing_keys(tiny):
     other = _changed(tiny, "train", seed=3)
     workdir.check_same_config(tiny, tiny, epath.Path("runs/a"))
-    with pytest.raises(ValueError, match="runs/a belongs to a run with another config: train.seed is 0 there, 3 here"):
+    with pytest.raises(ValueError, match="runs/a belongs to a run with another config: train.seed: expected 0, got 3"):
         workdir.check_same_config(tiny, other, epath.Path("runs/a"))
 
 

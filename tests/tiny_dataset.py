@@ -7,8 +7,8 @@ import numpy as np
 
 from clip_jax.evals import load, suite
 from clip_jax.evals.datasets import registry
-from clip_jax.evals.feature_cache import DiskCachedEmbedder, FeatureCache
-from clip_jax.evals.suite import Model
+from clip_jax.evals.embed import DiskCachedEmbedder, FeatureCache
+from clip_jax.evals.suite import EvaluatedModel
 from clip_jax.typing import DatasetSplit, Unavailable
 
 CLASSES, PER_CLASS, WIDTH = 4, 5, 24
@@ -77,7 +77,9 @@ class WrongInThirds(Perfect):
 
 
 def make_model(embedder, *, architecture="custom", directory="", model="model"):
-    return Model(DiskCachedEmbedder(embedder, FeatureCache(str(directory), model)), architecture, PREPROCESSING)
+    return EvaluatedModel(
+        DiskCachedEmbedder(embedder, FeatureCache(str(directory), model)), architecture, PREPROCESSING
+    )
 
 
 def split(targets=None, first=0, **fields):
@@ -117,11 +119,11 @@ def evaluate(monkeypatch, embedder, row=ROW, evaluators=("zeroshot",), splits=SP
             raise Unavailable(f"no {part} split here")
         return splits[part]
 
+    monkeypatch.setattr(load, "load_split", load_split)
     return suite.evaluate(
         make_model(embedder, **options),
         names or [row.name],
         evaluators,
         load.LoadOptions(**prompts),
         evaluator_options,
-        load_split=load_split,
     )

@@ -21,7 +21,9 @@ ARCHITECTURES = {
     "vit_gelu": with_activation(Architecture(_IMAGE, _SMALL_TEXT, 32), "gelu"),
     "layer_scale": with_activation(
         Architecture(
-            ViT(64, 16, 128, 2, 4, 3.7, layer_scale=0.5), TextTransformer(600, 16, 599, 64, 2, 1, layer_scale=0.5), 32
+            ViT(64, 16, 128, 2, 4, mlp_ratio=3.7, layer_scale=0.5),
+            TextTransformer(600, 16, 599, 64, 2, 1, layer_scale=0.5),
+            32,
         ),
         "gelu",
     ),
@@ -52,7 +54,7 @@ ARCHITECTURES = {
     # timm has no smaller SigLIP towers than this.
     "siglip_timm": Architecture(
         siglip_image(224, 16, 768, "gelu"),
-        TextTransformer(160, 16, 1, 768, 1, 12, 4.0, "gelu", False, "last", 1e-6, "bias"),
+        TextTransformer(160, 16, 1, 768, 1, 12, False, "last", "bias", activation="gelu", norm_epsilon=1e-6),
         768,
         logit_bias=True,
     ),

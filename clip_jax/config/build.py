@@ -24,21 +24,13 @@ from clip_jax.models.towers import TOWERS, Tower
 
 
 def default_config(model: str = "vit_b32") -> ml_collections.ConfigDict:
-    """Return the paper's recipe for a model.
-
-    Args:
-      model: a name in `config.MODELS`.
-
-    Returns:
-      A locked ConfigDict with every key.
+    """Return the paper's recipe for a model of `MODELS`, a locked ConfigDict with every key.
 
     Raises:
       ValueError: for an unknown model.
 
-    Example:
-      >>> config = default_config("vit_b16")
-      >>> config.train.batch_size
-      32768
+    >>> default_config("vit_b16").train.batch_size
+    32768
     """
     if model not in MODELS:
         raise ValueError(f"unknown model {model!r}{_nearest(model, MODELS)}; expected one of {', '.join(MODELS)}")
@@ -50,28 +42,17 @@ def default_config(model: str = "vit_b32") -> ml_collections.ConfigDict:
 
 def to_config_dict(value: Any) -> ml_collections.ConfigDict:
     """Convert a config dataclass to a locked ConfigDict, which flags can override."""
-    result = ml_collections.ConfigDict()
-    for field in dataclasses.fields(value):
-        item = getattr(value, field.name)
-        if dataclasses.is_dataclass(item):
-            item = to_config_dict(item)
-        elif isinstance(item, Mapping):
-            item = {k: to_config_dict(v) if dataclasses.is_dataclass(v) else v for k, v in item.items()}
-        result[field.name] = item
-    return result.lock()
+    return ml_collections.ConfigDict(dataclasses.asdict(value)).lock()
 
 
 def from_config_dict(config: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:
-    """Convert nested mappings to a checked Config.
-
-    Absent keys have their defaults.
+    """Convert nested mappings to a checked Config; absent keys have their defaults.
 
     Raises:
       ValueError: for unknown keys, wrong types and values out of range.
 
-    Example:
-      >>> from_config_dict({"train": {"batch_size": 512}}).train.batch_size
-      512
+    >>> from_config_dict({"train": {"batch_size": 512}}).train.batch_size
+    512
     """
     if isinstance(config, ml_collections.ConfigDict):
         config = config.to_dict()
@@ -93,17 +74,11 @@ def to_json(config: Any) -> str:
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """Return the old and new value of every dotted key in which two configs differ."""
     old_flat, new_flat = (flatten(dataclasses.asdict(c)) for c in (old, new))
-    keys = [*old_flat, *(k for k in new_flat if k not in old_flat)]
-    return {k: (old_flat.get(k), new_flat.get(k)) for k in keys if old_flat.get(k) != new_flat.get(k)}
+    return {k: (old_flat.get(k), new_flat.get(k)) for k in old_flat | new_flat if old_flat.get(k) != new_flat.get(k)}
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested mappings to dotted keys.
-
-    Example:
-      >>> flatten({"a": {"b": 1}})
-      {'a.b': 1}
-    """
+    """Return the leaves of nested mappings by dotted key."""
     flat = {}
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
@@ -111,7 +86,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check_name(key: str, name: str, names: Iterable[str]) -> None:
-    """Raise ValueError if `name`, the value of a config key, is not in a registry."""
+    """Raise ValueError if `name`, the value of a config key, is none of `names`."""
     if name not in (names := list(names)):
         raise ValueError(f"{key}={name!r} is none of {', '.join(names)}{_nearest(name, names)}")
 
@@ -122,21 +97,19 @@ def _nearest(name: str, names: Iterable[str]) -> str:
 
 
 def build(hint: Any, value: Any, path: str = "") -> Any:
-    """Convert a value to a type of the schema, without range checks.
+    """Convert nested mappings, sequences and scalars to a type annotation of the schema, without range checks.
 
-    Args:
-      hint: a dataclass or another type annotation of the schema.
-      value: nested mappings, sequences and scalars.
-      path: the value's dotted key, for errors.
-
-    Raises:
-      ValueError: for unknown keys and wrong types.
+    Raises ValueError for unknown keys and wrong types, with `path`, the value's dotted key.
     """
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if isinstance(hint, type) and issubclass(hint, Tower):
-        return _build_tower(hint, value, path)
+        towers = {kind: tower for kind, tower in TOWERS.items() if issubclass(tower, hint)}
+        kind = value.get("kind") if isinstance(value, Mapping) else None
+        return _build_dataclass(towers[build(Literal[tuple(towers)], kind, f"{path}.kind")], value, path)
     if hint is ContrastiveLoss:
-        return _build_loss(value, path)
+        name = value.get("name", "softmax") if isinstance(value, Mapping) else "softmax"
+        check_name(f"{path}.name", name, LOSSES)
+        return _build_dataclass(LOSSES[name], value, path)
     if dataclasses.is_dataclass(hint):
         return _build_dataclass(hint, value, path)
     if origin is Literal:
@@ -154,22 +127,6 @@ def build(hint: Any, value: Any, path: str = "") -> Any:
             raise ValueError(f"{path}={value!r} should be a mapping from names to values")
         return {str(k): build(options[1], item, f"{path}.{k}") for k, item in value.items()}
     return _build_scalar(hint, value, path)
-
-
-def _build_tower(base: type[Tower], value: Any, path: str) -> Tower:
-    """Build the tower that is registered for the mapping's `kind`."""
-    towers = {kind: tower for kind, tower in TOWERS.items() if issubclass(tower, base)}
-    kind = value.get("kind") if isinstance(value, Mapping) else None
-    if kind not in towers:
-        raise ValueError(f"{path}.kind={kind!r} is none of {', '.join(map(repr, towers))}")
-    return _build_dataclass(towers[kind], value, path)
-
-
-def _build_loss(value: Any, path: str) -> ContrastiveLoss:
-    """Return the loss whose class is registered for the mapping's `name`, softmax without one."""
-    name = value.get("name", "softmax") if isinstance(value, Mapping) else "softmax"
-    check_name(f"{path}.name", name, LOSSES)
-    return _build_dataclass(LOSSES[name], value, path)
 
 
 def _build_dataclass(cls: type, value: Any, path: str) -> Any:

@@ -37,19 +37,21 @@ def _clipa(image: ViT, text_width: int, text_heads: int, text_layers: int) -> Ar
     return _vit(image, text_width, text_heads, text_layers=text_layers, **text)
 
 
-# Layers, heads and MLP ratio of SigLIP's towers by width.
-_SIGLIP_SIZES: dict[int, tuple[int, int, float]] = {
-    768: (12, 12, 4.0),
-    1024: (24, 16, 4.0),
-    1152: (27, 16, 3.7362),
-    1536: (40, 16, 4.0),
+# SigLIP's towers by width.
+_SIGLIP_SIZES = {
+    768: {"layers": 12, "heads": 12},
+    1024: {"layers": 24, "heads": 16},
+    1152: {"layers": 27, "heads": 16, "mlp_ratio": 3.7362},
+    1536: {"layers": 40, "heads": 16},
 }
 
 
 def siglip_image(image_size: int, patch_size: int, width: int, activation: Activation) -> ViT:
     """Return SigLIP's image tower of a width, which determines layers, heads and MLP ratio."""
     return ViT(
-        *(image_size, patch_size, width, *_SIGLIP_SIZES[width], activation),
+        *(image_size, patch_size, width),
+        **_SIGLIP_SIZES[width],
+        activation=activation,
         pool="attention",
         norm_pre=False,
         norm_epsilon=1e-6,
@@ -64,7 +66,9 @@ def _siglip(
     """Return a SigLIP model. By default, the text tower has the image tower's width."""
     width = text_width or image.width
     text = TextTransformer(
-        *(vocab_size, context_length, 1, width, *_SIGLIP_SIZES[width], text_activation),
+        *(vocab_size, context_length, 1, width),
+        **_SIGLIP_SIZES[width],
+        activation=text_activation,
         causal=False,
         pool="last",
         norm_epsilon=1e-6,
@@ -146,10 +150,5 @@ def tokenizer_of(model: Architecture) -> TokenizerConfig:
 
 
 def name_of(architecture: Architecture) -> str:
-    """Return the name of an architecture in MODELS, or 'custom'.
-
-    Example:
-      >>> name_of(MODELS["vit_b32"])
-      'vit_b32'
-    """
+    """Return the name of an architecture in MODELS, or 'custom'."""
     return next((name for name, known in MODELS.items() if known == architecture), "custom")

@@ -77,12 +77,7 @@ def ranges_of(model: Architecture) -> dict[str, Range]:
 
 
 def check(values: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:
-    """Raise ValueError for the first number out of range, with its key.
-
-    Args:
-      values: by dotted key; every number of a sequence must be in range.
-      ranges: inclusive bounds by dotted key, or by `<key>.*` for all keys of a mapping.
-    """
+    """Raise ValueError for the first number out of range, with its key; `<key>.*` stands for all keys of a mapping."""
     for key, value in values.items():
         low, high = ranges.get(key) or ranges.get(key.rpartition(".")[0] + ".*") or (-math.inf, math.inf)
         for number in value if isinstance(value, (tuple, list)) else (value,):

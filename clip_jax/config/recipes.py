@@ -6,22 +6,10 @@ import dataclasses
 
 import ml_collections
 
+from clip_jax.config import schema
 from clip_jax.config.build import default_config, from_config_dict, to_config_dict
 from clip_jax.config.models import MODELS
-from clip_jax.config.schema import (
-    AugmentConfig,
-    CheckpointConfig,
-    DataConfig,
-    EvalConfig,
-    EvalTask,
-    InitConfig,
-    MeshConfig,
-    TeacherConfig,
-    TokenizerConfig,
-)
 from clip_jax.models.towers import ResNet
-
-ARGUMENTS = ("", "runlocal")
 
 
 def paper(
@@ -32,7 +20,7 @@ def paper(
     The defaults are 32 epochs of 400 M pairs in batches of 32,768: 390,625 steps. ResNets have other Adam values.
 
     Args:
-      arg: the text behind the colon of `--config=FILE:ARG`; see `with_argument`.
+      arg: see `with_argument`.
       learning_rate: the peak, which the paper lowers for its largest models (tables 19 and 20).
 
     >>> config = paper("vit_l14", learning_rate=4e-4)
@@ -48,15 +36,8 @@ def paper(
 
 
 def with_argument(config: ml_collections.ConfigDict, arg: str) -> ml_collections.ConfigDict:
-    """Return the config that the text behind the colon of `--config=FILE:ARG` selects.
-
-    Args:
-      arg: '' for the config itself; 'runlocal' for `runlocal` of it.
-
-    Raises:
-      ValueError: for any other text.
-    """
-    if arg not in ARGUMENTS:
+    """Return the config, or its tiny version for `arg`='runlocal', the text behind the colon of `--config=FILE:ARG`."""
+    if arg not in ("", "runlocal"):
         raise ValueError(
             f"--config=FILE:{arg}: expected no argument or 'runlocal', as in --config=configs/vit_b32.py:runlocal"
         )
@@ -74,32 +55,24 @@ def runlocal(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     full = from_config_dict(config)
     image = full.model.image.tiny()
     text = dataclasses.replace(full.model.text.tiny(), vocab_size=800, eos_id=799)
+    duration = {"batch_size": 64, "total_steps": 40, "total_epochs": 0.0, "total_examples": 0}
     embed_dim = image.fixed_embed_dim or text.fixed_embed_dim or 32
     tiny = dataclasses.replace(
         full,
         model=dataclasses.replace(full.model, image=image, text=text, embed_dim=embed_dim),
-        tokenizer=TokenizerConfig(),
-        data=DataConfig(
+        tokenizer=schema.TokenizerConfig(),
+        data=schema.DataConfig(
             source="synthetic",
             options={"examples": 512},
-            augment=AugmentConfig(min_crop_area=0.5),
+            augment=schema.AugmentConfig(min_crop_area=0.5),
             cache_dir=full.data.cache_dir,
         ),
-        init=InitConfig(),
-        teacher=TeacherConfig(),
+        init=schema.InitConfig(),
+        teacher=schema.TeacherConfig(),
         optim=dataclasses.replace(full.optim, warmup_steps=5),
-        train=dataclasses.replace(
-            full.train,
-            batch_size=64,
-            total_steps=40,
-            total_epochs=0.0,
-            total_examples=0,
-            dtype="float32",
-            micro_batches=1,
-            log_every_steps=5,
-        ),
-        mesh=MeshConfig(),
-        checkpoint=CheckpointConfig(every_steps=20),
-        eval=EvalConfig(every_steps=20, tasks={"shapes": EvalTask("retrieval", "synthetic")}),
+        train=dataclasses.replace(full.train, dtype="float32", micro_batches=1, log_every_steps=5, **duration),
+        mesh=schema.MeshConfig(),
+        checkpoint=schema.CheckpointConfig(every_steps=20),
+        eval=schema.EvalConfig(every_steps=20, tasks={"shapes": schema.EvalTask("retrieval", "synthetic")}),
     )
     return to_config_dict(tiny)

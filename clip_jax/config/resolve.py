@@ -53,11 +53,10 @@ def resolve(config: Config, *, devices: int, processes: int = 1, examples: int |
     Raises:
       ValueError: with the config key, its value and a value that works.
 
-    Example:
-      >>> from clip_jax.config import from_config_dict
-      >>> config = from_config_dict({"train": {"batch_size": 512, "total_examples": 5_120_000}})
-      >>> resolve(config, devices=8).total_steps
-      10000
+    >>> from clip_jax.config import from_config_dict
+    >>> config = from_config_dict({"train": {"batch_size": 512, "total_examples": 5_120_000}})
+    >>> resolve(config, devices=8).total_steps
+    10000
     """
     check_local_paths(config)
     _check_thresholds(config)
@@ -86,15 +85,12 @@ def _batch_per_device(config: Config, devices: int, processes: int) -> int:
             f" use mesh.fsdp={math.gcd(mesh.fsdp, devices)} and mesh.tensor=1"
         )
     shards = devices // mesh.tensor
-    units = (
-        (shards, f"{shards} devices"),
-        (shards * micro_batches, f"{shards} devices in {micro_batches} micro-batches"),
-    )
-    for unit, name in units:
+    for count, suffix in ((1, ""), (micro_batches, f" in {micro_batches} micro-batches")):
+        unit = shards * count
         if batch % unit:
             below, above = batch // unit * unit, -(-batch // unit) * unit
             choices = f"{below} or {above}" if below else f"{above}"
-            raise ValueError(f"train.batch_size={batch} does not divide over {name}; use {choices}")
+            raise ValueError(f"train.batch_size={batch} does not divide over {shards} devices{suffix}; use {choices}")
     if devices % processes:
         raise ValueError(f"{devices} devices do not divide over {processes} processes; every host needs as many")
     return batch // shards
@@ -129,7 +125,7 @@ def _check_optimizer(optim: OptimConfig) -> None:
 def _check_teacher(teacher: TeacherConfig) -> None:
     if teacher.model:
         check_name("teacher.model", teacher.model, MODELS)
-    if not teacher.weights and teacher != TeacherConfig():
-        changed = differences(Config(teacher=TeacherConfig()), Config(teacher=teacher))
+    changed = differences(Config(), Config(teacher=teacher))
+    if changed and not teacher.weights:
         key, (_, value) = next(iter(changed.items()))
         raise ValueError(f"{key}={value!r} has no effect without a teacher: set teacher.weights")

@@ -1,7 +1,4 @@
-"""Configuration schema: frozen dataclasses and their defaults.
-
-The defaults are the paper's recipe for ViT models (Radford et al. 2021, section 2.5 and table 18).
-"""
+"""Configuration schema: frozen dataclasses, by default the paper's recipe for ViT models (Radford et al. 2021)."""
 
 from __future__ import annotations
 
@@ -15,10 +12,7 @@ from clip_jax.models.architecture import Architecture, Preprocess
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """Tokenizer. Its vocabulary must fit `model.text.vocab_size`; its length is `model.text.context_length`.
-
-    All fields after `path` are for "sentencepiece" and "huggingface", whose files do not contain them.
-    """
+    """Tokenizer. All fields after `path` are for "sentencepiece" and "huggingface", whose files do not contain them."""
 
     name: Literal["clip_bpe", "sentencepiece", "huggingface"] = "clip_bpe"
     # clip_bpe: merge table, empty for the published one; sentencepiece: `.model` file; huggingface: tokenizer.json.
@@ -81,11 +75,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class InitConfig:
-    """Pretrained weights to start from.
-
-    Image size and context length may differ from `model`'s: position embeddings are resized. All other sizes must
-    match.
-    """
+    """Pretrained weights to start from, of the same model; position embeddings are resized."""
 
     weights: str = ""  # anything that `clip_jax.load` reads, e.g. 'ViT-L-14.pt'; empty: random initialization
     model: str = ""  # architecture of the file, a name in MODELS, if the file does not determine it
@@ -94,10 +84,9 @@ class InitConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TeacherConfig:
-    """A frozen model whose softmax over the batch is distilled.
+    """A frozen model whose softmax over the batch is distilled; preprocessing and token ids must be the run's.
 
-    It encodes the run's images and texts. Image size and context length may differ from `model`'s as in `init`;
-    preprocessing and token ids must be the same.
+    Image size and context length may differ from `model`'s, as in `init`.
     """
 
     weights: str = ""  # anything that `clip_jax.load` reads; empty: no teacher

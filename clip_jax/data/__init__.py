@@ -21,10 +21,7 @@ if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":  # unset, or JAX's own de
 
 @contextlib.contextmanager
 def _quiet_stderr() -> Iterator[None]:
-    """Discard the stderr output of C++ code, unless the block raises.
-
-    TensorFlow 2.21 logs CPU features and missing CUDA libraries before it reads its log level.
-    """
+    """Discard the stderr output of C++ code, which TensorFlow 2.21 writes at import, unless the block raises."""
     sys.stderr.flush()
     stderr = os.dup(2)
     with tempfile.TemporaryFile() as captured:
@@ -65,12 +62,12 @@ SOURCES: dict[str, type] = {
 def make_source(config: DataConfig) -> DataSource:
     """Open the training source that `config.source` names.
 
+    Raises:
+      ValueError: for an unknown source or option, or from the source, e.g. if `data.files` matches no file.
+
     >>> source = make_source(DataConfig(source="synthetic", options={"examples": 100}))
     >>> len(source), source.read(0).captions["txt"]
     (100, ('a green square on a grey background',))
-
-    Raises:
-      ValueError: for an unknown source or option, or from the source, e.g. if `data.files` matches no file.
     """
     check_name("data.source", config.source, SOURCES)
     from_config = SOURCES[config.source].from_config
@@ -82,6 +79,3 @@ def make_source(config: DataConfig) -> DataSource:
                 f" its options: {', '.join(known) or 'none'}"
             )
     return from_config(config, **config.options)
-
-
-__all__ = ["SOURCES", "batches", "make_source", "write_tfrecord"]

@@ -1,6 +1,6 @@
 """Decoding and augmentation of training images, as TensorFlow graphs, so that threads run them in parallel.
 
-Decoding agrees with Pillow's, composited on white, except where noted:
+Decoding agrees with Pillow's, except where noted:
 
 * JPEG uses libjpeg's accurate integer transform (TensorFlow's default is the fast one, off by up to 4 of 255). CMYK
   becomes RGB. EXIF orientation is not applied, as in CLIP's own preprocessing.
@@ -39,34 +39,23 @@ RGB_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.211
 YIQ_TO_RGB = np.linalg.inv(RGB_TO_YIQ)
 
 
-# ------------------------------------------------------------------------------------------------------- decoding
-
-
 def decode(encoded: tf.Tensor) -> tf.Tensor:
     """Decode JPEG, PNG, WebP, GIF or BMP, detected by their first bytes, to uint8[H W 3].
 
-    Raises:
-      tf.errors.InvalidArgumentError, UnknownError: if the format is another, the image is damaged, or larger than
-        MAX_PIXELS.
+    Raises tf.errors.OpError if the format is another, or the image is damaged or larger than MAX_PIXELS.
     """
     header = tf.strings.substr(tf.strings.join([encoded, "\0" * HEADER_BYTES]), 0, HEADER_BYTES)
     byte = tf.cast(tf.io.decode_raw(header, tf.uint8), tf.int32)
     is_jpeg = tf.reduce_all(byte[:3] == [0xFF, 0xD8, 0xFF])
     is_png = _starts_with(header, b"\x89PNG\r\n\x1a\n")
     is_webp = _starts_with(header, b"RIFF") & (tf.strings.substr(header, 8, 4) == b"WEBP")
-    rgb = tf.cond(
-        is_jpeg,
-        lambda: _decode_jpeg(encoded),
-        lambda: tf.cond(
-            is_png & (byte[24] >= 8),
-            lambda: _decode_png(encoded, byte),
-            lambda: tf.cond(
-                is_webp & ~_is_animated(header, byte),
-                lambda: _decode_webp(encoded, header, byte),
-                lambda: _decode_with_pillow(encoded, header, byte),
-            ),
-        ),
-    )
+    is_animated = (tf.strings.substr(header, 12, 4) == b"VP8X") & (byte[20] // 2 % 2 == 1)
+    decoders = [
+        (is_jpeg, lambda: _decode_jpeg(encoded)),
+        (is_png & (byte[24] >= 8), lambda: _decode_png(encoded, byte)),
+        (is_webp & ~is_animated, lambda: _decode_webp(encoded, header, byte)),
+    ]
+    rgb = tf.case(decoders, default=lambda: _decode_with_pillow(encoded, header, byte))
     return tf.ensure_shape(rgb, [None, None, 3])
 
 
@@ -130,10 +119,6 @@ def _decode_webp(encoded: tf.Tensor, header: tf.Tensor, byte: tf.Tensor) -> tf.T
     return tf.cond(tf.shape(pixels)[-1] == 4, lambda: _on_white(pixels), lambda: pixels)
 
 
-def _is_animated(header: tf.Tensor, byte: tf.Tensor) -> tf.Tensor:
-    return (tf.strings.substr(header, 12, 4) == b"VP8X") & (byte[20] // 2 % 2 == 1)
-
-
 def _big_endian(digits: tf.Tensor) -> tf.Tensor:
     return _little_endian(digits[::-1])
 
@@ -169,18 +154,10 @@ def _pillow_rgb(encoded: bytes) -> np.ndarray:
     return np.asarray(white.convert("RGB"))
 
 
-# --------------------------------------------------------------------------------------------------- augmentation
-
-
 def augment(image: tf.Tensor, size: int, seed: tf.Tensor, config: AugmentConfig) -> tf.Tensor:
-    """Return a random square crop, resized and augmented, uint8[size size 3].
+    """Return a random square crop of uint8[H W 3], resized and augmented, uint8[size size 3].
 
-    The result is a function of the arguments. Augmentations that are off take no time.
-
-    Args:
-      image: uint8[H W 3].
-      size: height and width of the result, in pixels.
-      seed: int64[2], for TensorFlow's stateless random functions.
+    The result is a function of the arguments; `seed`, int64[2], is for TensorFlow's stateless random functions.
     """
     uniform = tf.random.stateless_uniform([DRAWS], seed, alg="philox")
     pixels = _resize(_random_square(image, uniform, config.min_crop_area), size)

@@ -1,16 +1,9 @@
 """The order of examples, as a pure function of integers.
 
 Position p of the infinite sequence of examples is offset p % n of epoch p // n; a keyed permutation of [0, n) maps the
-offset to the example. Nothing is stored: a resumed run needs only the number of its next step, and any number of hosts
-reads the same global batches.
-
-The permutation is TensorFlow's `RandomIndexShuffle`, a block cipher with cycle walking. Its Python wrapper,
-`tf.random.experimental.index_shuffle`, uses 4 rounds: with a million examples, neighbors then correlate by up to 0.4.
-24 rounds leave 0.003, the level of chance.
-
-All other randomness of an example (caption, augmentation, replacement of a damaged record) is a hash of (seed, epoch,
-example, purpose) by the finalizer of SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
-generators"), so it depends neither on the host nor on the thread.
+offset to the example. All other randomness of an example (caption, augmentation, replacement of a damaged record) is a
+hash of (seed, epoch, example, purpose) by the finalizer of SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable
+pseudorandom number generators"), so it depends neither on the host nor on the thread.
 """
 
 from __future__ import annotations
@@ -18,19 +11,17 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
-ROUNDS = 24  # even, at least 4
+# Of TensorFlow's `RandomIndexShuffle`, a block cipher with cycle walking; even. With 4 rounds, as in its Python wrapper
+# `tf.random.experimental.index_shuffle`, neighbors of a million examples correlate by up to 0.4; 24 leave 0.003, the
+# level of chance.
+ROUNDS = 24
 
 # Purposes of draws. The numbers are part of the meaning of a seed: append, never renumber.
 FEATURE, VALUE, AUGMENT, REPLACE, COUNT = range(5)
 
 
 def indices(positions: np.ndarray | tf.Tensor, examples: int, seed: int) -> tf.Tensor:
-    """Return the example index at each position, int64[n]; each epoch is a different permutation.
-
-    Args:
-      positions: int64[n], in the infinite sequence: step × global batch size + row.
-      examples: number of records in the source.
-    """
+    """Return the example index at each position, int64[n], in the infinite sequence: step × global batch size + row."""
     positions = tf.cast(positions, tf.int64)
     epochs, offsets = positions // examples, positions % examples
     keys = tf.stack([tf.fill(tf.shape(epochs), tf.constant(seed, tf.int64)), epochs, tf.zeros_like(epochs)], axis=1)

@@ -2,15 +2,8 @@
 
 The only state is the number of the next step. Positions of the infinite sequence of examples go through
 `order.indices`; Python reads and tokenizes records in chunks; TensorFlow decodes and augments chunks in parallel, in
-order.
-
-A bad record (wrong checksum, undecodable image, no usable caption) becomes a blank row with `ok` False, so
-the other rows keep their positions. `_Repair` then fills these rows with other records, selected by a hash of the bad
-record's index and prepared by the same functions, and reports them in `HostBatch.replaced`. If more than
-`data.max_bad_fraction` of the records are bad, the run ends.
-
-Blank rows come from `ignore_errors` on a dataset of one chunk inside the graph; its start-up time, 0.4 ms, is shared
-by 32 images.
+order. A bad record (wrong checksum, undecodable image, no usable caption) becomes a blank row with `ok` False, which
+`_Repair` fills with another record, selected by a hash of the bad record's index and prepared by the same functions.
 """
 
 from __future__ import annotations
@@ -18,6 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -83,13 +77,25 @@ def batches(
             "data.captions names no feature with a weight above 0, so no record would have a caption;"
             " img2dataset's are {'txt': 1.0, 'caption': 1.0}"
         )
-    return _batches(source, tokenizer, config, image_size, batch_size, seed, start_step, first, last - first)
+    generator = _batches(source, tokenizer, config, image_size, batch_size, seed, start_step, first, last - first)
+    # An open generator is closed before the interpreter shuts down, after which TensorFlow's threads would wait for the
+    # GIL forever, and the iterator's destructor for them.
+    reference = weakref.ref(generator)
+    weakref.finalize(generator, lambda: (alive := reference()) and alive.close())
+    return generator
 
 
 def _batches(source, tokenizer, config, image_size, batch_size, seed, start_step, first_row, host_batch_size):
     errors: list[BaseException] = []
     with ThreadPoolExecutor(READ_THREADS, "clip_jax-read") as pool:
-        fetch = _record_errors(functools.partial(_fetch, source, tokenizer, config, seed, pool), errors)
+
+        def fetch(example_ids: np.ndarray, epochs: np.ndarray) -> Fetched:
+            try:
+                return _fetch(source, tokenizer, config, seed, pool, example_ids, epochs)
+            except BaseException as error:
+                errors.append(error)  # TensorFlow propagates only its text
+                raise
+
         prepare = _prepare_function(image_size, tokenizer.length, config.augment)
         dataset = _positions(start_step, batch_size, first_row, host_batch_size)
         dataset = dataset.map(_no_autograph(lambda p: (order.indices(p, len(source), seed), p // len(source))))
@@ -105,7 +111,7 @@ def _batches(source, tokenizer, config, image_size, batch_size, seed, start_step
                 try:
                     arrays = next(iterator)
                 except tf.errors.OpError:
-                    if errors:  # the exception that Python raised; TensorFlow's has only its text
+                    if errors:
                         raise errors[0] from None
                     raise
                 yield repair(*arrays)
@@ -217,19 +223,6 @@ def _clean(text: str) -> str:
     return text[:MAX_CAPTION_CHARACTERS].replace("\0", "").strip()
 
 
-def _record_errors(fetch: Fetch, errors: list[BaseException]) -> Fetch:
-    """Return `fetch` that appends its exceptions to `errors`: TensorFlow propagates only their text."""
-
-    def fetch_and_record(example_ids: np.ndarray, epochs: np.ndarray):
-        try:
-            return fetch(example_ids, epochs)
-        except BaseException as error:
-            errors.append(error)
-            raise
-
-    return fetch_and_record
-
-
 def _fetch_op(fetch: Fetch, length: int, example_ids: tf.Tensor, epochs: tf.Tensor) -> tuple[tf.Tensor, ...]:
     types = (tf.string, tf.int32, tf.bool, tf.int64)
     shapes = ([None], [None, length], [None], [None, 2])
@@ -243,8 +236,7 @@ def _fetch_op(fetch: Fetch, length: int, example_ids: tf.Tensor, epochs: tf.Tens
 @functools.lru_cache(maxsize=16)
 def _prepare_function(size: int, length: int, config: AugmentConfig) -> Callable:
     """Return `_decode_chunk` traced once: the dataset, replacements and later pipelines share the graph."""
-    chunk = {"example_ids": tf.int64, "epochs": tf.int64, "encoded": tf.string}
-    signature = [tf.TensorSpec([None], dtype, name) for name, dtype in chunk.items()]
+    signature = [tf.TensorSpec([None], dtype) for dtype in (tf.int64, tf.int64, tf.string)]
     signature += [tf.TensorSpec([None, length], tf.int32), tf.TensorSpec([None], tf.bool)]
     signature += [tf.TensorSpec([None, 2], tf.int64)]
     prepare = functools.partial(_decode_chunk, size=size, config=config)
@@ -262,7 +254,10 @@ def _decode_chunk(
     size: int,
     config: AugmentConfig,
 ) -> tuple[tf.Tensor, ...]:
-    """Return image uint8[n size size 3], tokens, ok, example ids, epochs; undecodable images are black, ok is False."""
+    """Return image uint8[n size size 3], tokens, ok, example ids, epochs; undecodable images are black, ok is False.
+
+    `ignore_errors` needs a dataset, of one chunk; its start-up time, 0.4 ms, is shared by 32 images.
+    """
     count = tf.size(example_ids)
 
     def prepare(row: tf.Tensor, image: tf.Tensor, key: tf.Tensor):
@@ -313,7 +308,7 @@ class _Repair:
         return HostBatch(Batch(image, tokens, np.ones(len(ok), bool)), example_ids, tuple(replaced))
 
     def _bad_reason(self, example: int) -> str | None:
-        """Return the reason why a record is bad, or None if it is good now (transient error)."""
+        """Return the reason why a record is bad, or None if it is good now."""
         known = self._reasons.get(self._source.key(example))
         if known is None and (reason := _check_record(self._source, example, self._config)) is not None:
             return self._log_bad(example, reason)
@@ -348,19 +343,16 @@ class _Repair:
         )
 
     def _prepare_one(self, example: int, epoch: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """Return image and tokens of a record, or None if it is bad."""
         ids, epochs = np.array([example]), np.array([epoch])
         prepared = self._prepare(*(tf.constant(a) for a in (ids, epochs, *self._fetch(ids, epochs))))
         image, tokens, ok, _, _ = (tensor.numpy() for tensor in prepared)
         return (image[0], tokens[0]) if ok[0] else None
 
     def _first_reasons(self) -> str:
-        """Return the keys and reasons of the first three bad records."""
         return ", ".join(f"{key} ({reason})" for key, reason in list(self._reasons.items())[:3])
 
 
 def _check_record(source: DataSource, example: int, config: DataConfig) -> str | None:
-    """Read a record again and return the reason why it is bad, or None."""
     try:
         record = source.read(example)
     except BadRecord as error:

@@ -62,14 +62,10 @@ def initialize() -> None:
 
 
 class PreemptionMonitor:
-    """Checks for preemption on all processes at the same points of the program.
-
-    `reached_preemption_sync_point` needs a counter that increases with every call. It is separate from the training
-    step, so that evaluation can check between two steps.
-    """
+    """Checks for preemption on all processes at the same points of the program."""
 
     def __init__(self) -> None:
-        self._checks = 0
+        self._checks = 0  # `reached_preemption_sync_point` needs a counter that increases with every call
 
     def check(self) -> None:
         """Raise Preempted on all processes at the same check, once SIGTERM has reached one of them."""
@@ -84,7 +80,6 @@ def is_main_process() -> bool:
 
 
 def barrier(name: str) -> None:
-    """Return when every process has reached the barrier of this name."""
     multihost_utils.sync_global_devices(name)
 
 
@@ -100,11 +95,10 @@ def from_main_process(*values: int) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def synchronized_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Raise an error of the block on all processes, so that none waits for the others in the next collective.
+    """Raise an error of one of `kinds` in the block on all processes, with the message of the first that has one.
 
-    Enter the block on all processes. An error of one of `kinds` on any process is raised on every process, with the
-    message of the first process that has one. An error of another kind propagates on its process alone and ends the
-    job.
+    Otherwise they would wait for each other in the next collective. Enter the block on all processes. An error of
+    another kind propagates on its process alone and ends the job.
     """
     own_error = None
     try:
@@ -129,23 +123,13 @@ def synchronized_errors(*kinds: type[Exception]) -> Iterator[None]:
 
 
 def format_error(error: Exception) -> str:
-    """Return an error's message on one line, with the name of its type unless it is a ValueError or RuntimeError.
-
-    >>> format_error(ValueError("train.batch_size=0"))
-    'train.batch_size=0'
-    >>> format_error(KeyError("image"))
-    "KeyError: 'image'"
-    """
+    """Return an error's message on one line, with the name of its type unless it is a ValueError or RuntimeError."""
     text = " ".join(str(error).split())
     return text if text and isinstance(error, (ValueError, RuntimeError)) else f"{type(error).__name__}: {text}"
 
 
 def check_equal_on_all_processes(values: Mapping[str, str]) -> None:
-    """Check that every process has the same values, e.g. `{'config': …, 'training data': …}`.
-
-    Raises:
-      RuntimeError: on every process, with the names of the values and the processes that differ from process 0.
-    """
+    """Raise RuntimeError on every process, with the names of the values in which processes differ from process 0."""
     digests = [hashlib.sha256(f"{name}={value}".encode()).digest()[:8] for name, value in values.items()]
     local = np.frombuffer(b"".join(digests), np.uint32).reshape(len(values), 2)
     gathered = multihost_utils.process_allgather(local).reshape(jax.process_count(), len(values), 2)

@@ -3,7 +3,7 @@
 The mesh has four axes. The batch is sharded over `slice`, `data` and `fsdp`. `slice` spans the data center network,
 which carries gradients and the loss's embeddings. `fsdp` also shards parameters and optimizer state, and each layer is
 gathered when it is used (Zhao et al. 2023, arXiv:2304.11277). `tensor` shards attention heads and MLP width within a
-layer (Shoeybi et al. 2019, arXiv:1909.08053). Every sharding names its mesh, so no mesh context is needed.
+layer (Shoeybi et al. 2019, arXiv:1909.08053).
 """
 
 from __future__ import annotations
@@ -31,15 +31,9 @@ AnyMesh = Mesh | AbstractMesh  # functions of shapes need no devices
 
 
 def make_mesh(devices: list[jax.Device] | None = None, *, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """Return the mesh of all devices, ordered by host, so each host's rows of the batch are contiguous.
+    """Return the mesh of devices, by default all, ordered by host, so each host's rows of the batch are contiguous.
 
-    Args:
-      devices: by default all devices of all processes.
-      fsdp, tensor: sizes of these axes, over adjacent devices; `data` has the remaining devices of a slice. GPUs are
-        one slice.
-
-    Raises:
-      ValueError: if the sizes do not divide the devices of a slice.
+    `fsdp` and `tensor` are sizes of these axes, over adjacent devices; `data` has the remaining devices of a slice.
     """
     devices = jax.devices() if devices is None else devices
     slices = len({_slice_index(device) for device in devices})
@@ -69,9 +63,6 @@ def replicated(mesh: AnyMesh) -> NamedSharding:
     return NamedSharding(mesh, REPLICATED)
 
 
-# ------------------------------------------------------------------------------------------------ the train state
-
-
 def sharding_rules(architecture: Architecture) -> Rules:
     """Return the rules for all parameters of a model: those of its towers and of the logit scale and bias."""
     towers = {"image": architecture.image, "text": architecture.text}
@@ -80,15 +71,10 @@ def sharding_rules(architecture: Architecture) -> Rules:
 
 
 def param_specs(params: Params, mesh: AnyMesh, rules: Rules) -> PyTree:
-    """Return a PartitionSpec for every parameter.
+    """Return a PartitionSpec for every parameter, an array or a shape.
 
-    Args:
-      params: arrays or shapes, without batch statistics.
-      mesh: mesh; a dimension that `fsdp` does not divide is replicated, because such parameters are small.
-      rules: see `sharding_rules`.
-
-    Raises:
-      ValueError: if not exactly one rule matches a parameter, or `tensor` does not divide its heads or MLP width.
+    A dimension that `fsdp` does not divide is replicated, because such parameters are small. Raises ValueError if not
+    exactly one rule matches a parameter, or `tensor` does not divide its heads or MLP width.
     """
 
     def spec(path: tuple, leaf: Any) -> PartitionSpec:
@@ -100,8 +86,7 @@ def param_specs(params: Params, mesh: AnyMesh, rules: Rules) -> PyTree:
                 f"parameter {name} {leaf.shape}: expected one matching sharding rule, got {found};"
                 " see the tower's sharding_rules"
             )
-        axes = matches[0][1]
-        axes = [None] * (len(leaf.shape) - len(axes)) + list(axes)
+        axes = [None] * (len(leaf.shape) - len(matches[0][1])) + list(matches[0][1])
         for dimension, (axis, size) in enumerate(zip(axes, leaf.shape, strict=True)):
             if axis is None or (mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0):
                 continue
@@ -118,22 +103,18 @@ def param_specs(params: Params, mesh: AnyMesh, rules: Rules) -> PyTree:
 
 def param_shardings(params: Params, mesh: Mesh, architecture: Architecture) -> PyTree:
     """Return the sharding of every parameter; batch statistics are replicated."""
-    trained, stats = split_batch_stats(params)
+    trained, _ = split_batch_stats(params)
     specs = param_specs(trained, mesh, sharding_rules(architecture))
-    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
-    return shardings | ({} if stats is None else {"batch_stats": jax.tree.map(lambda _: replicated(mesh), stats)})
+    replicated_specs = jax.tree.map(lambda _: REPLICATED, params)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), replicated_specs | specs)
 
 
 def state_shardings(state: Any, mesh: AnyMesh, architecture: Architecture, *, shard_moments: bool = False) -> Any:
-    """Return the sharding of every array of a train state.
+    """Return the sharding of every array of a train state, or of its shapes.
 
     Arrays with a parameter's path and shape, such as its moments and EMA, are sharded as the parameter; all others
-    are replicated.
-
-    Args:
-      state: a dataclass of arrays or shapes with a field `params`.
-      shard_moments: shard the optimizer state over the batch axes within a slice too, where these divide it: stage 1
-        of ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054).
+    are replicated. `shard_moments` also shards the optimizer state over the batch axes within a slice, where these
+    divide it: stage 1 of ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054).
     """
     specs = jax.tree_util.tree_leaves_with_path(param_specs(state.params, mesh, sharding_rules(architecture)))
     shapes = jax.tree.leaves(state.params)
@@ -164,21 +145,16 @@ def _with_batch_axes(spec: PartitionSpec, shape: tuple[int, ...], mesh: AnyMesh)
     return _canonical_spec(axes)
 
 
-def _canonical_spec(axes: Any) -> PartitionSpec:
+def _canonical_spec(axes: list) -> PartitionSpec:
     """Return a PartitionSpec without trailing None, so that equal specs compare equal."""
-    axes = list(axes)
-    while axes and axes[-1] is None:
-        axes.pop()
-    return PartitionSpec(*axes)
+    length = max((dimension for dimension, axis in enumerate(axes, 1) if axis is not None), default=0)
+    return PartitionSpec(*axes[:length])
 
 
 def shard_bytes(tree: Any) -> int:
     """Return the bytes per device of a tree of sharded arrays, or of shapes with shardings."""
     sizes = (math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
     return sum(sizes)
-
-
-# ------------------------------------------------------------------------------------------------------ the batch
 
 
 def host_rows(mesh: Mesh, batch_size: int) -> slice:

@@ -7,10 +7,10 @@ An evaluator may set two attributes: `tasks`, the values of `Dataset.task` that 
 `needs_train_split`. The command skips other datasets.
 """
 
-from clip_jax.evals.bias import bias
+from clip_jax.evals.analysis.bias import bias
+from clip_jax.evals.analysis.overlap import overlap
 from clip_jax.evals.few_shot import few_shot
 from clip_jax.evals.linear_probe import linear_probe
-from clip_jax.evals.overlap import overlap
 from clip_jax.evals.retrieval import retrieval
 from clip_jax.evals.zeroshot import zeroshot
 from clip_jax.typing import Evaluator

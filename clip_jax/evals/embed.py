@@ -1,4 +1,4 @@
-"""Embedders: from encoded images and texts to unit vectors on the host.
+"""Embedders: from encoded images and texts to unit vectors on the host; caches in memory and on disk.
 
 The embedding of a class with several prompts is the normalized mean of their unit embeddings (Radford et al. 2021,
 section 3.1.4).
@@ -9,7 +9,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import logging
+import pathlib
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,8 +22,14 @@ from jaxtyping import Float, Integer
 
 from clip_jax.devices import distributed
 from clip_jax.devices.distributed import DATA_ERRORS
+from clip_jax.evals.datasets.files import LazySequence
 from clip_jax.evals.ranking import unit
+from clip_jax.paths import write_atomically
 from clip_jax.typing import Embedder, EvalDataset, Params, Tokenizer, Unavailable
+
+log = logging.getLogger(__name__)
+
+ABANDONED_SECONDS = 3600  # age of a temporary file whose writer was killed; allows for clock skew of shared disks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,56 +64,43 @@ class ModelEmbedder:
         """Return the image features before the projection, not normalized."""
         return self._embed(self.image_features, self.preprocess, images, "image")
 
-    def _batches(self, prepare: Callable[..., np.ndarray], items: Sequence[Any]) -> Iterator[tuple[np.ndarray, int]]:
-        """Yield this process's rows of every batch, and the number of rows of the global batch without padding."""
-        first, stop, _ = (self.rows or slice(None)).indices(self.batch_size)
-        for start in range(0, len(items), self.batch_size):
-            # The encoder is a collective: without synchronization, a decoding error would block the other processes.
-            with distributed.synchronized_errors(*DATA_ERRORS) if self.rows is not None else contextlib.nullcontext():
-                rows = prepare(items[start + first : start + stop] or items[-1:])
-            padding = [(0, stop - first - len(rows))] + [(0, 0)] * (rows.ndim - 1)
-            yield np.pad(rows, padding, mode="edge"), min(self.batch_size, len(items) - start)
-
     def _embed(
         self, encode: Callable[..., jax.Array], prepare: Callable[..., np.ndarray], items: Sequence[Any], kind: str
     ) -> Float[np.ndarray, "n E"]:
         if not len(items):
             raise ValueError(f"{kind}s: expected at least one, got none")
         jitted = jax.jit(encode, out_shardings=self.out_sharding)
-        outputs: list[np.ndarray] = []
-        pending: tuple[jax.Array, int] | None = None
-        for rows, count in self._batches(prepare, items):
-            started = jitted(self.params, self.put(rows)), count
-            if pending:  # fetched one batch later, so that the host decodes while the device computes
-                outputs.append(_fetch(*pending))
-            pending = started
+        first, stop, _ = (self.rows or slice(None)).indices(self.batch_size)
+        outputs: list[jax.Array | np.ndarray] = []
+        for start in range(0, len(items), self.batch_size):
+            # The encoder is a collective: without synchronization, a decoding error would block the other processes.
+            with distributed.synchronized_errors(*DATA_ERRORS) if self.rows is not None else contextlib.nullcontext():
+                rows = prepare(items[start + first : start + stop] or items[-1:])
+            padding = [(0, stop - first - len(rows))] + [(0, 0)] * (rows.ndim - 1)
+            started = jitted(self.params, self.put(np.pad(rows, padding, mode="edge")))
+            if outputs:  # fetched one batch later, so that the host decodes while the device computes
+                outputs[-1] = np.asarray(outputs[-1])
+            outputs.append(started)
             if self.on_batch:
                 self.on_batch()
-        return np.concatenate([*outputs, _fetch(*pending)])
-
-
-def _fetch(output: jax.Array, count: int) -> np.ndarray:
-    return np.asarray(output)[:count].astype(np.float32)
+        return np.concatenate(outputs)[: len(items)].astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
 class CachedEmbedder:
-    """Embedder that keeps embeddings in memory: every image and text is embedded once."""
+    """Embedder that keeps embeddings, not features, in memory: every image and text is embedded once."""
 
     embedder: Embedder
     _images: dict[bytes, np.ndarray] = dataclasses.field(default_factory=dict)
     _texts: dict[bytes, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def image(self, images: Sequence[bytes]) -> Float[np.ndarray, "n E"]:
-        """Return the image embeddings; only new images are passed to the embedder."""
         return _embed_new(self.embedder.image, self._images, images)
 
     def text(self, texts: Sequence[str]) -> Float[np.ndarray, "m E"]:
-        """Return the text embeddings; only new texts are passed to the embedder."""
         return _embed_new(self.embedder.text, self._texts, texts)
 
     def features(self, images: Sequence[bytes]) -> Float[np.ndarray, "n D"]:
-        """Return the features, which are not cached."""
         return features_of(self.embedder, images)
 
 
@@ -118,33 +114,86 @@ def features_of(embedder: Embedder, images: Sequence[bytes]) -> Float[np.ndarray
 def _embed_new(
     embed: Callable[[Sequence[Any]], np.ndarray], cache: dict[bytes, np.ndarray], items: Sequence[Any]
 ) -> np.ndarray:
-    keys = [_digest(item) for item in items]
-    new = {key: index for index, key in reversed([*enumerate(keys)]) if key not in cache}
+    encoded = (item if isinstance(item, bytes) else item.encode() for item in items)
+    keys = [hashlib.blake2b(item, digest_size=16).digest() for item in encoded]  # the cache does not hold the images
+    new: dict[bytes, int] = {}  # the first index of each key
+    for index, key in enumerate(keys):
+        if key not in cache:
+            new.setdefault(key, index)
     if new:
-        order = sorted(new, key=new.__getitem__)
-        cache.update(zip(order, embed(_Subset(items, [new[key] for key in order])), strict=True))
+        indices = list(new.values())
+        embedded = embed(LazySequence(len(indices), lambda i: items[indices[i]]))
+        cache.update(zip(new, embedded, strict=True))
     return np.stack([cache[key] for key in keys])
 
 
-def _digest(item: bytes | str) -> bytes:
-    """Return a hash of an image or text, so that the cache does not hold the images."""
-    return hashlib.blake2b(item if isinstance(item, bytes) else item.encode(), digest_size=16).digest()
+@dataclasses.dataclass(frozen=True)
+class FeatureCache:
+    """A directory of `.npy` files; with directory '' nothing is stored."""
+
+    directory: str
+    model: str  # fingerprint of weights, architecture and preprocessing
+
+    def get(self, key: str, rows: int, compute: Callable[[], np.ndarray]) -> np.ndarray:
+        """Return the stored array, or compute and store it. A collective: call it on all processes.
+
+        An unreadable file, or one with another number of rows, counts as missing and is overwritten. Arrays with
+        values that are not finite are not stored.
+        """
+        if not self.directory:
+            return compute()
+        name = hashlib.sha256(f"{self.model}/{key}".encode()).hexdigest()[:32]
+        path = pathlib.Path(self.directory).expanduser() / f"{name}.npy"
+        stored = _read(path, rows)
+        if distributed.all_true(stored is not None):  # `compute` is a collective: all processes or none
+            return stored
+        computed = compute()
+        if distributed.is_main_process() and np.isfinite(computed).all():
+            try:
+                _remove_abandoned(path.parent)
+                write_atomically(path, lambda file: np.save(file, computed))
+            except OSError as error:  # disk full or read-only: the evaluation goes on without the cache
+                log.warning("%s: features not cached: %s", path, error)
+        return computed
 
 
 @dataclasses.dataclass(frozen=True)
-class _Subset(Sequence):
-    """Items of a sequence by index, read on access."""
+class DiskCachedEmbedder:
+    """Embedder that stores embeddings and features of images with a fingerprint, not of texts, in a `FeatureCache`."""
 
-    items: Sequence[Any]
-    indices: list[int]
+    embedder: Embedder
+    cache: FeatureCache
 
-    def __len__(self) -> int:
-        return len(self.indices)
+    def image(self, images: Sequence[bytes]) -> np.ndarray:
+        return self._get("embeddings", self.embedder.image, images)
 
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self.items[i] for i in self.indices[index]]
-        return self.items[self.indices[index]]
+    def text(self, texts: Sequence[str]) -> np.ndarray:
+        return self.embedder.text(texts)
+
+    def features(self, images: Sequence[bytes]) -> np.ndarray:
+        return self._get("features", lambda images: features_of(self.embedder, images), images)
+
+    def _get(self, kind: str, compute: Callable[[Sequence[bytes]], np.ndarray], images: Sequence[bytes]) -> np.ndarray:
+        fingerprint = getattr(images, "fingerprint", "")
+        if not fingerprint:
+            return compute(images)
+        return self.cache.get(f"{kind}-{fingerprint}", len(images), lambda: compute(images))
+
+
+def _read(path: pathlib.Path, rows: int) -> np.ndarray | None:
+    try:
+        array = np.load(path, allow_pickle=False)
+    except Exception:  # noqa: BLE001 (damaged headers raise tokenize's errors too)
+        return None
+    return array if isinstance(array, np.ndarray) and array.ndim == 2 and len(array) == rows else None
+
+
+def _remove_abandoned(directory: pathlib.Path) -> None:
+    """Remove temporary files of killed writers (see `paths.write_atomically`), and no file of other programs."""
+    for path in directory.glob(f".{'[0-9a-f]' * 32}.npy.*"):
+        with contextlib.suppress(OSError):  # renamed or removed meanwhile
+            if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+                path.unlink()
 
 
 def embed_dataset(
@@ -152,38 +201,31 @@ def embed_dataset(
 ) -> tuple[Float[np.ndarray, "n E"], Float[np.ndarray, "M E"]]:
     """Return the embeddings of the images and of the texts, averaged over the prompts of each text.
 
-    Raises:
-      Unavailable: if the dataset has no texts for a known reason, e.g. missing class names.
-      ValueError: for an inconsistent dataset (see `check_dataset`), or a wrong number of rows from the embedder.
+    Raises Unavailable if the dataset has no texts for a known reason, e.g. missing class names; ValueError for an
+    inconsistent dataset, or a wrong number of rows from the embedder.
     """
     if dataset.missing_texts:
         raise Unavailable(dataset.missing_texts)
     check_dataset(dataset)
     image_nE = embedder.image(dataset.images)
+    if len(image_nE) != len(dataset.images):
+        raise ValueError(f"{dataset.name}: expected {len(dataset.images)} embeddings of images, got {len(image_nE)}")
+    return image_nE, embed_texts(embedder, dataset)
+
+
+def embed_texts(embedder: Embedder, dataset: EvalDataset) -> Float[np.ndarray, "M E"]:
+    """Return the embeddings of the texts, averaged over the prompts of each text."""
     prompts_TE = embedder.text([prompt for prompts in dataset.texts for prompt in prompts])
     counts_M = np.array([len(prompts) for prompts in dataset.texts])
-    for kind, got, expected in (
-        ("images", len(image_nE), len(dataset.images)),
-        ("prompts", len(prompts_TE), counts_M.sum()),
-    ):
-        if got != expected:
-            raise ValueError(f"{dataset.name}: expected {expected} embeddings of {kind}, got {got}")
-    return image_nE, average_prompts(prompts_TE, counts_M)
+    if len(prompts_TE) != counts_M.sum():
+        raise ValueError(f"{dataset.name}: expected {counts_M.sum()} embeddings of prompts, got {len(prompts_TE)}")
+    return average_prompts(prompts_TE, counts_M)
 
 
 def average_prompts(
     prompts_TE: Float[np.ndarray, "T E"], counts_M: Integer[np.ndarray, "M"]
 ) -> Float[np.ndarray, "M E"]:
-    """Return the normalized mean of each text's unit prompt embeddings.
-
-    Args:
-      prompts_TE: prompt embeddings of the first text, then of the second, …
-      counts_M: number of prompts of each text, at least 1.
-
-    >>> average_prompts(np.array([[2.0, 0.0], [0.0, 1.0], [0.0, 3.0]]), np.array([1, 2]))
-    array([[1., 0.],
-           [0., 1.]], dtype=float32)
-    """
+    """Return the normalized mean of each text's unit prompt embeddings; `counts_M` are its numbers of prompts."""
     starts_M = np.concatenate([[0], np.cumsum(counts_M)[:-1]])
     return unit(np.add.reduceat(unit(prompts_TE), starts_M, axis=0))
 
@@ -199,8 +241,5 @@ def check_dataset(dataset: EvalDataset) -> None:
         raise ValueError(f"{name}: expected targets[n, {len(texts)}], one column per text, got {targets.shape[1]}")
     if targets.ndim == 1 and (targets.min() < 0 or targets.max() >= len(texts)):
         raise ValueError(f"{name}: expected targets from 0 to {len(texts) - 1}, got {targets.min()} to {targets.max()}")
-    empty = [index for index, prompts in enumerate(texts) if not prompts]
-    if empty:
-        raise ValueError(
-            f"{name}: expected a prompt for every text, got none for text {empty[0]} ({len(empty)} in all)"
-        )
+    if empty := [index for index, prompts in enumerate(texts) if not prompts]:
+        raise ValueError(f"{name}: expected a prompt per text, got none for text {empty[0]} ({len(empty)} in all)")

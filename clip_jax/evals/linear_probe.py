@@ -52,20 +52,18 @@ def linear_probe(embedder: Embedder, dataset: EvalDataset) -> EvalResult:
     """
     train, validation, source = training_examples(embedder, dataset, dataset.split("train"))
     test = probe_examples(embedder, dataset.images, dataset.targets)
-    found = search(train, validation, dataset.num_classes, selection_metric(dataset))
+    metric = METRICS["top1" if dataset.groups is not None else dataset.metric]  # training images have no groups
+    found = search(train, validation, dataset.num_classes, metric)
     predictions = Predictions(found.probe.scores(test.features_nD), dataset.targets, dataset.groups)
-    fitted = (
-        f"fitted to {len(train.targets) + len(validation.targets):,} images, l2={found.l2:.3g} selected on {source}"
-    )
+    images = len(train.targets) + len(validation.targets)
+    fitted = f"fitted to {images:,} images, l2={found.l2:.3g} selected on {source}"
     return EvalResult(classification_metrics(f"linear_probe/{dataset.name}", predictions, dataset.metric), fitted)
 
 
 linear_probe.tasks, linear_probe.needs_train_split = ("zeroshot",), True
 
 
-def probe_examples(
-    embedder: Embedder, images: Sequence[bytes], targets: np.ndarray | None, rows: np.ndarray | slice = slice(None)
-) -> Examples:
+def probe_examples(embedder: Embedder, images: Sequence[bytes], targets: np.ndarray | None) -> Examples:
     """Return features and targets. Raises Unavailable for captions, and for features that are not finite."""
     if targets is None:
         raise Unavailable("expected classes, found captions")
@@ -73,7 +71,7 @@ def probe_examples(
     invalid = int((~np.isfinite(features_nD)).any(1).sum())
     if invalid:
         raise Unavailable(f"the features of {invalid:,} of {len(features_nD):,} images are not finite")
-    return Examples(features_nD[rows], targets[rows])
+    return Examples(features_nD, targets)
 
 
 def training_examples(embedder: Embedder, dataset: EvalDataset, train: DatasetSplit) -> tuple[Examples, Examples, str]:
@@ -90,17 +88,9 @@ def training_examples(embedder: Embedder, dataset: EvalDataset, train: DatasetSp
         return *splits, "the validation split"
     order = np.random.default_rng(0).permutation(len(train.images))
     count = max(1, round(HELD_OUT * len(order)))
-    held_out, kept = np.sort(order[:count]), np.sort(order[count:])
-    examples = probe_examples(embedder, train.images, train.targets)
-    return (
-        *(Examples(examples.features_nD[rows], examples.targets[rows]) for rows in (kept, held_out)),
-        f"{count:,} images held out of the training split",
-    )
-
-
-def selection_metric(dataset: EvalDataset) -> Metric:
-    """Return the metric by which l2 is selected: the dataset's main metric, or top-1 for worst-group metrics."""
-    return METRICS["top1" if dataset.groups is not None else dataset.metric]
+    features_nD, targets = probe_examples(embedder, train.images, train.targets)
+    kept, held_out = (Examples(features_nD[r], targets[r]) for r in (np.sort(order[count:]), np.sort(order[:count])))
+    return kept, held_out, f"{count:,} images held out of the training split"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,8 +109,7 @@ class LinearProbe:
         return metric(Predictions(self.scores(examples.features_nD), examples.targets))
 
 
-@dataclasses.dataclass(frozen=True)
-class ProbeSearch:
+class ProbeSearch(NamedTuple):
     """Result of `search`."""
 
     l2: float  # selected on the validation split
@@ -143,16 +132,15 @@ def fit(
       start: initial value; changes the time, not the result.
       tolerance: distance from the optimum in nats per example, about. At most 1000 steps are taken.
 
-    Raises ValueError for features that are not finite, targets out of range, no examples, and l2 ≤ 0.
+    Raises:
+      ValueError: for features that are not finite, targets out of range, no examples, and l2 ≤ 0.
 
     >>> x = np.array([[0.0], [0.1], [0.9], [1.0]])
     >>> fit(x, np.array([0, 0, 1, 1]), classes=2, l2=0.1).scores(x).argmax(1).tolist()
     [0, 0, 1, 1]
     """
     if not 0 < l2 < np.inf:
-        raise ValueError(
-            f"l2: expected a positive number such as 1e-6, got {l2}; separable classes have no optimum at 0"
-        )
+        raise ValueError(f"l2: expected a positive number such as 1e-6, got {l2}; without it there may be no optimum")
     training = _Training(Examples(features_nD, targets), classes, tolerance)
     return training.probe(training.solve(l2, training.coordinates(start)))
 
@@ -168,9 +156,7 @@ def search(
 ) -> ProbeSearch:
     """Search l2 on the validation split and fit the probe to both splits: about 15 fits, with warm starts.
 
-    Args:
-      metric: one of `metrics.METRICS`, such as `accuracy`, or `map_11_points` for several classes per example.
-      refit: False returns the probe fitted to the training split alone. Raises as `fit` does.
+    With refit=False the probe is fitted to the training split alone. Raises as `fit` does.
     """
     train, validation = Examples(*train), Examples(*validation)
     _checked_targets(validation, classes)  # before the fits
@@ -190,35 +176,29 @@ def _binary_search(
 
     def visit(step: int) -> None:
         if step not in solved and abs(step) <= LAST_STEP:
-            solved[step] = training.solve(_l2(step), _warm_start(solved, step))
+            # Start at the mean of the neighboring optima, whose error is of second order, or at the nearest optimum.
+            sides = [s for s in solved if s < step], [s for s in solved if s > step]
+            near = [solved[min(side, key=lambda s: abs(s - step))] for side in sides if side]
+            solved[step] = training.solve(_l2(step), sum(near) / len(near) if near else None)
             values[step] = training.probe(solved[step]).evaluate(metric, validation)
+
+    def best_step() -> int:
+        return max(values, key=lambda step: (values[step], step))
 
     for step in range(LAST_STEP, -LAST_STEP - 1, -FIRST_STRIDE):  # large l2 converge fast
         visit(step)
     stride = FIRST_STRIDE
     while stride > 1:
         stride //= 2
-        best = _best_step(values)
+        best = best_step()
         visit(best + stride)
         visit(best - stride)
-
-    best = _best_step(values)
+    best = best_step()
     return best, values, training.probe(solved[best])
 
 
 def _l2(step: int) -> float:
     return float(10 ** (step / STEPS_PER_DECADE))
-
-
-def _best_step(values: dict[int, float]) -> int:
-    return max(values, key=lambda step: (values[step], step))
-
-
-def _warm_start(solved: dict, step: int):
-    """Return the mean of the neighboring optima, whose error is of second order, or the nearest optimum."""
-    sides = [[s for s in solved if s < step], [s for s in solved if s > step]]
-    near = [solved[min(side, key=lambda s: abs(s - step))] for side in sides if side]
-    return sum(near) / len(near) if near else None
 
 
 class _Training:
@@ -268,10 +248,9 @@ def _check_finite(features_nD: np.ndarray) -> None:
 def _checked_targets(examples: Examples, classes: int) -> np.ndarray:
     """Return the targets. Raises ValueError for wrong shapes and class ids."""
     features_nD, targets = examples
-    if not len(features_nD) or len(features_nD) != len(targets):
-        raise ValueError(
-            f"expected one target per row, at least 1, got {len(features_nD)} rows and {len(targets)} targets"
-        )
+    rows = len(features_nD)
+    if not rows or rows != len(targets):
+        raise ValueError(f"expected one target per row, at least 1, got {rows} rows and {len(targets)} targets")
     _check_finite(features_nD)
     if targets.dtype == bool:
         if targets.shape != (len(targets), classes):

@@ -1,4 +1,4 @@
-"""Loads evaluation datasets by name: the stored test split and its prompts, as an EvalDataset.
+"""Loads evaluation datasets by name: the stored test split and its prompts, as an EvalDataset. Nothing is downloaded.
 
 With several processes, all of them load a split or none: an error in one process is raised on all.
 """
@@ -8,21 +8,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int64
 
 from clip_jax.config import DataConfig, check_name
 from clip_jax.devices import distributed
 from clip_jax.devices.distributed import DATA_ERRORS
 from clip_jax.evals import prompts
-from clip_jax.evals.datasets.load import load_split
+from clip_jax.evals.datasets.builtin import read_builtin
+from clip_jax.evals.datasets.files import LazySequence
+from clip_jax.evals.datasets.folder import ASSOCIATIONS, CAPTIONS, read_folder
 from clip_jax.evals.datasets.registry import DATASETS, SUITES, Dataset
-from clip_jax.evals.feature_cache import FingerprintedImages
+from clip_jax.evals.datasets.tfds import read_tfds
+from clip_jax.evals.datasets.webdataset import read_webdataset
 from clip_jax.evals.zeroshot import MIN_CANDIDATES, cue_prompt
 from clip_jax.typing import DatasetSplit, EvalDataset, Unavailable
-
-SplitLoader = Callable[[Dataset, str, str], DatasetSplit]  # (dataset, 'test' | 'train' | 'validation', data_dir)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +43,36 @@ class LoadOptions:
                     read(name)
 
 
-def load_dataset(
-    name: str,
-    options: LoadOptions = LoadOptions(),
-    load_split: SplitLoader = load_split,  # noqa: B008 (frozen)
-) -> EvalDataset:
+def load_split(row: Dataset, part: str, data_dir: str) -> DatasetSplit:
+    """Load a split from a Python package, else from `<data_dir>/<row.folder>/<split>`, else from TFDS below `data_dir`.
+
+    Raises Unavailable if the split is not on this machine: the message lists the places and how to prepare the data.
+    """
+    if row.builtin:
+        return read_builtin(row.builtin, part)
+    if not data_dir:
+        raise Unavailable("expected the directory of the evaluation data: set --data_dir or eval.data_dir")
+    split, tfds_split = row.split(part), row.split(part, tfds=True)
+    root = Path(data_dir).expanduser()
+    folder = root / row.folder / split
+    if row.folder and split and folder.is_dir():
+        return (read_webdataset if any(folder.glob("*.tar")) else read_folder)(root / row.folder, split)
+    problems = []
+    if row.folder and split:
+        problems.append(
+            f"{folder} is not a folder. Expected tar shards 0.tar, 1.tar, … of images with .cls, .npy or .txt,\n"
+            f"or images in one folder per class, or images and {CAPTIONS} or {ASSOCIATIONS}"
+        )
+    if row.tfds and tfds_split:
+        try:
+            return read_tfds(row.tfds, tfds_split, data_dir)
+        except Unavailable as error:
+            problems.append(str(error))
+    place = f"{row.folder or row.tfds} ({split or tfds_split})"
+    raise Unavailable("\n".join([f"{place} is not on this machine:", *problems, row.note]).rstrip())
+
+
+def load_dataset(name: str, options: LoadOptions = LoadOptions()) -> EvalDataset:  # noqa: B008 (frozen)
     """Load the test split of a dataset in DATASETS. Its other splits are loaded on access.
 
     Raises:
@@ -61,14 +87,12 @@ def load_dataset(
     row = DATASETS[name]
 
     def load(part: str) -> DatasetSplit:
-        with distributed.synchronized_errors(Unavailable, *DATA_ERRORS):
-            split = load_split(row, part, options.data_dir)
-        return dataclasses.replace(split, images=FingerprintedImages(split.images, split.fingerprint))
-
-    def load_other(part: str) -> DatasetSplit:
         if part == "validation" and not (row.validation or row.tfds_validation):
             raise Unavailable(f"{row.name} has no validation split")
-        return load(part)
+        with distributed.synchronized_errors(Unavailable, *DATA_ERRORS):
+            split = load_split(row, part, options.data_dir)
+        images = LazySequence(len(split.images), split.images.__getitem__, split.fingerprint)
+        return dataclasses.replace(split, images=images)
 
     if row.generate is not None:
         with distributed.synchronized_errors(Unavailable, *DATA_ERRORS):
@@ -80,7 +104,16 @@ def load_dataset(
         return dataclasses.replace(
             dataset, name=row.name, description=description, prompts=prompts_source, class_names=dataset.texts
         )
-    split = check_size(row, load("test"))
+    split = load("test")
+    found, kind = (len(split.cues), "cues") if row.task == "association" else (len(split.images), "images")
+    if row.size and found != row.size:
+        raise Unavailable(f"expected {row.size:,} {kind} in the {row.test} split, found {found:,}: not comparable")
+    groups = None
+    if row.group_column >= 0:
+        if split.metadata is None:
+            raise Unavailable(f"{row.metric} needs groups, and the split has no metadata (.npy)")
+        groups = split.metadata[:, row.group_column]
+        groups = np.where(np.isin(groups, row.excluded_groups), -1, groups)
     parts = [f"{len(split.images):,} images of the {row.test} split", f"metric {row.metric}"]
     if row.classes:
         parts.insert(1, f"{row.classes} classes")
@@ -89,10 +122,10 @@ def load_dataset(
         split.images,
         (),
         split.targets,
-        groups=groups_of(row, split),
+        groups=groups,
         metric=row.metric,
         cues=split.cues,
-        load_split=load_other,
+        load_split=load,
         description="; ".join(parts),
         classes=row.classes,
     )
@@ -100,37 +133,14 @@ def load_dataset(
 
 
 def expand(names: list[str] | tuple[str, ...]) -> list[str]:
-    """Return the datasets of names and suites, each once. Raises ValueError for an unknown name.
-
-    >>> expand(["digits", "smoke"])
-    ['digits', 'mnist5k', 'emoji_categories']
-    """
+    """Return the datasets of names and suites, each once. Raises ValueError for an unknown name."""
     unknown = [name for name in names if name not in DATASETS and name not in SUITES]
     if unknown:
         raise ValueError(f"no dataset or suite is named {unknown[0]!r}: use {', '.join([*SUITES, *DATASETS])}")
     return list(dict.fromkeys(dataset for name in names for dataset in SUITES.get(name, (name,))))
 
 
-def check_size(row: Dataset, split: DatasetSplit) -> DatasetSplit:
-    """Return the split. Raises Unavailable if its size differs from the registry's."""
-    found, kind = (len(split.cues), "cues") if row.task == "association" else (len(split.images), "images")
-    if row.size and found != row.size:
-        raise Unavailable(f"expected {row.size:,} {kind} in the {row.test} split, found {found:,}: not comparable")
-    return split
-
-
-def groups_of(row: Dataset, split: DatasetSplit) -> Int64[np.ndarray, "n"] | None:
-    """Return the group ids of the dataset's worst-group metric, -1 for excluded groups; None without such a metric."""
-    if row.group_column < 0:
-        return None
-    if split.metadata is None:
-        raise Unavailable(f"{row.metric} needs groups, and the split has no metadata (.npy)")
-    column_n = split.metadata[:, row.group_column]
-    return np.where(np.isin(column_n, row.excluded_groups), -1, column_n)
-
-
-# ------------------------------------------------------------------------------------------------------ texts
-# By `Dataset.task`: a function of the registry's row, the test split and the options; returns fields of EvalDataset.
+# ----------------------------- by `Dataset.task`: fields of EvalDataset from the row, the test split and the options
 
 
 def _captions(row: Dataset, split: DatasetSplit, options: LoadOptions) -> dict:
@@ -159,18 +169,14 @@ def _class_prompts(row: Dataset, split: DatasetSplit, options: LoadOptions) -> d
         if not names:
             raise Unavailable("no class names: neither stored with the data nor published; give --class_names")
         if len(names) != row.classes:
-            raise Unavailable(
-                f"expected {row.classes} class names, got {len(names)} ({names_source}): give --class_names"
-            )
+            got = f"{len(names)} ({names_source})"
+            raise Unavailable(f"expected {row.classes} class names, got {got}: give --class_names")
     except Unavailable as error:  # probes need no texts
         return {"missing_texts": str(error)}
-    found = prompts.Prompts(names, templates)
-    texts = found.texts()
-    return {
-        "texts": texts,
-        "class_names": names,
-        "prompts": f"class names {names_source}, templates {source}, {sum(map(len, texts)):,} prompts, {found.digest}",
-    }
+    texts = prompts.class_texts(names, templates)
+    sources = f"class names {names_source}, templates {source}"
+    numbers = f"{sum(map(len, texts)):,} prompts, {prompts.digest(names, templates)}"
+    return {"texts": texts, "class_names": names, "prompts": f"{sources}, {numbers}"}
 
 
 def _first_source(read: Callable[[str], tuple], user: str, registered: str, stored: tuple) -> tuple[tuple, str]:

@@ -6,9 +6,9 @@ regression algorithm", bounds it by XᵀX / 2). In the eigenbasis of XᵀX, comp
 so the initial Hessian of every L-BFGS step is mean(p·(1 − p)) · eigenvalue + l2 instead of the identity: tens of steps,
 not hundreds. And logits are linear along a step, so the line search needs no matmul with the features.
 
-If the logits of all rows exceed HELD_LOGITS (ImageNet's have 5 GB), the rows are processed in chunks sharded over
-this process's devices, without arrays of n × Q. The line search then uses the gradient at the end of the step, which
-the next step needs anyway; the first trial usually suffices.
+If the logits of all rows exceed HELD_LOGITS (ImageNet's have 5 GB), rows are processed in chunks sharded over this
+process's devices, without arrays of n × Q. The line search then uses the gradient at the end of the step, which the
+next step needs anyway; the first trial usually suffices.
 
 Deviation: the iteration stops if a step is expected to gain less than `tolerance` nats per example. scikit-learn stops
 at a gradient norm of 1e-4, which depends on the scale of the features and can be far from the optimum.
@@ -40,7 +40,9 @@ CHUNK_LOGITS = 2**24  # rows per chunk and device × Q, otherwise
 # Directions with less than this fraction of the total variance are float32 rounding errors of zero.
 MIN_VARIANCE = 1e-12
 
-_dot = functools.partial(jnp.einsum, precision="highest")  # float32 on TPUs and GPUs too
+# float32 on TPUs and GPUs too: their default precisions are bfloat16 and TensorFloat-32.
+_einsum = functools.partial(jnp.einsum, precision="highest")
+_vdot = functools.partial(jnp.vdot, precision="highest")
 
 
 @jax.tree_util.register_dataclass
@@ -55,11 +57,6 @@ class Problem:
     mean_d: Leaf  # of the features
     basis_dd: Leaf  # from features to coordinates
     rows: int = dataclasses.field(metadata={"static": True})  # without padding
-
-    @property
-    def exclusive(self) -> bool:
-        """Whether there is one class per row (softmax)."""
-        return self.targets.ndim == 2
 
 
 def prepare(
@@ -104,12 +101,12 @@ def prepare(
 
 @jax.jit
 def _covariance(centered_nd: Array) -> Array:
-    return _dot("nd,nc->dc", centered_nd, centered_nd)
+    return _einsum("nd,nc->dc", centered_nd, centered_nd)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _rotate(x_CnD: Array, centered_nd: Array, basis_dd: Array, chunk: Array, rows: Array) -> Array:
-    x_nd, valid_n1 = _dot("nc,cd->nd", centered_nd, basis_dd), (jnp.arange(len(centered_nd)) < rows)[:, None]
+    x_nd, valid_n1 = _einsum("nc,cd->nd", centered_nd, basis_dd), (jnp.arange(len(centered_nd)) < rows)[:, None]
     return x_CnD.at[chunk].set(jnp.concatenate([x_nd, valid_n1.astype(jnp.float32)], 1))
 
 
@@ -124,16 +121,16 @@ def _remove_null_directions(x_CnD: Array) -> tuple[Array, Array, Array]:
 @jax.jit
 def to_problem(problem: Problem, weight_dQ: Array, bias_Q: Array) -> Float[Array, "Q D"]:
     """Return weights and intercepts of the features in the coordinates of `minimize`."""
-    rotated_Qd = _dot("dQ,dc->Qc", weight_dQ, problem.basis_dd)
-    moved_Q = bias_Q + _dot("d,dQ->Q", problem.mean_d, weight_dQ)
+    rotated_Qd = _einsum("dQ,dc->Qc", weight_dQ, problem.basis_dd)
+    moved_Q = bias_Q + _einsum("d,dQ->Q", problem.mean_d, weight_dQ)
     return jnp.concatenate([rotated_Qd, moved_Q[:, None]], 1)
 
 
 @jax.jit
 def from_problem(problem: Problem, w_QD: Array) -> tuple[Float[Array, "d Q"], Float[Array, "Q"]]:
     """Return the weights and intercepts of the features from the coordinates of `minimize`."""
-    weight_dQ = _dot("dc,Qc->dQ", problem.basis_dd, w_QD[:, :-1])
-    return weight_dQ, w_QD[:, -1] - _dot("d,dQ->Q", problem.mean_d, weight_dQ)
+    weight_dQ = _einsum("dc,Qc->dQ", problem.basis_dd, w_QD[:, :-1])
+    return weight_dQ, w_QD[:, -1] - _einsum("d,dQ->Q", problem.mean_d, weight_dQ)
 
 
 class _State(NamedTuple):
@@ -178,15 +175,14 @@ def minimize(problem: Problem, l2: Array, start_QD: Array, tolerance: Array) -> 
 
     def step(state: _State) -> _State:
         move_QD = _direction(problem, state)
-        initial_derivative = jnp.vdot(move_QD, state.gradient_QD)
+        initial_derivative = _vdot(move_QD, state.gradient_QD)
         if held:
-            move_logits_Qn = _dot("QD,nD->Qn", move_QD, x_nD)
+            move_logits_Qn = _einsum("QD,nD->Qn", move_QD, x_nD)
 
             def derivative(length):
-                error_Qn = _errors(targets, _probabilities(targets, state.logits_Qn + length * move_logits_Qn))
-                return jnp.vdot(error_Qn, move_logits_Qn) + jnp.vdot(
-                    penalty_1D * (state.w_QD + length * move_QD), move_QD
-                ), ()
+                _, error_Qn = _probabilities(targets, state.logits_Qn + length * move_logits_Qn)
+                penalty_QD = penalty_1D * (state.w_QD + length * move_QD)
+                return _vdot(error_Qn, move_logits_Qn) + _vdot(penalty_QD, move_QD), ()
 
             length, found, _ = _line_search(derivative, initial_derivative)
             w_QD, logits_Qn = state.w_QD + length * move_QD, state.logits_Qn + length * move_logits_Qn
@@ -195,14 +191,14 @@ def minimize(problem: Problem, l2: Array, start_QD: Array, tolerance: Array) -> 
 
             def derivative(length):
                 outputs = gradient_and_inverse(state.w_QD + length * move_QD, None)
-                return jnp.vdot(outputs[0], move_QD), outputs
+                return _vdot(outputs[0], move_QD), outputs
 
             # If the line search failed, the gradient is of another length; the iteration ends then.
             length, found, (gradient_QD, inverse_QD) = _line_search(derivative, initial_derivative)
             w_QD, logits_Qn = state.w_QD + length * move_QD, None
         move_QD, gradient_change_QD = length * move_QD, gradient_QD - state.gradient_QD
-        dot = jnp.vdot(move_QD, gradient_change_QD)
-        expected = jnp.vdot(gradient_change_QD, _center(problem, inverse_QD * gradient_change_QD))
+        dot = _vdot(move_QD, gradient_change_QD)
+        expected = _vdot(gradient_change_QD, _center(problem, inverse_QD * gradient_change_QD))
         slot = state.steps % MEMORY
         return _State(
             w_QD,
@@ -219,22 +215,15 @@ def minimize(problem: Problem, l2: Array, start_QD: Array, tolerance: Array) -> 
         )
 
     w_QD = _center(problem, start_QD)
-    logits_Qn = _dot("QD,nD->Qn", w_QD, x_nD) if held else None
-    state = _State(
-        w_QD,
-        logits_Qn,
-        *gradient_and_inverse(w_QD, logits_Qn),
-        empty_mQD,
-        empty_mQD,
-        jnp.zeros(MEMORY),
-        jnp.float32(1),
-        jnp.int32(0),
-        jnp.bool_(False),
-    )
+    logits_Qn = _einsum("QD,nD->Qn", w_QD, x_nD) if held else None
+    memory = empty_mQD, empty_mQD, jnp.zeros(MEMORY)
+    scale, steps, done = jnp.float32(1), jnp.int32(0), jnp.bool_(False)
+    state = _State(w_QD, logits_Qn, *gradient_and_inverse(w_QD, logits_Qn), *memory, scale, steps, done)
     state = lax.while_loop(lambda state: ~state.done & (state.steps < MAX_STEPS), step, state)
-    nats = (
-        _nats(x_nD, targets, state.logits_Qn) if held else _sum_over_chunks(_nats, problem, state.w_QD, jnp.float32(0))
-    )
+    if held:
+        nats = _nats(x_nD, targets, state.logits_Qn)
+    else:
+        nats = _sum_over_chunks(_nats, problem, state.w_QD, jnp.float32(0))
     nats += l2 / 2 * jnp.sum(problem.penalized_D[None] * state.w_QD**2)
     return Solution(state.w_QD, nats, state.steps)
 
@@ -244,15 +233,15 @@ def _sum_over_chunks(function: Callable, problem: Problem, w_QD: Array, zeros_li
 
     def add(total, chunk):
         x_nD, targets = chunk
-        return jax.tree.map(jnp.add, total, function(x_nD, targets, _dot("QD,nD->Qn", w_QD, x_nD))), None
+        return jax.tree.map(jnp.add, total, function(x_nD, targets, _einsum("QD,nD->Qn", w_QD, x_nD))), None
 
     return lax.scan(add, jax.tree.map(jnp.zeros_like, zeros_like), (problem.x_CnD, problem.targets))[0]
 
 
 def _gradient_and_variance(x_nD: Array, targets: Array, logits_Qn: Array) -> tuple[Array, Array]:
     """Return the gradient of the cross-entropies and the sum of p·(1 − p) for each class."""
-    p_Qn = _probabilities(targets, logits_Qn)
-    return _dot("Qn,nD->QD", _errors(targets, p_Qn), x_nD), jnp.sum(p_Qn * (1 - p_Qn) * x_nD[None, :, -1], 1)
+    p_Qn, error_Qn = _probabilities(targets, logits_Qn)
+    return _einsum("Qn,nD->QD", error_Qn, x_nD), jnp.sum(p_Qn * (1 - p_Qn) * x_nD[None, :, -1], 1)
 
 
 def _nats(x_nD: Array, targets: Array, logits_Qn: Array) -> Array:
@@ -270,21 +259,19 @@ def _one_hot(targets: Array, logits_Qn: Array) -> Array:
     return (targets[None] == jnp.arange(len(logits_Qn))[:, None]).astype(jnp.float32)
 
 
-def _probabilities(targets: Array, logits_Qn: Array) -> Array:
-    return jax.nn.softmax(logits_Qn, axis=0) if targets.ndim == 1 else jax.nn.sigmoid(logits_Qn)
-
-
-def _errors(targets: Array, p_Qn: Array) -> Array:
-    """Return p − targets; for the correct class minus the sum of the others, since 1 − 1e-9 is 1 in float32."""
-    one_hot_Qn = _one_hot(targets, p_Qn)
+def _probabilities(targets: Array, logits_Qn: Array) -> tuple[Array, Array]:
+    """Return p and p − targets; for the correct class minus the sum of the others, since 1 − 1e-9 is 1 in float32."""
+    one_hot_Qn = _one_hot(targets, logits_Qn)
     if targets.ndim == 2:
-        return p_Qn - one_hot_Qn
-    return jnp.where(one_hot_Qn > 0, -jnp.sum(p_Qn * (1 - one_hot_Qn), 0, keepdims=True), p_Qn)
+        p_Qn = jax.nn.sigmoid(logits_Qn)
+        return p_Qn, p_Qn - one_hot_Qn
+    p_Qn = jax.nn.softmax(logits_Qn, axis=0)
+    return p_Qn, jnp.where(one_hot_Qn > 0, -jnp.sum(p_Qn * (1 - one_hot_Qn), 0, keepdims=True), p_Qn)
 
 
 def _center(problem: Problem, w_QD: Array) -> Array:
-    """Project to weights whose sum over classes is 0, to which the softmax is invariant."""
-    return w_QD - jnp.mean(w_QD, 0, keepdims=True) if problem.exclusive else w_QD
+    """For softmax, project to weights whose sum over classes is 0: it is invariant to the mean."""
+    return w_QD - jnp.mean(w_QD, 0, keepdims=True) if problem.targets.ndim == 2 else w_QD
 
 
 def _direction(problem: Problem, state: _State) -> Array:
@@ -292,14 +279,12 @@ def _direction(problem: Problem, state: _State) -> Array:
     newest_first_m = (state.steps - 1 - jnp.arange(MEMORY)) % MEMORY
 
     def back(q_QD, i):
-        alpha = state.rho_m[i] * jnp.vdot(state.moves_mQD[i], q_QD)
+        alpha = state.rho_m[i] * _vdot(state.moves_mQD[i], q_QD)
         return q_QD - alpha * state.gradient_changes_mQD[i], alpha
 
     def forth(q_QD, i_and_alpha):
         i, alpha = i_and_alpha
-        return q_QD + (alpha - state.rho_m[i] * jnp.vdot(state.gradient_changes_mQD[i], q_QD)) * state.moves_mQD[
-            i
-        ], None
+        return q_QD + (alpha - state.rho_m[i] * _vdot(state.gradient_changes_mQD[i], q_QD)) * state.moves_mQD[i], None
 
     q_QD, alpha_m = lax.scan(back, state.gradient_QD, newest_first_m)
     q_QD = state.scale * _center(problem, state.inverse_QD * _center(problem, q_QD))
@@ -307,14 +292,11 @@ def _direction(problem: Problem, state: _State) -> Array:
 
 
 def _line_search(derivative: Callable, initial_derivative: Array) -> tuple[Array, Array, Any]:
-    """Return an accepted step length, whether there is one, and the last outputs.
+    """Return an accepted step length, whether there is one, and the last auxiliary outputs of `derivative`.
 
     A length is accepted if its derivative is at most MAX_DERIVATIVE × the initial one. The objective is convex, so the
     sign of the derivative brackets the best length; unlike differences of the objective, it is accurate in float32. If
     no length is accepted, the largest one with a negative derivative is returned.
-
-    Args:
-      derivative: function of the length that returns the derivative and other outputs.
     """
 
     def accepted(trial):

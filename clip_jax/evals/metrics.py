@@ -33,12 +33,7 @@ class Undefined(ValueError):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Predictions:
-    """Scores of a model and the targets of n examples.
-
-    >>> predictions = Predictions(np.array([[0.2, 0.9], [0.8, 0.1], [0.3, 0.4]]), np.array([1, 0, 0]))
-    >>> round(METRICS["top1"](predictions), 3)
-    0.667
-    """
+    """Scores of a model and the targets of n examples."""
 
     scores: Float[np.ndarray, "n Q"] | Float[np.ndarray, "n"]  # of every class; for binary targets: of the positive one
     targets: Integer[np.ndarray, "n"] | Bool[np.ndarray, "n Q"]  # class ids; bool for multi-label targets
@@ -54,9 +49,8 @@ class Predictions:
         if n == 0:
             raise ValueError("scores: expected at least one example, got none")
         if self.targets.shape not in ((n,), shape):
-            raise ValueError(
-                f"targets: expected shape [n] or [n Q] of scores{list(shape)}, got {list(self.targets.shape)}"
-            )
+            got = list(self.targets.shape)
+            raise ValueError(f"targets: expected shape [n] or [n Q] of scores{list(shape)}, got {got}")
         if self.groups is not None and self.groups.shape != (n,):
             raise ValueError(f"groups: expected int[{n}], one per example, got shape {list(self.groups.shape)}")
         if self.ignored is not None and not self.ignored.shape == self.targets.shape == shape:
@@ -124,7 +118,6 @@ def hits(predictions: Predictions, k: int = 1) -> Bool[np.ndarray, "n"]:
 
 
 def accuracy(predictions: Predictions, k: int = 1) -> float:
-    """Return the fraction of examples whose class is among the top k."""
     return float(hits(predictions, k).mean())
 
 
@@ -139,10 +132,9 @@ def mean_per_class(predictions: Predictions) -> float:
 
 
 def macro_f1(predictions: Predictions) -> float:
-    """Return the mean F1 score over the classes with examples: the F1-macro_all of iWildCam.
+    """Return the mean F1 score over the classes with examples: the F1-macro_all of iWildCam, as in WILDS.
 
-    As in WILDS: f1_score(average='macro', labels=unique(y_true)). scikit-learn's default also averages over classes
-    that are predicted but have no examples.
+    scikit-learn's default also averages over classes that are predicted but have no examples.
     """
     classes = predictions.scores.shape[-1]
     hits_Q = np.bincount(predictions.targets, weights=hits(predictions), minlength=classes)
@@ -175,8 +167,6 @@ def roc_auc(predictions: Predictions) -> float:
     """Return the probability that a positive scores above a negative (Hateful Memes).
 
     The score of an example is float[n], or the difference of its scores of the two classes.
-
-    Raises Undefined if all examples are of one class.
     """
     scores, targets = predictions.scores, predictions.targets
     if targets.ndim != 1 or scores.shape[1:] not in ((), (2,)):
@@ -188,10 +178,7 @@ def roc_auc(predictions: Predictions) -> float:
         score_n = scores.astype(np.float64) if scores.ndim == 1 else np.diff(scores.astype(np.float64))[:, 0]
     positive_n, finite_n = targets == 1, np.isfinite(score_n)
     if positive_n.all() or not positive_n.any():
-        raise Undefined(
-            f"ROC AUC needs positives and negatives, but all {len(targets)} targets are {targets[0]}: use a split "
-            "with both, or accuracy"
-        )
+        raise Undefined(f"ROC AUC: all {len(targets)} targets are {targets[0]}; use a split with both, or accuracy")
     above_P = np.where(finite_n, score_n, -np.inf)[positive_n]
     negatives = np.sort(np.where(finite_n, score_n, np.inf)[~positive_n])
     below_P = np.searchsorted(negatives, above_P - predictions.tie, "left")
@@ -207,7 +194,11 @@ def mean_average_precision(predictions: Predictions) -> float:
 
     Classes without positives or without negatives are ignored (CLIP_benchmark counts the former as 0).
     """
-    return _mean_over_columns(_average_precision, *_multi(predictions))
+
+    def average_precision(found: np.ndarray, before: np.ndarray, positives: int) -> float:
+        return np.sum(found / (found + before)) / positives
+
+    return _mean_over_columns(average_precision, predictions)
 
 
 def map_11_points(predictions: Predictions) -> float:
@@ -216,7 +207,13 @@ def map_11_points(predictions: Predictions) -> float:
     The average precision of a class is the mean, over recalls of 0, 0.1 … 1, of the highest precision at that or a
     higher recall. Unlike in the devkit, the order of equal scores does not matter. Pass difficult objects as `ignored`.
     """
-    return _mean_over_columns(_average_precision_11_points, *_multi(predictions))
+
+    def average_precision(found: np.ndarray, before: np.ndarray, positives: int) -> float:
+        precisions = found / (found + before)
+        # In integers: in floating point a recall of 3/10 is below 3 × 0.1.
+        return np.mean([precisions[10 * found >= tenths * positives].max(initial=0) for tenths in range(11)])
+
+    return _mean_over_columns(average_precision, predictions)
 
 
 def jaccard(predictions: Predictions) -> float:
@@ -224,53 +221,32 @@ def jaccard(predictions: Predictions) -> float:
 
     The metric of WinoGAViL (Bitton et al. 2022). Pad rows with fewer candidates by `ignored` ones.
     """
-    scores_nQ, targets_nQ, counted_nQ, tie = _multi(predictions)
-    return _mean_over_columns(_jaccard, scores_nQ.T, targets_nQ.T, counted_nQ.T, tie)
 
+    def jaccard_index(found: np.ndarray, before: np.ndarray, positives: int) -> float:
+        selected = np.sum(found + before <= positives)
+        return selected / (2 * positives - selected)
 
-def _average_precision(found: Int64[np.ndarray, "m"], before: Int64[np.ndarray, "m"], positives: int) -> float:
-    return float(np.sum(found / (found + before)) / positives)
-
-
-def _average_precision_11_points(
-    found: Int64[np.ndarray, "m"], before: Int64[np.ndarray, "m"], positives: int
-) -> float:
-    precisions = found / (found + before)
-    # In integers: in floating point a recall of 3/10 is below 3 × 0.1.
-    return float(np.mean([precisions[10 * found >= tenths * positives].max(initial=0) for tenths in range(11)]))
-
-
-def _jaccard(found: Int64[np.ndarray, "m"], before: Int64[np.ndarray, "m"], positives: int) -> float:
-    selected = int(np.sum(found + before <= positives))
-    return selected / (2 * positives - selected)
-
-
-def _multi(
-    predictions: Predictions,
-) -> tuple[Float64[np.ndarray, "n Q"], Bool[np.ndarray, "n Q"], Bool[np.ndarray, "n Q"], float]:
-    """Return scores, targets, the mask of candidates that are not ignored, and the tie."""
-    if predictions.scores.ndim != 2 or predictions.targets.dtype != bool:
-        scores, targets = predictions.scores, predictions.targets
-        raise ValueError(
-            f"expected scores float[n Q] and targets bool[n Q], got scores{list(scores.shape)} and targets "
-            f"{targets.dtype}{list(targets.shape)}. For class ids: targets[:, None] == np.arange(Q)"
-        )
-    counted_nQ = np.ones(predictions.targets.shape, bool) if predictions.ignored is None else ~predictions.ignored
-    return predictions.scores.astype(np.float64), predictions.targets, counted_nQ, predictions.tie
+    return _mean_over_columns(jaccard_index, predictions, by_example=True)
 
 
 def _mean_over_columns(
-    metric: Callable[[np.ndarray, np.ndarray, int], float],
-    scores: Float64[np.ndarray, "N M"],
-    targets: Bool[np.ndarray, "N M"],
-    counted: Bool[np.ndarray, "N M"],
-    tie: float,
+    metric: Callable[[np.ndarray, np.ndarray, int], float], predictions: Predictions, *, by_example: bool = False
 ) -> float:
-    """Return the mean of `metric` over the columns that have both a positive and a negative.
+    """Return the mean of `metric` over the classes (or examples) that have both a positive and a negative.
 
     Its arguments: for every positive with a finite score the number of positives with at least its score and the number
     of negatives that are not lower; the number of positives, including those whose score is not finite.
     """
+    scores, targets, ignored = predictions.scores, predictions.targets, predictions.ignored
+    if scores.ndim != 2 or targets.dtype != bool:
+        raise ValueError(
+            f"expected scores float[n Q] and targets bool[n Q], got scores{list(scores.shape)} and targets "
+            f"{targets.dtype}{list(targets.shape)}. For class ids: targets[:, None] == np.arange(Q)"
+        )
+    counted = np.ones(targets.shape, bool) if ignored is None else ~ignored
+    scores = scores.astype(np.float64)
+    if by_example:
+        scores, targets, counted = scores.T, targets.T, counted.T
     values = []
     for column in range(scores.shape[1]):
         rows = counted[:, column]
@@ -281,7 +257,7 @@ def _mean_over_columns(
         positives = np.sort(score[positive & finite])
         negatives = np.sort(np.where(finite, score, np.inf)[~positive])
         found = len(positives) - np.searchsorted(positives, positives, "left")
-        before = len(negatives) - np.searchsorted(negatives, positives - tie, "left")
+        before = len(negatives) - np.searchsorted(negatives, positives - predictions.tie, "left")
         values.append(metric(found, before, int(positive.sum())))
     if not values:
         raise Undefined("no class (or example) has both a positive and a negative")
@@ -308,10 +284,17 @@ METRICS: dict[str, Metric] = {
 
 
 class Interval(NamedTuple):
-    """A confidence interval."""
-
     low: float
     high: float
+
+
+def with_references(
+    key: str, value: float, candidates: int | float, chance: float | None = None, interval: Interval | None = None
+) -> dict[str, float]:
+    """Return a metric with its reference values `/candidates`, `/chance`, `/ci_low` and `/ci_high`."""
+    low, high = interval or (None, None)
+    found = {"": value, "/candidates": float(candidates), "/chance": chance, "/ci_low": low, "/ci_high": high}
+    return {key + name: number for name, number in found.items() if number is not None}
 
 
 def bootstrap_interval(
@@ -325,30 +308,29 @@ def bootstrap_interval(
     """Return the percentile bootstrap interval of a mean, or with strata of the mean of the strata's means.
 
     The counts of each distinct value in a resample are multinomial, so hits need one binomial number per resample.
-    Equal values, as for n = 1, give an interval of width 0: use `exact_interval`.
-
-    Args:
-      values_n: e.g. `hits(predictions)`.
-      strata_n: e.g. the targets, for the mean per class: examples are drawn within each stratum.
-
-    >>> bootstrap_interval(np.arange(100) < 70)
-    Interval(low=0.61, high=0.79)
+    Equal values, as for n = 1, give an interval of width 0: use `exact_interval`. With strata, e.g. the targets for the
+    mean per class, examples are drawn within each stratum.
     """
     if len(values_n) == 0 or not np.isfinite(values_n).all():
         raise ValueError("expected at least one value, all finite; count other values as errors, do not drop them")
     rng = np.random.default_rng(seed)
-    strata_n = np.zeros(len(values_n), np.int64) if strata_n is None else strata_n
-    strata = np.unique(strata_n)
+    strata = _rows_by_stratum(strata_n, len(values_n))
     means = np.zeros(resamples)
-    for stratum in strata:
-        values, counts = np.unique(values_n[strata_n == stratum].astype(np.float64), return_counts=True)
-        size = int(counts.sum())
+    for rows in strata:
+        values, counts = np.unique(values_n[rows].astype(np.float64), return_counts=True)
+        size = len(rows)
         step = max(1, BLOCK_SCORES // len(values))  # resamples per block
         for start in range(0, resamples, step):
             block = slice(start, min(start + step, resamples))
             drawn = rng.multinomial(size, counts / size, block.stop - block.start)
             means[block] += drawn @ values / size
     return _percentiles(means / len(strata), level)
+
+
+def _rows_by_stratum(strata_n: Integer[np.ndarray, "n"] | None, n: int) -> list[np.ndarray]:
+    if strata_n is None:
+        return [np.arange(n)]
+    return [np.flatnonzero(strata_n == stratum) for stratum in np.unique(strata_n)]
 
 
 def mean_interval(values_n: Float[np.ndarray, "n"] | Bool[np.ndarray, "n"]) -> Interval:
@@ -373,7 +355,6 @@ def bootstrap_metric(
     predictions: Predictions,
     *,
     strata_n: Integer[np.ndarray, "n"] | None = None,
-    level: float = LEVEL,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Interval:
@@ -381,52 +362,56 @@ def bootstrap_metric(
 
     With strata, examples are drawn within each stratum. Resamples for which the metric is undefined (e.g. without
     negatives) are ignored. A minimum over groups is biased low in resamples.
-
-    Raises the errors of the metric for the examples themselves.
     """
     metric(predictions)  # raises its errors, and caches the ranks
     rng = np.random.default_rng(seed)
-    strata_n = np.zeros(len(predictions.scores), np.int64) if strata_n is None else strata_n
-    rows_by_stratum = [np.flatnonzero(strata_n == stratum) for stratum in np.unique(strata_n)]
+    strata = _rows_by_stratum(strata_n, len(predictions.scores))
     values = []
     for _ in range(resamples):
-        rows = np.concatenate([rng.choice(stratum, len(stratum)) for stratum in rows_by_stratum])
+        rows = np.concatenate([rng.choice(rows, len(rows)) for rows in strata])
         try:
             values.append(metric(predictions.take(rows)))
         except Undefined:
             continue
     if not values:
         raise Undefined(f"undefined in all {resamples} resamples of {len(predictions.scores)} examples")
-    return _percentiles(np.array(values), level)
+    return _percentiles(np.array(values))
 
 
 def exact_interval(correct: int, n: int, *, level: float = LEVEL) -> Interval:
     """Return the exact interval of an accuracy, `correct` of n (Clopper and Pearson 1934), by bisection.
 
     Conservative: it covers at least `level`, and is wider than the bootstrap's.
-
-    >>> [round(end, 4) for end in exact_interval(1, 1)]
-    [0.025, 1.0]
     """
     if not 0 <= correct <= n or n < 1:
         raise ValueError(f"correct: expected 0 ≤ correct ≤ n and n ≥ 1, got {correct} of {n}")
-    log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
 
     def lower_bound(correct: int) -> float:
         """Return the p at which `correct` or more of n have the probability (1 - level) / 2."""
-        i = np.arange(correct, n + 1)
-        log_binomial = log_factorial[n] - log_factorial[i] - log_factorial[n - i]
         low, high = 0.0, correct / n
         for _ in range(60 if correct else 0):
             p = (low + high) / 2
-            tail = np.exp(log_binomial + i * np.log(p) + (n - i) * np.log1p(-p)).sum()
-            low, high = (p, high) if tail < (1 - level) / 2 else (low, p)
+            low, high = (p, high) if binomial_tail(correct, n, p) < (1 - level) / 2 else (low, p)
         return high
 
     return Interval(lower_bound(correct), 1 - lower_bound(n - correct))
 
 
-def _percentiles(values: Float64[np.ndarray, "m"], level: float) -> Interval:
+def binomial_tail(correct: int, n: int, probability: float) -> float:
+    """Return P(X ≥ correct) for X ~ Binomial(n, probability), exactly, for 0 < probability < 1."""
+    log_binomial_i = _log_binomials(n)[correct:]
+    i = np.arange(correct, n + 1)
+    return float(np.exp(log_binomial_i + i * np.log(probability) + (n - i) * np.log1p(-probability)).sum())
+
+
+@functools.lru_cache(maxsize=4)
+def _log_binomials(n: int) -> Float64[np.ndarray, "m"]:
+    """Return the logarithms of the binomial coefficients of n."""
+    log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
+    return log_factorial[n] - log_factorial - log_factorial[::-1]
+
+
+def _percentiles(values: Float64[np.ndarray, "m"], level: float = LEVEL) -> Interval:
     if not 0 < level < 1:
         raise ValueError(f"level: expected a fraction between 0 and 1, e.g. {LEVEL}, got {level}")
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])

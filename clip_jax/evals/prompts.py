@@ -8,19 +8,18 @@ al. 2021, their 80 templates, and the 7 that they later found by forward selecti
 from __future__ import annotations
 
 import ast
-import dataclasses
 import functools
 import hashlib
 import importlib.util
-import itertools
 import json
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from clip_jax.config import check_name
 from clip_jax.typing import Unavailable
 
 SLOT = "{}"  # placeholder of the class name
+Names = tuple[tuple[str, ...], ...]  # one or more names (or prompts) per class
 
 BUILTIN: dict[str, tuple[str, ...]] = {
     "name": ("{}",),
@@ -46,40 +45,23 @@ OPEN_CLIP_CLASS_NAMES = {"imagenet": "IMAGENET_CLASSNAMES"}
 FORMAT = 'a JSON object such as {"class_names": ["cat", ["dog", "puppy"]], "templates": ["a photo of a {}."]}'
 
 
-@dataclasses.dataclass(frozen=True)
-class Prompts:
-    """Class names and templates.
+def class_texts(class_names: Names, templates: Sequence[str]) -> Names:
+    """Return the prompts of every class: each of its names in each template."""
+    return tuple(
+        tuple(template.replace(SLOT, name) for template in templates for name in names) for names in class_names
+    )
 
-    >>> Prompts((("cat",), ("dog", "puppy")), ("a {}.",)).texts()
-    (('a cat.',), ('a dog.', 'a puppy.'))
-    """
 
-    class_names: tuple[tuple[str, ...], ...]  # one or more names per class
-    templates: tuple[str, ...]  # sentences with SLOT
-
-    def texts(self) -> tuple[tuple[str, ...], ...]:
-        """Return the prompts of every class: each of its names in each template."""
-        return tuple(
-            tuple(template.replace(SLOT, name) for template, name in itertools.product(self.templates, names))
-            for names in self.class_names
-        )
-
-    @property
-    def digest(self) -> str:
-        """Hash of class names and templates, twelve hexadecimal digits, for reports."""
-        text = json.dumps([self.class_names, self.templates], ensure_ascii=False, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+def digest(class_names: Names, templates: Sequence[str]) -> str:
+    """Return a hash of class names and templates, twelve hexadecimal digits, for reports."""
+    text = json.dumps([class_names, templates], ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def templates(name: str) -> tuple[str, ...]:
     """Return the templates of a key of BUILTIN, `clip_benchmark:<set>`, `open_clip:imagenet_80` or `_7`, or a .json.
 
-    Raises:
-      Unavailable: if the package is not installed.
-      ValueError: for an unknown name, or a template without SLOT.
-
-    >>> templates("photo")
-    ('a photo of a {}.',)
+    Raises Unavailable if the package is not installed, and ValueError for an unknown name or a template without SLOT.
     """
     found = BUILTIN[name] if name in BUILTIN else _read_prompts("templates", name, OPEN_CLIP_TEMPLATES, BUILTIN)
     for template in found:
@@ -88,14 +70,11 @@ def templates(name: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def class_names(name: str) -> tuple[tuple[str, ...], ...]:
+def class_names(name: str) -> Names:
     """Return the class names of `clip_benchmark:<set>`, `open_clip:imagenet` or a JSON file, by class id.
 
-    ImageNet has 998 different names for 1000 classes: missile and sunglasses occur twice, as in the paper.
-
-    Raises:
-      Unavailable: if the package is not installed.
-      ValueError: for an unknown name, or a class without a name.
+    ImageNet has 998 different names for 1000 classes: missile and sunglasses occur twice, as in the paper. Raises
+    Unavailable if the package is not installed, and ValueError for an unknown name or a class without a name.
     """
     found = _read_prompts("class_names", name, OPEN_CLIP_CLASS_NAMES)
     several = [(names,) if isinstance(names, str) else tuple(names) for names in found]

@@ -29,12 +29,7 @@ BLOCK_SCORES = 2**22  # scores per block, on a device or the host: 16 MiB of flo
 
 
 def unit(x_NE: Float[np.ndarray, "N E"]) -> Float[np.ndarray, "N E"]:
-    """Return the rows normalized to length 1, as float32; rows that are zero or not finite become NaN.
-
-    >>> unit(np.array([[3.0, 4.0], [0.0, 0.0]]))
-    array([[0.6, 0.8],
-           [nan, nan]], dtype=float32)
-    """
+    """Return the rows normalized to length 1, as float32; rows that are zero or not finite become NaN."""
     x_NE = x_NE.astype(np.float64)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         length_N1 = np.linalg.norm(x_NE, axis=1, keepdims=True)
@@ -67,12 +62,7 @@ def ranks(
     """Return for each query the number of negative candidates ranked before its best positive; 0 is best.
 
     Ties and NaN scores rank before it. A query without a positive of finite score gets M, worse than any rank.
-
-    Args:
-      positives: query indices and candidate indices of all matching pairs, each pair once.
-
-    >>> ranks(np.eye(2), np.eye(2)[[1, 0, 0]], (np.array([0, 1]), np.array([1, 0]))).tolist()
-    [1, 0]
+    `positives` are the query indices and candidate indices of all matching pairs, each pair once.
     """
     queries_NE, candidates_ME = unit(queries_NE), unit(candidates_ME)
     query_m, candidate_m = positives
@@ -83,9 +73,8 @@ def ranks(
     is_best_m = cosine_m - TIE == threshold_N[query_m]
     best_N[query_m[is_best_m]] = candidate_m[is_best_m]
     before_N = _count_before(queries_NE, candidates_ME, threshold_N, best_N)
-    positives_before_m = ~(cosine_m < threshold_N[query_m]) & (
-        candidate_m != best_N[query_m]
-    )  # True for NaN, as in _count_before
+    is_before_m = ~(cosine_m < threshold_N[query_m])  # True for NaN, as in _count_before
+    positives_before_m = is_before_m & (candidate_m != best_N[query_m])
     before_N -= np.bincount(query_m[positives_before_m], minlength=len(before_N))
     return np.where(np.isfinite(threshold_N), before_N, len(candidates_ME))
 
@@ -168,9 +157,7 @@ def _count(
     """Return for each query, without its best positive, three sums over the candidates of a block.
 
     The number not below `high`, the number from `low` to `high`, and the sum of the indices of the latter, which is the
-    index if there is one.
-
-    span: index of the first candidate, and of the first padding row after them.
+    index if there is one. span: index of the first candidate, and of the first padding row after them.
     """
     scores_bc = _cosines(queries_bE, candidates_cE)
     index_1c = (span[0] + jnp.arange(len(candidates_cE)))[None]

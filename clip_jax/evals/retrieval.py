@@ -1,9 +1,8 @@
 """Image-text retrieval in both directions (Radford et al. 2021, table 13).
 
 As in CLIP_benchmark (https://github.com/LAION-AI/CLIP_benchmark), a query is a hit at k if any matching candidate is
-among the first k. Deviations: ties and NaN count as errors (see `ranking`), and every recall has its number of
-candidates, the recall of a random order, and a 95 % confidence interval. The bootstrap draws images together with
-all their captions, because the captions of one image are not independent.
+among the first k. Deviation: ties and NaN count as errors (see `ranking`). The bootstrap of the confidence intervals
+draws images together with all their captions, because the captions of one image are not independent.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, Integer
 
 from clip_jax.evals.embed import embed_dataset
-from clip_jax.evals.metrics import mean_interval
+from clip_jax.evals.metrics import mean_interval, with_references
 from clip_jax.evals.ranking import ranks
 from clip_jax.typing import Embedder, EvalDataset, EvalResult
 
@@ -36,26 +35,20 @@ def retrieval(embedder: Embedder, dataset: EvalDataset) -> EvalResult:
     0.333
     """
     image_nE, text_ME = embed_dataset(embedder, dataset)
-    texts_per_image_n, images_per_text_M, first_image_M = _positive_counts(dataset)
-    query_T = dataset.query_texts()
-    image_m, text_m = dataset.positive_pairs()
+    images, texts = len(image_nE), len(text_ME)
+    query_T, (image_m, text_m) = dataset.query_texts(), dataset.positive_pairs()
     text_ranks_n = ranks(image_nE, text_ME, (image_m, text_m))
     image_ranks_T = ranks(text_ME[query_T], image_nE, (np.searchsorted(query_T, text_m), image_m))
+    texts_per_image_n, images_per_text_M = np.bincount(image_m, minlength=images), np.bincount(text_m, minlength=texts)
+    first_image_M = np.zeros(texts, np.int64)  # that matches the text
+    first_image_M[text_m[::-1]] = image_m[::-1]
 
-    prefix = f"retrieval/{dataset.name}"
-    median_rank = f"{prefix}/image_to_text/median_rank"
+    to_text, to_image = (f"retrieval/{dataset.name}/{way}" for way in ("image_to_text", "text_to_image"))
+    median = float(np.floor(np.median(text_ranks_n)) + 1)  # open_clip's definition
     metrics = {
-        **_recalls(f"{prefix}/image_to_text", text_ranks_n, len(text_ME), texts_per_image_n, np.arange(len(image_nE))),
-        median_rank: float(np.floor(np.median(text_ranks_n)) + 1),  # open_clip's definition
-        f"{median_rank}/candidates": float(len(text_ME)),
-        f"{median_rank}/chance": (len(text_ME) + 1) / 2,
-        **_recalls(
-            f"{prefix}/text_to_image",
-            image_ranks_T,
-            len(image_nE),
-            images_per_text_M[query_T],
-            first_image_M[query_T],
-        ),
+        **_recalls(to_text, text_ranks_n, texts, texts_per_image_n, np.arange(images)),
+        **with_references(f"{to_text}/median_rank", median, texts, (texts + 1) / 2),
+        **_recalls(to_image, image_ranks_T, images, images_per_text_M[query_T], first_image_M[query_T]),
     }
     return EvalResult(metrics, dataset.prompts)
 
@@ -63,24 +56,11 @@ def retrieval(embedder: Embedder, dataset: EvalDataset) -> EvalResult:
 retrieval.tasks = ("retrieval",)
 
 
-def _positive_counts(dataset: EvalDataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the matching texts per image, the matching images per text, and each text's first matching image."""
-    targets, texts = dataset.targets, len(dataset.texts)
-    if targets.ndim == 2:
-        return targets.sum(1), targets.sum(0), targets.argmax(0)
-    first_M = np.zeros(texts, np.int64)
-    first_M[targets[::-1]] = np.arange(len(targets))[::-1]
-    return np.ones_like(targets), np.bincount(targets, minlength=texts), first_M
-
-
 def chance_recall(candidates: int, positives: Integer[np.ndarray, "N"], k: int) -> float:
     """Return the mean probability that a random order has a positive among its first k.
 
     Hypergeometric with N = candidates and p = positives: 1 - C(N - p, k) / C(N, k) = 1 - ∏ (N - p - i) / (N - i) over
     i < k; the binomials would overflow.
-
-    >>> round(chance_recall(10, np.array([1, 2]), 1), 3)
-    0.15
     """
     drawn_k = np.arange(k)
     negatives_Nk: Float[np.ndarray, "N k"] = np.maximum(candidates - positives[:, None] - drawn_k, 0)
@@ -99,10 +79,7 @@ def _recalls(
     metrics: dict[str, float] = {}
     for k in KS:
         if k <= candidates:
-            key = f"{prefix}/recall_at_{k}"
-            metrics[key] = float(np.mean(ranks_N < k))
-            metrics[f"{key}/candidates"] = float(candidates)
-            metrics[f"{key}/chance"] = chance_recall(candidates, positives_N, k)
             hits_P = np.bincount(image_N, weights=ranks_N < k) / queries_P.mean()
-            metrics[f"{key}/ci_low"], metrics[f"{key}/ci_high"] = mean_interval(hits_P)
+            recall, chance = float(np.mean(ranks_N < k)), chance_recall(candidates, positives_N, k)
+            metrics |= with_references(f"{prefix}/recall_at_{k}", recall, candidates, chance, mean_interval(hits_P))
     return metrics

@@ -1,8 +1,5 @@
 """Evaluation of weights on datasets, with reports on disk: the application behind `python -m clip_jax.evaluate`.
 
-    evaluation = prepare(Options(weights="params.msgpack", datasets=("smoke",)))
-    report = evaluation.evaluate(config, params)
-
 Reports are written after every dataset, each file atomically, so that a killed process keeps its results.
 """
 
@@ -27,18 +24,16 @@ from jax.sharding import Mesh
 from clip_jax.config import WeightsConfig, check_name, name_of
 from clip_jax.devices import distributed, sharding
 from clip_jax.evals import EVALUATORS
-from clip_jax.evals.analysis import bias, hash_shards, robustness
-from clip_jax.evals.analysis.near_duplicates import MAX_DISTANCE
-from clip_jax.evals.embed import ModelEmbedder
-from clip_jax.evals.feature_cache import DiskCachedEmbedder, FeatureCache
+from clip_jax.evals.analysis import bias, near_duplicates, robustness
+from clip_jax.evals.embed import DiskCachedEmbedder, FeatureCache, ModelEmbedder
 from clip_jax.evals.load import LoadOptions, expand
 from clip_jax.evals.report.charts import overlap_chart, robustness_chart
 from clip_jax.evals.report.tables import model_card, open_clip_csv, text_table
 from clip_jax.evals.report.writing import check_same_weights, weights_name, write_report
-from clip_jax.evals.suite import EvalReport, Model, evaluate
+from clip_jax.evals.suite import EvalReport, EvaluatedModel, evaluate
 from clip_jax.models import count_parameters, make_model
 from clip_jax.models.flops import forward_flops
-from clip_jax.paths import write_atomically
+from clip_jax.paths import check_local, write_atomically
 from clip_jax.preprocess import preprocess_many
 from clip_jax.provenance import versions
 from clip_jax.tokenizers import make_tokenizer
@@ -60,10 +55,10 @@ class Options:
     templates: str = ""  # of all datasets; '': the registry's
     class_names: str = ""  # of a single dataset; '': the registry's
     standard_models: str = ""  # CSV of standard models for effective robustness
-    overlap: str = ""  # directory of the training images' hashes
-    train_files: str = ""  # TFRecord shards to hash into `overlap` first
+    train_hashes: str = ""  # directory of the training images' hashes, for the evaluator overlap
+    train_files: str = ""  # TFRecord shards to hash into `train_hashes` first
     beam_options: Sequence[str] = ()  # hash the shards with Apache Beam and these options
-    max_distance: int = MAX_DISTANCE  # bits in which near-duplicates differ at most
+    max_distance: int = near_duplicates.MAX_DISTANCE  # bits in which near-duplicates differ at most
     groups: str = ""  # CSV with a header and a row per test image, for bias
     group_columns: Sequence[str] = ()  # its columns whose combinations are the groups; (): all
     categories: str = ""  # JSON: class names that are counted together, by name
@@ -71,13 +66,16 @@ class Options:
     dtype: str = "float32"  # of the computation
     cache_dir: str = ""  # features by weights and split; '': no cache
 
+    @property
+    def directory(self) -> pathlib.Path:
+        """Directory of the reports."""
+        return pathlib.Path(self.out or f"evaluations/{weights_name(self.weights)}").expanduser()
+
 
 def prepare(options: Options) -> Evaluation:
-    """Check the options, read the files that they name, and initialize the devices.
-
-    Raises:
-      ValueError: for an unknown name, or a file with unexpected content.
-    """
+    """Check the options, read the files that they name, and initialize the devices. Raises ValueError."""
+    for name in ("data_dir", "out", "standard_models", "groups", "categories", "cache_dir"):
+        check_local(f"--{name}", getattr(options, name))
     for name in options.evaluators:
         check_name("--evaluators", name, EVALUATORS)
     names = expand(options.datasets)
@@ -115,15 +113,23 @@ class Evaluation:
 
         Args:
           params: NumPy arrays.
-          step: of the training run; its metrics are appended to STEPS_FILE.
+          step: of the training run; its metrics are added to STEPS_FILE.
         """
         options = self.options
         fingerprint = _fingerprint(config, params, options.dtype)
         with distributed.synchronized_errors(ValueError):
             if not options.out:
-                check_same_weights(_out_dir(options), options.weights, fingerprint[:FINGERPRINT])
-        model = make_evaluated_model(config, params, self.mesh, options, fingerprint)
-        info = _run_info(config, params, fingerprint, options)
+                check_same_weights(options.directory, options.weights, fingerprint[:FINGERPRINT])
+        model = _evaluated_model(config, params, self.mesh, options, fingerprint)
+        info = {
+            "name": weights_name(options.weights),
+            "weights": options.weights,
+            "fingerprint": fingerprint[:FINGERPRINT],
+            "architecture": model.architecture,
+            "parameters": count_parameters(params),
+            "flops_per_pair": sum(forward_flops(config.model)),
+            "versions": versions(),
+        }
 
         def write(report: EvalReport) -> list[str]:
             report.metrics.update(robustness.summary(report.metrics, self.standard_models))
@@ -136,20 +142,27 @@ class Evaluation:
             self.steps.append({"step": step} | {k: v for k, v in report.metrics.items() if math.isfinite(v)})
         if distributed.is_main_process():
             if step is not None:
-                _append_line(_out_dir(options) / STEPS_FILE, self.steps[-1])
-            _print(report, _out_dir(options), write(report))
+                lines = "".join(json.dumps(line) + "\n" for line in self.steps)
+                write_atomically(options.directory / STEPS_FILE, lines)
+            _print(report, options.directory, write(report))
         return report
 
     def _write(self, info: Mapping[str, Any], config: WeightsConfig, report: EvalReport) -> list[str]:
         """Write all reports and return their file names."""
-        directory = _out_dir(self.options)
-        plots = _plots(info["name"], report, self.standard_models)
+        directory = self.options.directory
+        metrics, details, plots = report.metrics, report.details, {}
+        if "robustness/shifts/effective" in metrics:
+            points = list(self.standard_models.values())
+            model = metrics["zeroshot/imagenet/top1"], metrics["robustness/shifts/average"]
+            plots["robustness"] = robustness_chart(robustness.fit(points), points, {info["name"]: model})
+        if overlaps := {key.split("/")[1]: found for key, found in details.items() if key.startswith("overlap/")}:
+            plots["overlap"] = overlap_chart(overlaps)
         notes = {"descriptions": report.descriptions, "skipped": report.skipped, "failed": report.failed}
-        write_report(directory, report.metrics, self.steps, (), {**info, **notes}, plots)
+        write_report(directory, metrics, self.steps, (), {**info, **notes}, plots)
         columns = (info[key] for key in ("architecture", "weights", "parameters", "flops_per_pair"))
-        bias_tables = {key: rows for key, rows in report.details.items() if key.startswith("bias/")}
+        bias_tables = {key: rows for key, rows in details.items() if key.startswith("bias/")}
         files = {
-            "open_clip.csv": open_clip_csv(*columns, report.metrics),
+            "open_clip.csv": open_clip_csv(*columns, metrics),
             "MODEL_CARD.md": model_card(info, report, config),
             **{f"{name}.svg": svg for name, svg in plots.items()},
             **{f"{key.replace('/', '_')}.csv": bias.to_csv(rows) for key, rows in bias_tables.items()},
@@ -159,30 +172,28 @@ class Evaluation:
         return ["report.html", "report.json", *files]
 
 
-def make_evaluated_model(
-    config: WeightsConfig, params: Params, mesh: Mesh, options: Options, fingerprint: str = ""
-) -> Model:
-    """Return the model with its parameters replicated over a mesh. With a fingerprint, features are cached on disk."""
-    model = make_model(
-        config.model, config.preprocess, dtype=options.dtype, batch_sharding=sharding.batch_sharding(mesh)
-    )
-    replicated, pixels = sharding.replicated(mesh), config.model.image.image_size
+def _evaluated_model(
+    config: WeightsConfig, params: Params, mesh: Mesh, options: Options, fingerprint: str
+) -> EvaluatedModel:
+    """Return the model with its parameters replicated over a mesh. The fingerprint is the key of cached features."""
+    spec, pixels = config.preprocess, config.model.image.image_size
+    replicated = sharding.replicated(mesh)
+    model = make_model(config.model, spec, dtype=options.dtype, batch_sharding=sharding.batch_sharding(mesh))
     batch_size = -(-options.batch_size // mesh.size) * mesh.size
     embedder = ModelEmbedder(
         model.encode_image,
         model.encode_text,
         jax.tree.map(lambda x: jax.make_array_from_process_local_data(replicated, np.asarray(x)), params),
         make_tokenizer(config.tokenizer, config.model.text, truncate=True, tokenizer_file=config.tokenizer_file),
-        functools.partial(preprocess_many, size=pixels, spec=config.preprocess),
+        functools.partial(preprocess_many, size=pixels, spec=spec),
         batch_size,
         rows=sharding.host_rows(mesh, batch_size),
         put=functools.partial(sharding.to_global, mesh=mesh),
         out_sharding=replicated,
         image_features=model.image_features,
     )
-    spec = config.preprocess
-    return Model(
-        DiskCachedEmbedder(embedder, FeatureCache(options.cache_dir if fingerprint else "", fingerprint)),
+    return EvaluatedModel(
+        DiskCachedEmbedder(embedder, FeatureCache(options.cache_dir, fingerprint)),
         name_of(config.model),
         f"{pixels} px, {spec.resize}, {spec.interpolation} of {spec.implementation}, {options.dtype}",
     )
@@ -198,45 +209,24 @@ def _fingerprint(config: WeightsConfig, params: Params, dtype: str) -> str:
     return found.hexdigest()
 
 
-def _run_info(config: WeightsConfig, params: Params, fingerprint: str, options: Options) -> dict[str, Any]:
-    return {
-        "name": weights_name(options.weights),
-        "weights": options.weights,
-        "fingerprint": fingerprint[:FINGERPRINT],
-        "architecture": name_of(config.model),
-        "parameters": count_parameters(params),
-        "flops_per_pair": sum(forward_flops(config.model)),
-        "versions": versions(),
-    }
-
-
-def _out_dir(options: Options) -> pathlib.Path:
-    return pathlib.Path(options.out or f"evaluations/{weights_name(options.weights)}").expanduser()
-
-
 def _read_steps(options: Options) -> list[dict[str, float]]:
-    """Return the evaluated steps of STEPS_FILE; a truncated line is skipped."""
-    path, steps = _out_dir(options) / STEPS_FILE, []
+    """Return the evaluated steps of STEPS_FILE; a damaged line is skipped, and its step evaluated again."""
+    path, steps = options.directory / STEPS_FILE, []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
             steps.append(json.loads(line))
     return steps
 
 
-def _append_line(path: pathlib.Path, record: Mapping[str, float]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-
-
 def _hashes(options: Options) -> tuple[np.ndarray, ...]:
-    if not options.overlap:
+    if not options.train_hashes:
         return ()
     if options.train_files:
         from clip_jax.data.sources.tfrecord import expand_files  # imports TensorFlow
 
-        hash_shards.hash_shards(expand_files(options.train_files), options.overlap, options.beam_options or None)
-    return tuple(hash_shards.read_hashes(options.overlap).values())
+        files = expand_files(options.train_files)
+        near_duplicates.hash_shards(files, options.train_hashes, options.beam_options or None)
+    return tuple(near_duplicates.read_hashes(options.train_hashes).values())
 
 
 def _group_options(options: Options) -> dict[str, Any]:
@@ -254,28 +244,12 @@ def _group_options(options: Options) -> dict[str, Any]:
     return {"groups": groups, "group_names": names, "categories": categories}
 
 
-def _plots(name: str, report: EvalReport, standard_models: Mapping[str, tuple[float, float]]) -> dict[str, str]:
-    """Return the SVGs of effective robustness and overlap that the report has data for."""
-    plots = {}
-    if "robustness/shifts/effective" in report.metrics:
-        points = list(standard_models.values())
-        model = (report.metrics["zeroshot/imagenet/top1"], report.metrics["robustness/shifts/average"])
-        plots["robustness"] = robustness_chart(robustness.fit(points), points, {name: model})
-    overlaps = {key.split("/")[1]: found for key, found in report.details.items() if key.startswith("overlap/")}
-    if overlaps:
-        plots["overlap"] = overlap_chart(overlaps)
-    return plots
-
-
 def _print(report: EvalReport, directory: pathlib.Path, files: Sequence[str]) -> None:
     if report.metrics:
         print(text_table(report.metrics))
-    for key, description in report.descriptions.items():
-        print(f"{key}: {description}")
-    for key, reason in report.skipped.items():
-        print(f"{key} is skipped: {reason}")
-    for key, error in report.failed.items():
-        print(f"{key} failed: {error}")
+    for notes, state in ((report.descriptions, ""), (report.skipped, " is skipped"), (report.failed, " failed")):
+        for key, note in notes.items():
+            print(f"{key}{state}: {note}")
     print(f"written to {directory}: {', '.join(files)}")
     if report.failed:
         sys.stdout.flush()

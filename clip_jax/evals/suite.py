@@ -12,9 +12,8 @@ from clip_jax.devices import distributed
 from clip_jax.devices.distributed import DATA_ERRORS
 from clip_jax.evals import EVALUATORS
 from clip_jax.evals.analysis.baselines import baselines
-from clip_jax.evals.datasets.load import load_split
 from clip_jax.evals.datasets.registry import DATASETS, Dataset, published_results
-from clip_jax.evals.load import LoadOptions, SplitLoader, expand, load_dataset
+from clip_jax.evals.load import LoadOptions, expand, load_dataset
 from clip_jax.evals.metrics import Undefined
 from clip_jax.evals.report.panels import Panels, panels
 from clip_jax.typing import Embedder, EvalDataset, Evaluator, Unavailable
@@ -42,22 +41,19 @@ class EvalReport(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
-    """A model under evaluation."""
-
+class EvaluatedModel:
     embedder: Embedder
     architecture: str = ""  # key of `config.MODELS`, for published results; other names have none
     preprocessing: str = ""  # for descriptions
 
 
 def evaluate(
-    model: Model,
+    model: EvaluatedModel,
     names: Sequence[str],
     evaluators: Sequence[str],
     options: LoadOptions = LoadOptions(),  # noqa: B008 (frozen)
     evaluator_options: Mapping[str, Mapping[str, Any]] = {},  # noqa: B006 (not modified)
     after_each: Callable[[EvalReport], None] = lambda report: None,
-    load_split: SplitLoader = load_split,
 ) -> EvalReport:
     """Run every evaluator on every dataset that it supports. A collective: call it on all processes.
 
@@ -68,26 +64,22 @@ def evaluate(
       evaluators: keys of EVALUATORS.
       evaluator_options: keyword arguments by evaluator.
       after_each: called with the report so far after each dataset.
-
-    Raises:
-      ValueError: for an unknown name, and for prompts that do not exist.
     """
     report = EvalReport({}, {}, {}, {}, {})
     options.check()
     for name in expand(names):
-        row = DATASETS[name]
-        keys = {f"{e}/{name}": e for e in evaluators if supports(EVALUATORS[e], row)}
-        if not keys:
+        supported = [evaluator for evaluator in evaluators if supports(EVALUATORS[evaluator], DATASETS[name])]
+        if not supported:
             continue
         try:
             with distributed.synchronized_errors(Unavailable, *DATA_ERRORS):
-                dataset = load_dataset(name, options, load_split)
+                dataset = load_dataset(name, options)
         except (Unavailable, *DATA_ERRORS) as error:
-            for key in keys:
-                report.add_error(key, error)
+            for evaluator in supported:
+                report.add_error(f"{evaluator}/{name}", error)
         else:
-            for key, evaluator in keys.items():
-                _evaluate_one(model, key, dataset, evaluator_options.get(evaluator, {}), report)
+            for evaluator in supported:
+                _evaluate_one(model, evaluator, dataset, evaluator_options.get(evaluator, {}), report)
         after_each(report)
     return report
 
@@ -99,36 +91,32 @@ def supports(evaluator: Evaluator, row: Dataset) -> bool:
     )
 
 
-def _evaluate_one(model: Model, key: str, dataset: EvalDataset, options: Mapping[str, Any], report: EvalReport) -> None:
+def _evaluate_one(
+    model: EvaluatedModel, evaluator: str, dataset: EvalDataset, options: Mapping[str, Any], report: EvalReport
+) -> None:
     """Add the metrics of one evaluator on one dataset to the report, or the error; the same on all processes."""
+    key = f"{evaluator}/{dataset.name}"
     log.info("%s", key)
     try:
         with distributed.synchronized_errors(Unavailable, Undefined, *DATA_ERRORS):
-            result = EVALUATORS[key.split("/")[0]](model.embedder, dataset, **options)
+            result = EVALUATORS[evaluator](model.embedder, dataset, **options)
     except (Unavailable, Undefined, *DATA_ERRORS) as error:
         report.add_error(key, error)
         return
     parts = (dataset.description, getattr(result, "description", ""), model.preprocessing)
-    report.metrics.update(result | _published(key, model.architecture, dataset, result))
+    report.metrics.update(result)
     report.descriptions[key] = "; ".join(filter(None, parts))
     report.details[key] = getattr(result, "detail", None)
-
-
-def _published(key: str, architecture: str, dataset: EvalDataset, metrics: dict[str, float]) -> dict[str, float]:
-    """Return the published zero-shot result of OpenAI's weights for the main metric: open_clip's, else the paper's."""
-    evaluator, name = key.split("/")
-    results = {result.source: result.value / 100 for result in published_results(name, architecture)}
-    value = results.get("open_clip", results.get("paper"))
     main = f"{key}/{dataset.metric}"
-    return {f"{main}/published": value} if evaluator == "zeroshot" and value is not None and main in metrics else {}
+    published = {row.source: row.value / 100 for row in published_results(dataset.name, model.architecture)}
+    if evaluator == "zeroshot" and published and main in result:
+        report.metrics[f"{main}/published"] = published.get("open_clip", published.get("paper"))
 
 
 # ---------------------------------------------------------------------------------------------- training loop
 
 
 class LoadedTask(NamedTuple):
-    """An entry of `eval.tasks` with its dataset."""
-
     evaluator: str
     dataset: EvalDataset
     options: Mapping[str, Any]
@@ -152,16 +140,13 @@ class Suite:
         return metrics
 
     def baselines(self, train: EvalDataset) -> dict[str, float]:
-        """Return the metrics of baselines that are fitted to `train`, on the retrieval datasets."""
+        """Return the metrics, on the retrieval datasets, of baselines that are fitted to `train`."""
         return baselines(train, self._retrieval_datasets())
 
     def thresholds(self, config: EvalConfig) -> dict[str, float]:
         """Return `<metric>/threshold` of `eval.thresholds`, without the skipped tasks."""
-        return {
-            f"{key}/threshold": value
-            for key, value in config.thresholds.items()
-            if key.split("/")[1] not in self.skipped
-        }
+        kept = {key: value for key, value in config.thresholds.items() if key.split("/")[1] not in self.skipped}
+        return {f"{key}/threshold": value for key, value in kept.items()}
 
     def panels(self, embedder: Embedder) -> list[Panels]:
         """Return the report's example images, of the first two retrieval datasets."""

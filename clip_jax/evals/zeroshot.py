@@ -15,12 +15,20 @@ import logging
 import math
 
 import numpy as np
-from jaxtyping import Float
 
-from clip_jax.evals.embed import average_prompts, embed_dataset
-from clip_jax.evals.metrics import METRICS, Predictions, Undefined, confidence_interval, jaccard, mean_interval
+from clip_jax.evals.embed import embed_dataset, embed_texts
+from clip_jax.evals.metrics import (
+    METRICS,
+    Interval,
+    Predictions,
+    Undefined,
+    confidence_interval,
+    jaccard,
+    mean_interval,
+    with_references,
+)
 from clip_jax.evals.ranking import ranks, scores
-from clip_jax.typing import Cue, Embedder, EvalDataset, EvalResult
+from clip_jax.typing import Embedder, EvalDataset, EvalResult
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +44,6 @@ def zeroshot(embedder: Embedder, dataset: EvalDataset) -> EvalResult:
       classes) and mean_per_class; for cues jaccard (10 candidates or more) and jaccard_all. Each has `/candidates`,
       `/ci_low`, `/ci_high` (95 %) and, if known, `/chance`; top1 has `/majority_class`. A metric that is undefined for
       the dataset, e.g. the ROC AUC of one class, is NaN, with a warning.
-
-    Raises:
-      Unavailable: if the dataset has no class names.
-      Undefined: if no cue has 10 candidates.
 
     >>> class OneHot:  # the image or text "i" is the unit vector e_i
     ...     image = text = staticmethod(lambda items: np.eye(3)[[int(item) for item in items]])
@@ -77,27 +81,17 @@ def classification_metrics(prefix: str, predictions: Predictions, metric: str) -
     chance = {"top1": 1 / classes, "mean_per_class": 1 / classes, "top5": TOP / classes, "roc_auc": 0.5}
     chance["mean_top1_top5"] = (1 + TOP) / 2 / classes
     for name in dict.fromkeys(names):
-        key = f"{prefix}/{name}"
         try:
-            metrics[key], (low, high) = METRICS[name](predictions), confidence_interval(name, predictions)
+            value, interval = METRICS[name](predictions), confidence_interval(name, predictions)
         except Undefined as error:
-            log.warning("%s is undefined: %s", key, error)
-            metrics[key], low, high = math.nan, math.nan, math.nan
-        metrics |= {f"{key}/ci_low": low, f"{key}/ci_high": high, f"{key}/candidates": float(classes)}
-        if name in chance:
-            metrics[f"{key}/chance"] = chance[name]
+            log.warning("%s/%s is undefined: %s", prefix, name, error)
+            value, interval = math.nan, Interval(math.nan, math.nan)
+        metrics |= with_references(f"{prefix}/{name}", value, classes, chance.get(name), interval)
     return metrics
 
 
-# ------------------------------------------------------------------------------------------------- associations
-
-
 def cue_prompt(cue: str) -> str:
-    """Return datacomp's prompt for a cue.
-
-    >>> cue_prompt("wing"), cue_prompt("Egg")
-    ('A wing', 'An egg')
-    """
+    """Return datacomp's prompt for a cue: 'A wing', 'An egg'."""
     return f"{'An' if cue[:1].lower() in 'aeiou' else 'A'} {cue.lower()}"
 
 
@@ -105,16 +99,10 @@ def chance_jaccard(candidates: int, associated: int) -> float:
     """Return the expected Jaccard index of a random selection of `associated` out of `candidates` images.
 
     With a = associated and a hypergeometric number i of correct ones: E[i / (2a - i)].
-
-    >>> chance_jaccard(2, 1)
-    0.5
     """
     selections, others = math.comb(candidates, associated), candidates - associated
-    correct = range(max(0, associated - others), associated + 1)
-    return sum(
-        math.comb(associated, i) * math.comb(others, associated - i) / selections * i / (2 * associated - i)
-        for i in correct
-    )
+    ways = (math.comb(associated, i) * math.comb(others, associated - i) for i in range(associated + 1))
+    return sum(number / selections * i / (2 * associated - i) for i, number in enumerate(ways))
 
 
 def _associations(prefix: str, embedder: Embedder, dataset: EvalDataset) -> dict[str, float]:
@@ -126,22 +114,14 @@ def _associations(prefix: str, embedder: Embedder, dataset: EvalDataset) -> dict
     if not any(len(cue.candidates) >= MIN_CANDIDATES for cue in cues):
         raise Undefined(f"expected cues with at least {MIN_CANDIDATES} candidates, got none among {len(cues)} cues")
     image_nE = embedder.image(dataset.images)
-    prompts_TE = embedder.text([prompt for prompts in dataset.texts for prompt in prompts])
-    scores_Cn = scores(average_prompts(prompts_TE, np.array([len(prompts) for prompts in dataset.texts])), image_nE)
-    jaccard_C = np.array([_cue_jaccard(scores_n, cue) for scores_n, cue in zip(scores_Cn, cues, strict=True)])
+    scores_Cn = scores(embed_texts(embedder, dataset), image_nE)
+    pairs = zip(scores_Cn, cues, strict=True)
+    jaccard_C = np.array([jaccard(Predictions(s_n[None, c.candidates], c.associated[None])) for s_n, c in pairs])
     candidates_C = np.array([len(cue.candidates) for cue in cues])
     chance_C = np.array([chance_jaccard(len(cue.candidates), int(cue.associated.sum())) for cue in cues])
     metrics = {}
     for metric, counted_C in (("jaccard", candidates_C >= MIN_CANDIDATES), ("jaccard_all", candidates_C > 0)):
-        key = f"{prefix}/{metric}"
-        low, high = mean_interval(jaccard_C[counted_C])
-        metrics |= {key: float(jaccard_C[counted_C].mean()), f"{key}/ci_low": low, f"{key}/ci_high": high}
-        metrics |= {
-            f"{key}/candidates": float(candidates_C[counted_C].mean()),
-            f"{key}/chance": float(chance_C[counted_C].mean()),
-        }
+        value, candidates, chance = (float(x_C[counted_C].mean()) for x_C in (jaccard_C, candidates_C, chance_C))
+        interval = mean_interval(jaccard_C[counted_C])
+        metrics |= with_references(f"{prefix}/{metric}", value, candidates, chance, interval)
     return metrics
-
-
-def _cue_jaccard(scores_n: Float[np.ndarray, "n"], cue: Cue) -> float:
-    return jaccard(Predictions(scores_n[None, cue.candidates], cue.associated[None]))

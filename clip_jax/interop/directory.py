@@ -24,6 +24,7 @@ from typing import Any
 from clip_jax.config import ResNet, TextTransformer, ViT, WeightsConfig
 from clip_jax.interop import conversion, huggingface, name_tables, open_clip, safetensors, torch_file
 from clip_jax.interop.msgpack import tokenizer_content
+from clip_jax.paths import check_local
 from clip_jax.tokenizers import ClipBPE, HuggingFace
 from clip_jax.tokenizers.bpe import END, START
 from clip_jax.typing import Params
@@ -55,6 +56,7 @@ def write(path: str | os.PathLike[str], params: Params, config: WeightsConfig) -
     Returns:
       For 'transformers', 'open_clip' and 'clip.load' the call that loads the model, or 'skipped: ' and the reason.
     """
+    check_local("path", path)
     target = pathlib.Path(path).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target}: expected a new or empty directory, got an existing one; give another path")

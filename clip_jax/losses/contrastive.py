@@ -3,29 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from clip_jax.losses.ring import Axis, Ring, in_mesh_order
-from clip_jax.losses.tiles import (
-    Embeddings,
-    Mask,
-    Scalar,
-    Statistics,
-    Tile,
-    max_similarity,
-    merge_statistics,
-    scale_gradient,
-    scan_tiles_gradient,
-    scan_tiles_statistics,
-    similarity,
-    upcast,
-    valid_pairs,
-)
+from clip_jax.losses import tiles
+from clip_jax.losses.ring import Axis, in_mesh_order
+from clip_jax.losses.tiles import Embeddings, Groups, Mask, Scalar, Scalars, Sides, Statistics, Tile, Value
 from clip_jax.typing import ArrayLike, Metrics
 
 Ids = tuple[Int32[ArrayLike, "b"], Int32[ArrayLike, " c"]]  # of the images and of the texts
@@ -87,8 +73,9 @@ class ContrastiveLoss:
         first = 0 if axis is None else jax.lax.axis_index(axis) * image_bE.shape[0]
         position_b = first + jnp.arange(image_bE.shape[0], dtype=jnp.int32)
         image_ids, text_ids = (position_b, position_b) if ids is None else ids
-        bias = jnp.zeros_like(logit_scale) if logit_bias is None else logit_bias
-        return _loss(self, axis, ids is None, image_bE, text_bE, logit_scale, bias, image_ids, text_ids)
+        scalars = {"scale": logit_scale, "bias": jnp.zeros_like(logit_scale) if logit_bias is None else logit_bias}
+        images, texts = Embeddings(image_bE, image_ids), Embeddings(text_bE, text_ids)
+        return tiles.tiled_loss(_Contrastive(self, ids is None), axis, images, texts, scalars)
 
     def tile_statistics(
         self, tile: Tile, selected: Mask, maximum: Array, axis: int, positive: bool, scale: Scalar, bias: Scalar
@@ -134,113 +121,57 @@ class ContrastiveLoss:
         raise NotImplementedError
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _loss(loss: ContrastiveLoss, axis: Axis, diagonal: bool, *inputs: Any) -> tuple[Array, Metrics]:
-    # diagonal: image i matches text i only, so that positives need no scan.
-    return _forward(loss, axis, diagonal, *inputs)[0]
+@dataclasses.dataclass(frozen=True)
+class _Contrastive(tiles.TiledLoss):
+    """A contrastive loss as functions of tiles. Statistics are those of negatives and of positives."""
+
+    loss: ContrastiveLoss
+    diagonal: bool  # image i matches text i only, so that positives need no scan
+
+    def statistics(self, image: Embeddings, text: Embeddings, scalars: Scalars) -> tuple[Groups, Groups]:
+        tile, matches = tiles.similarity(image.rows, text.rows), image.ids[:, None] == text.ids[None]
+        valid = tiles.valid_pairs(image, text)
+        groups = {"negative": ~matches & valid} | ({} if self.diagonal else {"positive": matches & valid})
+        rows, columns = (
+            {group: self._selected(tile, pairs, axis, group == "positive", scalars) for group, pairs in groups.items()}
+            for axis in (1, 0)
+        )
+        return rows, columns
+
+    def _selected(self, tile: Tile, selected: Mask, axis: int, positive: bool, scalars: Scalars) -> Statistics:
+        """Return `max`, the loss's own statistics and, for positives, number and sum of similarities."""
+        maximum = tiles.max_similarity(tile, selected, axis)
+        statistics = {"max": maximum} | self.loss.tile_statistics(tile, selected, maximum, axis, positive, **scalars)
+        if not positive:
+            return statistics
+        similarity_sum = jnp.sum(jnp.where(selected, tile, 0), axis)
+        return statistics | {"similarity_sum": similarity_sum, "count": jnp.sum(selected, axis, dtype=tile.dtype)}
+
+    def value(self, images: Embeddings, texts: Embeddings, rows: Groups, columns: Groups, scalars: Scalars) -> Value:
+        if self.diagonal:
+            positive_b1 = jnp.sum(tiles.upcast(images.rows) * tiles.upcast(texts.rows), axis=1, keepdims=True)
+            positives = self._selected(positive_b1, jnp.ones_like(positive_b1, bool), 1, True, scalars)
+            rows, columns = (side | {"positive": positives} for side in (rows, columns))
+        (row_loss, row_residuals), (column_loss, column_residuals) = (
+            self.loss.example_loss(side["negative"], side["positive"], axis, scalars["scale"])
+            for side, axis in ((rows, 1), (columns, 0))
+        )
+        value = jnp.mean(row_loss) + jnp.mean(column_loss)
+        d_bias = jnp.zeros_like(value)
+        if "bias_gradient" in rows["negative"]:
+            d_bias = jnp.mean(rows["negative"]["bias_gradient"] + rows["positive"]["bias_gradient"])
+        return value, _metrics(rows, columns), {"bias": d_bias}, (row_residuals, column_residuals)
+
+    def gradient(self, image: Embeddings, text: Embeddings, sides: Sides, scalars: Scalars) -> tuple[Tile, Tile]:
+        tile, matches = tiles.similarity(image.rows, text.rows), image.ids[:, None] == text.ids[None]
+        return tuple(
+            self.loss.tile_gradient(tile, matches, side, axis, **scalars)
+            for side, axis in zip(sides, (1, 0), strict=True)
+        )
 
 
-def _forward(
-    loss: ContrastiveLoss,
-    axis: Axis,
-    diagonal: bool,
-    image_bE: Array,
-    text_bE: Array,
-    scale: Array,
-    bias: Array,
-    image_ids: Array,
-    text_ids: Array,
-) -> tuple[tuple[Array, Metrics], tuple]:
-    ring = Ring.create(axis, text_bE)
-    images, texts = Embeddings(image_bE, image_ids), Embeddings(text_bE, text_ids)
-    block = ring.gather(texts)
-    rows, columns = _statistics(loss, diagonal, images, texts, block, scale, bias, ring)
-    if diagonal:
-        positive_b1 = jnp.sum(upcast(image_bE) * upcast(text_bE), axis=1, keepdims=True)
-        positives = _selected_statistics(loss, positive_b1, jnp.ones_like(positive_b1, bool), 1, True, scale, bias)
-        rows, columns = (side | {"positive": positives} for side in (rows, columns))
-
-    row_loss, row_residuals = loss.example_loss(rows["negative"], rows["positive"], 1, scale)
-    column_loss, column_residuals = loss.example_loss(columns["negative"], columns["positive"], 0, scale)
-    value, metrics = jnp.mean(row_loss) + jnp.mean(column_loss), _metrics(rows, columns)
-    bias_gradient = jnp.zeros_like(value)
-    if "bias_gradient" in rows["negative"]:
-        bias_gradient = jnp.mean(rows["negative"]["bias_gradient"] + rows["positive"]["bias_gradient"])
-    if axis is not None:
-        value, metrics, bias_gradient = jax.lax.pmean((value, metrics, bias_gradient), axis)
-    # The block of a single group is small, and saving it spares a second gather.
-    saved_block = block if ring.groups == 1 else None
-    residuals = images, texts, saved_block, scale, bias, row_residuals, column_residuals, bias_gradient
-    return (value, metrics), residuals
-
-
-def _backward(loss: ContrastiveLoss, axis: Axis, diagonal: bool, residuals: tuple, cotangents: tuple) -> tuple:
-    images, texts, saved_block, scale, bias, row_residuals, column_residuals, bias_gradient = residuals
-    ring = Ring.create(axis, texts.rows)
-    block = ring.gather(texts) if saved_block is None else saved_block
-
-    def tile_gradient(image: Embeddings, text: Embeddings, rows: Statistics, columns: Statistics) -> tuple[Array, ...]:
-        tile, matches = similarity(image.rows, text.rows), image.ids[:, None] == text.ids[None]
-        return tuple(loss.tile_gradient(tile, matches, side, n, scale, bias) for side, n in ((rows, 1), (columns, 0)))
-
-    d_image, d_text = scan_tiles_gradient(images, texts, block, row_residuals, column_residuals, ring, tile_gradient)
-    d_scale, cotangent = scale_gradient(images, d_image, axis), cotangents[0]
-    return (
-        (cotangent * scale * d_image).astype(images.rows.dtype),
-        (cotangent * scale * d_text).astype(texts.rows.dtype),
-        (cotangent * d_scale).astype(scale.dtype),
-        (cotangent * bias_gradient).astype(bias.dtype),
-        None,
-        None,
-    )
-
-
-_loss.defvjp(_forward, _backward)
-
-
-def _statistics(
-    loss: ContrastiveLoss,
-    diagonal: bool,
-    images: Embeddings,
-    texts: Embeddings,
-    block: Embeddings,
-    scale: Array,
-    bias: Array,
-    ring: Ring,
-) -> tuple[dict[str, Statistics], dict[str, Statistics]]:
-    """Return the statistics of this device's rows and columns: of negatives, and of positives if not diagonal."""
-
-    def select(tile: Array, matches: Array, valid: Array, axis: int) -> dict[str, Statistics]:
-        result = {"negative": _selected_statistics(loss, tile, ~matches & valid, axis, False, scale, bias)}
-        if not diagonal:
-            result["positive"] = _selected_statistics(loss, tile, matches & valid, axis, True, scale, bias)
-        return result
-
-    def tile_statistics(image: Embeddings, text: Embeddings) -> tuple[dict, dict]:
-        tile, matches = similarity(image.rows, text.rows), image.ids[:, None] == text.ids[None]
-        valid = valid_pairs(image, text)
-        return select(tile, matches, valid, 1), select(tile, matches, valid, 0)
-
-    def merge(one: dict[str, Statistics], other: dict[str, Statistics]) -> dict[str, Statistics]:
-        return {kind: merge_statistics(scale, one[kind], other[kind]) for kind in one}
-
-    return scan_tiles_statistics(images, texts, block, ring, tile_statistics, merge)
-
-
-def _selected_statistics(
-    loss: ContrastiveLoss, tile: Array, selected: Array, axis: int, positive: bool, scale: Array, bias: Array
-) -> Statistics:
-    """Return `max`, the loss's own statistics and, for positives, number and sum of similarities."""
-    maximum = max_similarity(tile, selected, axis)
-    statistics = {"max": maximum} | loss.tile_statistics(tile, selected, maximum, axis, positive, scale, bias)
-    if not positive:
-        return statistics
-    similarity_sum = jnp.sum(jnp.where(selected, tile, 0), axis)
-    return statistics | {"similarity_sum": similarity_sum, "count": jnp.sum(selected, axis, dtype=tile.dtype)}
-
-
-def _metrics(rows: dict[str, Statistics], columns: dict[str, Statistics]) -> Metrics:
-    def accuracy(side: dict[str, Statistics]) -> Array:
+def _metrics(rows: Groups, columns: Groups) -> Metrics:
+    def accuracy(side: Groups) -> Array:
         return jnp.mean(side["positive"]["max"] > side["negative"]["max"], dtype=jnp.float32)
 
     hardest = (jnp.mean(rows["negative"]["max"]) + jnp.mean(columns["negative"]["max"])) / 2

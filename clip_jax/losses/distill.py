@@ -7,7 +7,6 @@ online softmax, a row needs the teacher's, and the means of both similarities un
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,22 +14,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from clip_jax.losses import tiles
 from clip_jax.losses.contrastive import ContrastiveLoss
 from clip_jax.losses.ring import Axis, Ring, in_mesh_order
-from clip_jax.losses.tiles import (
-    Embeddings,
-    Mask,
-    Scalar,
-    Statistics,
-    Tile,
-    max_similarity,
-    merge_statistics,
-    scale_gradient,
-    scan_tiles_gradient,
-    scan_tiles_statistics,
-    similarity,
-    valid_pairs,
-)
+from clip_jax.losses.tiles import Embeddings, Groups, Mask, Scalar, Scalars, Sides, Statistics, Tile, Value
 from clip_jax.typing import ArrayLike, Metrics
 
 
@@ -89,7 +76,13 @@ def distillation_loss(
     if len({x.shape[0] for x in rows}) > 1:
         counts = ", ".join(str(x.shape[0]) for x in rows)
         raise ValueError(f"expected equal numbers of images and texts of student and teacher, got {counts} rows")
-    return _loss(in_mesh_order(axis), *rows, logit_scale, jnp.asarray(teacher_logit_scale, logit_scale.dtype))
+    image_bE, text_bE, teacher_image_bG, teacher_text_bG = rows
+    axis = in_mesh_order(axis)
+    # Ids only mark padding rows. As constants they are not sent.
+    ids = Ring.create(axis, text_bE).varying(jnp.zeros(image_bE.shape[0], jnp.int32))
+    images, texts = Embeddings(image_bE, ids, teacher_image_bG), Embeddings(text_bE, ids, teacher_text_bG)
+    scalars = {"scale": logit_scale, "teacher_scale": jnp.asarray(teacher_logit_scale, logit_scale.dtype)}
+    return tiles.tiled_loss(_Distillation(), axis, images, texts, scalars)
 
 
 def dense_distillation(
@@ -110,94 +103,49 @@ def dense_distillation(
     return cross_entropy, cross_entropy - entropy
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _loss(axis: Axis, *inputs: Array) -> tuple[Array, Metrics]:
-    return _forward(axis, *inputs)[0]
+class _Distillation(tiles.TiledLoss):
+    """Distillation as functions of tiles; `aux` of the embeddings holds the teacher's rows."""
 
-
-def _forward(
-    axis: Axis,
-    image_bE: Array,
-    text_bE: Array,
-    teacher_image_bG: Array,
-    teacher_text_bG: Array,
-    scale: Array,
-    teacher_scale: Array,
-) -> tuple[tuple[Array, Metrics], tuple]:
-    ring = Ring.create(axis, (text_bE, teacher_text_bG))
-    valid_ids = ring.varying(jnp.zeros(image_bE.shape[0], jnp.int32))  # padding rows have −1
-    images = Embeddings(image_bE, valid_ids, teacher_image_bG)
-    texts = Embeddings(text_bE, valid_ids, teacher_text_bG)
-    block = ring.gather(texts)
-    scales = {"student": scale, "teacher": teacher_scale}
-
-    def merge(one: dict[str, Statistics], other: dict[str, Statistics]) -> dict[str, Statistics]:
-        return {model: merge_statistics(scales[model], one[model], other[model]) for model in scales}
-
-    def tile_statistics(image: Embeddings, text: Embeddings) -> tuple[dict, dict]:
-        tile, teacher_tile = similarity(image.rows, text.rows), similarity(image.aux, text.aux)
+    def statistics(self, image: Embeddings, text: Embeddings, scalars: Scalars) -> tuple[Groups, Groups]:
+        tile, teacher_tile = tiles.similarity(image.rows, text.rows), tiles.similarity(image.aux, text.aux)
         means = {"sum_exp_student": tile, "sum_exp_teacher": teacher_tile}
-        valid = valid_pairs(image, text)
+        valid = tiles.valid_pairs(image, text)
         rows, columns = (
             {
-                "student": _sums_of_exponentials(scale, tile, valid, n, {}),
-                "teacher": _sums_of_exponentials(teacher_scale, teacher_tile, valid, n, means),
+                "scale": _sums_of_exponentials(scalars["scale"], tile, valid, axis, {}),
+                "teacher_scale": _sums_of_exponentials(scalars["teacher_scale"], teacher_tile, valid, axis, means),
             }
-            for n in (1, 0)
+            for axis in (1, 0)
         )
         return rows, columns
 
-    sides = scan_tiles_statistics(images, texts, block, ring, tile_statistics, merge)
-    row, column = (_example_loss(side, scale, teacher_scale) for side in sides)
-    value, divergence = ((jnp.mean(one) + jnp.mean(other)) / 2 for one, other in zip(row[:2], column[:2], strict=True))
-    if axis is not None:
-        value, divergence = jax.lax.pmean((value, divergence), axis)
-    metrics = {"distill/cross_entropy": value.astype(jnp.float32), "distill/kl": divergence.astype(jnp.float32)}
-    # As in `contrastive`, the block of a single group is saved for the gradient.
-    saved_block = block if ring.groups == 1 else None
-    return (value, metrics), (images, texts, saved_block, scale, teacher_scale, row[2], column[2])
+    def value(self, images: Embeddings, texts: Embeddings, rows: Groups, columns: Groups, scalars: Scalars) -> Value:
+        row, column = (_example_loss(side, **scalars) for side in (rows, columns))
+        value, divergence = ((jnp.mean(x) + jnp.mean(y)) / 2 for x, y in zip(row[:2], column[:2], strict=True))
+        metrics = {"distill/cross_entropy": value.astype(jnp.float32), "distill/kl": divergence.astype(jnp.float32)}
+        return value, metrics, {}, (row[2], column[2])
 
-
-def _backward(axis: Axis, residuals: tuple, cotangents: tuple) -> tuple:
-    images, texts, saved_block, scale, teacher_scale, rows, columns = residuals
-    ring = Ring.create(axis, (texts.rows, texts.aux))
-    block = ring.gather(texts) if saved_block is None else saved_block
-
-    def tile_gradient(image: Embeddings, text: Embeddings, *sides: Statistics) -> tuple[Tile, ...]:
+    def gradient(self, image: Embeddings, text: Embeddings, sides: Sides, scalars: Scalars) -> tuple[Tile, Tile]:
         """Return (softmax of the student − softmax of the teacher) / 2, for rows and for columns."""
-        tile, teacher_tile = similarity(image.rows, text.rows), similarity(image.aux, text.aux)
+        tile, teacher_tile = tiles.similarity(image.rows, text.rows), tiles.similarity(image.aux, text.aux)
         return tuple(
-            jnp.exp(scale * (tile - side["max"])) * side["1/sum_exp"] / 2
-            - jnp.exp(teacher_scale * (teacher_tile - side["teacher_max"])) * side["teacher_1/sum_exp"] / 2
+            jnp.exp(scalars["scale"] * (tile - side["max"])) * side["1/sum_exp"] / 2
+            - jnp.exp(scalars["teacher_scale"] * (teacher_tile - side["teacher_max"])) * side["teacher_1/sum_exp"] / 2
             for side in sides
         )
-
-    d_image, d_text = scan_tiles_gradient(images, texts, block, rows, columns, ring, tile_gradient)
-    d_scale, cotangent = scale_gradient(images, d_image, axis), cotangents[0]
-    return (
-        (cotangent * scale * d_image).astype(images.rows.dtype),
-        (cotangent * scale * d_text).astype(texts.rows.dtype),
-        None,
-        None,
-        (cotangent * d_scale).astype(scale.dtype),
-        None,
-    )
-
-
-_loss.defvjp(_forward, _backward)
 
 
 def _sums_of_exponentials(scale: Array, tile: Tile, valid: Mask, axis: int, weighted: dict[str, Tile]) -> Statistics:
     """Return `max`, `sum_exp` = Σ exp(scale · (similarity − max)), and the sums of `weighted` with the same weights."""
-    maximum = max_similarity(tile, valid, axis)
+    maximum = tiles.max_similarity(tile, valid, axis)
     exponentials = jnp.where(valid, jnp.exp(scale * (tile - jnp.expand_dims(maximum, axis))), 0)
     sums = {name: jnp.sum(exponentials * x, axis) for name, x in weighted.items()}
     return {"max": maximum, "sum_exp": jnp.sum(exponentials, axis)} | sums
 
 
-def _example_loss(side: dict[str, Statistics], scale: Array, teacher_scale: Array) -> tuple[Array, Array, Statistics]:
+def _example_loss(side: Groups, scale: Array, teacher_scale: Array) -> tuple[Array, Array, Statistics]:
     """Return cross-entropy and KL divergence of every row or column, and the residuals of the gradient."""
-    student, teacher = side["student"], side["teacher"]
+    student, teacher = side["scale"], side["teacher_scale"]
     # Differences from the maximum, as in `softmax`: exact where both are close.
     cross_entropy = scale * (student["max"] - teacher["sum_exp_student"] / teacher["sum_exp"])
     cross_entropy += jnp.log(student["sum_exp"])

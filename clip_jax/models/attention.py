@@ -2,22 +2,15 @@
 
 Up to about 600 tokens, all scores of a head fit into VMEM, so the kernel computes a plain softmax and does not stream
 and rescale as flash attention does (Dao et al. 2022, arXiv:2205.14135). XLA writes float32 scores to HBM and reads them
-back about 13 times per layer, padded from 257 to 384 columns: half of the bytes of a ViT-L/14 step. On other devices,
-`jax.nn.dot_product_attention` computes the same, with cuDNN's flash attention on GPUs. The backward pass saves only
-queries, keys and values.
+back about 13 times per layer, padded from 257 to 384 columns: half of the bytes of a ViT-L/14 step. The backward pass
+saves only queries, keys and values.
 
-Resources of the kernel, which the compiler's byte count does not include, for the image tower of ViT-L/14: 257 tokens,
-16 heads of 64, bfloat16.
-
-- VMEM: a grid step holds [r, 257, 128] of every operand, two heads in the 128 lanes, twice for the pipeline: at r = 2,
-  2 · 257 · 128 · 2 bytes = 132 kB each, 4 forward and 7 backward, 1.8 MB. Scores f32[257, 257] take 264 · 384 · 4 =
-  406 kB, and up to four are live, 1.6 MB. The sum is a fifth of the 16 MB that a kernel may use by default.
-- Matrix unit: a head's lanes are masked, not sliced, so matmuls contract or produce all 128 lanes, of which 64 are
-  used; a 128 × 128 unit would pad them anyway. With 257 tokens padded to 264 rows and 384 columns, a third of the
-  work is useful: 7 matmuls of 2 · 264 · 384 · 128 per head and layer are 8.9 TFLOP per chip for 128 images, 32 ms
-  at v4's peak, of which 3.0 TFLOP, 11 ms, are counted.
-- Vector unit: about 15 operations per score forward and 25 backward, 384 · 264 scores per head: 2.0e11 operations,
-  about 45 ms on v4, in parallel with the matmuls. XLA's fusions would take the same time.
+ViT-L/14 (257 tokens, 16 heads of 64, bfloat16), which the compiler's byte count does not include: a grid step holds
+[r, 257, 128] of each of 4 (backward 7) operands, two heads in the 128 lanes, twice for the pipeline, 1.8 MB at r = 2;
+up to four scores f32[257, 257] take 1.6 MB; a kernel may use 16 MB. A head's lanes are masked, not sliced, so matmuls
+have 128 lanes, of which 64 are used, and 257 tokens are padded to 264 rows and 384 columns: 7 matmuls of
+2 · 264 · 384 · 128 per head and layer are 8.9 TFLOP for 128 images, 32 ms at v4's peak, of which 11 ms are counted.
+The vector unit's 15 operations per score forward and 25 backward take about 45 ms, in parallel.
 """
 
 from __future__ import annotations
@@ -68,10 +61,13 @@ def attend(
         implementation; None: XLA.
     """
     if batch_sharding is not None:
+        axes = batch_sharding.spec[0]
+        shards = math.prod(
+            batch_sharding.mesh.shape[axis] for axis in ([axes] if isinstance(axes, str) else axes or [])
+        )
         shape = AttentionShape(heads, query_BLX.shape[-1] // heads, max(query_BLX.shape[1], key_BMX.shape[1]))
         # The batch of one that initializes parameters does not divide over the devices.
-        divides = query_BLX.shape[0] % _batch_shards(batch_sharding) == 0
-        if divides and not _kernel_obstacle(shape, batch_sharding.mesh):
+        if query_BLX.shape[0] % shards == 0 and not _kernel_obstacle(shape, batch_sharding.mesh):
             specs = PartitionSpec(*batch_sharding.spec, None, "tensor")
             kernel = functools.partial(short_attention, head_dim=shape.head_dim, causal=causal)
             return jax.shard_map(  # the compiler cannot partition a kernel
@@ -120,12 +116,6 @@ def _kernel_obstacle(shape: AttentionShape, mesh: Mesh) -> str:
     if shape.tokens > MAX_TOKENS:
         return f"{shape.tokens} tokens exceed the kernel's {MAX_TOKENS}"
     return ""
-
-
-def _batch_shards(batch_sharding: NamedSharding) -> int:
-    """Return the number of shards of the batch, which axes such as `tensor` do not multiply."""
-    axes = batch_sharding.spec[0]
-    return math.prod(batch_sharding.mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
 
 
 def _has_cudnn_flash(mesh: Mesh, dtype: jnp.dtype | str) -> bool:
@@ -196,7 +186,7 @@ def _call(body, options, operands, mask, outputs, matmuls):
 
 
 def _forward(*refs, head_dim, causal, masked):
-    mask_ref, (query_ref, key_ref, value_ref, out_ref) = _split_mask(refs, masked)
+    mask_ref, query_ref, key_ref, value_ref, out_ref = refs if masked else (None, *refs)
 
     def example(i, _):
         query, key, value, apply_mask = query_ref[i], key_ref[i], value_ref[i], _masking(mask_ref, i, causal)
@@ -211,7 +201,7 @@ def _forward(*refs, head_dim, causal, masked):
 
 
 def _backward(*refs, head_dim, causal, masked):
-    mask_ref, refs = _split_mask(refs, masked)
+    mask_ref, *refs = refs if masked else (None, *refs)
     query_ref, key_ref, value_ref, d_out_ref, d_query_ref, d_key_ref, d_value_ref = refs
 
     def example(i, _):
@@ -235,10 +225,6 @@ def _backward(*refs, head_dim, causal, masked):
         return 0
 
     jax.lax.fori_loop(0, query_ref.shape[0], example, 0)
-
-
-def _split_mask(refs, masked):
-    return (refs[0], refs[1:]) if masked else (None, refs)
 
 
 def _head_lanes(head_dim):

@@ -21,6 +21,7 @@ from clip_jax.models.architecture import Architecture, Preprocess
 from clip_jax.models.attention import attention_implementation
 from clip_jax.models.layers import Compute, upcast
 from clip_jax.models.params import split_batch_stats
+from clip_jax.models.towers.base import Encoder
 from clip_jax.typing import ArrayLike, Metrics, Params
 
 
@@ -64,26 +65,27 @@ class CLIP(nn.Module):
 
     def setup(self) -> None:
         arch = self.architecture
-        self.image = arch.image.module(arch.embed_dim, self.compute, self.patch_dropout)
-        self.text = arch.text.module(arch.embed_dim, self.compute)
+        self.image = Encoder(arch.image, arch.embed_dim, self.compute, self.patch_dropout)
+        self.text = Encoder(arch.text, arch.embed_dim, self.compute)
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(math.log(self.logit_scale_init)), ())
         if arch.logit_bias:
             self.logit_bias = self.param("logit_bias", nn.initializers.constant(self.logit_bias_init), ())
 
     def encode_image(
-        self, image: Float[Array, "B H W 3"], train: bool = False, key_B: Key[Array, "B"] | None = None
+        self,
+        image: Float[Array, "B H W 3"],
+        train: bool = False,
+        key_B: Key[Array, "B"] | None = None,
+        project: bool = True,
     ) -> Float[Array, "B E"]:
-        return self.image(image, train, key_B)
-
-    def image_features(self, image: Float[Array, "B H W 3"]) -> Float[Array, "B D"]:
-        return self.image(image, project=False)
+        return self.image(image, train, key_B, project)
 
     def encode_text(self, text: Int32[ArrayLike, "B L"] | packing.Stream) -> Float[Array, "B E"]:
         return self.text(text)
 
     def __call__(self, image: Float[Array, "B H W 3"], text: Int32[ArrayLike, "B L"]) -> None:
-        self.image(image)
-        self.text(text)
+        self.encode_image(image)
+        self.encode_text(text)
 
 
 def make_model(
@@ -151,7 +153,7 @@ def make_model(
         return _unit_norm(apply("encode_image", params, normalize(image)))
 
     def image_features(params: Params, image: UInt8[ArrayLike, "B H W 3"]) -> Float[Array, "B D"]:
-        return upcast(apply("image_features", params, normalize(image)))
+        return upcast(apply("encode_image", params, normalize(image), project=False))
 
     def encode_image_train(
         params: Params, image: UInt8[ArrayLike, "B H W 3"], key_B: Key[Array, "B"]

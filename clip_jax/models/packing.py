@@ -2,11 +2,8 @@
 
 In a causal tower that pools at the end token, padding has no effect, and captions fill a quarter of their positions.
 Here the captions of a group are concatenated to a stream, which is split into chunks no shorter than the longest
-caption. A caption then spans at most two chunks, and each chunk attends to itself and the previous one. There is no
-sorting or bin packing: everything runs on the device with static shapes. Embeddings equal those of padded captions
-to rounding.
-
-Sequence packing for attention: Krell et al. 2021 (arXiv:2107.02027), who fill bins.
+caption. A caption then spans at most two chunks, and each chunk attends to itself and the previous one. Unlike the bins
+of Krell et al. 2021 (arXiv:2107.02027), this runs on the device with static shapes. Embeddings are equal to rounding.
 """
 
 from __future__ import annotations

@@ -1,19 +1,19 @@
 """FLOPs, HBM bytes and collectives of a compiled program, counted from its HLO text.
 
 XLA's `cost_analysis` counts a loop body once, ignores tile padding and counts no collective. Here every computation is
-counted as often as it runs. For a conditional, the branch of a true predicate is counted; the training step puts the
-common case there (packed captions, finite gradients).
+counted as often as it runs, and of a conditional the branch of a true predicate, where the training step has the common
+case (packed captions, finite gradients).
 
 HBM bytes: each instruction outside a fusion reads its operands once and writes its results once, including tile
-padding. A slice counts the sliced elements, an in-place update the updated ones, and arrays in on-chip memory (VMEM,
-v4's CMEM) count nothing. A kernel counts its operands and results.
-FLOPs: two per multiply-add of matmuls and convolutions, without a convolution's padding, and a kernel's own estimate;
-one per element of other arithmetic, as in XLA.
+padding. A slice counts the sliced elements, an in-place update the updated ones, and on-chip memory (VMEM, v4's CMEM)
+nothing. FLOPs: two per multiply-add of matmuls and convolutions, without a convolution's padding; a kernel's own
+estimate; one per element of other arithmetic, as in XLA.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -27,34 +27,29 @@ from clip_jax.planner.hlo import HBM, Array, Computation, Op, element_bits, pars
 
 _CALLS = re.compile(r"(?:calls|to_apply|body|condition|called_computations)=\{?%?([\w.\-]+)")
 
+_TARGET = re.compile(r'custom_call_target="([^"]*)"')
+
 # A fusion inside another fusion whose result is its operand in another tiling (v7x).
 _RETILING = "output_to_operand_aliasing={{}: (0, {})}"
 
 # Instructions that move no bytes and compute nothing.
-_FREE = frozenset(
-    (
-        *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "domain", "opt-barrier"),
-        *("partition-id", "replica-id", "add-dependency", "copy-done", "slice-done", "async-done", "async-update"),
-        *("send-done", "recv-done", "all-reduce-done", "all-gather-done", "collective-permute-done", "call-done"),
-    )
+_FREE = (
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "domain", "opt-barrier"),
+    *("partition-id", "replica-id", "add-dependency", "async-update"),
 )
-_FREE_CUSTOM = frozenset(
-    (
-        *("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "Sharding"),
-        *("PrepareAsyncCallStart", "PrepareAsyncCallDone"),
-    )
+_FREE_CUSTOM = (
+    *("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "Sharding"),
+    *("PrepareAsyncCallStart", "PrepareAsyncCallDone"),
 )
-_ARITHMETIC = frozenset(  # one FLOP per element, as in XLA, which counts exponentials and the like separately
-    (
-        *("add", "subtract", "multiply", "divide", "maximum", "minimum", "remainder", "abs", "negate", "sign"),
-        *("floor", "ceil", "round-nearest-even", "round-nearest-afz", "compare", "select", "clamp", "convert"),
-        *("and", "or", "xor", "not", "shift-left", "shift-right-logical", "shift-right-arithmetic", "is-finite"),
-        "reduce-precision",
-    )
+_ARITHMETIC = (  # one FLOP per element, as in XLA, which counts exponentials and the like separately
+    *("add", "subtract", "multiply", "divide", "maximum", "minimum", "remainder", "abs", "negate", "sign"),
+    *("floor", "ceil", "round-nearest-even", "round-nearest-afz", "compare", "select", "clamp", "convert"),
+    *("and", "or", "xor", "not", "shift-left", "shift-right-logical", "shift-right-arithmetic", "is-finite"),
+    "reduce-precision",
 )
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 
-Bytes = tuple[float, float]  # without and with tile padding
+Bytes = np.ndarray  # [2]: without and with tile padding
 
 
 @dataclasses.dataclass
@@ -79,7 +74,6 @@ class Cost:
     kernel_flops: float = 0.0  # the part of `flops` that kernels estimate themselves
     logical_bytes: float = 0.0  # HBM traffic without tile padding
     padded_bytes: float = 0.0  # HBM traffic with tile padding
-    collective_count: float = 0.0
     collectives: dict[tuple, Collective] = dataclasses.field(default_factory=dict)
     bytes_by_source: dict[str, float] = dataclasses.field(default_factory=dict)  # padded bytes by module of the model
     unknown_trip_counts: list[str] = dataclasses.field(default_factory=list)  # loops that are counted once
@@ -97,7 +91,6 @@ class Program:
     def __init__(self, text: str, *, slices: int = 1, devices_per_slice: int = 0) -> None:
         self.computations, self.entry = parse(text)
         self._slices, self._devices_per_slice = slices, devices_per_slice if slices > 1 else 0
-        self._read_cache: dict[tuple[str, int], Bytes | None] = {}
 
     def cost(self) -> Cost:
         """Return the cost of one run on one device."""
@@ -109,23 +102,22 @@ class Program:
         computation = self.computations[name]
         for op in computation.values():
             if op.opcode == "while":
-                body, condition = (re.search(rf"{key}=%?([\w.\-]+)", op.attributes)[1] for key in ("body", "condition"))
+                body, condition = (op.find(rf"{key}=%?([\w.\-]+)") for key in ("body", "condition"))
                 trips = self._trip_count(op, condition)
                 if trips is None:
                     cost.unknown_trip_counts.append(op.name)
                 self._add_computation(cost, body, times * (1 if trips is None else trips))
             elif op.opcode == "conditional":
                 self._add_computation(cost, _true_branch(op), times)
-            elif op.opcode in ("call", "async-start", "call-start") and (called := _CALLS.search(op.attributes)):
-                self._add_computation(cost, called[1], times)
+            elif op.opcode in ("call", "async-start", "call-start") and (called := op.find(_CALLS)):
+                self._add_computation(cost, called, times)
             else:
                 self._add_op(cost, computation, op, times)
 
     def _trip_count(self, op: Op, condition: str) -> int | None:
         """Return a loop's trip count: the compiler's annotation, or its condition's constant (counters go 0, 1, …)."""
-        annotated = re.search(r'known_trip_count":?\{"?n"?:"?(\d+)', op.attributes)
-        if annotated:
-            return int(annotated[1])
+        if annotated := op.find(r'known_trip_count":?\{"?n"?:"?(\d+)'):
+            return int(annotated)
         constants = [
             int(found[1])
             for name in self._reachable(condition)
@@ -142,7 +134,8 @@ class Program:
                     yield from self._reachable(called)
 
     def _add_op(self, cost: Cost, computation: Computation, op: Op, times: float) -> None:
-        if op.opcode in _FREE or (op.opcode == "custom-call" and _target(op) in _FREE_CUSTOM):
+        free = op.opcode in _FREE or op.opcode.endswith("-done")
+        if free or (op.opcode == "custom-call" and op.find(_TARGET) in _FREE_CUSTOM):
             return
         flops, bf16_flops, other = self._flops(computation, op)
         cost.flops += times * flops
@@ -150,30 +143,30 @@ class Program:
         cost.other_flops += times * other
         if op.opcode == "custom-call":
             cost.kernel_flops += times * flops
-        logical, padded = self._hbm_bytes(computation, op)
+        logical, padded = map(float, self._hbm_bytes(computation, op))
         cost.logical_bytes += times * logical
         cost.padded_bytes += times * padded
         source = _source_module(op)
         cost.bytes_by_source[source] = cost.bytes_by_source.get(source, 0) + times * padded
-        if op.opcode == "fusion" and (found := self._started_collective(_CALLS.search(op.attributes)[1])):
+        if op.opcode == "fusion" and (found := self._started_collective(op.find(_CALLS))):
             inner, kind, sent = found
             self._add_collective(cost, kind, *self._replica_group(sent), inner, sent, times)
         kind = op.opcode.removesuffix("-start")
-        transfer = re.search(r'_xla_megascale_transfer_type="(\w+)"', op.attributes) if kind == "send" else None
+        transfer = op.find(r'_xla_megascale_transfer_type="(\w+)"') if kind == "send" else ""
         if kind in COLLECTIVES:
             self._add_collective(cost, kind, *self._replica_group(op), computation, op, times)
         elif transfer:  # between slices, after the compiler's own collectives within slices
-            kind = {"ONE_TO_ONE": "collective-permute"}.get(transfer[1], transfer[1].lower().replace("_", "-"))
+            kind = "collective-permute" if transfer == "ONE_TO_ONE" else transfer.lower().replace("_", "-")
             self._add_collective(cost, kind, self._slices, self._slices, computation, op, times)
 
     def _flops(self, computation: Computation, op: Op) -> tuple[float, float, float]:
         """Return `flops`, `bf16_equivalent_flops` and `other_flops` of an instruction, including its fused ones."""
         if op.opcode in ("fusion", "map"):
-            inner = self.computations[_CALLS.search(op.attributes)[1]]
+            inner = self.computations[op.find(_CALLS)]
             return tuple(map(sum, zip(*(self._flops(inner, x) for x in inner.values()), strict=True)))
         if op.opcode == "custom-call":
-            found = re.search(r'"cost_estimate":(\{[^}]*\})', op.attributes)
-            flops = float(json.loads(found[1]).get("flops", 0)) if found else 0.0
+            estimate = op.find(r'"cost_estimate":(\{[^}]*\})')
+            flops = float(json.loads(estimate or "{}").get("flops", 0))
             return flops, flops, 0.0
         sources = [computation[name].results[0] for name in op.operands if name in computation]
         if op.opcode in ("convolution", "dot"):
@@ -189,22 +182,21 @@ class Program:
         if op.opcode in ("copy-start", "slice-start"):
             moved = op.results[1] if op.opcode == "slice-start" else op.results[0]
             ends = [op.results[0].memory_space, op.results[1].memory_space].count(HBM)
-            return float(ends * moved.logical_bytes), float(ends * moved.padded_bytes)
+            return ends * _bytes([moved], everywhere=True)
         if op.opcode == "fusion":
             return self._fusion_hbm_bytes(computation, op)
         if op.opcode in ("send", "recv"):
             return _bytes(op.results[:1])
         if op.opcode == "dynamic-update-slice":
-            return _bytes([*sources[1], *sources[1]], op.results[0].memory_space)
+            return 2 * _bytes(sources[1]) if op.results[0].memory_space == HBM else np.zeros(2)
         if op.opcode in ("dynamic-slice", "slice", "gather"):
-            read = _bytes(op.results) if sources[0][0].memory_space == HBM else (0.0, 0.0)
-            return _sum(read, _bytes(op.results))
+            return _bytes(op.results) * (2 if sources[0][0].memory_space == HBM else 1)
         results = op.results[len(op.results) // 2 :] if op.opcode.endswith("-start") else op.results
-        return _sum(_bytes([x for source in sources for x in source]), _bytes(results))
+        return _bytes([*itertools.chain.from_iterable(sources), *results])
 
     def _fusion_hbm_bytes(self, computation: Computation, op: Op) -> Bytes:
-        name = _CALLS.search(op.attributes)[1]
-        inner, total = self.computations[name], (0.0, 0.0)
+        name = op.find(_CALLS)
+        inner, total = self.computations[name], np.zeros(2)
         root = next(x for x in inner.values() if x.is_root)
         if _is_custom(root, "AsyncCollectiveDone"):
             return total
@@ -215,12 +207,12 @@ class Program:
             source = computation[operand].results[0]
             passed_on = _spans_collective(name) and self._parameter(name, position) in results
             if source.memory_space == HBM and not passed_on:
-                read = self._parameter_read_bytes(name, position)
-                total = _sum(total, _bytes([source]) if read is None else read)
+                read = self._read_bytes(name, self._parameter(name, position))
+                total += _bytes([source]) if read is None else read
         written = [self._update_bytes(name, x) for x in results]
         for result, update in zip(op.results, written, strict=False):
             if result.memory_space == HBM:
-                total = _sum(total, _bytes([result]) if update is None else update)
+                total += _bytes([result]) if update is None else update
         return total
 
     def _update_bytes(self, name: str, result: str) -> Bytes | None:
@@ -228,22 +220,15 @@ class Program:
         inner = self.computations[name]
         op = inner[result]
         if _spans_collective(name) and op.opcode in ("parameter", *COLLECTIVES):
-            return (0.0, 0.0)
+            return np.zeros(2)
         if op.opcode == "bitcast":
             return self._update_bytes(name, op.operands[0])
         if op.opcode == "fusion":
-            called = _CALLS.search(op.attributes)[1]
+            called = op.find(_CALLS)
             return self._update_bytes(called, next(x.name for x in self.computations[called].values() if x.is_root))
         if op.opcode == "dynamic-update-slice":
-            return _bytes([inner[op.operands[1]].results[0]], None)
+            return _bytes(inner[op.operands[1]].results, everywhere=True)
         return None
-
-    def _parameter_read_bytes(self, name: str, position: int) -> Bytes | None:
-        """Return the bytes of slices that a fused computation reads of a parameter; None if it reads all of it."""
-        key = (name, position)
-        if key not in self._read_cache:
-            self._read_cache[key] = self._read_bytes(name, self._parameter(name, position))
-        return self._read_cache[key]
 
     def _parameter(self, name: str, position: int) -> str:
         return next(
@@ -253,22 +238,24 @@ class Program:
         )
 
     def _read_bytes(self, name: str, source: str) -> Bytes | None:
-        total = (0.0, 0.0)
+        """Return the bytes of slices that a fused computation reads of an array; None if it reads all of it."""
+        total = np.zeros(2)
         for user in self.computations[name].values():
             for place in [i for i, operand in enumerate(user.operands) if operand == source]:
                 if user.opcode in ("dynamic-slice", "slice", "gather") and place == 0:
-                    read = _bytes(user.results, None)
+                    read = _bytes(user.results, everywhere=True)
                 elif user.opcode == "dynamic-update-slice" and place == 0:
-                    read = (0.0, 0.0)
+                    read = np.zeros(2)
                 elif user.opcode == "bitcast" or _RETILING in user.attributes:
                     read = self._read_bytes(name, user.name)
                 elif user.opcode == "fusion":
-                    read = self._parameter_read_bytes(_CALLS.search(user.attributes)[1], place)
+                    called = user.find(_CALLS)
+                    read = self._read_bytes(called, self._parameter(called, place))
                 else:
                     return None
                 if read is None:
                     return None
-                total = _sum(total, read)
+                total += read
         return total
 
     def _started_collective(self, name: str) -> tuple[Computation, str, Op] | None:
@@ -295,13 +282,12 @@ class Program:
         entry.count += times
         entry.interconnect_bytes += times * interconnect
         entry.network_bytes += times * network
-        cost.collective_count += times
 
     def _replica_group(self, op: Op) -> tuple[int, int]:
         """Return the devices of a replica group, and the slices that they span."""
         text = op.attributes
         if op.opcode.startswith("collective-permute"):
-            pairs = re.findall(r"\{(\d+),(\d+)\}", re.search(r"source_target_pairs=\{.*?\}\}", text)[0])
+            pairs = re.findall(r"\{(\d+),(\d+)\}", op.find(r"source_target_pairs=(\{.*?\}\})"))
             return 2, max(self._slice_count(pair) for pair in pairs)
         if found := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", text):
             sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
@@ -317,10 +303,8 @@ class Program:
             if found[4]:
                 devices = devices.transpose([int(x) for x in found[4].split(",")])
             return int(found[2]), self._slice_count(devices.reshape(-1, int(found[2]))[0])
-        if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
-            members = found[1].split(",")
-            return len(members), self._slice_count(members)
-        return 1, 1
+        members = op.find(r"replica_groups=\{\{([\d,]+)\}").split(",")
+        return len(members), self._slice_count(members) if members != [""] else 1
 
     def _slice_count(self, members: Iterable[Any]) -> int:
         return len({int(x) // self._devices_per_slice for x in members}) if self._devices_per_slice else 1
@@ -347,16 +331,10 @@ def _sent_bytes(kind: str, size: float, inner: int, slices: int) -> tuple[float,
     }[kind]
 
 
-def _bytes(arrays: list[Array], memory_space: int | None = HBM) -> Bytes:
-    """Return the bytes of the arrays in HBM; with memory_space=None of all arrays."""
-    counted = [x for x in arrays if memory_space is None or x.memory_space == HBM]
-    if memory_space not in (None, HBM):
-        return 0.0, 0.0
-    return float(sum(x.logical_bytes for x in counted)), float(sum(x.padded_bytes for x in counted))
-
-
-def _sum(a: Bytes, b: Bytes) -> Bytes:
-    return a[0] + b[0], a[1] + b[1]
+def _bytes(arrays: Iterable[Array], everywhere: bool = False) -> Bytes:
+    """Return the bytes of the arrays in HBM, or in all memories."""
+    counted = [(x.logical_bytes, x.padded_bytes) for x in arrays if everywhere or x.memory_space == HBM]
+    return np.sum(counted, axis=0, dtype=float) if counted else np.zeros(2)
 
 
 def _spans_collective(name: str) -> bool:
@@ -365,25 +343,17 @@ def _spans_collective(name: str) -> bool:
 
 
 def _is_custom(op: Op, target: str) -> bool:
-    return op.opcode == "custom-call" and _target(op) == target
+    return op.opcode == "custom-call" and op.find(_TARGET) == target
 
 
 def _true_branch(op: Op) -> str:
-    true = re.search(r"true_computation=%?([\w.\-]+)", op.attributes)
-    if true:
-        return true[1]
-    return re.findall(r"%?([\w.\-]+)", re.search(r"branch_computations=\{(.*?)\}", op.attributes)[1])[-1]
-
-
-def _target(op: Op) -> str:
-    found = re.search(r'custom_call_target="([^"]*)"', op.attributes)
-    return found[1] if found else ""
+    branches = op.find(r"true_computation=%?([\w.\-]+)") or op.find(r"branch_computations=\{(.*?)\}")
+    return re.findall(r"%?([\w.\-]+)", branches)[-1]
 
 
 def _source_module(op: Op) -> str:
     """Return the tower and submodule of an instruction, by the scope names of JAX."""
-    found = re.search(r'op_name="([^"]*)"', op.attributes)
-    path = found[1] if found else ""
+    path = op.find(r'op_name="([^"]*)"')
     tower = next((x for x in ("image", "text") if f"/{x}/" in path or f"encode_{x}" in path), "")
     if not tower:
         return "loss" if "shard_map" in path else "optimizer and other"
@@ -392,23 +362,20 @@ def _source_module(op: Op) -> str:
 
 def _mxu_passes(sources: list[Array], op: Op) -> int:
     """Return the passes of a bfloat16 matrix unit over a matmul's operands."""
-    found = re.search(r"operand_precision=\{(\w+)", op.attributes)
-    above_bf16 = any(element_bits(x.dtype) > 16 for x in sources)
-    return {"highest": 6, "high": 3}.get(found[1], 1) if found and above_bf16 else 1
+    passes = {"highest": 6, "high": 3}.get(op.find(r"operand_precision=\{(\w+)"), 1)
+    return passes if any(element_bits(x.dtype) > 16 for x in sources) else 1
 
 
 def _dot_flops(sources: list[Array], op: Op) -> float:
-    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.attributes)[1]
+    contracted = op.find(r"lhs_contracting_dims=\{([\d,]*)\}")
     return 2.0 * op.results[0].elements * math.prod(sources[0].shape[int(d)] for d in contracted.split(",") if d)
 
 
 def _convolution_flops(sources: list[Array], op: Op) -> float:
     """Return two FLOPs per multiply-add without padding; XLA also expresses batch dimensions as padded windows."""
     lhs, rhs = sources
-    kinds = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.attributes)
-    lhs_dims, rhs_dims, out_dims = kinds[1], kinds[2], kinds[3]
-    window = re.search(r"window=\{([^}]*)\}", op.attributes)
-    fields = dict(re.findall(r"(\w+)=(\S+)", window[1])) if window else {}
+    lhs_dims, rhs_dims, out_dims = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.attributes).groups()
+    fields = dict(re.findall(r"(\w+)=(\S+)", op.find(r"window=\{([^}]*)\}")))
     spatial = sorted(d for d in out_dims if d.isdigit())
 
     def field(key: str, default: str) -> list[str]:
@@ -416,8 +383,7 @@ def _convolution_flops(sources: list[Array], op: Op) -> float:
 
     total = 2.0 * op.results[0].shape[out_dims.index("b")] * op.results[0].shape[out_dims.index("f")]
     total *= rhs.shape[rhs_dims.index("i")]
-    if batch_groups := re.search(r"batch_group_count=(\d+)", op.attributes):
-        total /= int(batch_groups[1])  # the output features are divided among the groups
+    total /= int(op.find(r"batch_group_count=(\d+)") or 1)  # the output features are divided among the groups
     options = zip(
         *(field("size", "1"), field("stride", "1"), field("pad", "0_0")),
         *(field("lhs_dilate", "1"), field("rhs_dilate", "1")),

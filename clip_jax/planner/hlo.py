@@ -82,6 +82,11 @@ class Op:
     attributes: str  # unparsed
     is_root: bool
 
+    def find(self, pattern: str | re.Pattern[str]) -> str:
+        """Return the first group of a regular expression in the attributes, or an empty string."""
+        found = re.search(pattern, self.attributes)
+        return found[1] if found else ""
+
 
 Computation = dict[str, Op]
 

@@ -40,7 +40,11 @@ def _title(plan: Plan) -> Iterator[str]:
     yield f"mesh {axis}data {data}, fsdp {config.mesh.fsdp}, tensor {config.mesh.tensor}; remat {train.remat},"
     yield f"{train.micro_batches} micro-batch(es), text_capacity {train.text_capacity:g}, optimizer {config.optim.name}"
     yield from (f"{tower} attention: {how}" for tower, how in plan.attention.items())
-    yield f"matmul precision: {plan.matmul_precision}"
+    how = ""
+    if train.dtype == "float32":
+        passes = "six bfloat16 passes" if topology.chip.kind == "tpu" else "without TF32 and tensor cores"
+        how = f", {passes}: {_si(topology.chip.float32_flops_per_second, 'FLOP/s')}"
+    yield f"matmul precision: {plan.matmul_precision}{how}"
 
 
 def _memory(plan: Plan) -> Iterator[str]:

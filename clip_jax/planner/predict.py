@@ -28,9 +28,6 @@ from clip_jax.planner.topology import Topology
 from clip_jax.training import optim, step
 from clip_jax.typing import Batch, Number
 
-# Without tensor cores, which have no full float32: NVIDIA's datasheets of A100, H100, H200, B200 and L4.
-FLOAT32_FLOPS_PER_SECOND = {"a100-40gb": 19.5e12, "a100": 19.5e12, "h100": 67e12, "h200": 67e12, "b200": 75e12}
-FLOAT32_FLOPS_PER_SECOND |= {"l4": 30.3e12}
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -59,7 +56,6 @@ class Plan:
     hbm_bytes_padded: Number = 0  # traffic with tile padding
     interconnect_bytes: Number = 0  # sent over ICI or NVLink
     network_bytes: Number = 0  # sent over the data center network
-    collective_count: Number = 0
     collectives: tuple[dict[str, Any], ...] = ()
     hbm_bytes_by_source: dict[str, Number] = dataclasses.field(default_factory=dict)
     unknown_trip_counts: tuple[str, ...] = ()  # loops that are counted once
@@ -124,6 +120,7 @@ class Plan:
             **(_config_fields(config) if config else {}),
             **fields,
             "hbm_capacity_bytes": topology.chip.hbm_bytes,
+            "collective_count": sum(group["count"] for group in self.collectives),
             "collective_bytes": self.interconnect_bytes + self.network_bytes,
             "seconds": self.seconds,
             "bound_by": self.bound_by,
@@ -244,7 +241,6 @@ def _with_compiled_cost(plan: Plan, lowered: jax.stages.Lowered) -> Plan:
         hbm_bytes_padded=per_chip * cost.padded_bytes,
         interconnect_bytes=sum(c["interconnect_bytes"] for c in collectives),
         network_bytes=sum(c["network_bytes"] for c in collectives),
-        collective_count=cost.collective_count,
         collectives=collectives,
         hbm_bytes_by_source={name: per_chip * size for name, size in cost.bytes_by_source.items()},
         unknown_trip_counts=tuple(cost.unknown_trip_counts),
@@ -329,9 +325,9 @@ def _needed_bytes(message: str) -> float:
 def plan_by_datasheet(config: Config, topology: Topology) -> Plan:
     """Return lower bounds of a step's cost without compiling it, for GPUs.
 
-    Memory: state, batch and saved activations, without other temporaries. HBM traffic: state and activations, read and
-    written once. Collectives: one ring over the gradients of trained parameters, and with `mesh.fsdp` two gathers of
-    the parameters.
+    Memory: state, batch and saved activations, without other temporaries. FLOPs: without those of the loss for texts
+    of other devices. HBM traffic: state and activations, read and written once. Collectives: one ring over the
+    gradients of trained parameters, and with `mesh.fsdp` two gathers of the parameters.
 
     Raises:
       ValueError: if the config does not fit the number of devices, has a teacher, or `mesh.tensor` above 1.
@@ -355,7 +351,7 @@ def plan_by_datasheet(config: Config, topology: Topology) -> Plan:
     peak = state_bytes + batch + activations
     sent = _gradient_and_gather_bytes(config, state.params) * (chips - 1) / chips
     traced = traced_flops(local, local_mesh)
-    rate = FLOAT32_FLOPS_PER_SECOND[chip.name] if config.train.dtype == "float32" else chip.flops_per_second
+    rate = chip.float32_flops_per_second if config.train.dtype == "float32" else chip.flops_per_second
     hosts = -(-chips // chip.chips_per_host)
     return Plan(
         program=f"{config.train.dtype} step, by datasheet",

@@ -74,11 +74,7 @@ class Topology:
 
 
 def prepare_compiler() -> None:
-    """Set the environment variables of libtpu on a machine without TPUs; call it before JAX looks for devices.
-
-    Raises:
-      ModuleNotFoundError: without libtpu.
-    """
+    """Set the environment variables of libtpu, if it is installed, before JAX looks for devices."""
     os.environ |= {
         "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server
         "TPU_WORKER_HOSTNAMES": "localhost",

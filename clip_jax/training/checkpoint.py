@@ -10,8 +10,10 @@ Guarantees that Orbax alone does not give, as measured:
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -25,6 +27,7 @@ from orbax.checkpoint import checkpoint_managers
 from clip_jax.devices import distributed
 from clip_jax.models import tree_path
 from clip_jax.paths import is_url
+from clip_jax.training.rounding import element_index
 from clip_jax.training.workdir import check_writable
 
 log = logging.getLogger(__name__)
@@ -38,18 +41,12 @@ class Checkpoints:
     """The checkpoints of one run, in one directory (a local path or gs://)."""
 
     def __init__(
-        self,
-        directory: str | os.PathLike[str],
-        *,
-        keep: int = 3,
-        keep_every_steps: int = 0,
-        read_only: bool = False,
+        self, directory: str | os.PathLike[str], *, keep: int = 3, keep_every_steps: int = 0, read_only: bool = False
     ) -> None:
         """Open or create the directory.
 
         Args:
-          keep: number of newest checkpoints to keep.
-          keep_every_steps: checkpoints at multiples of this many steps are kept permanently; 0: none.
+          keep, keep_every_steps: see `CheckpointConfig`.
           read_only: nothing is created, removed or renamed.
 
         Raises:
@@ -80,14 +77,13 @@ class Checkpoints:
     def save(self, step: int, state: PyTree, info: dict[str, Any]) -> None:
         """Start a save and return when the arrays are copied and may be donated. An existing step is not saved again.
 
-        Args:
-          info: JSON that is stored with the arrays, written by the main process.
+        `info` is JSON that the main process stores with the arrays.
         """
         if step in self._manager.all_steps():
             return
         info = info | {"arrays": _describe(state), "fingerprint": int(fingerprint(state))}
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), info=ocp.args.JsonSave(info))
-        with _save_errors(self.directory, step):
+        with _save_errors(self.directory, f"the checkpoint of step {step}"):
             if not self._manager.save(step, args=items, force=True):
                 raise SaveFailed(f"Orbax declined to save step {step}; there are steps {self._manager.all_steps()}")
 
@@ -98,7 +94,7 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Wait for asynchronous saves. Raises SaveFailed."""
-        with _save_errors(self.directory):
+        with _save_errors(self.directory, "a checkpoint"):
             self._manager.wait_until_finished()
 
     def restore(self, abstract_state: PyTree, step: int | None = None) -> tuple[PyTree, dict[str, Any]] | None:
@@ -138,7 +134,6 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def close(self) -> None:
-        """Wait for saves and release Orbax's resources."""
         self.wait()
         self._manager.close()
 
@@ -146,24 +141,13 @@ class Checkpoints:
         return ocp.CheckpointManager(self.directory, options=self._options, item_names=("state", "info"))
 
     def _read(self, step: int, abstract_state: PyTree) -> tuple[PyTree, dict[str, Any]]:
-        error = ""
-        try:
+        with _read_errors():
             info = self._manager.restore(step, args=ocp.args.Composite(info=ocp.args.JsonRestore())).info
             found = info["arrays"]
-        except Exception as e:  # noqa: BLE001 (Orbax raised six types for missing and truncated files)
-            error = _first_line(e)
-        # All hosts must take the same branch, or the next collective hangs.
-        if not distributed.all_true(not error):
-            raise _Damaged(error or "unreadable on another host")
         _check_same_arrays(found, _describe(abstract_state), f"{self.directory}/{step}")
-        try:
-            state = self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
-            ).state
-        except Exception as e:  # noqa: BLE001
-            error = _first_line(e)
-        if not distributed.all_true(not error):
-            raise _Damaged(error or "unreadable on another host")
+        with _read_errors():
+            items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+            state = self._manager.restore(step, args=items).state
         if int(fingerprint(state)) != info.get("fingerprint"):
             raise _Damaged("the fingerprint of its arrays differs")
         return state, info
@@ -197,31 +181,37 @@ def _leaf_fingerprint(x: Array) -> UInt32[Array, ""]:
         x = x.astype(jnp.uint8)
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
     bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-    factor = jnp.zeros(bits.shape, jnp.uint32)
-    for axis, size in enumerate(bits.shape):  # row-major index, without a reshape, which would gather a sharded array
-        factor = factor * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-    return jnp.sum(bits * (2 * factor + 1), dtype=jnp.uint32)
+    return jnp.sum(bits * (2 * element_index(bits.shape) + 1), dtype=jnp.uint32)
 
 
 class _Damaged(Exception):
     """A checkpoint that cannot be read, or whose fingerprint differs."""
 
 
-class _save_errors:
-    """Context manager that raises SaveFailed for an error of a save."""
+@contextlib.contextmanager
+def _read_errors() -> Iterator[None]:
+    """Raise _Damaged on all hosts for an error of one: they must take the same branch, or the next collective hangs."""
+    error = ""
+    try:
+        yield
+    except Exception as e:  # noqa: BLE001 (Orbax raised six types for missing and truncated files)
+        error = _first_line(e)
+    if not distributed.all_true(not error):
+        raise _Damaged(error or "unreadable on another host")
 
-    def __init__(self, directory: epath.Path, step: int | None = None) -> None:
-        self.directory, self.step = directory, step
 
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, SaveFailed):
-            name = "a checkpoint" if self.step is None else f"the checkpoint of step {self.step}"
-            raise SaveFailed(
-                f"{name} could not be written to {self.directory}: {_first_line(error)}. Earlier checkpoints are"
-                " intact: free or repair the disk; the same command resumes from the newest."
-            ) from error
+@contextlib.contextmanager
+def _save_errors(directory: epath.Path, name: str) -> Iterator[None]:
+    """Raise SaveFailed for an error of a save."""
+    try:
+        yield
+    except SaveFailed:
+        raise
+    except Exception as error:
+        raise SaveFailed(
+            f"{name} could not be written to {directory}: {_first_line(error)}. Earlier checkpoints are"
+            " intact: free or repair the disk; the same command resumes from the newest."
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:
@@ -238,6 +228,6 @@ def _describe(tree: PyTree) -> dict[str, str]:
 def _check_same_arrays(found: dict[str, str], wanted: dict[str, str], where: str) -> None:
     """Raise ValueError for the first array that differs: Orbax casts dtypes silently and has errors of many lines."""
     for path in [*wanted, *found]:
-        there, here = found.get(path, "absent"), wanted.get(path, "absent")
-        if there != here:
-            raise ValueError(f"checkpoint {where} belongs to another model: {path} is {there} there, {here} here")
+        expected, stored = wanted.get(path, "absent"), found.get(path, "absent")
+        if stored != expected:
+            raise ValueError(f"checkpoint {where} belongs to another model: {path}: expected {expected}, got {stored}")

@@ -12,11 +12,7 @@ from clip_jax.training import optim, step
 
 
 def describe(config: Config, workdir: epath.Path) -> str:
-    """Return the summary as aligned text.
-
-    Raises:
-      ValueError: the config does not fit the devices of this process.
-    """
+    """Return the summary as aligned text. Raises ValueError if the config does not fit the devices."""
     resolved = resolve(config, devices=jax.device_count(), processes=jax.process_count())
     mesh = sharding.make_mesh(fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
     optimizer = optim.make_optimizer(config.optim, resolved.total_steps, architecture=config.model)

@@ -40,10 +40,6 @@ def follow(
       mesh: mesh of the evaluation, which may differ from the run's.
       evaluate: function of step, config of the weights, and evaluation parameters (the EMA, if there is one).
       evaluated: steps to skip.
-      every_seconds: interval between two reads of the directory.
-
-    Raises:
-      ValueError: there is no run in `workdir`.
     """
     config = stored_config(workdir)
     if config is None:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
 import logging
+from collections.abc import Iterator
 
 import jax
 import optax
 from jax.sharding import Mesh
 
-from clip_jax.config import Architecture, Config, differences
+from clip_jax.config import Architecture, Config, InitConfig, TeacherConfig
 from clip_jax.interop import positions, reading
 from clip_jax.models import Model
 from clip_jax.tokenizers import make_tokenizer
-from clip_jax.training import step
+from clip_jax.training import step, workdir
 from clip_jax.training.step import TrainState
 from clip_jax.typing import Params, Tokenizer
 
@@ -29,82 +30,65 @@ _SAMPLES = (
 
 
 def initial_state(model: Model, optimizer: optax.GradientTransformation, config: Config, mesh: Mesh) -> TrainState:
-    """Return the state before the first step, sharded over the mesh.
-
-    Random parameters are a function of `train.seed`, equal on every host.
-    """
+    """Return the state before the first step, sharded over the mesh. Random parameters follow from `train.seed`."""
     shardings = jax.tree.map(lambda x: x.sharding, step.abstract_state(model, optimizer, config, mesh))
-    init = functools.partial(step.init_state, optimizer=optimizer, config=config.optim)
-    key = jax.random.key(config.train.seed)
-    if not config.init.weights:
-        return jax.jit(lambda key: init(model.init(key)), out_shardings=shardings)(key)
-    params = initial_params(config)
-    if "logit_scale" not in params:  # one tower; the rest is random
-        params = jax.jit(model.init)(key) | params
-    return jax.jit(init, out_shardings=shardings)(params)
+    pretrained = initial_params(config) if config.init.weights else {}
+
+    def init(key: jax.Array, pretrained: Params) -> TrainState:
+        params = pretrained if "logit_scale" in pretrained else model.init(key) | pretrained  # one tower, or none
+        return step.init_state(params, optimizer, config.optim)
+
+    return jax.jit(init, out_shardings=shardings)(jax.random.key(config.train.seed), pretrained)
 
 
 def initial_params(config: Config) -> Params:
     """Return the pretrained parameters in `init.weights`, with position embeddings resized to the model's sizes.
 
-    A suffix selects one tower, as in 'lit.npz:img'; the result then has the parameters of that tower only.
-
-    Raises:
-      ValueError: there is no such file, or its model or preprocessing differs from the config; the message has the
-        differing keys.
+    A suffix selects one tower, as in 'lit.npz:img'; the result then has the parameters of that tower only. Raises
+    ValueError if there is no such file, or its model or preprocessing differs from the config.
     """
-    init, model = config.init, config.model
-    path, tower = reading.split_tower(init.weights)
-    try:
-        if tower:
-            log.info("initializing the %s tower from %s", tower, path)
-            return reading.read_tower(path, tower, model)
-        weights = reading.read(init.weights, model=init.model, activation=init.activation)
-    except (FileNotFoundError, ValueError) as error:
-        raise ValueError(f"init.weights={init.weights!r}: {error}") from error
-    size, length = model.image.image_size, model.text.context_length
-    found, params = positions.resize(weights.config.model, weights.params, image_size=size, context_length=length)
-    preprocess = dataclasses.replace(weights.config.preprocess, implementation=config.preprocess.implementation)
-    stored = dataclasses.replace(config, model=found, preprocess=preprocess)
-    _check_same(stored, config, f"init.weights={init.weights!r} has another model or other pixels")
-    log.info("initializing from %s (%s)", init.weights, weights.format)
-    return params
+    name = f"init.weights={config.init.weights!r}"
+    path, tower = reading.split_tower(config.init.weights)
+    if tower:
+        log.info("initializing the %s tower from %s", tower, path)
+        with _named_errors(name):
+            return reading.read_tower(path, tower, config.model)
+    weights = _read(config.init, config, name)
+    stored = dataclasses.replace(config, model=weights.config.model, preprocess=weights.config.preprocess)
+    _check_same(stored, config, f"{name} has another model or other pixels")
+    log.info("initializing from %s (%s)", config.init.weights, weights.format)
+    return weights.params
 
 
 def teacher_params(config: Config, tokenizer: Tokenizer) -> tuple[Architecture, Params]:
     """Return the architecture and the parameters in `teacher.weights`, with resized position embeddings.
 
-    Args:
-      tokenizer: tokenizer of the run. If the weights contain a tokenizer, both must return equal ids for sample texts.
-
-    Raises:
-      ValueError: there is no such file, or its preprocessing or token ids differ from those of the run.
+    Raises ValueError if there is no such file, or its preprocessing differs from the run's, or its tokenizer, if the
+    weights contain one, returns other ids for sample texts than the run's.
     """
-    teacher, model = config.teacher, config.model
-    name = f"teacher.weights={teacher.weights!r}"
-    if reading.split_tower(teacher.weights)[1]:
+    name = f"teacher.weights={config.teacher.weights!r}"
+    if reading.split_tower(config.teacher.weights)[1]:
         raise ValueError(f"{name} is one tower, and a teacher needs both: remove the colon and the tower's name")
-    try:
-        weights = reading.read(teacher.weights, model=teacher.model, activation=teacher.activation)
-        size, length = model.image.image_size, model.text.context_length
-        found, params = positions.resize(weights.config.model, weights.params, image_size=size, context_length=length)
-    except (FileNotFoundError, ValueError) as error:
-        raise ValueError(f"{name}: {error}") from error
-    text = dataclasses.replace(model.text, vocab_size=found.text.vocab_size, eos_id=found.text.eos_id)
+    weights = _read(config.teacher, config, name)
+    found, tokenizer_config = weights.config.model, weights.config.tokenizer
+    text = dataclasses.replace(config.model.text, vocab_size=found.text.vocab_size, eos_id=found.text.eos_id)
     stored = dataclasses.replace(
         config,
-        model=dataclasses.replace(model, text=text),
-        preprocess=dataclasses.replace(weights.config.preprocess, implementation=config.preprocess.implementation),
-        tokenizer=dataclasses.replace(weights.config.tokenizer, path=config.tokenizer.path),
+        model=dataclasses.replace(config.model, text=text),
+        preprocess=weights.config.preprocess,
+        tokenizer=dataclasses.replace(tokenizer_config, path=config.tokenizer.path),
     )
     _check_same(stored, config, f"{name} has other pixels or token ids")
-    if weights.config.tokenizer.name == "clip_bpe" or weights.config.tokenizer_file:
-        stored_tokenizer = make_tokenizer(
-            weights.config.tokenizer, found.text, tokenizer_file=weights.config.tokenizer_file
-        )
-        _check_same_token_ids(stored_tokenizer, tokenizer, name)
-    log.info("distilling from %s (%s)", teacher.weights, weights.format)
-    return found, params
+    if tokenizer_config.name == "clip_bpe" or weights.config.tokenizer_file:
+        stored_tokenizer = make_tokenizer(tokenizer_config, found.text, tokenizer_file=weights.config.tokenizer_file)
+        for sample in _SAMPLES:
+            expected, ids = (tokenize([sample])[0].tolist() for tokenize in (stored_tokenizer, tokenizer))
+            if ids != expected:
+                raise ValueError(
+                    f"{name} has other token ids than this run: {sample!r}: expected {expected}, got {ids}"
+                )
+    log.info("distilling from %s (%s)", config.teacher.weights, weights.format)
+    return found, weights.params
 
 
 def make_teacher(config: Config, tokenizer: Tokenizer, mesh: Mesh) -> step.Teacher | None:
@@ -115,15 +99,25 @@ def make_teacher(config: Config, tokenizer: Tokenizer, mesh: Mesh) -> step.Teach
     return step.make_teacher(architecture, params, config, mesh)
 
 
+def _read(section: InitConfig | TeacherConfig, config: Config, name: str) -> reading.Weights:
+    """Read the section's weights, resized to the run's image size and context length, for the run's preprocessing."""
+    size, length = config.model.image.image_size, config.model.text.context_length
+    with _named_errors(name):
+        weights = reading.read(section.weights, model=section.model, activation=section.activation)
+        model, params = positions.resize(weights.config.model, weights.params, image_size=size, context_length=length)
+    preprocess = dataclasses.replace(weights.config.preprocess, implementation=config.preprocess.implementation)
+    stored = dataclasses.replace(weights.config, model=model, preprocess=preprocess)
+    return dataclasses.replace(weights, params=params, config=stored)
+
+
+@contextlib.contextmanager
+def _named_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
 def _check_same(stored: Config, config: Config, message: str) -> None:
-    differing = differences(stored, config)
-    if differing:
-        keys = "; ".join(f"{key} is {there!r} there, {here!r} here" for key, (there, here) in differing.items())
-        raise ValueError(f"{message} than this run: {keys}")
-
-
-def _check_same_token_ids(stored: Tokenizer, tokenizer: Tokenizer, name: str) -> None:
-    for sample in _SAMPLES:
-        there, here = (tokenize([sample])[0].tolist() for tokenize in (stored, tokenizer))
-        if there != here:
-            raise ValueError(f"{name} has other token ids than this run: {sample!r} is {there} there, {here} here")
+    if changed := workdir.format_differences(stored, config):
+        raise ValueError(f"{message} than this run: {changed}")

@@ -20,9 +20,8 @@ from etils import epath
 from jax.sharding import Mesh
 
 from clip_jax import data, provenance
-from clip_jax.config import Config, Resolved, WeightsConfig, check_local_paths, name_of, resolve
-from clip_jax.devices import distributed, sharding
-from clip_jax.devices.chips import chip_of
+from clip_jax.config import Config, WeightsConfig, check_local_paths, name_of, resolve
+from clip_jax.devices import chips, distributed, sharding
 from clip_jax.devices.distributed import Preempted, PreemptionMonitor
 from clip_jax.evals.embed import CachedEmbedder, ModelEmbedder
 from clip_jax.evals.load import LoadOptions, load_dataset
@@ -48,7 +47,8 @@ _ATTEMPTS = 3  # maximum number of times that the last checkpoint may be damaged
 class Run:
     """Constants of a run, equal in every step."""
 
-    resolved: Resolved
+    config: Config
+    total_steps: int
     mesh: Mesh
     source: DataSource
     tokenizer: Tokenizer
@@ -56,18 +56,6 @@ class Run:
     optimizer: optax.GradientTransformation
     workdir: epath.Path
     preemption: PreemptionMonitor
-
-    @property
-    def config(self) -> Config:
-        return self.resolved.config
-
-    @property
-    def total_steps(self) -> int:
-        return self.resolved.total_steps
-
-    def abstract_state(self) -> TrainState:
-        """Return the shapes, dtypes and shardings of the state."""
-        return step.abstract_state(self.model, self.optimizer, self.config, self.mesh)
 
 
 def train(config: Config, directory: str, export: str | None = None) -> bool:
@@ -87,27 +75,24 @@ def train(config: Config, directory: str, export: str | None = None) -> bool:
       RuntimeError: every checkpoint is damaged.
     """
     run = prepare(config, workdir.to_path(directory, "--workdir"), export)
-    checkpoints = Checkpoints(
-        run.workdir / "checkpoints",
-        keep=config.checkpoint.keep,
-        keep_every_steps=config.checkpoint.keep_every_steps,
-    )
+    keep, keep_every_steps = config.checkpoint.keep, config.checkpoint.keep_every_steps
+    checkpoints = Checkpoints(run.workdir / "checkpoints", keep=keep, keep_every_steps=keep_every_steps)
     try:
         suite = load_suite(config.eval, config.data)
-        baselines_dataset = _load_baselines_dataset(config)
+        baselines_dataset = _load_baselines_dataset(config)  # before training, so that an error ends the run
         state, info = _restored_or_initial_state(run, checkpoints)
-        attempts = 0
-        while int(state.step) < run.total_steps:
-            if attempts == _ATTEMPTS:
-                raise RuntimeError(
-                    f"{run.workdir}: the checkpoint of step {run.total_steps} was damaged {attempts} times after it was"
-                    " saved; check the disk, or use another --workdir"
-                )
-            attempts += 1
+        for _ in range(_ATTEMPTS):
+            if int(state.step) == run.total_steps:
+                break
             _train_steps(run, state, info, checkpoints, suite)
             # The checkpoint on disk is evaluated and exported. If it is damaged, an older one is restored here, and
             # the missing steps are trained again.
             state, info = _restored_or_initial_state(run, checkpoints)
+        if int(state.step) < run.total_steps:
+            raise RuntimeError(
+                f"{run.workdir}: the checkpoint of step {run.total_steps} was damaged {_ATTEMPTS} times after it was"
+                " saved; check the disk, or use another --workdir"
+            )
         _finish(run, state.eval_params, suite, baselines_dataset, export)
     except Preempted:
         checkpoints.close()
@@ -116,42 +101,35 @@ def train(config: Config, directory: str, export: str | None = None) -> bool:
     return True
 
 
-# ----------------------------------------------------------------------------------------------------------- prepare
-
-
 def prepare(config: Config, directory: epath.Path, export: str | None = None) -> Run:
     """Check config, data, hosts and output paths before any expensive work, and write config.json."""
     check_local_paths(config)
     source = data.make_source(config.data)
     tokenizer = make_tokenizer(config.tokenizer, config.model.text)
-    resolved = resolve(config, devices=jax.device_count(), processes=jax.process_count(), examples=len(source))
+    devices, processes = jax.device_count(), jax.process_count()
+    total_steps = resolve(config, devices=devices, processes=processes, examples=len(source)).total_steps
     versions = provenance.versions()
+    code = versions["git_commit"] + versions["jax"]
     distributed.check_equal_on_all_processes(
-        {
-            "config": str(config),
-            "code": versions["git_commit"] + versions["jax"],
-            "training data": source.fingerprint(),
-        }
+        {"config": str(config), "code": code, "training data": source.fingerprint()}
     )
     with distributed.synchronized_errors(ValueError):
         if distributed.is_main_process():
             workdir.check_outputs(directory, export)
             workdir.write_config(directory, config)
     mesh = sharding.make_mesh(fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
-    optimizer = optim.make_optimizer(
-        config.optim, resolved.total_steps, architecture=config.model, seed=config.train.seed
-    )
+    architecture, seed = config.model, config.train.seed
+    optimizer = optim.make_optimizer(config.optim, total_steps, architecture=architecture, seed=seed)
     model = step.model_from_config(config, mesh)
     if distributed.is_main_process():
         dtype, capacity = config.train.dtype, config.train.text_capacity
         attention = attention_implementations(config.model, mesh, dtype=dtype, text_capacity=capacity)
         for tower, implementation in attention.items():
             log.info("attention of the %s tower: %s", tower, implementation)
-    return Run(resolved, mesh, source, tokenizer, model, optimizer, directory, PreemptionMonitor())
+    return Run(config, total_steps, mesh, source, tokenizer, model, optimizer, directory, PreemptionMonitor())
 
 
 def _load_baselines_dataset(config: Config) -> EvalDataset | None:
-    """Return the dataset that the baselines are fitted to; loaded before training, so that an error ends the run."""
     name = config.eval.baselines_dataset
     if not name:
         return None
@@ -161,12 +139,9 @@ def _load_baselines_dataset(config: Config) -> EvalDataset | None:
         raise ValueError(f"eval.baselines_dataset={name!r}: {error}; '' for a run without baselines") from error
 
 
-# ------------------------------------------------------------------------------------------------------------- state
-
-
 def _restored_or_initial_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any]]:
     """Return the newest intact checkpoint and its info; without checkpoints the initial state and no info."""
-    restored = checkpoints.restore(run.abstract_state())
+    restored = checkpoints.restore(step.abstract_state(run.model, run.optimizer, run.config, run.mesh))
     if restored is None:
         state = initialization.initial_state(run.model, run.optimizer, run.config, run.mesh)
         if distributed.is_main_process():
@@ -177,14 +152,11 @@ def _restored_or_initial_state(run: Run, checkpoints: Checkpoints) -> tuple[Trai
     state, info = restored
     if info["training_data"] != run.source.fingerprint():
         raise ValueError(
-            f"the training data is not the data of the run in {run.workdir}: fingerprint {run.source.fingerprint()}"
-            f" here, {info['training_data']} there. Restore the shards, or use another --workdir"
+            f"the training data is not the data of the run in {run.workdir}: expected the fingerprint"
+            f" {info['training_data']}, got {run.source.fingerprint()}. Restore the shards, or use another --workdir"
         )
     log.info("restored the checkpoint of step %d of %d", int(state.step), run.total_steps)
     return state, info
-
-
-# ------------------------------------------------------------------------------------------------------------- steps
 
 
 def _train_steps(run: Run, state: TrainState, info: dict[str, Any], checkpoints: Checkpoints, suite: Suite) -> None:
@@ -192,7 +164,17 @@ def _train_steps(run: Run, state: TrainState, info: dict[str, Any], checkpoints:
     config, total_steps, first_step = run.config, run.total_steps, int(state.step)
     teacher = initialization.make_teacher(config, run.tokenizer, run.mesh)
     train_step = step.make_train_step(run.model, run.optimizer, config, run.mesh, teacher)
-    training_log = _open_log(run, first_step, info)
+    training_log = metrics.TrainingLog(
+        run.workdir,
+        config.train,
+        optim.make_schedule(config.optim, total_steps),
+        first_step=first_step,
+        total_steps=total_steps,
+        epoch_examples=len(run.source),
+        pair_seconds=_pair_seconds(config, jax.devices()),
+        saved=info.get("log"),
+        active=distributed.is_main_process(),
+    )
 
     def save() -> None:
         saved = {"training_data": run.source.fingerprint(), "log": training_log.state()}
@@ -205,7 +187,8 @@ def _train_steps(run: Run, state: TrainState, info: dict[str, Any], checkpoints:
         training_log.add_evaluation(at, results, time.monotonic() - start)
 
     try:
-        if _evaluation_is_due(run, first_step) and not _has_evaluation(training_log, first_step):
+        (evaluated,) = distributed.from_main_process(training_log.writer.has_evaluation(first_step))
+        if _evaluation_is_due(run, first_step) and not evaluated:
             evaluate(first_step)  # the run was interrupted during this evaluation
         batches = _batches(run, first_step, training_log.wait)
         for at, host_batch in zip(range(first_step + 1, total_steps + 1), batches, strict=False):
@@ -227,29 +210,10 @@ def _train_steps(run: Run, state: TrainState, info: dict[str, Any], checkpoints:
         training_log.close()
 
 
-def _open_log(run: Run, first_step: int, info: dict[str, Any]) -> metrics.TrainingLog:
-    return metrics.TrainingLog(
-        run.workdir,
-        run.config.train,
-        optim.make_schedule(run.config.optim, run.total_steps),
-        first_step=first_step,
-        total_steps=run.total_steps,
-        epoch_examples=len(run.source),
-        pair_seconds=_pair_seconds(run.config, jax.devices()),
-        saved=info.get("log"),
-        active=distributed.is_main_process(),
-    )
-
-
 def _evaluation_is_due(run: Run, at: int) -> bool:
     """Return whether the config evaluates this step during training; the last step is evaluated for the report."""
     every_steps = run.config.eval.every_steps
     return bool(every_steps) and at % every_steps == 0 and 0 < at < run.total_steps
-
-
-def _has_evaluation(training_log: metrics.TrainingLog, at: int) -> bool:
-    """Return on all hosts whether the main process has read the evaluation of this step from the workdir."""
-    return bool(distributed.from_main_process(training_log.writer.has_evaluation(at))[0])
 
 
 def _batches(run: Run, first_step: int, wait: Callable[[float], None]) -> Iterator[HostBatch]:
@@ -272,15 +236,12 @@ def _batches(run: Run, first_step: int, wait: Callable[[float], None]) -> Iterat
 
 
 def _pair_seconds(config: Config, devices: Sequence[Any]) -> float:
-    """Return the seconds per image-text pair at the peak FLOP/s of all devices; 0 for devices without a known peak."""
-    chip = chip_of(devices[0].device_kind)
+    """Return the seconds per image-text pair at the devices' peak FLOP/s; 0 if it is unknown."""
+    chip = chips.chip_of(devices[0].device_kind)
     if chip is None:
         return 0.0
     flops = training_flops(config.model, optim.frozen_towers(config.model, config.optim.freeze))
     return flops / (chip.flops_per_second * len(devices) / chip.devices)
-
-
-# ------------------------------------------------------------------------------------------------------------ finish
 
 
 def _finish(run: Run, params: Params, suite: Suite, baselines_dataset: EvalDataset | None, export: str | None) -> None:
@@ -304,7 +265,11 @@ def _finish(run: Run, params: Params, suite: Suite, baselines_dataset: EvalDatas
         for name, reason in suite.skipped.items():
             print(f"{name} is skipped: {reason}")
         if export:
-            write_weights(workdir.to_path(export, "--export"), gathered, _weights_config(run))
+            weights = WeightsConfig(
+                *(run.config.model, run.config.tokenizer, run.config.preprocess),
+                source=f"clip_jax run {run.workdir.name}",
+            )
+            write_weights(workdir.to_path(export, "--export"), gathered, weights)
             log.info("weights written to %s", export)
     distributed.barrier("finished")
 
@@ -325,8 +290,3 @@ def _embedder(run: Run, params: Params) -> ModelEmbedder:
         on_batch=run.preemption.check,
         image_features=run.model.image_features,
     )
-
-
-def _weights_config(run: Run) -> WeightsConfig:
-    config = run.config
-    return WeightsConfig(config.model, config.tokenizer, config.preprocess, source=f"clip_jax run {run.workdir.name}")

@@ -1,8 +1,8 @@
 """Training metrics: console progress line, TensorBoard (clu), JSON lines.
 
-Only the main process writes. JSON lines are in `metrics.jsonl`, one record per line. An object store cannot append, so
-a remote workdir has one object per flush instead, `metrics/part-00000.jsonl` etc.; `read_lines` reads both. A flush
-precedes every checkpoint, so a resumed run finds the records of all steps before it.
+Only the main process writes. JSON lines are in `metrics.jsonl`; an object store cannot append, so a remote workdir has
+one object per flush instead, `metrics/part-00000.jsonl` etc. A flush precedes every checkpoint, so a resumed run finds
+the records of all steps before it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,6 @@ class TrainingLog:
         Args:
           schedule: learning rate by step.
           first_step: step of the state from which training continues.
-          epoch_examples: examples per epoch.
           pair_seconds: seconds per image-text pair at the peak FLOP/s of all devices; 0 if unknown.
           saved: `state()` of the checkpoint from which the run is resumed.
           active: False for every process but the main one, which then writes nothing.
@@ -73,15 +72,10 @@ class TrainingLog:
         self._pending: collections.deque[Mapping[str, jax.Array]] = collections.deque()
 
     def wait(self, seconds: float) -> None:
-        """Add time for which a step waited for its batch."""
         self._meter.wait(seconds)
 
     def add(self, step: int, outputs: Mapping[str, jax.Array], replaced_records: int) -> None:
-        """Add the device metrics of one step; write a record every `train.log_every_steps` steps and at the last.
-
-        Raises:
-          NonFiniteError: after too many consecutive steps without a finite loss and gradient.
-        """
+        """Add the device metrics of one step; write a record every `train.log_every_steps` steps and at the last."""
         self._replaced += replaced_records
         self._pending.append(outputs)
         is_due = step % self._config.log_every_steps == 0 or step == self._total_steps
@@ -137,7 +131,6 @@ class Writer:
     """Writes scalars by step to TensorBoard and as JSON lines."""
 
     def __init__(self, workdir: epath.Path, *, first_step: int, active: bool) -> None:
-        """Open the files and drop the records after `first_step`; with `active=False` nothing is ever written."""
         self._active = active
         if not active:
             return
@@ -156,7 +149,6 @@ class Writer:
         self._next_part = len(_files(workdir))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Write one record; values that are not finite become null in JSON."""
         if not self._active:
             return
         self._board.write_scalars(step, dict(scalars))
@@ -169,7 +161,7 @@ class Writer:
         """Write the buffered records: appended to the local file, or as a new object of a remote workdir."""
         if not (self._active and self._buffer):
             return
-        text = "".join(self._buffer)
+        text, self._buffer = "".join(self._buffer), []
         if self._remote:
             folder = self._workdir / METRICS_FOLDER
             folder.mkdir(parents=True, exist_ok=True)
@@ -178,7 +170,6 @@ class Writer:
         else:
             with (self._workdir / METRICS_FILE).open("a") as file:
                 file.write(text)
-        self._buffer = []
 
     def has_evaluation(self, step: int) -> bool:
         """Return whether the files had an evaluation record of this step when they were opened."""
@@ -218,12 +209,7 @@ class Meter:
     def __init__(
         self, batch_size: int, pair_seconds: float = 0.0, window: Mapping[str, Sequence[float | int]] | None = None
     ) -> None:
-        """Start the clock.
-
-        Args:
-          pair_seconds: seconds per pair at the peak FLOP/s of all devices, for `mfu`; 0 if unknown.
-          window: `window()` of the checkpoint from which the run is resumed.
-        """
+        """Start the clock, with the `window()` of the checkpoint from which the run is resumed."""
         self._batch_size, self._pair_seconds = batch_size, pair_seconds
         self._reset()
         self._sums = {name: (float(total), int(steps)) for name, (total, steps) in (window or {}).items()}
@@ -252,12 +238,7 @@ class Meter:
     def flush(self) -> dict[str, float]:
         """Return means, images_per_second, data_wait (fraction of the time) and mfu (fraction), and start again.
 
-        mfu, model FLOPs utilization (Chowdhery et al. 2022, appendix B), needs `pair_seconds`.
-
-        >>> meter = Meter(batch_size=256)
-        >>> meter.add({"loss": 2.0}); meter.add({"loss": 4.0})
-        >>> meter.flush()["loss"]
-        3.0
+        mfu is model FLOPs utilization (Chowdhery et al. 2022, appendix B).
         """
         elapsed = max(time.monotonic() - self._start, 1e-9)
         record = {name: total / steps for name, (total, steps) in self._sums.items()}
@@ -299,10 +280,8 @@ class Progress:
         }
         shown = [text.format(record[name]) for name, text in columns.items() if name in record]
         line = "  ".join([f"step {step:,}/{self._total:,}", *shown, f"left {remaining}"])
-        if self._live:
-            print(f"\r\x1b[2K{line}", end="", file=sys.stderr, flush=True)
-        else:
-            print(line, file=sys.stderr, flush=True)
+        before, after = ("\r\x1b[2K", "") if self._live else ("", "\n")
+        print(before + line, end=after, file=sys.stderr, flush=True)
 
     def end(self) -> None:
         if self._live:

@@ -23,8 +23,8 @@ from clip_jax.models import make_model, tree_path
 from clip_jax.training.rounding import round_nearest, stochastic_round
 from clip_jax.typing import ArrayLike, Params
 
-_NEVER_DECAYED = re.compile(r"(^|[/_])(bias|scale\d?)$")
-_ALWAYS_FLOAT32 = re.compile(r"^logit_(scale|bias)$")
+_NEVER_DECAYED = r"(^|[/_])(bias|scale\d?)$"
+_ALWAYS_FLOAT32 = r"^logit_(scale|bias)$"
 
 _HALF = (jnp.bfloat16, jnp.float16)
 # Folded into the key of a seed or a step, so that moments and parameters are rounded with independent bits.
@@ -60,15 +60,11 @@ def make_optimizer(
     Args:
       architecture: the model, whose towers order their layers; required for `layer_decay` < 1.
       seed: seed of stochastic rounding; the random bits are a function of seed and step.
-
-    >>> optimizer = make_optimizer(OptimConfig(warmup_steps=1), total_steps=10)
-    >>> params = {"kernel": jnp.ones((2, 2))}
-    >>> updates, state = optimizer.update(params, optimizer.init(params), params)
     """
     clip = optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity()
     decayed = functools.partial(weight_decay_mask, no_weight_decay=config.no_weight_decay)
     descend = optax.chain(
-        _SCALES[config.name](config, seed),
+        _scale(config, seed),
         optax.add_decayed_weights(config.weight_decay, decayed),
         optax.scale_by_learning_rate(make_schedule(config, total_steps)),
     )
@@ -78,37 +74,26 @@ def make_optimizer(
     if config.freeze:
         transforms = {True: optax.set_to_zero(), False: optimizer}
         optimizer = optax.partition(transforms, lambda params: frozen_mask(params, config.freeze))
-    return _in_float32(optimizer)
 
-
-def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
     def update(updates: Params, state: PyTree, params: Params) -> tuple[Params, PyTree]:
-        return inner.update(upcast(updates), state, upcast(params))
+        return optimizer.update(upcast(updates), state, upcast(params))
 
-    return optax.GradientTransformation(lambda params: inner.init(upcast(params)), update)
-
-
-# ----------------------------------------------------------------------------------------------------- the optimizers
+    return optax.GradientTransformation(lambda params: optimizer.init(upcast(params)), update)
 
 
-def _adamw(config: OptimConfig, seed: int) -> optax.GradientTransformation:
-    return _store_moments(optax.scale_by_adam(config.b1, config.b2, config.eps), config, seed)
+def _scale(config: OptimConfig, seed: int) -> optax.GradientTransformation:
+    """Return the optimizer without weight decay and learning rate."""
+    if config.name == "adamw":
+        return _store_moments(optax.scale_by_adam(config.b1, config.b2, config.eps), config, seed)
+    if config.name == "lion":
+        return _store_moments(optax.scale_by_lion(config.b1, config.b2), config, seed)
 
-
-def _lion(config: OptimConfig, seed: int) -> optax.GradientTransformation:
-    return _store_moments(optax.scale_by_lion(config.b1, config.b2), config, seed)
-
-
-def _adafactor(config: OptimConfig, seed: int) -> optax.GradientTransformation:
     def decay(step: ArrayLike, exponent: float) -> ArrayLike:
         # Without the limit the decay rate approaches 1, and the second moment stops changing.
         return jnp.minimum(config.b2, 1 - (step + 1.0) ** -exponent)
 
     scale = optax.scale_by_factored_rms(min_dim_size_to_factor=_SMALLEST_FACTORED, decay_rate_fn=decay)
     return optax.chain(scale, _store_moments(optax.ema(config.b1, debias=False), config, seed)) if config.b1 else scale
-
-
-_SCALES = {"adamw": _adamw, "adafactor": _adafactor, "lion": _lion}
 
 
 def _store_moments(inner: optax.GradientTransformation, config: OptimConfig, seed: int) -> optax.GradientTransformation:
@@ -153,17 +138,10 @@ def _unpack(state: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(unpack, state)
 
 
-# --------------------------------------------------------------------------------------- parameters in half precision
-
-
 def cast_params(params: Params, pattern: str) -> Params:
-    """Return the parameters with those whose path matches `pattern` as bfloat16. The logit scale and bias stay float32.
-
-    Raises:
-      ValueError: the pattern matches no parameter.
-    """
-    matches = _match_paths(params, pattern)
-    cast = jax.tree_util.tree_map_with_path(lambda path, x: x and not _ALWAYS_FLOAT32.search(tree_path(path)), matches)
+    """Return the parameters with those whose path matches `pattern` as bfloat16; never the logit scale and bias."""
+    matches, excluded = _match_paths(params, pattern), _match_paths(params, _ALWAYS_FLOAT32)
+    cast = jax.tree.map(lambda match, exclude: match and not exclude, matches, excluded)
     if pattern and not any(jax.tree.leaves(cast)):
         raise ValueError(_match_error("half_precision_params", pattern, "no parameter", params))
     return jax.tree.map(lambda x, half: round_nearest(x, "bfloat16") if half else x, params, cast)
@@ -186,18 +164,8 @@ def apply_updates(params: Params, updates: Params, key: jax.Array) -> Params:
     return structure.unflatten(map(add, leaves, structure.flatten_up_to(updates), keys))
 
 
-# ------------------------------------------------------------------------------------------------- frozen parameters
-
-
 def frozen_mask(params: Params, pattern: str) -> PyTree[bool]:
-    """Return a tree of bools: True for parameters that are not trained, whose path matches `pattern` (`optim.freeze`).
-
-    Raises:
-      ValueError: the pattern matches no parameter, or all.
-
-    >>> frozen_mask({"image": {"kernel": 1}, "text": {"kernel": 1}}, "^image/")
-    {'image': {'kernel': True}, 'text': {'kernel': False}}
-    """
+    """Return True for frozen parameters, whose path matches. Raises ValueError if none matches, or all."""
     matches = _match_paths(params, pattern)
     leaves = jax.tree.leaves(matches)
     if pattern and sum(leaves) in (0, len(leaves)):
@@ -218,8 +186,6 @@ def frozen_towers(architecture: Architecture, pattern: str) -> tuple[str, ...]:
 
 def stop_frozen_gradients(params: Params, pattern: str) -> Params:
     """Return the parameters with `stop_gradient` on the frozen ones, whose backward pass is then not computed."""
-    if not pattern:
-        return params
     mask = frozen_mask(params, pattern)
     return jax.tree.map(lambda x, stop: jax.lax.stop_gradient(x) if stop else x, params, mask)
 
@@ -235,27 +201,20 @@ def _match_error(key: str, pattern: str, matched: str, params: Params) -> str:
     return f"optim.{key}={pattern!r} matches {matched}; there are e.g. {examples}"
 
 
-# ------------------------------------------------------------------------------ layer-wise learning rates, weight decay
-
-
 def _scale_by_layer(decay: float, architecture: Architecture | None) -> optax.GradientTransformation:
     if architecture is None:
         raise ValueError(f"optim.layer_decay={decay} needs the order of layers: give make_optimizer the architecture")
 
-    def update(
-        updates: Params, state: optax.EmptyState, params: Params | None = None
-    ) -> tuple[Params, optax.EmptyState]:
-        factors = layer_decay_factors(updates, decay, architecture)
-        return jax.tree.map(lambda update, factor: update * factor, updates, factors), state
+    def scale(updates: Params, params: Params | None = None) -> Params:
+        return jax.tree.map(jnp.multiply, updates, layer_decay_factors(updates, decay, architecture))
 
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    return optax.stateless(scale)
 
 
 def layer_decay_factors(params: Params, decay: float, architecture: Architecture) -> PyTree:
     """Return `decay ** d` for every parameter, where d is its distance in layers from its tower's output.
 
-    Towers order their layers (`Tower.layer`). Parameters after the last layer and outside the towers have factor 1.
-    Parameters stacked over layers have an array of factors, with axes to broadcast over the others.
+    Parameters after the last layer and outside the towers have factor 1; those stacked over layers have an array.
     """
     towers = {"image": architecture.image, "text": architecture.text}
 
@@ -273,19 +232,9 @@ def layer_decay_factors(params: Params, decay: float, architecture: Architecture
 
 
 def weight_decay_mask(params: Params, no_weight_decay: str = "") -> PyTree[bool]:
-    """Return a tree of bools: True for parameters with weight decay.
+    """Return True for parameters with weight decay: no gains and biases, and none whose path matches `no_weight_decay`.
 
     Gains and biases are recognized by name: parameters stacked over layers have another number of axes.
-
-    Args:
-      no_weight_decay: regular expression; parameters whose path matches, e.g. 'text/token_embedding', are not decayed.
-
-    >>> weight_decay_mask({"mlp": {"kernel": 1, "bias": 1}})
-    {'mlp': {'bias': False, 'kernel': True}}
     """
-
-    def decays(path: tuple, _: object) -> bool:
-        name = tree_path(path)
-        return not _NEVER_DECAYED.search(name) and not (no_weight_decay and re.search(no_weight_decay, name))
-
-    return jax.tree_util.tree_map_with_path(decays, params)
+    never, excluded = _match_paths(params, _NEVER_DECAYED), _match_paths(params, no_weight_decay)
+    return jax.tree.map(lambda *no_decay: not any(no_decay), never, excluded)

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int32, PyTree
 
 from clip_jax.config import Architecture, Config, OptimConfig, TrainConfig
 from clip_jax.devices import sharding
-from clip_jax.devices.sharding import BATCH, BATCH_AXES, REPLICATED, batch_sharding, replicated
+from clip_jax.devices.sharding import BATCH, BATCH_AXES, REPLICATED, batch_sharding
 from clip_jax.losses import distilled
 from clip_jax.models import Model, make_model, split_batch_stats
 from clip_jax.training import optim
@@ -31,8 +31,7 @@ Arrays = dict[str, Array]  # arguments of a loss by name
 LossAndAux = tuple[Float[Array, ""], tuple[Metrics, Params | None]]  # (loss, (metrics, batch_stats))
 
 TrainStep = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
-# (params, batch_stats, batch, key, teacher_params) -> ((loss, (metrics, batch_stats)), gradient)
-Gradient = Callable[..., tuple[LossAndAux, Params]]
+Gradient = Callable[..., tuple[LossAndAux, Params]]  # of (params, batch_stats, batch, key, teacher_params)
 # (params, batch_stats, examples) -> (embeddings, (batch_stats, metrics))
 Embed = Callable[[Params, Params | None, "Examples"], tuple[Arrays, tuple[Params | None, Metrics]]]
 EmbedTeacher = Callable[["Examples"], Arrays]
@@ -43,24 +42,15 @@ BatchLoss = Callable[[Arrays, Params], tuple[Float[Array, ""], Metrics]]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """The arrays that training updates, which are the contents of a checkpoint.
+    """The arrays that training updates, which are the contents of a checkpoint."""
 
-    step: int32, number of steps taken; it determines the position in the data.
-    params: float32, or bfloat16 where `optim.half_precision_params` matches. Sharding: `sharding.state_shardings`.
-    opt_state: see `optim.make_optimizer`.
-    batch_stats: running averages of batch norm; None for models without it.
-    ema: exponential moving average of the parameters, float32; None without `optim.ema_decay`.
-    skipped_steps: int32, number of steps without update because loss or gradient were not finite.
-    consecutive_skipped_steps: int32, number of them since the last update.
-    """
-
-    step: Leaf
-    params: Params
-    opt_state: PyTree
-    batch_stats: Params | None
-    ema: Params | None
-    skipped_steps: Leaf
-    consecutive_skipped_steps: Leaf
+    step: Leaf  # int32, number of steps taken; it determines the position in the data
+    params: Params  # float32, or bfloat16 where `optim.half_precision_params` matches
+    opt_state: PyTree  # see `optim.make_optimizer`
+    batch_stats: Params | None  # running averages of batch norm; None for models without it
+    ema: Params | None  # exponential moving average of the parameters, float32; None without `optim.ema_decay`
+    skipped_steps: Leaf  # int32, number of steps without update because loss or gradient were not finite
+    consecutive_skipped_steps: Leaf  # int32, number of them since the last update
 
     @property
     def eval_params(self) -> Params:
@@ -69,7 +59,7 @@ class TrainState:
 
 
 class Teacher(NamedTuple):
-    """A frozen model for distillation. Its parameters are an input of the step and are sharded like the student's."""
+    """A frozen model for distillation. Its parameters are an input of the step, sharded like the student's."""
 
     model: Model
     params: Params
@@ -108,11 +98,7 @@ def _compute_options(train: TrainConfig, mesh: Mesh) -> dict[str, Any]:
 
 
 def make_teacher(architecture: Architecture, params: Params, config: Config, mesh: Mesh) -> Teacher:
-    """Return the teacher of a run with its parameters sharded over the mesh. It computes in the run's dtype.
-
-    Raises:
-      ValueError: if `mesh.tensor` does not divide the model.
-    """
+    """Return the teacher of a run, which computes in the run's dtype. Raises ValueError as `abstract_state`."""
     model = make_model(architecture, config.preprocess, **_compute_options(config.train, mesh))
     shardings = sharding.param_shardings(params, mesh, architecture)
     return Teacher(model, jax.jit(lambda x: x, out_shardings=shardings)(params))
@@ -130,29 +116,22 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, config: 
 def abstract_state(
     model: Model, optimizer: optax.GradientTransformation, config: Config, mesh: sharding.AnyMesh
 ) -> TrainState:
-    """Return the shapes, dtypes and shardings of the state.
-
-    Raises:
-      ValueError: if `mesh.tensor` does not divide the model.
-    """
+    """Return the shapes, dtypes and shardings of the state. Raises ValueError if `mesh.tensor` does not divide it."""
     shapes = jax.eval_shape(lambda key: init_state(model.init(key), optimizer, config.optim), jax.random.key(0))
     shardings = sharding.state_shardings(shapes, mesh, config.model, shard_moments=config.optim.shard_moments)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
 def make_train_step(
-    model: Model,
-    optimizer: optax.GradientTransformation,
-    config: Config,
-    mesh: Mesh,
-    teacher: Teacher | None = None,
+    model: Model, optimizer: optax.GradientTransformation, config: Config, mesh: Mesh, teacher: Teacher | None = None
 ) -> TrainStep:
     """Return the compiled step (state, batch) -> (state, metrics). The state is donated and keeps its shardings.
 
     Metrics are replicated float32 scalars: `loss` (with a teacher, including the distillation term), the metrics of the
     loss and of the text tower, `logit_scale`, `skipped_steps`, `consecutive_skipped_steps`, `grad_norm` (global), and
-    the norms of each tower's gradient, parameters and applied parameter change: `grad_norm/<tower>`,
-    `param_norm/<tower>`, `update_norm/<tower>` with the towers `image` and `text`.
+    for each tower, `image` and `text`, the norms of gradient, parameters and update: `grad_norm/<tower>`,
+    `param_norm/<tower>`, `update_norm/<tower>`. The update is the optimizer's, before half-precision parameters are
+    rounded; 0 in a skipped step.
     """
     gradient = make_gradient(model, config, mesh, teacher and teacher.model)
     select = _select_with_cond if mesh.devices.flat[0].platform == "cpu" else _select_with_where
@@ -167,10 +146,10 @@ def make_train_step(
         def apply_update() -> tuple:
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optim.apply_updates(state.params, updates, key)
-            params |= {"logit_scale": _clip_log_scale(params["logit_scale"], config.loss.logit_scale_max)}
+            # Bounds of the scale: 1 (open_clip), and `logit_scale_max` (paper, section 2.5).
+            params |= {"logit_scale": jnp.clip(params["logit_scale"], 0.0, math.log(config.loss.logit_scale_max))}
             ema = state.ema and _moving_average(state.ema, params, state.step, config.optim.ema_decay)
-            change = jax.tree.map(jnp.subtract, optim.upcast(params), optim.upcast(state.params))
-            return params, opt_state, stats, ema, _tower_norms("update_norm", change)
+            return params, opt_state, stats, ema, _tower_norms("update_norm", updates)
 
         no_change = {name: jnp.zeros_like(grad_norm) for name in ("update_norm/image", "update_norm/text")}
         previous = (state.params, state.opt_state, state.batch_stats, state.ema, no_change)
@@ -188,7 +167,7 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state, stats, ema, skipped_steps, consecutive), metrics
 
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(model, optimizer, config, mesh))
-    inputs, outputs = (shardings, batch_sharding(mesh)), (shardings, replicated(mesh))
+    inputs, outputs = (shardings, batch_sharding(mesh)), (shardings, sharding.replicated(mesh))
     if teacher is None:
         without_teacher = functools.partial(train_step, None)
         return jax.jit(without_teacher, in_shardings=inputs, out_shardings=outputs, donate_argnums=0)
@@ -197,11 +176,7 @@ def make_train_step(
 
 
 def make_gradient(model: Model, config: Config, mesh: Mesh, teacher: Model | None = None) -> Gradient:
-    """Return (params, batch_stats, batch, key, teacher_params) -> ((loss, (metrics, batch_stats)), gradient).
-
-    The loss and its gradient are those of the global batch: `full_batch_gradient`, or `gradient_cached_gradient` with
-    `train.micro_batches`. `teacher_params` is None without a teacher, whose towers run as in inference.
-    """
+    """Return loss and gradient of the global batch as a function of params, batch_stats, batch, key, teacher_params."""
     embed, loss = make_embed(model, config.optim.freeze), _make_loss(config, mesh, distill=teacher is not None)
     compute_gradient = full_batch_gradient
     if config.train.micro_batches > 1:
@@ -229,12 +204,7 @@ def make_gradient(model: Model, config: Config, mesh: Mesh, teacher: Model | Non
 
 
 def full_batch_gradient(
-    embed: Embed,
-    embed_teacher: EmbedTeacher,
-    loss: BatchLoss,
-    params: Params,
-    stats: Params | None,
-    examples: Examples,
+    embed: Embed, embed_teacher: EmbedTeacher, loss: BatchLoss, params: Params, stats: Params | None, examples: Examples
 ) -> tuple[LossAndAux, Params]:
     """Return loss and gradient with the activations of the whole batch in memory."""
     teacher_embeddings = embed_teacher(examples)
@@ -263,9 +233,7 @@ def gradient_cached_gradient(
     without storing activations, compute the loss and its gradient with respect to the embeddings, then recompute the
     towers of each micro-batch with the same keys and backpropagate. All negatives of the batch count. Batch norm uses
     the statistics of a micro-batch over all devices, and its running averages are updated once per micro-batch.
-
-    Args:
-      split, join: from a batch to stacked micro-batches, and back; see `sharding.micro_batches`.
+    `split` and `join` are `sharding.micro_batches`.
     """
     micro_batches = split(examples)
 
@@ -294,10 +262,7 @@ def gradient_cached_gradient(
 
 
 def make_embed(model: Model, freeze: str) -> Embed:
-    """Return the function that embeds images and texts in a training step.
-
-    freeze: regular expression for parameters without gradient; an image tower without any runs as in inference.
-    """
+    """Return the function that embeds the examples of a training step; a frozen image tower runs as in inference."""
 
     def embed(params: Params, stats: Params | None, examples: Examples) -> tuple[Arrays, tuple[Params | None, Metrics]]:
         params = optim.stop_frozen_gradients(params, freeze)
@@ -334,10 +299,7 @@ def _make_loss(config: Config, mesh: Mesh, *, distill: bool) -> Callable[..., tu
 
 
 def caption_ids(text_BL: Int32[Array, "B L"]) -> Int32[Array, "B"]:
-    """Return a hash in [0, 2³¹) of each row of token ids: equal rows have equal ids.
-
-    Collisions of different rows: 0.25 expected pairs in a batch of 32,768.
-    """
+    """Return a hash in [0, 2³¹) of each row of token ids; of 32,768 rows, 0.25 pairs are expected to collide."""
     factors_L = np.uint32(0x9E3779B1) ** np.arange(1, text_BL.shape[1] + 1, dtype=np.uint32)  # odd, modulo 2³²
     sums_B = jnp.sum((text_BL.astype(jnp.uint32) + 1) * factors_L[None], axis=1, dtype=jnp.uint32)
     mixed_B = (sums_B ^ (sums_B >> 15)) * np.uint32(0x85EBCA6B)
@@ -364,11 +326,6 @@ def _logit_params(params: Params) -> Params:
 
 def _with_stats(params: Params, stats: Params | None) -> Params:
     return params if stats is None else params | {"batch_stats": stats}
-
-
-def _clip_log_scale(log_scale: Float[Array, ""], maximum: float) -> Float[Array, ""]:
-    # Upper bound: paper, section 2.5. Lower bound of the scale, 1: open_clip.
-    return jnp.clip(log_scale, 0.0, math.log(maximum))
 
 
 def _moving_average(ema: Params, params: Params, step: Int32[Array, ""], decay: float) -> Params:

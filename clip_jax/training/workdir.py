@@ -15,11 +15,7 @@ VERSIONS_FILE = "versions.json"
 
 
 def to_path(path: str, flag: str) -> epath.Path:
-    """Return a local path or a URL that epath supports. Raises ValueError with the flag's name for other URLs.
-
-    >>> to_path("gs://bucket/runs", "--workdir").name
-    'runs'
-    """
+    """Return a local path or a URL that epath supports. Raises ValueError with the flag's name for other URLs."""
     try:
         return epath.Path(path).expanduser()
     except KeyError as error:  # epath's, for an unknown scheme
@@ -27,15 +23,8 @@ def to_path(path: str, flag: str) -> epath.Path:
 
 
 def check_writable(directory: epath.Path, suffix: str = "") -> None:
-    """Create a directory, write a small file in it and remove the file.
-
-    Args:
-      suffix: of the file's name, different for every process that checks at the same time.
-
-    Raises:
-      Exception: OSError, or TensorFlow's errors for an object store.
-    """
-    probe = directory / f".probe{suffix}"
+    """Create a directory, write a small file in it and remove the file. Raises OSError, or an object store's errors."""
+    probe = directory / f".probe{suffix}"  # the suffix is another one in every process that checks at the same time
     directory.mkdir(parents=True, exist_ok=True)
     probe.write_text("clip_jax")
     probe.unlink()
@@ -69,14 +58,18 @@ def stored_config(workdir: epath.Path) -> Config | None:
 
 def check_same_config(stored: Config, given: Config, workdir: epath.Path) -> None:
     """Raise ValueError with the differing keys if `workdir` belongs to a run with another config."""
-    changed = differences(stored, given)
-    if changed:
-        listed = "; ".join(f"{key} is {old!r} there, {new!r} here" for key, (old, new) in list(changed.items())[:5])
-        more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
+    if changed := format_differences(stored, given):
         raise ValueError(
-            f"{workdir} belongs to a run with another config: {listed}{more}. Use another --workdir, or omit --config"
+            f"{workdir} belongs to a run with another config: {changed}. Use another --workdir, or omit --config"
             " to resume with the stored config"
         )
+
+
+def format_differences(stored: Config, given: Config) -> str:
+    """Return e.g. 'train.seed: expected 0, got 1' for the first five differing keys; '' for equal configs."""
+    changed = list(differences(stored, given).items())
+    more = [f"and {len(changed) - 5} more"] if len(changed) > 5 else []
+    return "; ".join([f"{key}: expected {old!r}, got {new!r}" for key, (old, new) in changed[:5]] + more)
 
 
 def write_config(workdir: epath.Path, config: Config) -> None:

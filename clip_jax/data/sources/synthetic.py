@@ -47,12 +47,10 @@ class SyntheticSource:
 
     @classmethod
     def from_config(cls, config: DataConfig, examples: int = 4096) -> SyntheticSource:
-        del config
         return cls(examples)
 
     @classmethod
     def tiny_config(cls, folder: Path) -> DataConfig:
-        del folder
         return DataConfig(source="synthetic", options={"examples": 60})
 
     def __len__(self) -> int:
@@ -70,12 +68,10 @@ class SyntheticSource:
         return Record(self.key(index), draw_png(index, color, shape, background), {"txt": text, "caption": text})
 
     def fingerprint(self) -> str:
-        """Return a hash of the drawings' version and their number."""
         return hashlib.sha256(f"synthetic {VERSION} {self._examples}".encode()).hexdigest()[:16]
 
 
 def caption(color: str, shape: str, background: str) -> str:
-    """Return e.g. 'a red circle on a white background'."""
     return f"{'an' if color == 'orange' else 'a'} {color} {shape} on a {background} background"
 
 
@@ -106,17 +102,12 @@ def _choose(index: int, purpose: str, choices: int) -> int:
     return int(_bits(index, purpose)[0] % np.uint64(choices))
 
 
-def _star(points: int, inner: float) -> list[tuple[float, float]]:
-    angles = [math.pi * k / points for k in range(2 * points)]
-    return [((1, inner)[k % 2] * math.sin(a), -(1, inner)[k % 2] * math.cos(a)) for k, a in enumerate(angles)]
-
-
 # Corners within [-1, 1]².
 _OUTLINES = {
     "square": [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)],
     "triangle": [(0, -1), (1, 0.8), (-1, 0.8)],
     "diamond": [(0, -1), (0.7, 0), (0, 1), (-0.7, 0)],
-    "star": _star(5, 0.4),
+    "star": [(r * math.sin(math.pi * k / 5), -r * math.cos(math.pi * k / 5)) for k, r in enumerate((1, 0.4) * 5)],
     "cross": [
         *[(-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3)],
         *[(0.3, 1), (-0.3, 1), (-0.3, 0.3), (-1, 0.3), (-1, -0.3), (-0.3, -0.3)],

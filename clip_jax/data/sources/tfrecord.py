@@ -1,13 +1,9 @@
 """TFRecord shards with img2dataset's features, read by random access.
 
 A shard is a sequence of frames: length (u64), checksum of the length (u32), data, checksum of the data (u32); checksums
-are CRC-32C, rotated and offset. A sequential reader loses the rest of a shard to one flipped byte. Here the headers of
-every shard are read once, by seeking, and the offsets are kept; each record is then read by its offset, so a flipped
-byte costs one record. A truncated record, or a damaged header and everything after it, can't be indexed: it is skipped
-and logged.
-
-Format: https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details
-Features: https://github.com/rom1504/img2dataset (`jpg`, `png` or `webp`, `txt`, `caption`, `key`).
+are CRC-32C, rotated and offset (https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details). The
+headers of every shard are read once, by seeking; each record is then read by its offset, so a flipped byte costs one
+record. A truncated record, or a damaged header and everything after it, can't be indexed: it is skipped and logged.
 """
 
 from __future__ import annotations
@@ -46,15 +42,11 @@ class TFRecordSource:
     """Records of TFRecord shards, in the order of the shards' file names."""
 
     def __init__(self, files: Sequence[str], captions: Iterable[str], cache_dir: str):
-        """Index the shards.
+        """Index the shards, which may be URLs. Raises ValueError if they hold no record.
 
         Args:
-          files: paths of the shards, local or URLs.
           captions: names of the features to return as captions.
           cache_dir: local folder for the shards' indices, by path, size and modification time; '' for no cache.
-
-        Raises:
-          ValueError: if the shards hold no record.
         """
         self._files = sorted(files, key=lambda path: (os.path.basename(path), path))
         self._captions = tuple(captions)
@@ -75,7 +67,6 @@ class TFRecordSource:
 
     @classmethod
     def from_config(cls, config: DataConfig) -> TFRecordSource:
-        """Open the shards of `data.files`. Raises ValueError if there are none."""
         return cls(expand_files(config.files), config.captions, config.cache_dir)
 
     @classmethod
@@ -96,7 +87,6 @@ class TFRecordSource:
         return f"{self._files[shard]}#{number}"
 
     def read(self, index: int) -> Record:
-        """Return record `index` after checking its checksum. Raises BadRecord with the reason."""
         shard, number = self._locate(index)
         start, end = (int(offset) for offset in self._offsets[shard][number : number + 2])
         try:
@@ -118,7 +108,6 @@ class TFRecordSource:
         return digest.hexdigest()[:16]
 
     def _locate(self, index: int) -> tuple[int, int]:
-        """Return the shard of a record and its number in the shard."""
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
@@ -142,11 +131,7 @@ class TFRecordSource:
 
 
 def expand_files(files: str) -> list[str]:
-    """Return the paths of a glob, a brace range or a comma-separated list of these.
-
-    Raises:
-      ValueError: if a path does not exist or a pattern matches no file.
-    """
+    """Return the paths of a glob, a brace range or a comma-separated list of these. Raises ValueError for no file."""
     if not files.strip():
         raise ValueError(f"data.source='tfrecord' reads the shards of data.files, which is empty; give e.g. {EXAMPLES}")
     paths = []
@@ -172,8 +157,7 @@ def write_tfrecord(path: str | os.PathLike, records: Iterable[Mapping[str, Value
 
     Args:
       path: of the new shard, local or URL.
-      records: features by name: `key`, one of `jpg`, `png`, `webp`, and texts such as `txt`. A value is bytes, a text,
-        a number, or a sequence of bytes or texts.
+      records: features by name: `key`, one of `jpg`, `png`, `webp`, and texts such as `txt`.
     """
     with tf.io.TFRecordWriter(os.fspath(path)) as writer:
         for record in records:
@@ -196,9 +180,6 @@ def _texts(name: str, values: Iterable[bytes]) -> tuple[str, ...]:
         return tuple(value.decode() for value in values)
     except UnicodeDecodeError as error:
         raise BadRecord(f"caption {name!r} is not UTF-8") from error
-
-
-# ------------------------------------------------------------------------------------------------------ file names
 
 
 def _expand_braces(pattern: str) -> list[str]:
@@ -227,9 +208,6 @@ def _glob(path: str) -> list[str]:
 def _open(path: str):
     """Open a file for seeking; local files without a buffer, since every read has a known length."""
     return tf.io.gfile.GFile(path, "rb") if is_url(path) else open(path, "rb", buffering=0)
-
-
-# ------------------------------------------------------------------------------------------------------- the index
 
 
 def _masked_crc(data: bytes) -> bytes:
@@ -288,7 +266,5 @@ def _log_skipped_bytes(path: str, offsets: np.ndarray, size: int) -> None:
             header = file.read(HEADER_BYTES)
         damaged = len(header) == HEADER_BYTES and _header_length(header) is None
         problem = "has a damaged header" if damaged else "is truncated"
-        log.warning(
-            "%s: record %d at byte %d %s; %d records before it are used, %d bytes from it on are skipped",
-            *(path, complete, end, problem, complete, size - end),
-        )
+        message = "%s: record %d at byte %d %s; %d records before it are used, %d bytes from it on are skipped"
+        log.warning(message, path, complete, end, problem, complete, size - end)

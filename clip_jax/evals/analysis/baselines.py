@@ -31,27 +31,27 @@ METRICS = ("image_to_text/recall_at_1", "image_to_text/recall_at_5")
 def baselines(train: EvalDataset, datasets: Sequence[EvalDataset]) -> dict[str, float]:
     """Fit the baselines to `train` and evaluate them on `datasets`, with the candidates of the model's metrics.
 
-    Returns:
-      `baseline/ridge_pixels_hog/<dataset>/image_to_text/recall_at_{1,5}` and, for datasets whose texts are all in
-      `train`, `baseline/nearest_neighbor/<dataset>/image_to_text/recall_at_1`.
+    The keys are `baseline/ridge_pixels_hog/<dataset>/image_to_text/recall_at_{1,5}` and, for datasets whose texts are
+    all in `train`, `baseline/nearest_neighbor/<dataset>/image_to_text/recall_at_1`.
     """
     check_dataset(train)
     features_nD = pixels_and_hog(train.images)
-    ridge = CachedEmbedder(fit_ridge(features_nD, train))  # the datasets of all languages share their images
+    ridge = fit_ridge(features_nD, train)
+    cached = CachedEmbedder(ridge)  # the datasets of all languages share their images
     found: dict[str, float] = {}
     for dataset in datasets:
-        metrics = retrieval(ridge, dataset)
+        metrics = retrieval(cached, dataset)
         for metric in METRICS:
             if (value := metrics.get(f"retrieval/{dataset.name}/{metric}")) is not None:
                 found[f"baseline/ridge_pixels_hog/{dataset.name}/{metric}"] = value
-        if (recall := _nearest_neighbor_recall(features_nD, train, dataset)) is not None:
+        if (recall := _nearest_neighbor_recall(ridge, features_nD, train, dataset)) is not None:
             found[f"baseline/nearest_neighbor/{dataset.name}/image_to_text/recall_at_1"] = recall
     return found
 
 
 @dataclasses.dataclass(frozen=True)
 class Ridge:
-    """A linear map from image features to hashed text. Implements Embedder, for `retrieval`."""
+    """A linear map from image features to hashed text, an Embedder."""
 
     mean_D: Float[np.ndarray, "D"]
     std_D: Float[np.ndarray, "D"]
@@ -59,9 +59,12 @@ class Ridge:
     idf_V: Float[np.ndarray, "V"]
     text_mean_V: Float[np.ndarray, "V"]
 
+    def standardize(self, features_nD: Float[np.ndarray, "n D"]) -> Float[np.ndarray, "n D"]:
+        return (features_nD - self.mean_D) / self.std_D
+
     def image(self, images: Sequence[bytes]) -> Float[np.ndarray, "n V"]:
         """Return the predicted text vectors, normalized."""
-        return unit((pixels_and_hog(images) - self.mean_D) / self.std_D @ self.weight_DV)
+        return unit(self.standardize(pixels_and_hog(images)) @ self.weight_DV)
 
     def text(self, texts: Sequence[str]) -> Float[np.ndarray, "m V"]:
         """Return tf-idf vectors of hashed words and trigrams minus the training mean, normalized."""
@@ -77,27 +80,22 @@ def fit_ridge(features_nD: Float[np.ndarray, "n D"], train: EvalDataset) -> Ridg
     idf_V = np.maximum(np.log(len(text_MV) / (1 + (text_MV > 0).sum(0))), 0).astype(np.float32)
     text_nV = (text_MV * idf_V)[train.targets]
     text_mean_V = text_nV.mean(0)
-    mean_D, std_D = _mean_and_std(features_nD)
+    mean_D, std_D = features_nD.mean(0), features_nD.std(0) + 1e-3  # not 0: the corners of all emoji are white
     x_nD = (features_nD - mean_D) / std_D
     gram_DD = x_nD.T @ x_nD + RIDGE * np.eye(x_nD.shape[1], dtype=np.float32)
     weight_DV = np.linalg.solve(gram_DD, x_nD.T @ (text_nV - text_mean_V))
     return Ridge(mean_D, std_D, weight_DV, idf_V, text_mean_V)
 
 
-def _mean_and_std(features_nD: Float[np.ndarray, "n D"]) -> tuple[Float[np.ndarray, "D"], Float[np.ndarray, "D"]]:
-    return features_nD.mean(0), features_nD.std(0) + 1e-3  # no division by zero: the corners of all emoji are white
-
-
 def _nearest_neighbor_recall(
-    features_nD: Float[np.ndarray, "n D"], train: EvalDataset, dataset: EvalDataset
+    ridge: Ridge, features_nD: Float[np.ndarray, "n D"], train: EvalDataset, dataset: EvalDataset
 ) -> float | None:
     """Return the fraction of images whose nearest training image has their text; None unless `train` has all texts."""
     known = {prompt for prompts in train.texts for prompt in prompts}
     if dataset.targets.ndim == 2 or any(known.isdisjoint(prompts) for prompts in dataset.texts):
         return None
-    mean_D, std_D = _mean_and_std(features_nD)
-    queries_NE = (pixels_and_hog(dataset.images) - mean_D) / std_D
-    nearest = [s.argmax(1) for _, s in score_blocks(queries_NE, (features_nD - mean_D) / std_D)]
+    queries_ND, known_nD = (ridge.standardize(x_ND) for x_ND in (pixels_and_hog(dataset.images), features_nD))
+    nearest = [scores_bn.argmax(1) for _, scores_bn in score_blocks(queries_ND, known_nD)]
     predicted = [train.texts[i] for i in train.targets[np.concatenate(nearest)]]
     correct = [dataset.texts[i] for i in dataset.targets]
     return float(np.mean([not set(a).isdisjoint(b) for a, b in zip(predicted, correct, strict=True)]))

@@ -21,12 +21,58 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int64, Integer
 
-from clip_jax.evals.metrics import Interval, Predictions, Undefined, exact_interval, hits
+from clip_jax.evals.metrics import Interval, Predictions, Undefined, exact_interval, hits, with_references
+from clip_jax.evals.zeroshot import classify
+from clip_jax.typing import Embedder, EvalDataset, EvalResult, Unavailable
 
 PERMUTATIONS = 9999  # the smallest p is 1/10,000
 ACCURACY = "accuracy"
 Categories = Mapping[str, Sequence[int]]  # name -> class ids: {'crime': (8, 9)}
 Cell = str | int | float
+
+
+def bias(
+    embedder: Embedder,
+    dataset: EvalDataset,
+    groups: Int64[np.ndarray, "n"] | None = None,
+    group_names: Sequence[str] = (),
+    categories: Mapping[str, Sequence[str]] = {},  # noqa: B006 (not modified)
+) -> EvalResult:
+    """Compare the zero-shot predictions between groups.
+
+    Args:
+      groups: group id of each test image; negative for none.
+      group_names: by group id.
+      categories: class names that are counted together, by name, e.g. {"crime": ["thief", "criminal"]}.
+
+    Returns:
+      `bias/<dataset>/<group>/accuracy` with `/candidates` and `/chance`, and for `accuracy` and each category
+      `bias/<dataset>/<category>_difference` and `…_p_corrected`. The detail is a table with one row per group.
+
+    Raises:
+      Unavailable: without groups or class names, for another number of groups than images, and for unknown classes.
+    """
+    if groups is None:
+        raise Unavailable("expected the groups of the test images: give --groups")
+    if len(groups) != len(dataset.images):
+        raise Unavailable(f"--groups: expected one row per image, {len(dataset.images):,}, got {len(groups):,}")
+    predictions = dataclasses.replace(classify(embedder, dataset), groups=groups)
+    class_ids = {name: class_id for class_id, names in enumerate(dataset.class_names) for name in names}
+    unknown = [name for names in categories.values() for name in names if name not in class_ids]
+    if unknown:
+        raise Unavailable(f"--categories: {unknown[0]!r} is not a class name of {dataset.name}: give --class_names")
+    ids = {category: tuple(class_ids[name] for name in names) for category, names in categories.items()}
+    results = by_group(predictions, group_names, ids)
+    prefix, metrics, classes = f"bias/{dataset.name}", {}, predictions.scores.shape[1]
+    for name, result in results.items():
+        metrics |= with_references(f"{prefix}/{name}/accuracy", result.accuracy.value, classes, 1 / classes)
+    for event, found in disparity(predictions, group_names, ids).items():
+        metrics[f"{prefix}/{event}_difference"] = found.difference
+        metrics[f"{prefix}/{event}_p_corrected"] = found.p_corrected
+    return EvalResult(metrics, dataset.prompts, table_rows(results))
+
+
+bias.tasks = ("zeroshot",)
 
 
 class Rate(NamedTuple):
@@ -36,8 +82,7 @@ class Rate(NamedTuple):
     interval: Interval
 
 
-@dataclasses.dataclass(frozen=True)
-class GroupResult:
+class GroupResult(NamedTuple):
     """Result of one group."""
 
     n: int  # number of examples
@@ -46,8 +91,7 @@ class GroupResult:
     category_rates: Mapping[str, Rate]  # fraction of examples with a predicted class of the category
 
 
-@dataclasses.dataclass(frozen=True)
-class Disparity:
+class Disparity(NamedTuple):
     """Difference between groups in one rate."""
 
     highest: str  # name of the group with the highest rate
@@ -68,50 +112,45 @@ class ErrorPair(NamedTuple):
 
 
 def intersect_groups(*columns: Sequence[str]) -> tuple[Int64[np.ndarray, "n"], tuple[str, ...]]:
-    """Return group ids and names of all combinations of the columns' values.
+    """Return group ids and names of all combinations of the columns' values, e.g. 'woman, 20-29'.
 
     Combinations without examples are groups with n = 0. An example with an empty value has the id -1, no group.
-
-    >>> ids, names = intersect_groups(["woman", "man"], ["20-29", "20-29"])
-    >>> ids.tolist(), names
-    ([1, 0], ('man, 20-29', 'woman, 20-29'))
     """
     if not columns or len(lengths := {len(column) for column in columns}) > 1:
         got = f"columns of {sorted(lengths)} values" if columns else "no columns"
         raise ValueError(f"groups: expected columns with one value per example, got {got}")
     values = [sorted({value for value in column if value}) for column in columns]
-    names = tuple(", ".join(combination) for combination in itertools.product(*values))
     ids = {combination: i for i, combination in enumerate(itertools.product(*values))}
-    return np.array([ids.get(row, -1) for row in zip(*columns, strict=True)], np.int64), names
+    rows = zip(*columns, strict=True)
+    return np.array([ids.get(row, -1) for row in rows], np.int64), tuple(map(", ".join, ids))
 
 
 def by_group(
-    predictions: Predictions, group_names: Sequence[str], categories: Categories | None = None
+    predictions: Predictions,
+    group_names: Sequence[str],
+    categories: Categories = {},  # noqa: B006 (not modified)
 ) -> dict[str, GroupResult]:
     """Return accuracy and category rates of each group, with exact 95 % intervals.
 
-    Args:
-      categories: class ids by name, e.g. {'non-human': (7, 8, 9), 'crime': (10, 11)}. Rates do not depend on targets.
-
-    Raises:
-      ValueError: without groups, for groups without a name, and for unknown class ids.
+    Raises ValueError without groups, for groups without a name, and for unknown class ids.
     """
-    groups_n = _checked_groups(predictions, group_names)
-    events = _events(predictions, categories or {})
+    groups_n, events = _groups_and_events(predictions, group_names, categories)
     not_finite_n = ~np.isfinite(predictions.scores).all(1)
     results = {}
     for group, name in enumerate(group_names):
         rows_n = groups_n == group
-        rates = {event: _rate(occurred_n[rows_n]) for event, occurred_n in events.items()}
-        accuracy = rates.pop(ACCURACY)
-        results[name] = GroupResult(int(rows_n.sum()), int(not_finite_n[rows_n].sum()), accuracy, rates)
+        n, rates = int(rows_n.sum()), {}
+        for event, occurred_n in events.items():
+            count = int(occurred_n[rows_n].sum())
+            rates[event] = Rate(count / n, exact_interval(count, n)) if n else Rate(math.nan, Interval(0.0, 1.0))
+        results[name] = GroupResult(n, int(not_finite_n[rows_n].sum()), rates.pop(ACCURACY), rates)
     return results
 
 
 def disparity(
     predictions: Predictions,
     group_names: Sequence[str],
-    categories: Categories | None = None,
+    categories: Categories = {},  # noqa: B006 (not modified)
     *,
     permutations: int = PERMUTATIONS,
     seed: int = 0,
@@ -119,78 +158,55 @@ def disparity(
     """Return the difference between groups in 'accuracy' and each category rate, with a permutation test.
 
     Groups without examples are skipped. The test assumes independent examples: several images of one person make p too
-    small. It accounts for the larger variance of small groups.
-
-    Raises:
-      Undefined: with fewer than two groups that have examples.
+    small. It accounts for the larger variance of small groups. Raises Undefined with fewer than two groups that have
+    examples.
     """
-    groups_n = _checked_groups(predictions, group_names)
+    groups_n, events = _groups_and_events(predictions, group_names, categories)
     sizes_M = np.bincount(groups_n[groups_n >= 0], minlength=len(group_names))
+    present_M = sizes_M[sizes_M > 0]
     names = [name for name, size in zip(group_names, sizes_M, strict=True) if size]
     if len(names) < 2:
         raise Undefined(f"a difference requires two groups that have examples; got {', '.join(names) or 'none'}")
     if permutations < 1:
         raise ValueError(f"permutations={permutations}: expected 1 or more; the smallest p is 1 / (permutations + 1)")
-    events, found = _events(predictions, categories or {}), {}
+    found = {}
     for event, occurred_n in events.items():
         counts_M = np.bincount(groups_n[occurred_n & (groups_n >= 0)], minlength=len(group_names))[sizes_M > 0]
-        rates_M = counts_M / sizes_M[sizes_M > 0]
+        rates_M = counts_M / present_M
         high, low = float(rates_M.max()), float(rates_M.min())
         ratio = high / low if low else math.inf if high else 1.0
-        p = _permutation_p(counts_M, sizes_M[sizes_M > 0], permutations, seed)
+        # The p-value of Phipson and Smyth 2010; counts under permuted ids are multivariate hypergeometric.
+        rng = np.random.default_rng(seed)
+        drawn_mM = rng.multivariate_hypergeometric(present_M, int(counts_M.sum()), permutations, method="marginals")
+        ranges_m = np.ptp(drawn_mM / present_M[None], axis=1)
+        extreme = (ranges_m >= high - low - 1e-12).sum()  # equal differences differ by float rounding
+        p = float((1 + extreme) / (1 + permutations))
         highest, lowest = names[rates_M.argmax()], names[rates_M.argmin()]
         found[event] = Disparity(highest, lowest, high - low, ratio, p, min(1.0, p * len(events)))
     return found
 
 
-def _permutation_p(
-    counts_M: Int64[np.ndarray, "M"], sizes_M: Int64[np.ndarray, "M"], permutations: int, seed: int
-) -> float:
-    """Return the p-value of the range of rates under permutation of the groups (Phipson and Smyth 2010).
-
-    Counts per group under permuted group ids follow the multivariate hypergeometric distribution.
-    """
-    rng = np.random.default_rng(seed)
-    drawn_mM = rng.multivariate_hypergeometric(sizes_M, int(counts_M.sum()), permutations, method="marginals")
-    rates_mM, rates_M = drawn_mM / sizes_M[None], counts_M / sizes_M
-    extreme_m = np.ptp(rates_mM, axis=1) >= np.ptp(rates_M) - 1e-12  # equal differences differ by float rounding
-    return float((1 + extreme_m.sum()) / (1 + permutations))
-
-
-def _checked_groups(predictions: Predictions, group_names: Sequence[str]) -> Int64[np.ndarray, "n"]:
+def _groups_and_events(
+    predictions: Predictions, group_names: Sequence[str], categories: Categories
+) -> tuple[Int64[np.ndarray, "n"], dict[str, Bool[np.ndarray, "n"]]]:
+    """Return the group ids; the hits as 'accuracy', and for each category whether the predicted class is in it."""
     if predictions.groups is None:
-        raise ValueError(
-            "expected groups: Predictions(scores, targets, groups=int[n]); `intersect_groups` makes them from columns"
-        )
+        raise ValueError("expected groups: Predictions(…, groups=int[n]); `intersect_groups` makes them from columns")
     if (highest := int(predictions.groups.max())) >= len(group_names):
         raise ValueError(f"group {highest} has no name: expected groups 0 to {len(group_names) - 1}")
     if len(set(group_names)) < len(group_names):
         duplicates = sorted(name for name in set(group_names) if group_names.count(name) > 1)
         raise ValueError(f"group names: expected distinct names, got twice: {duplicates}")
-    return predictions.groups.astype(np.int64)
-
-
-def _events(predictions: Predictions, categories: Categories) -> dict[str, Bool[np.ndarray, "n"]]:
-    """Return the hits as 'accuracy', and for each category whether the predicted class belongs to it."""
     events = {ACCURACY: hits(predictions)}
     classes = predictions.scores.shape[1]
     for name, class_ids in categories.items():
         if name == ACCURACY:
             raise ValueError(f"categories: the name {ACCURACY!r} is reserved for another rate; rename the category")
         if not class_ids or min(class_ids) < 0 or max(class_ids) >= classes:
-            raise ValueError(
-                f"category {name!r}: expected one or more class ids from 0 to {classes - 1}, got {list(class_ids)}"
-            )
+            got = list(class_ids)
+            raise ValueError(f"category {name!r}: expected one or more class ids from 0 to {classes - 1}, got {got}")
         events[name] = np.isin(predictions.predicted, class_ids)
-    return events
-
-
-def _rate(occurred_n: Bool[np.ndarray, "n"]) -> Rate:
-    n, count = len(occurred_n), int(occurred_n.sum())
-    return Rate(count / n, exact_interval(count, n)) if n else Rate(math.nan, Interval(0.0, 1.0))
-
-
-# ---------------------------------------------------------------------------------------------------- confusions
+    return predictions.groups.astype(np.int64), events
 
 
 def confusion(
@@ -218,9 +234,6 @@ def error_pairs(
         if count := int(errors_QQ[i, j]):
             pairs.append(ErrorPair(class_names[i], class_names[j], count, count / int(examples_Q[i])))
     return tuple(pairs)
-
-
-# -------------------------------------------------------------------------------------------------------- tables
 
 
 def table_rows(results: Mapping[str, GroupResult]) -> list[dict[str, Cell]]:

@@ -1,7 +1,4 @@
-"""Effect of overlap with the training data on the accuracy of an evaluation dataset.
-
-    distances, rows = nearest_hash(hash_images(images), blocks)            # clip_jax.evals.analysis.near_duplicates
-    overlap = analyze_overlap(hits(predictions), distances <= MAX_DISTANCE, tests=len(names))
+"""Overlap of the test images with the training data, and its effect on zero-shot accuracy.
 
 Source: Radford et al. 2021, section 5 and figure 17. Examples with a near-duplicate in the training source are
 overlapping, the others are clean. `gain` is the accuracy on all examples minus that on the clean ones. `p_value` tests
@@ -15,14 +12,55 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, UInt64
 
-from clip_jax.evals.metrics import Interval, Undefined, exact_interval
+from clip_jax.evals.analysis.near_duplicates import MAX_DISTANCE, hash_images, nearest_hash
+from clip_jax.evals.metrics import Interval, Undefined, binomial_tail, exact_interval, hits, with_references
+from clip_jax.evals.zeroshot import classify
+from clip_jax.typing import Embedder, EvalDataset, EvalResult, Unavailable
 
+METRICS = ("fraction", "accuracy", "accuracy_clean", "accuracy_overlapping", "gain", "p_corrected")
 LEVEL = 0.995  # of the interval, as in the paper
 ALPHA = 0.05  # significance level of corrected p-values
+
+
+def overlap(
+    embedder: Embedder,
+    dataset: EvalDataset,
+    train_hashes: Sequence[UInt64[np.ndarray, "..."]] = (),
+    max_distance: int = MAX_DISTANCE,
+    tests: int = 1,
+) -> EvalResult:
+    """Compare the zero-shot accuracy of test images with and without a near-duplicate in the training data.
+
+    Args:
+      train_hashes: perceptual hashes of the training images, in blocks of any size.
+      max_distance: bits in which near-duplicates differ at most.
+      tests: number of datasets for Bonferroni's correction.
+
+    Returns:
+      `overlap/<dataset>/<one of METRICS>`, for accuracy with `/candidates` and `/chance`. The detail is an `Overlap`.
+
+    Raises:
+      Unavailable: without hashes or class names.
+    """
+    if not train_hashes:
+        raise Unavailable("expected the hashes of the training images: give --train_hashes")
+    predictions = classify(embedder, dataset)
+    distances_n, _ = nearest_hash(hash_images(dataset.images), train_hashes)
+    found = analyze_overlap(hits(predictions), distances_n <= max_distance, tests)
+    metrics = {f"overlap/{dataset.name}/{name}": float(getattr(found, name)) for name in METRICS}
+    classes = predictions.scores.shape[1]
+    metrics |= with_references(f"overlap/{dataset.name}/accuracy", found.accuracy, classes, 1 / classes)
+    hashed = sum(map(len, train_hashes))
+    method = f"top-1; near-duplicates among {hashed:,} training images: up to {max_distance} different bits"
+    return EvalResult(metrics, f"{dataset.prompts}; {method}", found)
+
+
+overlap.tasks = ("zeroshot",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,27 +92,14 @@ class Overlap:
 
     @property
     def significant(self) -> bool:
-        """Whether p_corrected < 0.05: overlap inflates the accuracy."""
-        return self.p_corrected < ALPHA
+        return self.p_corrected < ALPHA  # overlap inflates the accuracy
 
 
 def analyze_overlap(hits_n: Bool[np.ndarray, "n"], overlapping_n: Bool[np.ndarray, "n"], tests: int = 1) -> Overlap:
     """Compare the accuracy on examples with and without a near-duplicate in the training source.
 
-    Args:
-      hits_n: whether each example is classified correctly.
-      overlapping_n: whether each example has a near-duplicate.
-      tests: number of evaluation datasets, for the Bonferroni correction.
-
-    Returns:
-      The comparison; without overlapping examples p is 1 and the gain 0.
-
-    Raises:
-      Undefined: if all examples overlap.
-
-    >>> overlap = analyze_overlap(np.array([1, 1, 1, 0, 1, 0], bool), np.array([1, 1, 0, 0, 0, 0], bool))
-    >>> round(overlap.fraction, 3), round(overlap.gain, 3), overlap.p_value
-    (0.333, 0.167, 0.25)
+    tests: number of evaluation datasets, for the Bonferroni correction. Without overlapping examples p is 1 and the
+    gain 0. Raises Undefined if all examples overlap.
     """
     n, overlapping = len(hits_n), int(np.sum(overlapping_n))
     if hits_n.dtype != bool or overlapping_n.dtype != bool or hits_n.shape != overlapping_n.shape or not n:
@@ -85,9 +110,7 @@ def analyze_overlap(hits_n: Bool[np.ndarray, "n"], overlapping_n: Bool[np.ndarra
     if tests < 1:
         raise ValueError(f"tests={tests}: expected the number of evaluation datasets, 1 or more")
     if overlapping == n:
-        raise Undefined(
-            f"all {n} examples overlap: no clean example to compare with; the detector's threshold may be too loose"
-        )
+        raise Undefined(f"all {n} examples overlap: no clean example to compare with; the threshold may be too loose")
     correct, clean = int(hits_n[overlapping_n].sum()), float(hits_n[~overlapping_n].mean())
     low, high, p_value = math.nan, math.nan, 1.0
     if overlapping:
@@ -109,17 +132,9 @@ def binomial_p_value(correct: int, n: int, probability: float) -> float:
     """Return P(X ≥ correct) for X ~ Binomial(n, probability), exactly.
 
     One-sided as in the paper: it tests whether overlap inflates the accuracy, not whether it changes it.
-
-    >>> round(binomial_p_value(9, 10, 0.5), 6)
-    0.010742
     """
     if not 0 <= correct <= n or not 0 <= probability <= 1:
         raise ValueError(f"expected 0 ≤ correct ≤ n and 0 ≤ probability ≤ 1, got {correct}, {n} and {probability}")
     if correct == 0 or probability == 1:
         return 1.0
-    if probability == 0:
-        return 0.0
-    log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
-    i = np.arange(correct, n + 1)
-    log_binomial = log_factorial[n] - log_factorial[i] - log_factorial[n - i]
-    return min(1.0, float(np.exp(log_binomial + i * np.log(probability) + (n - i) * np.log1p(-probability)).sum()))
+    return min(1.0, binomial_tail(correct, n, probability)) if probability else 0.0

@@ -44,15 +44,7 @@ class LinearFit:
 
 
 def fit(points: Sequence[tuple[Number, Number]]) -> LinearFit:
-    """Fit the line to (accuracy on ImageNet, accuracy under shift) of standard models by least squares on logits.
-
-    Raises:
-      ValueError: for accuracies of 0 or 1, which have no logit, and with fewer than two different x.
-
-    >>> line = fit([(0.5, 0.3), (0.8, 0.6)])
-    >>> round(line.effective_robustness(0.7, 0.6), 3)
-    0.12
-    """
+    """Fit the line to (accuracy on ImageNet, accuracy under shift) of standard models by least squares on logits."""
     logits_n2 = np.array([(logit(x), logit(y)) for x, y in points]).reshape(-1, 2)
     if len(np.unique(logits_n2[:, 0])) < 2:
         raise ValueError(
@@ -66,10 +58,7 @@ def fit(points: Sequence[tuple[Number, Number]]) -> LinearFit:
 
 
 def average_shift(accuracies: Mapping[str, Number], shifts: Sequence[str] = SHIFTS) -> float:
-    """Return the mean accuracy over `shifts`. The paper averages over PAPER_SHIFTS.
-
-    Missing shifts are an error: averages are comparable only over the same shifts.
-    """
+    """Return the mean accuracy over `shifts`, which must all be there. The paper averages over PAPER_SHIFTS."""
     if missing := [shift for shift in shifts if shift not in accuracies]:
         available = tuple(shift for shift in PAPER_SHIFTS if shift in accuracies)
         raise ValueError(
@@ -91,9 +80,8 @@ def robustness_gap(accuracies: Mapping[str, Number], shifts: Sequence[str] = SHI
 def summary(metrics: Mapping[str, float], standard_models: Mapping[str, tuple[float, float]]) -> dict[str, float]:
     """Return average accuracy over SHIFTS, the gap to ImageNet and, given standard models, the effective robustness.
 
-    Returns:
-      `robustness/shifts/{average,gap,effective}`. Empty unless zero-shot top-1 of all datasets is available and finite.
-      Without `effective` for accuracies of 0 or 1, which have no logit.
+    The keys are `robustness/shifts/{average,gap,effective}`. Empty unless zero-shot top-1 of all datasets is available
+    and finite; without `effective` for accuracies of 0 or 1, which have no logit.
     """
     found = {name: metrics.get(f"zeroshot/{name}/top1", math.nan) for name in (IMAGENET, *SHIFTS)}
     if not all(map(math.isfinite, found.values())):

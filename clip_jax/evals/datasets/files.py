@@ -1,33 +1,44 @@
-"""Shared by the dataset readers: images as byte ranges of files, class names, fingerprints."""
+"""Shared by the dataset readers: sequences read on access, class names, fingerprints."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 IMAGE_SUFFIXES = ("webp", "png", "jpg", "jpeg")  # in a tar sample with several images the first one counts
 
 
-class FileRanges(Sequence):
-    """Encoded images as byte ranges of files, read on access. Memory: 24 bytes per image and the paths."""
+class LazySequence(Sequence):
+    """A sequence whose items are read on access, e.g. the encoded images of a split.
+
+    fingerprint: hash of the content, by which `DiskCachedEmbedder` finds embeddings; '' for none.
+    """
+
+    def __init__(self, length: int, read: Callable[[int], Any], fingerprint: str = ""):
+        self._indices, self._read, self.fingerprint = range(length), read, fingerprint
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: Any) -> Any:  # an integer, of NumPy too, or a slice
+        indices = self._indices[index]
+        return [self._read(i) for i in indices] if isinstance(indices, range) else self._read(indices)
+
+
+class FileRanges(LazySequence):
+    """Encoded images as byte ranges of files. Memory: 24 bytes per image and the paths."""
 
     def __init__(self, paths: Sequence[str], file_ids: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]):
         """Image i is stored in `paths[file_ids[i]]`: `sizes[i]` bytes from byte `offsets[i]`."""
         self._paths = tuple(paths)
         self._ranges = np.array([file_ids, offsets, sizes], np.int64).T  # [n 3]
+        super().__init__(len(self._ranges), self._read_range)
 
-    def __len__(self) -> int:
-        return len(self._ranges)
-
-    def __getitem__(self, index):
-        """Return the bytes of an image, or a list of them for a slice. Raises ValueError for a truncated file."""
-        indices = range(len(self))[index]
-        return [self._read(i) for i in indices] if isinstance(indices, range) else self._read(indices)
-
-    def _read(self, index: int) -> bytes:
+    def _read_range(self, index: int) -> bytes:
         file_id, offset, size = (int(number) for number in self._ranges[index])
         with open(self._paths[file_id], "rb", buffering=0) as file:  # unbuffered: a buffer would read past the range
             file.seek(offset)
@@ -46,11 +57,6 @@ def fingerprint(parts: Iterable[str]) -> str:
     for text in parts:
         digest.update(f"{len(text)} {text}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:16]
-
-
-def class_names(directory: Path) -> tuple[str, ...]:
-    """Return the lines of classnames.txt, () without the file. Raises ValueError for an empty line."""
-    return read_lines(directory / "classnames.txt")
 
 
 def read_lines(path: Path) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from clip_jax.evals.datasets.files import IMAGE_SUFFIXES, FileRanges, class_names, fingerprint
+from clip_jax.evals.datasets.files import IMAGE_SUFFIXES, FileRanges, fingerprint, read_lines
 from clip_jax.typing import Cue, DatasetSplit
 
 CAPTIONS = "captions.jsonl"
@@ -31,8 +31,7 @@ T = TypeVar("T")
 def read_folder(directory: str | os.PathLike, split: str) -> DatasetSplit:
     """Open a split of images in a local folder. The layout: this module's docstring.
 
-    Raises:
-      ValueError: without images, or if class names, captions or cues do not match the images.
+    Raises ValueError without images, or if class names, captions or cues do not match the images.
     """
     directory = Path(directory).expanduser()
     folder = directory / split
@@ -65,7 +64,7 @@ def read_folder(directory: str | os.PathLike, split: str) -> DatasetSplit:
 def _read_class_folders(directory: Path, folder: Path) -> tuple[list[Path], np.ndarray, tuple[str, ...]]:
     """Return the paths of the images, their class ids int64[n], and the class names."""
     classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    names = class_names(directory) or tuple(path.name.replace("_", " ") for path in classes)
+    names = read_lines(directory / "classnames.txt") or tuple(path.name.replace("_", " ") for path in classes)
     paths, targets = [], []
     for class_id, class_folder in enumerate(classes):
         entries = sorted(class_folder.iterdir())
@@ -87,30 +86,32 @@ def _read_class_folders(directory: Path, folder: Path) -> tuple[list[Path], np.n
 def _read_captions(path: Path) -> tuple[list[Path], list[tuple[str, ...]]]:
     """Return the images of captions.jsonl in its order, and their captions."""
     found: dict[Path, tuple[str, ...]] = {}
-    for where, (name, captions) in _json_lines(path, _parse_captions, CAPTIONS_LINE):
-        if not (isinstance(name, str) and name and captions):
+
+    def parse(row: dict) -> tuple[object, object]:
+        return row["image"], row["captions"]
+
+    for where, (name, captions) in _json_lines(path, parse, CAPTIONS_LINE):
+        usable = isinstance(captions, list) and all(isinstance(text, str) and text.strip() for text in captions)
+        if not (isinstance(name, str) and name and captions and usable):
             raise ValueError(f"{where}: expected a file name and one or more captions, such as {CAPTIONS_LINE}")
         image = path.parent / name
         if image in found:
             raise ValueError(f"{where}: {name} is listed twice; put all captions of an image on one line")
         if not image.is_file():
             raise ValueError(f"{where}: {image} does not exist; names are relative to {path.parent}")
-        found[image] = captions
+        found[image] = tuple(captions)
     return list(found), list(found.values())
-
-
-def _parse_captions(row: dict) -> tuple[object, tuple[str, ...]]:
-    """Return the image's name and its captions, () if they are not usable."""
-    captions = row["captions"]
-    usable = isinstance(captions, list) and all(isinstance(text, str) and text.strip() for text in captions)
-    return row["image"], tuple(captions) if usable else ()
 
 
 def _read_associations(path: Path) -> tuple[list[Path], tuple[Cue, ...]]:
     """Return the images of associations.jsonl in the order of their first use, and the cues."""
     indices: dict[Path, int] = {}
     cues = []
-    for where, (text, candidates, associated) in _json_lines(path, _parse_association, ASSOCIATIONS_LINE):
+
+    def parse(row: dict) -> tuple[object, list[str], set[str]]:
+        return row["cue"], list(row["candidates"]), set(row["associations"])
+
+    for where, (text, candidates, associated) in _json_lines(path, parse, ASSOCIATIONS_LINE):
         distinct = len(set(candidates)) == len(candidates)
         if not (isinstance(text, str) and text.strip() and distinct and set() < associated < set(candidates)):
             raise ValueError(
@@ -124,10 +125,6 @@ def _read_associations(path: Path) -> tuple[list[Path], tuple[Cue, ...]]:
         rows = [indices.setdefault(image, len(indices)) for image in images]
         cues.append(Cue(text, np.array(rows, np.int64), np.array([name in associated for name in candidates], bool)))
     return list(indices), tuple(cues)
-
-
-def _parse_association(row: dict) -> tuple[object, list[str], set[str]]:
-    return row["cue"], list(row["candidates"]), set(row["associations"])
 
 
 def _json_lines(path: Path, parse: Callable[[dict], T], example: str) -> Iterator[tuple[str, T]]:

@@ -42,8 +42,8 @@ class Dataset:
     tfds_validation: str = ""
     builtin: str = ""  # name in `builtin.BUILTIN`, if a Python package contains the data
     generate: Callable[[DataConfig], EvalDataset] | None = None  # generates the dataset, instead of loading it
-    size: int  # images in the test split (association: cues); 0 if not fixed
-    classes: int  # number of classes; 0 without classes
+    size: int = 0  # images in the test split (association: cues); 0 if not fixed
+    classes: int = 0  # number of classes; 0 without classes
     metric: str = "top1"  # key of `metrics.METRICS`, or 'recall': mean of both directions' recall@1
     class_names: str = ""  # argument of `prompts.class_names`; '' for the dataset's own class names
     templates: str = ""  # argument of `prompts.templates`; '' for the dataset's own templates
@@ -66,10 +66,10 @@ def _emoji(split: str, config: DataConfig) -> EvalDataset:
         raise Unavailable(f"the emoji can't be rendered: {error}") from error
 
 
-def _synthetic(config: DataConfig) -> EvalDataset:
+def _synthetic(_: DataConfig) -> EvalDataset:
     from clip_jax.evals.datasets import synthetic  # imports TensorFlow
 
-    return synthetic.load(config, "test")
+    return synthetic.load()
 
 
 def _templates(key: str) -> dict[str, str]:
@@ -77,18 +77,13 @@ def _templates(key: str) -> dict[str, str]:
 
 
 def _prompts(key: str, templates: str = "") -> dict[str, str]:
-    """Return class names and templates; the templates may have another key."""
     return {"class_names": f"clip_benchmark:{key}", **_templates(templates or key)}
 
 
 _SAMPLED = "OpenAI sampled this split and did not publish it: use your own sample; numbers are roughly comparable."
 # The order of examples is fixed in TFDS 4: percentages select the same images on every machine.
-_VTAB = {
-    "validation": "validation",
-    "tfds_train": "train[:60%]",
-    "tfds_validation": "train[60%:80%]",
-    "tfds_test": "train[80%:]",
-}
+_VTAB = {"tfds_train": "train[:60%]", "tfds_validation": "train[60%:80%]", "tfds_test": "train[80%:]"}
+_VTAB["validation"] = "validation"
 _SUBSET = "200 of ImageNet's classes, numbered from 0. TFDS numbers all 1000: a different task."
 
 
@@ -243,38 +238,24 @@ _SMOKE = (
             train="", size=0, classes=8,
             note="Images of held-out concepts; their number depends on the installed packages."),
 )
-# fmt: on
 
 # Generated datasets of the demo configs. The emoji splits are those of `emoji.EVAL_SPLITS`.
 _EMOJI_LANGUAGES = ("es", "ja", "ko", "pt", "it", "fr", "de", "fa", "id", "zh", "ru", "tr", "ar")
 _EMOJI_RETRIEVAL = (
-    *("unseen_concepts", "unseen_vendor", "unseen_both", "validation_concepts", "seen_concepts", "search"),
+    "unseen_concepts", "unseen_vendor", "unseen_both", "validation_concepts", "seen_concepts", "search",
     *(f"unseen_concepts_{language}" for language in _EMOJI_LANGUAGES),
 )
 _GENERATED = (
     *(
-        Dataset(
-            name=f"emoji_{split}",
-            title=f"Emoji, {split.replace('_', ' ')}",
-            task="retrieval",
-            generate=functools.partial(_emoji, split),
-            train="",
-            size=0,
-            classes=0,
-            metric="recall",
-        )
+        Dataset(name=f"emoji_{split}", title=f"Emoji, {split.replace('_', ' ')}", task="retrieval", metric="recall",
+                train="", generate=functools.partial(_emoji, split))
         for split in _EMOJI_RETRIEVAL
     ),
-    Dataset(
-        name="emoji_subcategories",
-        title="Emoji by subcategory",
-        generate=functools.partial(_emoji, "subcategories"),
-        train="",
-        size=0,
-        classes=0,
-    ),
-    Dataset(name="synthetic", title="Synthetic shapes", generate=_synthetic, train="", size=0, classes=0),
+    Dataset(name="emoji_subcategories", title="Emoji by subcategory", train="",
+            generate=functools.partial(_emoji, "subcategories")),
+    Dataset(name="synthetic", title="Synthetic shapes", train="", generate=_synthetic),
 )
+# fmt: on
 
 DATASETS: dict[str, Dataset] = {
     row.name: row for row in (*_PAPER, *_ALSO_IN_THE_PAPER, *_DATACOMP, *_SMOKE, *_GENERATED)
@@ -309,14 +290,9 @@ class PublishedResult:
 
 @functools.cache
 def published_results(dataset: str = "", model: str = "") -> tuple[PublishedResult, ...]:
-    """Return the published results of one dataset or all ('') and of one model or all (''); () if there are none.
-
-    >>> published_results("birdsnap", "vit_b16")
-    (PublishedResult(dataset='birdsnap', model='vit_b16', source='paper', value=39.1),)
-    """
+    """Return the published results of one dataset or all ('') and of one model or all ('')."""
     if not (dataset or model):
         text = importlib.resources.files(__package__).joinpath("published.csv").read_text(encoding="utf-8")
-        return tuple(
-            PublishedResult(**row | {"value": float(row["value"])}) for row in csv.DictReader(text.splitlines())
-        )
+        rows = csv.DictReader(text.splitlines())
+        return tuple(PublishedResult(**row | {"value": float(row["value"])}) for row in rows)
     return tuple(row for row in published_results() if dataset in ("", row.dataset) and model in ("", row.model))

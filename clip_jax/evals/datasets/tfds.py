@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from clip_jax.evals.datasets.files import fingerprint
+from clip_jax.evals.datasets.files import LazySequence, fingerprint
 from clip_jax.typing import DatasetSplit, Unavailable
 
 # VOC's `labels` includes the objects marked as difficult, as in CLIP_benchmark's shards.
@@ -21,12 +22,8 @@ def read_tfds(name: str, split: str, data_dir: str) -> DatasetSplit:
     From ArrayRecord files, images are read on access, after one pass over the classes. TFRecord has no random access:
     all encoded images of the split stay in memory, 6.7 GB for the validation split of ImageNet.
 
-    Args:
-      name: such as 'cifar10' or 'imagenet_v2/matched-frequency'.
-
-    Raises:
-      Unavailable: if the dataset has not been prepared, with the command that prepares it, or has no image classes.
-      ValueError: for an unknown split.
+    Raises Unavailable if the dataset has not been prepared, with the command that prepares it, or has no image classes;
+    ValueError for an unknown split. name: such as 'cifar10' or 'imagenet_v2/matched-frequency'.
     """
     import tensorflow_datasets
     from tensorflow_datasets.core import read_only_builder
@@ -56,20 +53,6 @@ def read_tfds(name: str, split: str, data_dir: str) -> DatasetSplit:
     return DatasetSplit(images=images, targets=targets, class_names=names, fingerprint=fingerprint(parts))
 
 
-class _Images(Sequence):
-    """The encoded images of a TFDS data source, read on access."""
-
-    def __init__(self, rows: Sequence[Mapping[str, Any]]):
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index):
-        indices = range(len(self))[index]
-        return [self._rows[i]["image"] for i in indices] if isinstance(indices, range) else self._rows[indices]["image"]
-
-
 def _class_feature(name: str, features: Any) -> tuple[str, tuple[str, ...]]:
     """Return the name of the class feature, and the class names. Raises Unavailable if there is none."""
     import tensorflow_datasets
@@ -86,6 +69,10 @@ def _class_feature(name: str, features: Any) -> tuple[str, tuple[str, ...]]:
     )
 
 
+def _image(rows: Sequence[dict], index: int) -> bytes:
+    return rows[index]["image"]
+
+
 def _read_rows(builder: Any, split: str, feature: str) -> tuple[Sequence[bytes], list, list[int]]:
     """Return the encoded images of a split, their class ids (or lists of class ids), and their sizes in bytes."""
     import tensorflow_datasets
@@ -93,7 +80,8 @@ def _read_rows(builder: Any, split: str, feature: str) -> tuple[Sequence[bytes],
     decoders = {"image": tensorflow_datasets.decode.SkipDecoding()}
     if builder.info.file_format is tensorflow_datasets.core.FileFormat.ARRAY_RECORD:
         rows = builder.as_data_source(split, decoders=decoders)
-        images, pairs = _Images(rows), ((row["image"], row[feature]) for row in rows)
+        images = LazySequence(len(rows), functools.partial(_image, rows))
+        pairs = ((row["image"], row[feature]) for row in rows)
     else:
         dataset = builder.as_dataset(
             split=split,

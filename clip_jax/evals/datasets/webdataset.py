@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from clip_jax.evals.datasets.files import IMAGE_SUFFIXES, FileRanges, class_names, fingerprint, read_lines
+from clip_jax.evals.datasets.files import IMAGE_SUFFIXES, FileRanges, fingerprint, read_lines
 from clip_jax.typing import DatasetSplit
 
 # Members of a sample by dataset type: the first is required, the others are optional.
@@ -55,13 +55,14 @@ class Sample:
 def read_webdataset(directory: str | os.PathLike, split: str) -> DatasetSplit:
     """Open a split of tar shards in a local folder. The layout: this module's docstring.
 
-    Raises:
-      ValueError: if a shard is missing or damaged, or a sample has no image or no valid target. The message has the
-        file and the sample.
+    Raises ValueError if a shard is missing or damaged, or a sample has no image or no valid target.
     """
     directory = Path(directory).expanduser()
-    kind = _dataset_type(directory)
-    names, templates = class_names(directory), _templates(directory)
+    path = directory / "dataset_type.txt"
+    kind = path.read_text("utf-8").strip().lower() if path.is_file() else "classification"
+    if kind not in SUFFIXES:
+        raise ValueError(f"{path}: expected {', '.join(SUFFIXES)}, got {kind!r}; without the file: classification")
+    names, templates = read_lines(directory / "classnames.txt"), _templates(directory)
     shards = _shard_paths(directory / split)
     samples = [sample for shard in shards for sample in _read_shard(shard, SUFFIXES[kind])]
     if not samples:
@@ -89,27 +90,12 @@ def read_webdataset(directory: str | os.PathLike, split: str) -> DatasetSplit:
     )
 
 
-# --------------------------------------------------------------------------------------------- files of the dataset
-
-
-def _dataset_type(directory: Path) -> str:
-    """Return 'classification' (the default), 'multilabel' or 'retrieval' from dataset_type.txt."""
-    path = directory / "dataset_type.txt"
-    kind = path.read_text("utf-8").strip().lower() if path.is_file() else "classification"
-    if kind not in SUFFIXES:
-        raise ValueError(f"{path}: expected {', '.join(SUFFIXES)}, got {kind!r}; without the file: classification")
-    return kind
-
-
 def _templates(directory: Path) -> tuple[str, ...]:
-    """Return the zero-shot templates with `{}` for the class, () without the file."""
     path = directory / "zeroshot_classification_templates.txt"
     templates = tuple(line.replace("{c}", "{}") for line in read_lines(path))
     for number, template in enumerate(templates, start=1):
         if "{}" not in template:
-            raise ValueError(
-                f"{path}, line {number}: expected {{c}} for the class, as in 'a photo of a {{c}}.', got {template!r}"
-            )
+            raise ValueError(f"{path}, line {number}: expected {{c}}, as in 'a photo of a {{c}}.', got {template!r}")
     return templates
 
 
@@ -126,9 +112,8 @@ def _shard_paths(folder: Path) -> list[Path]:
     names = [f"{number}.tar" for number in range(count)]
     if missing := [name for name in names if name not in found]:
         source = "numbers from 0 without gaps" if expected is None else f"{expected} shards as in nshards.txt"
-        raise ValueError(
-            f"{folder}: {', '.join(missing)} missing; expected {source}, got {', '.join(sorted(found)) or 'no tar'}"
-        )
+        got = ", ".join(sorted(found)) or "no tar"
+        raise ValueError(f"{folder}: {', '.join(missing)} missing; expected {source}, got {got}")
     if unexpected := sorted(found.difference(names)):
         raise ValueError(
             f"{folder}: {', '.join(unexpected)} unexpected; expected {count} shards 0.tar … {count - 1}.tar: remove "
@@ -138,16 +123,12 @@ def _shard_paths(folder: Path) -> list[Path]:
 
 
 def _expected_shards(path: Path) -> int | None:
-    """Return the number of shards in nshards.txt, None without the file."""
     if not path.is_file():
         return None
     text = path.read_text("utf-8").strip()
     if not re.fullmatch(r"[1-9]\d*", text):
         raise ValueError(f"{path}: expected the number of shards, such as 4, got {text!r}")
     return int(text)
-
-
-# ----------------------------------------------------------------------------------------------------------- shards
 
 
 def _read_shard(path: Path, suffixes: Sequence[str]) -> list[Sample]:
@@ -162,9 +143,16 @@ def _read_shard(path: Path, suffixes: Sequence[str]) -> list[Sample]:
                 match = KEY_AND_SUFFIX.fullmatch(member.name)
                 if not (match and member.isfile()):
                     continue
-                if not samples or samples[-1].key != match[1]:
-                    samples.append(Sample(path, match[1]))
-                _add_member(samples[-1], match[2].lower(), tar, member, suffixes)
+                key, suffix = match[1], match[2].lower()
+                if not samples or samples[-1].key != key:
+                    samples.append(Sample(path, key))
+                sample = samples[-1]
+                if suffix in sample.images or suffix in sample.contents:
+                    raise ValueError(f"{sample} has .{suffix} twice: expected a unique key for each sample")
+                if suffix in IMAGE_SUFFIXES:
+                    sample.images[suffix] = (member.offset_data, member.size)
+                elif suffix in suffixes:
+                    sample.contents[suffix] = tar.extractfile(member).read()
             end = tar.offset
     except tarfile.TarError as error:
         raise ValueError(f"{path} is not a complete tar archive: {_damage(path) or error}") from error
@@ -176,28 +164,13 @@ def _read_shard(path: Path, suffixes: Sequence[str]) -> list[Sample]:
                 f"after {len(samples)} samples; copy the shard again"
             )
     for sample in samples:
-        _check_complete(sample, suffixes[0])
+        got = ", ".join(f".{suffix}" for suffix in (*sample.images, *sample.contents)) or "neither"
+        if not sample.images:
+            expected = " or ".join(f".{suffix}" for suffix in IMAGE_SUFFIXES)
+            raise ValueError(f"{sample} has no image: expected {expected} next to .{suffixes[0]}, got {got}")
+        if suffixes[0] not in sample.contents:
+            raise ValueError(f"{sample} has no target: expected .{suffixes[0]} next to the image, got {got}")
     return samples
-
-
-def _add_member(
-    sample: Sample, suffix: str, tar: tarfile.TarFile, member: tarfile.TarInfo, suffixes: Sequence[str]
-) -> None:
-    if suffix in sample.images or suffix in sample.contents:
-        raise ValueError(f"{sample} has .{suffix} twice: expected a unique key for each sample")
-    if suffix in IMAGE_SUFFIXES:
-        sample.images[suffix] = (member.offset_data, member.size)
-    elif suffix in suffixes:
-        sample.contents[suffix] = tar.extractfile(member).read()
-
-
-def _check_complete(sample: Sample, target: str) -> None:
-    got = ", ".join(f".{suffix}" for suffix in (*sample.images, *sample.contents)) or "neither"
-    if not sample.images:
-        expected = " or ".join(f".{suffix}" for suffix in IMAGE_SUFFIXES)
-        raise ValueError(f"{sample} has no image: expected {expected} next to .{target}, got {got}")
-    if target not in sample.contents:
-        raise ValueError(f"{sample} has no target: expected .{target} next to the image, got {got}")
 
 
 def _damage(path: Path) -> str | None:
@@ -209,9 +182,6 @@ def _damage(path: Path) -> str | None:
     if start.startswith(b"\x1f\x8b"):
         return f"it is compressed; run gunzip -S .tar {path.name} and rename the result to {path.name}"
     return None
-
-
-# ---------------------------------------------------------------------------------------------------------- targets
 
 
 def _class_id(sample: Sample, classes: int) -> int:
@@ -260,20 +230,18 @@ def _metadata(samples: Sequence[Sample]) -> np.ndarray | None:
         return None
     if without:
         raise ValueError(f"{without[0]} has no .npy, but {len(samples) - len(without)} of {len(samples)} samples do")
-    return _stack(samples, [_integers(sample) for sample in samples])
-
-
-def _integers(sample: Sample) -> np.ndarray:
-    array = _array(sample)
-    if array.dtype.kind not in "biuf" or not (array == np.trunc(array.astype(float))).all():
-        raise ValueError(f"{sample}: .npy: expected integers as metadata, got {array.dtype}{list(array.shape)}")
-    return array.astype(np.int64).reshape(-1)
+    rows = []
+    for sample in samples:
+        array = _array(sample)
+        if array.dtype.kind not in "biuf" or not (array == np.trunc(array.astype(float))).all():
+            raise ValueError(f"{sample}: .npy: expected integers as metadata, got {array.dtype}{list(array.shape)}")
+        rows.append(array.astype(np.int64).reshape(-1))
+    return _stack(samples, rows)
 
 
 def _stack(samples: Sequence[Sample], rows: Sequence[np.ndarray]) -> np.ndarray:
+    size, first = len(rows[0]), samples[0]
     for sample, row in zip(samples, rows, strict=True):
-        if len(row) != len(rows[0]):
-            raise ValueError(
-                f"{sample}: .npy: expected {len(rows[0])} numbers as in {samples[0]}, got {len(row)}"
-            )  # fmt: skip
+        if len(row) != size:
+            raise ValueError(f"{sample}: .npy: expected {size} numbers as in {first}, got {len(row)}")
     return np.stack(rows)

@@ -49,36 +49,35 @@ class Panels:
 def panels(
     embedder: Embedder, dataset: EvalDataset, *, texts: int = 6, images: int = 6, matches: int = 5, mistakes: int = 6
 ) -> Panels:
-    """Return the examples of a dataset.
+    """Return the examples of a dataset: numbers of evenly spaced queries, matches of each, and largest errors.
 
-    Args:
-      embedder: pass the CachedEmbedder that computed the metrics to reuse its embeddings.
-      texts, images: number of queries, evenly spaced in the dataset.
-      matches: number of candidates per query.
-      mistakes: number of images whose best incorrect text has the largest lead over the best correct text.
+    A mistake is an image whose best incorrect text has a lead over the best correct text. Pass the CachedEmbedder that
+    computed the metrics to reuse its embeddings.
     """
     image_nE, text_ME = embed_dataset(embedder, dataset)
 
-    def match(score: float, correct: bool, *, text: int | None = None, image: int | None = None) -> Match:
-        name = dataset.image_names[image] if image is not None and len(dataset.image_names) else ""
-        caption = dataset.texts[text][0] if text is not None else name
-        return Match(caption, "" if image is None else thumbnail(dataset.images[image]), score, correct)
+    def text(index: int, score: float = math.nan, correct: bool = True) -> Match:
+        return Match(dataset.texts[index][0], "", score, correct)
+
+    def image(index: int, score: float = math.nan, correct: bool = True) -> Match:
+        name = dataset.image_names[index] if len(dataset.image_names) else ""
+        return Match(name, thumbnail(dataset.images[index]), score, correct)
 
     text_ids = _evenly_spaced(dataset.query_texts(), texts)
     best_images = _best(text_ME[text_ids], image_nE, matches)
     text_rows = [
-        Row(match(math.nan, True, text=t), tuple(match(s, bool(correct_n[i]), image=i) for i, s in best))
+        Row(text(t), tuple(image(i, score, bool(correct_n[i])) for i, score in best))
         for t, correct_n, best in zip(text_ids.tolist(), dataset.positive_images(text_ids), best_images, strict=True)
     ]
     image_ids = _evenly_spaced(np.arange(len(image_nE)), images)
     best_texts = _best(image_nE[image_ids], text_ME, matches)
     image_rows = [
-        Row(match(math.nan, True, image=i), tuple(match(s, bool(correct_M[t]), text=t) for t, s in best))
+        Row(image(i), tuple(text(t, score, bool(correct_M[t])) for t, score in best))
         for i, correct_M, best in zip(image_ids.tolist(), dataset.positive_texts(image_ids), best_texts, strict=True)
     ]
     mistake_rows = [
-        Row(match(math.nan, True, image=i), (match(score, False, text=t), match(correct_score, True, text=correct)))
-        for i, t, correct, score, correct_score in _mistakes(image_nE, text_ME, dataset, mistakes)
+        Row(image(i), (text(predicted, score, False), text(correct, correct_score)))
+        for i, predicted, correct, score, correct_score in _mistakes(image_nE, text_ME, dataset, mistakes)
     ]
     return Panels(dataset.name, tuple(text_rows), tuple(image_rows), tuple(mistake_rows))
 
@@ -119,11 +118,11 @@ def _mistakes(
     for rows, scores_bM in score_blocks(image_nE, text_ME):
         correct_bM, scores_bM = dataset.positive_texts(rows), np.nan_to_num(scores_bM, nan=-np.inf)
         wrong_bM, right_bM = np.where(correct_bM, -np.inf, scores_bM), np.where(correct_bM, scores_bM, -np.inf)
-        wrong_b, right_b = wrong_bM.argmax(1), right_bM.argmax(1)
-        wrong_score_b, right_score_b = wrong_bM.max(1), right_bM.max(1)
-        lead_b = np.where(np.isfinite(right_score_b), wrong_score_b - np.nan_to_num(right_score_b), -np.inf)
+        right_b = right_bM.max(1)
+        lead_b = np.where(np.isfinite(right_b), wrong_bM.max(1) - np.nan_to_num(right_b), -np.inf)
         for j in np.argsort(-lead_b)[:count]:
+            wrong, right = int(wrong_bM[j].argmax()), int(right_bM[j].argmax())
             if lead_b[j] > 0:
-                scores = float(wrong_score_b[j]), float(right_score_b[j])
-                found.append((lead_b[j], rows.start + int(j), int(wrong_b[j]), int(right_b[j]), *scores))
+                scores = float(wrong_bM[j, wrong]), float(right_bM[j, right])
+                found.append((lead_b[j], rows.start + int(j), wrong, right, *scores))
     return [entry[1:] for entry in sorted(found, reverse=True)[:count]]

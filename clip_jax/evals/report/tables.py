@@ -1,21 +1,35 @@
-"""Results as text: console table, row of open_clip's results table, draft of a model card."""
+"""Results with their reference values, and as text: console table, row of open_clip's table, model card.
+
+Metric keys are paths. Below a metric `a/b/c` are its reference values: `a/b/c/candidates`, `/chance`, `/majority_class`
+(accuracy of a classifier that always predicts the most frequent class), `/threshold` (required value), `/ci_low` and
+`/ci_high` (confidence interval; few-shot: `/min` and `/max` over draws) and `/published` (value reported for OpenAI's
+weights). Its baseline is the best of all `baseline/<name>/b/c`.
+"""
 
 from __future__ import annotations
 
 import csv
+import dataclasses
+import importlib.resources
 import io
 import math
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from clip_jax.evals.datasets.registry import DATASETS, SUITES, Dataset
-from clip_jax.evals.report.results import format_count, language, results
 from clip_jax.typing import Number
 
 if TYPE_CHECKING:
     from clip_jax.config import WeightsConfig
     from clip_jax.evals.suite import EvalReport
 
+REFERENCES = ("candidates", "chance", "majority_class", "threshold", "ci_low", "ci_high", "min", "max", "published")
+LANGUAGES = {
+    "ar": "Arabic", "de": "German", "en": "English", "es": "Spanish", "fa": "Persian", "fr": "French",
+    "id": "Indonesian", "it": "Italian", "ja": "Japanese", "ko": "Korean", "pt": "Portuguese", "ru": "Russian",
+    "tr": "Turkish", "zh": "Chinese",
+}  # fmt: skip
 # The columns of open_clip's docs/openclip_results.csv as of 89fb801, in its order: datacomp's, with ImageNet first.
 # fmt: off
 _ORDER = (
@@ -27,6 +41,102 @@ _ORDER = (
 )
 # fmt: on
 _AVERAGE = "Average perf. on 38 datasets"
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A metric and its reference values; None where a reference is not available."""
+
+    key: str
+    value: float
+    candidates: float | None = None
+    chance: float | None = None
+    baseline: float | None = None
+    baseline_name: str = ""
+    threshold: float | None = None
+    low: float | None = None  # of the confidence interval, or of the range over few-shot draws
+    high: float | None = None
+    published: float | None = None
+
+    @property
+    def dataset(self) -> str:
+        return self.key.split("/")[1] if self.key.count("/") >= 2 else self.key
+
+    @property
+    def metric(self) -> str:
+        return self.key.split("/", 2)[2] if self.key.count("/") >= 2 else self.key
+
+    @property
+    def is_rank(self) -> bool:
+        """Whether the value is a rank (lower is better) and not a fraction."""
+        return self.key.endswith("_rank")
+
+    @property
+    def passed(self) -> bool | None:
+        """Whether the value reaches the threshold; None without one."""
+        if self.threshold is None:
+            return None
+        return self.value <= self.threshold if self.is_rank else self.value >= self.threshold
+
+    @property
+    def interval(self) -> str:
+        """The confidence interval as text, '' without one."""
+        return "" if self.low is None else f"{format_fraction(self.low)} – {format_fraction(self.high)}"
+
+    def format(self, value: Number | None) -> str:
+        """Return a value of this metric's kind as text: a count for ranks, else a fraction."""
+        return format_count(value) if self.is_rank else format_fraction(value)
+
+
+def results(metrics: Mapping[str, Number | None]) -> list[Result]:
+    """Return the metrics in their order, each with its references; baselines that match no metric come last."""
+    found: list[Result] = []
+    matched: set[str] = set()
+    for key, value in metrics.items():
+        parent, _, last = key.rpartition("/")
+        if key.startswith("baseline/") or (last in REFERENCES and parent in metrics):
+            continue
+        below = {name: finite_or_none(metrics.get(f"{key}/{name}")) for name in REFERENCES}
+        same_metric = [k for k in metrics if k.startswith("baseline/") and k.split("/", 2)[2:] == key.split("/", 1)[1:]]
+        matched |= set(same_metric)
+        values = {format_key(k.split("/")[1]): finite_or_none(metrics[k]) for k in same_metric}
+        values["most frequent class"] = below["majority_class"]
+        baselines = {name: value for name, value in values.items() if value is not None}
+        best = max(baselines, key=baselines.__getitem__, default="")
+        low, high = ("min", "max") if below["ci_low"] is None else ("ci_low", "ci_high")
+        references = {name: below[name] for name in ("candidates", "chance", "threshold", "published")}
+        references |= {"low": below[low], "high": below[high]}
+        found.append(Result(key, or_nan(value), baseline=baselines.get(best), baseline_name=best, **references))
+    rest = [k for k in metrics if k.startswith("baseline/") and k not in matched]
+    return found + [Result(k, or_nan(metrics[k])) for k in rest]
+
+
+def language(dataset: str) -> str:
+    """Return the language of a dataset's name, `German` for `emoji_de`; '' without a language code."""
+    code = re.search(r"_([a-z]{2})$", dataset)
+    return LANGUAGES.get(code[1], "") if code else ""
+
+
+def format_key(key: str) -> str:
+    """Return a part of a metric key as words: `image → text recall@5`."""
+    key = key.replace("image_to_text", "image → text").replace("text_to_image", "text → image").replace("/", " ")
+    return key.replace("recall_at_", "recall@").replace("_", " ").replace("top1", "top-1").replace("top5", "top-5")
+
+
+def format_fraction(value: Number | None) -> str:
+    return "–" if value is None or not math.isfinite(value) else f"{value:.3f}"
+
+
+def format_count(value: Number | None) -> str:
+    return "–" if value is None or not math.isfinite(value) else f"{value:,.0f}"
+
+
+def or_nan(value: Number | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def finite_or_none(value: Number | None) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None
 
 
 def text_table(metrics: Mapping[str, Number | None]) -> str:
@@ -68,13 +178,10 @@ def headline(row: Dataset, metrics: Mapping[str, float]) -> float | None:
 
 
 def open_clip_csv(name: str, pretrained: str, parameters: int, flops: float, metrics: Mapping[str, float]) -> str:
-    """Return a header and a row with the columns of open_clip's table, then one column per other evaluated dataset.
+    """Return a CSV row with the columns of open_clip's table, then one column per other evaluated dataset.
 
-    Args:
-      flops: of one image and one text.
-
-    Returns:
-      CSV text. Cells without a value are empty; so is the average, unless all of its 38 datasets have a value.
+    Cells without a value are empty; so is the average, unless all of its 38 datasets have a value. flops: of one image
+    and one text.
     """
     others = [key for key in DATASETS if key not in _ORDER and headline(DATASETS[key], metrics) is not None]
     values = {DATASETS[key].title: headline(DATASETS[key], metrics) for key in (*_ORDER, *others)}
@@ -90,40 +197,17 @@ def open_clip_csv(name: str, pretrained: str, parameters: int, flops: float, met
 
 def model_card(run: Mapping[str, Any], report: EvalReport, config: WeightsConfig) -> str:
     """Return a draft of a Hugging Face model card in Markdown: measured values, and placeholders for the rest."""
-    spec, image, text = config.preprocess, config.model.image, config.model.text
-    lines = [
-        "---",
-        "library_name: clip_jax",
-        "pipeline_tag: zero-shot-image-classification",
-        "tags: [clip, jax, flax]",
-        "license: # fill in",
-        "---",
-        "",
-        f"# {run['name']}",
-        "",
-        f"A CLIP model (Radford et al. 2021): `{run['architecture']}`, {run['parameters']:,} parameters, images of"
-        f" {image.image_size} px, texts of {text.context_length} tokens. Preprocessing: {spec.resize},"
-        f" {spec.interpolation}, mean {spec.mean}, standard deviation {spec.std}."
-        f" Source: {config.source or 'fill in'}.",
-        "",
-        "## Intended use, data, limitations",
-        "",
-        "Fill in: training data and its licenses, intended and out-of-scope uses, groups of people and languages that"
-        " the data does not represent (`clip_jax.evals.analysis.bias` evaluates by group).",
-        "",
-        "## Evaluation",
-        "",
-        "Fractions with 95 % confidence intervals; few-shot: range over draws. Ties count as errors.",
-        "",
-        "| metric | value | interval | published |",
-        "|---|--:|--:|--:|",
-    ]
-    for result in results(report.metrics):
-        interval = f"{result.low:.3f} to {result.high:.3f}" if result.low is not None else ""
-        published = "" if result.published is None else f"{result.published:.3f}"
-        lines.append(f"| {result.key} | {result.value:.3f} | {interval} | {published} |")
-    lines += ["", "Evaluation setup:", "", *(f"- {key}: {setup}." for key, setup in report.descriptions.items())]
-    missing = report.skipped | {key: f"failed: {reason}" for key, reason in report.failed.items()}
-    if missing:
-        lines += ["", "Not evaluated:", "", *(f"- {key}: {reason}" for key, reason in missing.items())]
-    return "\n".join(lines) + "\n"
+    values = {"run": run, "report": report, "config": config, "results": results(report.metrics)}
+    return render("model_card.md.jinja", autoescape=False, **values)
+
+
+def render(template: str, *, autoescape: bool = True, **values: Any) -> str:
+    """Return a template of this package with its values."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=autoescape, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {"words": format_key, "fraction": format_fraction, "count": format_count}
+    text = importlib.resources.files(__package__).joinpath(template).read_text(encoding="utf-8")
+    return environment.from_string(text).render(**values)

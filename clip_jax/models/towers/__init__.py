@@ -5,7 +5,7 @@ To add a tower, write one file with a frozen dataclass that subclasses `ImageTow
 and exported weights then accept it, and `tests/contracts/test_towers.py` tests it.
 """
 
-from clip_jax.models.towers.base import ImageTower, Rules, TextTower, Tower
+from clip_jax.models.towers.base import Encoder, ImageTower, Rules, TextTower, Tower
 from clip_jax.models.towers.edgenet import EdgeNet
 from clip_jax.models.towers.resnet import ResNet
 from clip_jax.models.towers.text import TextTransformer
@@ -19,4 +19,15 @@ TOWERS: dict[str, type[ImageTower] | type[TextTower]] = {
     "transformer": TextTransformer,
 }
 
-__all__ = ["TOWERS", "EdgeNet", "ImageTower", "ResNet", "Rules", "TextTower", "TextTransformer", "Tower", "ViT"]
+__all__ = [
+    "TOWERS",
+    "EdgeNet",
+    "Encoder",
+    "ImageTower",
+    "ResNet",
+    "Rules",
+    "TextTower",
+    "TextTransformer",
+    "Tower",
+    "ViT",
+]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Float, Int32, Key
 
 from clip_jax.models.attention import AttentionShape
 from clip_jax.models.layers import Compute, Rules
+from clip_jax.models.packing import Stream
 from clip_jax.typing import ArrayLike
 
 Range = tuple[int | float, int | float]  # inclusive bounds of a number
@@ -27,45 +28,31 @@ RANGES: dict[str, Range] = {
 
 
 class Tower:
-    """Configuration of an encoder. Subclasses are frozen dataclasses whose fields are hyperparameters.
+    """Configuration and computation of an encoder. Subclasses are frozen dataclasses whose fields are hyperparameters.
 
     Paths of parameters are relative to the tower and separated by "/", e.g. "transformer/blocks/mlp/in/kernel".
-
-    Fields every tower has:
-      kind: its key in `TOWERS`, as a `Literal` with a default.
-      width: features per position.
-
-    Class attributes:
-      sharding_rules: (regular expression, mesh axes of the last dimensions) pairs; exactly one expression must match
-        the whole path of each parameter. Leading dimensions and `None` are replicated. Axes are "fsdp" and "tensor".
-      stacked: regular expression of the paths whose parameters have a leading axis of layers; by default none.
+    Class attributes may also be properties.
     """
 
-    kind: str
-    width: int
+    kind: str  # field: its key in `TOWERS`, as a `Literal` with a default
+    width: int  # field: features per position
+
+    # (regular expression, mesh axes of the last dimensions) pairs; exactly one expression must match the whole path of
+    # each parameter. Leading dimensions and `None` are replicated. Axes are "fsdp" and "tensor".
     sharding_rules: ClassVar[Rules] = ()
-    stacked: ClassVar[str] = r"(?!)"
-
-    def module(self, embed_dim: int, compute: Compute, patch_dropout: float = 0.0) -> nn.Module:
-        """Return the linen module.
-
-        Args:
-          embed_dim: size of the output.
-          compute: dtype, rematerialization, sharding; it changes no number beyond rounding.
-          patch_dropout: fraction of patches that training drops; nonzero only if `supports_patch_dropout`.
-        """
-        raise NotImplementedError
+    stacked: ClassVar[str] = r"(?!)"  # regular expression of the paths of parameters with a leading axis of layers
+    output_layer: ClassVar[int]  # the largest value of `layer`: that of the parameters after the last block
+    fixed_embed_dim: ClassVar[int | None] = None  # the only possible `embed_dim` of a tower without projection
+    attention_shape: ClassVar[AttentionShape | None] = None  # of the self-attention in the tower's blocks
+    # FLOPs per example that published counts include and this implementation saves: where one position is pooled, the
+    # last block computes only that one after attention.
+    uncounted_flops: ClassVar[float] = 0.0
 
     def layer(self, path: str) -> int | range:
         """Return the position of a parameter between input (0) and output (`output_layer`).
 
         Layer-wise learning-rate decay uses it. Parameters stacked over layers have a range, one entry per layer.
         """
-        raise NotImplementedError
-
-    @property
-    def output_layer(self) -> int:
-        """The largest value of `layer`: that of the parameters after the last block."""
         raise NotImplementedError
 
     def tiny(self) -> Tower:
@@ -83,24 +70,6 @@ class Tower:
     def description(self) -> str:
         """The tower's size in a few words, for reports."""
         return self.kind
-
-    @property
-    def fixed_embed_dim(self) -> int | None:
-        """The only possible `embed_dim` of a tower without projection; None if the tower projects to any."""
-        return None
-
-    @property
-    def attention_shape(self) -> AttentionShape | None:
-        """Shape of the self-attention in the tower's blocks; None if it has none."""
-        return None
-
-    @property
-    def uncounted_flops(self) -> float:
-        """FLOPs per example that published counts include and this implementation saves.
-
-        Where one position is pooled, the last block computes only that one after attention.
-        """
-        return 0.0
 
     def with_activation(self, activation: str) -> Tower:
         """Return the tower with another activation function; towers without the field are unchanged."""
@@ -122,61 +91,64 @@ class Tower:
             )
 
 
-class ImageTower(Tower):
-    """Configuration of an image encoder.
+class Encoder(nn.Module):
+    """Linen module of a tower: the scope in which `encode` creates its parameters and submodules.
 
-    The module is called as `module(image, train=False, key_B=None, project=True)` with normalized pixels
-    [B, H, W, 3] and returns [B, E]; with `project=False`, the input of the final projection, [B, D]. `key_B` holds one
-    random key per image, for training. Batch statistics go to the collection "batch_stats".
-
-    Additional fields:
-      image_size: side in pixels.
+    embed_dim: size of the output.
+    compute: dtype, rematerialization, sharding; it changes no number beyond rounding.
+    patch_dropout: fraction of patches that training drops; nonzero only if the tower `supports_patch_dropout`.
     """
 
-    image_size: int
+    tower: Tower
+    embed_dim: int
+    compute: Compute
+    patch_dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, *inputs: Any) -> Array:
+        return self.tower.encode(self, *inputs)
+
+
+class ImageTower(Tower):
+    """Configuration and computation of an image encoder."""
+
+    image_size: int  # field: side in pixels
+
     supports_patch_dropout: ClassVar[bool] = False
+    stride: ClassVar[int]  # pixels of the image per position of the last feature map or patch grid, along a side
+    # Whether `image_size` may be no multiple of `stride`; the remaining pixels are ignored.
+    ignores_partial_patch: ClassVar[bool] = False
+    # Path of the position embedding [L, D] of the position grid, in row-major order; None if there is none.
+    positions_path: ClassVar[tuple[str, ...] | None] = None
+    num_prefix_tokens: ClassVar[int] = 0  # rows of the position embedding before the grid's, such as a class token's
 
-    @property
-    def stride(self) -> int:
-        """Pixels of the image per position of the last feature map or patch grid, along a side."""
+    def encode(
+        self, module: Encoder, image: Float[Array, "B H W 3"], train: bool, key_B: Key[Array, "B"] | None, project: bool
+    ) -> Float[Array, "B E"]:
+        """Encode images.
+
+        Args:
+          image: normalized pixels.
+          train: whether to drop patches and to update batch statistics, in the collection "batch_stats".
+          key_B: one random key per image, for training.
+          project: False: return the input of the final projection, [B, D].
+        """
         raise NotImplementedError
-
-    @property
-    def ignores_partial_patch(self) -> bool:
-        """Whether `image_size` may be no multiple of `stride`; the remaining pixels are ignored."""
-        return False
-
-    @property
-    def positions_path(self) -> tuple[str, ...] | None:
-        """Path of the position embedding [L, D] of the position grid, in row-major order; None if there is none."""
-        return None
-
-    @property
-    def num_prefix_tokens(self) -> int:
-        """Number of rows of the position embedding before the grid's, such as a class token's."""
-        return 0
 
 
 class TextTower(Tower):
-    """Configuration of a text encoder.
+    """Configuration and computation of a text encoder."""
 
-    The module is called as `module(text)` with token ids int32[B, L], or a `packing.Stream` if `supports_packing`, and
-    returns [B, E].
+    vocab_size: int  # field: number of token ids
+    context_length: int  # field: tokens per text, start and end tokens included
+    eos_id: int  # field: id of the end token; the tokenizer must have the same
 
-    Additional fields:
-      vocab_size: number of token ids.
-      context_length: tokens per text, start and end tokens included.
-      eos_id: id of the end token; the tokenizer must have the same.
-    """
+    # Whether texts can be packed (`packing.py`): tokens after the end token must not affect the output.
+    supports_packing: ClassVar[bool] = False
 
-    vocab_size: int
-    context_length: int
-    eos_id: int
-
-    @property
-    def supports_packing(self) -> bool:
-        """Whether texts can be packed (`packing.py`): tokens after the end token must not affect the output."""
-        return False
+    def encode(self, module: Encoder, text: Int32[ArrayLike, "B L"] | Stream) -> Float[Array, "B E"]:
+        """Encode token ids; packed ones (`packing.Stream`) if `supports_packing`."""
+        raise NotImplementedError
 
     def end_positions(self, text_BL: Int32[ArrayLike, "B L"]) -> Int32[Array, "B"]:
         """Return the position of the first end token in each text, 0 if there is none; packing needs it."""
@@ -187,9 +159,3 @@ def check_multiple(key: str, size: int, unit_key: str, unit: int, *, exact: bool
     """Raise ValueError unless `size` is at least `unit` and, if `exact`, a multiple of it."""
     if size < unit or (exact and size % unit):
         raise ValueError(f"{key}={size} is not a multiple of {unit_key}={unit}; use {max(1, size // unit) * unit}")
-
-
-def check_heads(key: str, width: int, heads: int, attention_width: int) -> None:
-    """Raise ValueError unless the number of heads divides the width of the attention."""
-    if attention_width % heads:
-        raise ValueError(f"{key}.width={width} is not a multiple of {key}.heads={heads}")

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from clip_jax.models.layers import NORM_RULES, Compute, LayerNorm, Rules
-from clip_jax.models.towers.base import ImageTower, check_multiple
+from clip_jax.models.layers import NORM_RULES, LayerNorm, Rules
+from clip_jax.models.towers.base import Encoder, ImageTower, check_multiple
 
 # Contrast below this counts as noise; in standard deviations, because pixels are normalized.
 _MIN_CONTRAST = 1e-3
@@ -44,8 +44,27 @@ class EdgeNet(ImageTower):
         (r"(conv\d+|embedding|layer\d+)/bias", ()),
     )
 
-    def module(self, embed_dim: int, compute: Compute, patch_dropout: float = 0.0) -> nn.Module:
-        return EdgeNetEncoder(self, embed_dim, compute.dtype)
+    def encode(
+        self, module: Encoder, image: Float[Array, "B H W 3"], train: bool, key_B: Key[Array, "B"] | None, project: bool
+    ) -> Float[Array, "B E"]:
+        del train, key_B  # the same in training and inference
+        dtype = module.compute.dtype
+        x_BHWC = EdgeStem(self.orientations, self.cell, dtype, name="stem")(image)
+        for number, channels in enumerate(self.channels):
+            x_BHWC = LayerNorm(name=f"conv_norm{number}")(x_BHWC)
+            x_BHWC = jax.nn.relu(nn.Conv(channels, (3, 3), dtype=dtype, name=f"conv{number}")(x_BHWC))
+            # Maximum in the first stages, for the presence of a feature; mean in the last, for its amount.
+            pool = nn.avg_pool if number == len(self.channels) - 1 else nn.max_pool
+            x_BHWC = pool(x_BHWC, (2, 2), (2, 2))
+        x_BD = LayerNorm(name="norm_pre")(x_BHWC.reshape(image.shape[0], -1))
+        x_BD = nn.Dense(self.width, dtype=dtype, name="embedding")(x_BD)
+        for layer in range(self.layers):
+            y_BD = jax.nn.relu(LayerNorm(name=f"norm{layer}")(x_BD))
+            x_BD = x_BD + nn.Dense(self.width, dtype=dtype, name=f"layer{layer}")(y_BD)
+        x_BD = LayerNorm(name="norm_post")(x_BD)
+        if not project:
+            return x_BD
+        return nn.Dense(module.embed_dim, use_bias=False, dtype=dtype, name="projection")(x_BD)
 
     def layer(self, path: str) -> int | range:
         """Stem, convolutions, embedding, dense layers, output."""
@@ -78,41 +97,6 @@ class EdgeNet(ImageTower):
         stride_key = f"{key}.cell · 2**len({key}.channels)"
         check_multiple(f"{key}.image_size", self.image_size, stride_key, self.stride)
         super().check(key, embed_dim)
-
-
-class EdgeNetEncoder(nn.Module):
-    """Encodes normalized pixels. See `ImageTower`."""
-
-    config: EdgeNet
-    embed_dim: int
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(
-        self,
-        image: Float[Array, "B H W 3"],
-        train: bool = False,
-        key_B: Key[Array, "B"] | None = None,
-        project: bool = True,
-    ) -> Float[Array, "B E"]:
-        del train, key_B  # the same in training and inference
-        config = self.config
-        x_BHWC = EdgeStem(config.orientations, config.cell, self.dtype, name="stem")(image)
-        for number, channels in enumerate(config.channels):
-            x_BHWC = LayerNorm(name=f"conv_norm{number}")(x_BHWC)
-            x_BHWC = jax.nn.relu(nn.Conv(channels, (3, 3), dtype=self.dtype, name=f"conv{number}")(x_BHWC))
-            # Maximum in the first stages, for the presence of a feature; mean in the last, for its amount.
-            pool = nn.avg_pool if number == len(config.channels) - 1 else nn.max_pool
-            x_BHWC = pool(x_BHWC, (2, 2), (2, 2))
-        x_BD = LayerNorm(name="norm_pre")(x_BHWC.reshape(image.shape[0], -1))
-        x_BD = nn.Dense(config.width, dtype=self.dtype, name="embedding")(x_BD)
-        for layer in range(config.layers):
-            y_BD = jax.nn.relu(LayerNorm(name=f"norm{layer}")(x_BD))
-            x_BD = x_BD + nn.Dense(config.width, dtype=self.dtype, name=f"layer{layer}")(y_BD)
-        x_BD = LayerNorm(name="norm_post")(x_BD)
-        if not project:
-            return x_BD
-        return nn.Dense(self.embed_dim, use_bias=False, dtype=self.dtype, name="projection")(x_BD)
 
 
 class EdgeStem(nn.Module):

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
-from clip_jax.models.layers import NORM_RULES, PROJECTION_RULES, Compute, Rules, project_heads, upcast
-from clip_jax.models.towers.base import ImageTower, check_heads, check_multiple
+from clip_jax.models.layers import NORM_RULES, PROJECTION_RULES, Compute, Rules, attend_from_query, upcast
+from clip_jax.models.towers.base import Encoder, ImageTower, check_multiple
 
 EXPANSION = 4  # output width of a bottleneck / its inner width
 
@@ -36,6 +36,8 @@ class ResNet(ImageTower):
     heads: int = 32  # of the attention pooling, whose width is 32 × width for four stages
     kind: Literal["resnet"] = "resnet"
 
+    positions_path: ClassVar[tuple[str, ...]] = ("pool", "positional_embedding")
+    num_prefix_tokens: ClassVar[int] = 1  # the mean of the grid, which is the query
     stacked: ClassVar[str] = r"stage\d+_rest/.*"
     sharding_rules: ClassVar[Rules] = (
         *NORM_RULES,
@@ -45,8 +47,27 @@ class ResNet(ImageTower):
         (r"pool/(positional_embedding|projection/bias)", ()),
     )
 
-    def module(self, embed_dim: int, compute: Compute, patch_dropout: float = 0.0) -> nn.Module:
-        return ModifiedResNet(self, embed_dim, compute)
+    def encode(
+        self, module: Encoder, image: Float[Array, "B H W 3"], train: bool, key_B: Key[Array, "B"] | None, project: bool
+    ) -> Float[Array, "B E"]:
+        del key_B  # nothing is random
+        width, compute = self.width, module.compute
+
+        def stem(_: nn.Module, x: Float[Array, "B H W 3"]) -> Float[Array, "B h w c"]:
+            for number, (features, stride) in enumerate(((width // 2, 2), (width // 2, 1), (width, 1)), start=1):
+                x = convolution(x, features, 3, compute.dtype, f"stem_conv{number}", stride)
+                x = jax.nn.relu(BatchNorm(compute, name=f"stem_norm{number}")(x, train))
+            return _average_pool(x, 2)
+
+        x = compute.remat_module(stem)(module, image)
+        first = compute.remat_module(Bottleneck, static_argnums=(2,))
+        for stage, blocks in enumerate(self.layers):
+            stride = 1 if stage == 0 else 2
+            x = first(width << stage, stride, compute, name=f"stage{stage}_first")(x, train)
+            if blocks > 1:
+                rest = compute.repeat(_ScanBottleneck, blocks - 1, static_argnums=(2,), batch_stats=0)
+                x = rest(width << stage, 1, compute, name=f"stage{stage}_rest")(x, train)[0]
+        return AttentionPool(self.heads, module.embed_dim, compute.dtype, name="pool")(x, project)
 
     def layer(self, path: str) -> int | range:
         """Each stage is one layer."""
@@ -70,53 +91,11 @@ class ResNet(ImageTower):
     def stride(self) -> int:
         return 2 << len(self.layers)
 
-    @property
-    def positions_path(self) -> tuple[str, ...] | None:
-        return ("pool", "positional_embedding")
-
-    @property
-    def num_prefix_tokens(self) -> int:
-        return 1  # the mean of the grid, which is the query
-
     def check(self, key: str, embed_dim: int) -> None:
         check_multiple(f"{key}.image_size", self.image_size, f"2**(1 + len({key}.layers))", self.stride)
-        check_heads(key, self.width, self.heads, self.width << (len(self.layers) + 1))
+        if (attention_width := self.width << (len(self.layers) + 1)) % self.heads:
+            raise ValueError(f"{key}.heads: expected a divisor of {attention_width}, got {self.heads}")
         super().check(key, embed_dim)
-
-
-class ModifiedResNet(nn.Module):
-    """Encodes normalized pixels. See `ImageTower`."""
-
-    config: ResNet
-    embed_dim: int
-    compute: Compute
-
-    @nn.compact
-    def __call__(
-        self,
-        image: Float[Array, "B H W 3"],
-        train: bool = False,
-        key_B: Key[Array, "B"] | None = None,
-        project: bool = True,
-    ) -> Float[Array, "B E"]:
-        del key_B  # nothing is random
-        width, compute = self.config.width, self.compute
-
-        def stem(module: nn.Module, x: Float[Array, "B H W 3"]) -> Float[Array, "B h w c"]:
-            for number, (features, stride) in enumerate(((width // 2, 2), (width // 2, 1), (width, 1)), start=1):
-                x = convolution(x, features, 3, compute.dtype, f"stem_conv{number}", stride)
-                x = jax.nn.relu(BatchNorm(compute, name=f"stem_norm{number}")(x, train))
-            return _average_pool(x, 2)
-
-        x = compute.remat_module(stem)(self, image)
-        first = compute.remat_module(Bottleneck, static_argnums=(2,))
-        for stage, blocks in enumerate(self.config.layers):
-            stride = 1 if stage == 0 else 2
-            x = first(width << stage, stride, compute, name=f"stage{stage}_first")(x, train)
-            if blocks > 1:
-                rest = compute.repeat(_ScanBottleneck, blocks - 1, static_argnums=(2,), batch_stats=0)
-                x = rest(width << stage, 1, compute, name=f"stage{stage}_rest")(x, train)[0]
-        return AttentionPool(self.config.heads, self.embed_dim, compute.dtype, name="pool")(x, project)
 
 
 class Bottleneck(nn.Module):
@@ -198,12 +177,7 @@ class AttentionPool(nn.Module):
         init = nn.initializers.normal(width**-0.5)
         positions_LD = self.param("positional_embedding", init, x_BLD.shape[1:])
         x_BLD = x_BLD + positions_LD[None].astype(self.dtype)
-        query, key, value = (
-            project_heads(self.heads, width, init, self.dtype, name)(source)
-            for name, source in (("query", x_BLD[:, :1]), ("key", x_BLD), ("value", x_BLD))
-        )
-        pooled_B1NK = jax.nn.dot_product_attention(query, key, value)
-        pooled_BD = pooled_B1NK.reshape(x.shape[0], width)
+        pooled_BD = attend_from_query(x_BLD[:, :1], x_BLD, self.heads, self.dtype).reshape(x.shape[0], width)
         if not project:
             return pooled_BD
         return nn.Dense(self.embed_dim, kernel_init=init, dtype=self.dtype, name="projection")(pooled_BD)
