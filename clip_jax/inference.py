@@ -1,12 +1,7 @@
-"""Inference: a loaded model as functions of images and strings.
-
-    model = clip_jax.load("params.msgpack")  # or weights of OpenAI, open_clip, Hugging Face …
-    model.zero_shot(["photo.jpg"], ["dog", "cat"])
+"""Inference: `model = clip_jax.load("params.msgpack")`, a model as functions of images and strings.
 
 Each encoder is compiled for batch sizes 1, 2, 4 … 64, each on first use; other numbers of inputs are split and padded.
-Neither TensorFlow nor Orbax is imported.
-
-Source of the zero-shot classifier: Radford et al. 2021, section 3.1.4.
+Neither TensorFlow nor Orbax is imported. Source of the zero-shot classifier: Radford et al. 2021, section 3.1.4.
 """
 
 from __future__ import annotations
@@ -36,7 +31,17 @@ _MAX_BATCH = 64  # 64 images of 336 px need about 2 GiB of activations in ViT-L/
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """A CLIP model with its parameters. Images are PIL images, paths, encoded bytes, or uint8 arrays [H W 3]."""
+    """A CLIP model with its parameters. Images are PIL images, paths, encoded bytes, or uint8 arrays [H W 3].
+
+    >>> model, images = random_model("emoji"), np.zeros((1, 48, 48, 3), np.uint8)
+    >>> model.encode_image(images).shape, model.encode_text(["a dog", "a cat"]).shape
+    ((1, 128), (2, 128))
+    >>> model.logits(images, ["a dog", "a cat"]).shape
+    (1, 2)
+    >>> probabilities = model.zero_shot(images, ["dog", "cat"], ["a {}."])
+    >>> probabilities.shape, probabilities.sum().round(4).item()
+    ((1, 2), 1.0)
+    """
 
     config: WeightsConfig
     params: Params = dataclasses.field(repr=False)
@@ -50,10 +55,6 @@ class Clip:
         Raises:
           ValueError: if an image can't be decoded, with its index.
           TypeError: for a single image instead of a sequence.
-
-        >>> model = random_model("emoji")
-        >>> model.encode_image(np.zeros((1, 48, 48, 3), np.uint8)).shape
-        (1, 128)
         """
         size = self.config.model.image.image_size
 
@@ -68,20 +69,11 @@ class Clip:
         Raises:
           ValueError: for a text that exceeds the context length, unless the model was loaded with `truncate=True`.
           TypeError: for a single text instead of a sequence.
-
-        >>> model = random_model("emoji")
-        >>> model.encode_text(["a dog", "a cat"]).shape
-        (2, 128)
         """
         return self._encode(self._encode_text, lambda batch, first: self.tokenizer(batch), _as_list(texts, "text"))
 
     def logits(self, images: Images, texts: Sequence[str]) -> Float[np.ndarray, "n m"]:
-        """Return `scale * cosine + logit_bias` for every pair of image and text; models without a bias have 0.
-
-        >>> model = random_model("emoji")
-        >>> model.logits(np.zeros((1, 48, 48, 3), np.uint8), ["a dog", "a cat"]).shape
-        (1, 2)
-        """
+        """Return `scale * cosine + logit_bias` for every pair of image and text; models without a bias have 0."""
         bias = np.asarray(self.params.get("logit_bias", 0.0), np.float32)
         return self.scale * self.encode_image(images) @ self.encode_text(texts).T + bias
 
@@ -95,11 +87,6 @@ class Clip:
 
         Raises:
           ValueError: for a template without `{}`.
-
-        >>> model = random_model("emoji")
-        >>> probabilities = model.zero_shot(np.zeros((1, 48, 48, 3), np.uint8), ["dog", "cat"], ["a {}."])
-        >>> probabilities.shape, probabilities.sum().round(4).item()
-        ((1, 2), 1.0)
         """
         templates = _as_list(templates, "template")
         if wrong := [template for template in templates if "{}" not in template]:
@@ -141,9 +128,8 @@ def load(
 ) -> Clip:
     """Load a model from a weight file, a directory, a name of an OpenAI model or a repository of the Hugging Face hub.
 
-    Formats: clip_jax (`--export`, `clip_jax.convert`), OpenAI's archives, torch state dicts and checkpoints,
-    safetensors, directories of open_clip and Hugging Face, Flax msgpack, big_vision npz, and others registered in
-    `clip_jax.interop.formats.FORMATS`. An unknown activation is an error, not a guess.
+    Formats: clip_jax's, OpenAI's archives, torch state dicts and checkpoints, safetensors, directories of open_clip and
+    Hugging Face, Flax msgpack, big_vision npz, and others in `clip_jax.interop.formats.FORMATS`.
 
     Args:
       path: file or directory; name such as 'vit_b32' for OpenAI's weights in ~/.cache/clip; or

@@ -3,9 +3,7 @@
 The shorter side is resized to `size`, the center is cropped, and the result becomes RGB; the model divides by 255 and
 normalizes on the device. Pillow antialiases and rounds to uint8 between its two passes: bicubic resizing of TensorFlow,
 JAX or torch gives other bytes. Pillow 13 resizes the height first if it shrinks more, so images more than twice as high
-as wide differ by a few levels from Pillow 12's.
-
-`preprocess.implementation` selects the pipeline:
+as wide differ by a few levels from Pillow 12's. `preprocess.implementation` selects the pipeline:
   * openai: resize in the image's own mode (palette: nearest pixel), crop at `round((side - size) / 2)`, half to even,
     then convert to RGB. Alpha is dropped, so the hidden color of transparent pixels shows; 16-bit gray is clipped at
     255, which makes nearly every such image white. OpenAI's and open_clip's weights were trained with this.
@@ -13,10 +11,8 @@ as wide differ by a few levels from Pillow 12's.
     if the margin is odd.
   * clip_jax: as openai, but transparency is composited on white and 16-bit gray keeps its high byte, as in training.
 
-None of them applies EXIF orientation; to apply it, call `PIL.ImageOps.exif_transpose` first.
-
-Source: openai/CLIP `clip/clip.py` (`_transform`) with torchvision's Resize and CenterCrop; transformers
-`CLIPImageProcessor`.
+None of them applies EXIF orientation; to apply it, call `PIL.ImageOps.exif_transpose` first. Sources: openai/CLIP
+`clip/clip.py` (`_transform`) with torchvision's Resize and CenterCrop; transformers `CLIPImageProcessor`.
 """
 
 from __future__ import annotations
@@ -36,7 +32,6 @@ from clip_jax.config import Preprocess
 # Encoded image, path, PIL image, or uint8[H W], [H W 3] or [H W 4].
 ImageLike = Image.Image | bytes | str | os.PathLike[str] | np.ndarray
 
-_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _SIXTEEN_BIT = {"I;16": "<u2", "I;16L": "<u2", "I;16B": ">u2"}
 # A 1 × 10,000 image resized to 224 px on its shorter side would have 500 Mpx, 1.5 GB.
 _MAX_RESIZED_PIXELS = 100_000_000
@@ -58,7 +53,7 @@ def preprocess(image: ImageLike, size: int, spec: Preprocess) -> UInt8[np.ndarra
       FileNotFoundError: if the path does not exist.
     """
     opened = _BEFORE_RESIZE[spec.implementation](_open(image))
-    resampling = _RESAMPLING[spec.interpolation]
+    resampling = Image.Resampling[spec.interpolation.upper()]
     if spec.resize == "squash":
         return np.array(opened.resize((size, size), resampling).convert("RGB"))
     width, height = _resized_shape(opened.size, size)
@@ -74,11 +69,6 @@ def preprocess_many(
     images: Sequence[ImageLike], size: int, spec: Preprocess, threads: int = 0, *, first: int = 0
 ) -> UInt8[np.ndarray, "n H W 3"]:
     """Return `preprocess` of several images, computed in threads.
-
-    >>> from clip_jax.config import Preprocess
-    >>> images = [Image.new("RGB", (640, 480)), np.zeros((100, 100, 3), np.uint8)]
-    >>> preprocess_many(images, 224, Preprocess()).shape
-    (2, 224, 224, 3)
 
     Args:
       threads: number of threads; 0 for the number of cores.
@@ -96,8 +86,7 @@ def preprocess_many(
             raise ValueError(f"image {first + row}: {error}") from error
 
     with concurrent.futures.ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-        for _ in pool.map(fill_row, range(len(images))):  # iteration raises the threads' errors
-            pass
+        list(pool.map(fill_row, range(len(images))))  # raises the threads' errors
     return result
 
 
@@ -107,8 +96,8 @@ def _open(image: ImageLike) -> Image.Image:
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))):
             raise ValueError(
-                f"pixels are {image.dtype}{list(image.shape)}, expected uint8 of [H W], [H W 3] or [H W 4], 0 to 255;"
-                " for floats in 0 to 1: (x * 255).round().astype('uint8')"
+                "pixels: expected uint8 of [H W], [H W 3] or [H W 4], 0 to 255, got"
+                f" {image.dtype}{list(image.shape)}; for floats in 0 to 1: (x * 255).round().astype('uint8')"
             )
         return Image.fromarray(image)
     source = io.BytesIO(image) if isinstance(image, bytes) else pathlib.Path(image).expanduser()
@@ -120,7 +109,7 @@ def _open(image: ImageLike) -> Image.Image:
         raise
     # Pillow's decoders raise all of these for damaged files.
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name}: this can't be decoded as an image ({error})") from error
+        raise ValueError(f"{name}: expected an image, got {error}; convert it, e.g. to PNG") from error
     return opened
 
 
@@ -149,11 +138,11 @@ def _resized_shape(original: tuple[int, int], size: int) -> tuple[int, int]:
     """Return width and height with the shorter side at `size` px; the longer is rounded down, as in torchvision."""
     width, height = original
     if not width or not height:
-        raise ValueError(f"the image is {width} × {height} px: it has no pixels")
+        raise ValueError(f"expected an image with pixels, got {width} × {height} px; remove it")
     longer = int(size * max(width, height) / min(width, height))
     if size * longer > _MAX_RESIZED_PIXELS:
         raise ValueError(
-            f"the aspect ratio of {width} × {height} px is too extreme: with {size} px on its shorter side the image"
-            f" would have {size * longer:,} pixels; crop it first, or use preprocess.resize='squash'"
+            f"expected at most {_MAX_RESIZED_PIXELS:,} pixels with {size} px on the shorter side, got {size * longer:,}"
+            f" from {width} × {height} px; crop it first, or use preprocess.resize='squash'"
         )
     return (size, longer) if width <= height else (longer, size)

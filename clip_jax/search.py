@@ -24,30 +24,22 @@ _TOP = flags.DEFINE_integer("top", 10, "Number of matches per query.", lower_bou
 
 def main(queries: list[str]) -> int:
     """Print the best matches of each query. Returns the exit code."""
-    _search(_WEIGHTS.value, queries, _IMAGES.value, _TOP.value)
-    return command.FINISHED
-
-
-def _search(weights: str | None, queries: Sequence[str], folder: str, top: int) -> None:
     from clip_jax.inference import load
 
-    if not weights or not queries:
+    if not _WEIGHTS.value or not queries:
         raise ValueError('expected --weights=FILE and a query, e.g. --weights=runs/emoji/params.msgpack "a happy dog"')
-    model = load(weights)
+    model, top = load(_WEIGHTS.value), _TOP.value
     text_nE = model.encode_text(queries)  # first, because it is fast and a query may be too long
-    images, names = images_in(folder) if folder else _emoji()
+    images, names = images_in(_IMAGES.value) if _IMAGES.value else _emoji()
     image_mE = model.encode_image(images)
     for query, text_E in zip(queries, text_nE, strict=True):
         order, similarity = ranking(image_mE, text_E)
         print(f"\n{query!r} among {len(names):,} images\n" + table(names, order[:top], similarity[:top]))
+    return command.FINISHED
 
 
 def images_in(folder: str | os.PathLike[str]) -> tuple[list[str], list[str]]:
-    """Return the paths of all images in a folder and its subfolders, and their names relative to it.
-
-    Raises:
-      ValueError: if there is no such folder, or no image in it.
-    """
+    """Return the paths of all images in a folder and its subfolders, and their names relative to it."""
     root = pathlib.Path(folder).expanduser()
     if not root.is_dir():
         raise ValueError(f"--images: expected a folder, got {folder}")

@@ -96,13 +96,11 @@ def test_numbers_do_not_depend_on_the_batch_size_or_cached_features(alone, weigh
         (("--weights=WEIGHTS", "--wieghts=x"), "wieghts"),
         (("--weights=WEIGHTS", "--datasets="), "--datasets"),
         (("--weights=WEIGHTS", "--modules=no_such_module"), "no_such_module"),
-        (("--weights=WEIGHTS", "--data_dir=gs://bucket/data"), "--data_dir=gs://bucket/data: expected a local path"),
-        (("--weights=WEIGHTS", "--cache_dir=gs://bucket/f"), "--cache_dir=gs://bucket/f: expected a local path"),
     ],
 )
 def test_invalid_input_exits_with_2_and_one_sentence(weights, tmp_path, arguments, message):
     arguments = [argument.replace("WEIGHTS", str(weights)) for argument in arguments]
-    ((printed, errors),) = run("--cache_dir=", *arguments, f"--out={tmp_path / 'out'}", code=2)
+    ((printed, errors),) = run(*arguments, "--cache_dir=", f"--out={tmp_path / 'out'}", code=2)
     assert printed == "" and message in errors and len(errors.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 

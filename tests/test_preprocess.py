@@ -249,15 +249,15 @@ def test_preprocess_many_equals_preprocess_of_each_image():
 @pytest.mark.parametrize("kept", [0, 3, 40, 900])
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
 def test_truncated_images_raise(format, kept):
-    with pytest.raises(ValueError, match=f"^{kept} bytes: this can't be decoded as an image"):
+    with pytest.raises(ValueError, match=f"^{kept} bytes: expected an image, got "):
         preprocess(encoded(make_image(100, 100), format)[:kept], 32, OPENAI)
 
 
 def test_errors_contain_the_number_of_the_image(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match=r"image 1: .*broken\.png: this can't be decoded"):
+    with pytest.raises(ValueError, match=r"image 1: .*broken\.png: expected an image"):
         preprocess_many([make_image(9, 9), str(tmp_path / "broken.png")], 32, OPENAI)
-    with pytest.raises(ValueError, match="image 65: .*this can't be decoded"):
+    with pytest.raises(ValueError, match="image 65: .*: expected an image"):
         preprocess_many([make_image(9, 9), b"nonsense"], 32, OPENAI, first=64)
     with pytest.raises(FileNotFoundError):
         preprocess("/nowhere.png", 32, OPENAI)
@@ -270,6 +270,6 @@ def test_arrays_of_other_shapes_and_dtypes_raise_with_a_remedy(array):
 
 
 def test_extreme_aspect_ratio_raises_before_memory_is_allocated():
-    with pytest.raises(ValueError, match="10000 × 1 px is too extreme.*squash"):
+    with pytest.raises(ValueError, match="expected at most 100,000,000 pixels .* from 10000 × 1 px; .*squash"):
         preprocess(Image.new("RGB", (10_000, 1)), 224, OPENAI)
     assert preprocess(Image.new("RGB", (10_000, 1)), 224, Preprocess(resize="squash")).shape == (224, 224, 3)

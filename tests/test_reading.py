@@ -167,7 +167,7 @@ def test_sharded_weights_are_merged_and_bad_indexes_are_refused(tmp_path):
     assert found.config.model == VIT and found.format == "Hugging Face names, shards"
     _assert_params(found.params, VIT)
     (tmp_path / "sharded/model-2.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"the shard model-2\.safetensors is missing"):
+    with pytest.raises(ValueError, match=r"expected the shard model-2\.safetensors, got no such file"):
         reading.read(tmp_path / "sharded")
     for outside in ("../../etc/passwd", index.name, 5):
         index.write_text(json.dumps({"weight_map": {"x": outside}}))
@@ -297,6 +297,13 @@ def test_open_clip_config_names_a_local_tokenizer_for_another_vocabulary(tmp_pat
     content = json.loads((tmp_path / "dir/open_clip_config.json").read_text())
     assert ("hf_tokenizer_name" in content["model_cfg"]["text_cfg"]) == is_local
     assert reading.read(tmp_path / "dir").config.tokenizer.name == "clip_bpe"
+
+
+def test_open_clip_config_keeps_epsilon_and_activation_of_both_towers(tmp_path):
+    towers = [dataclasses.replace(x, norm_epsilon=1e-6, activation="gelu_tanh") for x in (VIT.image, VIT.text)]
+    model = dataclasses.replace(VIT, image=towers[0], text=towers[1])
+    directory.write(tmp_path / "dir", tiny_models.params(model), WeightsConfig(model))
+    assert reading.read(tmp_path / "dir/open_clip_model.safetensors").config.model == model
 
 
 def test_libraries_without_the_model_are_skipped_with_the_reason(tmp_path):

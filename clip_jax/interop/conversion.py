@@ -28,20 +28,15 @@ _FLOATING = ("float16", "bfloat16", "float32", "float64")
 def params_from_tensors(
     model: Architecture, tensors: Mapping[str, np.ndarray], table: Table, file: str, *, tower: str = ""
 ) -> Params:
-    """Return float32 parameters from a file's tensors.
+    """Return float32 parameters from a file's tensors: of both towers, or of `tower`, 'image' or 'text', alone.
 
-    Args:
-      file: name for error messages.
-      tower: 'image' or 'text': the parameters of that tower alone; other tensors are ignored.
-
-    Raises:
-      ValueError: for a missing, additional or unusable tensor, with file, tensor, expected and found shape.
+    Raises ValueError for a missing or unusable tensor and, if both towers are read, for an additional one.
     """
     used: set[str] = set()
 
     def convert(path: str, shape: tuple[int, ...], layer: int | None) -> np.ndarray:
         source = table[path]
-        name = _tensor_name(source, layer)
+        name = source.of_layer(layer)
         if name not in tensors:
             raise ValueError(f"{file}: expected a tensor {name!r} for {path}, got none")
         tensor, expected = tensors[name], tensor_shape(path, shape, source)
@@ -57,7 +52,7 @@ def params_from_tensors(
 
     def parameter(path: str, shape: tuple[int, ...], layers: int) -> np.ndarray:
         if path not in table:
-            raise ValueError(f"{file}: this format cannot store the parameter {path}")
+            raise ValueError(f"{file}: expected a format that stores the parameter {path}, got another; use msgpack")
         array = _aligned_empty((layers, *shape) if layers else shape)
         for layer in range(layers) if layers else (None,):
             _copy(array if layer is None else array[layer], convert(path, shape, layer))
@@ -76,8 +71,7 @@ def params_from_tensors(
 class LazyTensors(Mapping[str, np.ndarray]):
     """The float32 tensors of a format; each is converted from the parameters on access, to save memory.
 
-    Raises:
-      ValueError: if the format cannot store one of the model's parameters.
+    Raises ValueError if the format cannot store one of the model's parameters.
     """
 
     def __init__(self, model: Architecture, params: Params, table: Table):
@@ -86,10 +80,10 @@ class LazyTensors(Mapping[str, np.ndarray]):
         self.shapes: dict[str, tuple[int, ...]] = {}
         for path, (shape, layers) in parameter_shapes(model).items():
             if path not in table:
-                raise ValueError(f"this format cannot store the parameter {path}")
+                raise ValueError(f"expected a format that stores the parameter {path}, got another; use msgpack")
             source = table[path]
             for layer in range(layers) if layers else (None,):
-                name = _tensor_name(source, layer)
+                name = source.of_layer(layer)
                 self._sources.setdefault(name, []).append((path, layer))
                 self.shapes[name] = tensor_shape(path, shape, source)
 
@@ -144,14 +138,9 @@ def tensor_shape(path: str, shape: tuple[int, ...], source: Tensor) -> tuple[int
     return (1,) * source.leading_axes + shape
 
 
-def _tensor_name(source: Tensor, layer: int | None) -> str:
-    return source.name if layer is None else source.name.format(layer + source.first_layer)
-
-
 def _chunk(tensor: np.ndarray, source: Tensor) -> np.ndarray:
     number, chunks = source.chunk
-    rows = len(tensor) // chunks if chunks > 1 else 0
-    return tensor[number * rows : (number + 1) * rows] if chunks > 1 else tensor
+    return np.split(tensor, chunks)[number] if chunks > 1 else tensor
 
 
 def _aligned_empty(shape: tuple[int, ...]) -> np.ndarray:

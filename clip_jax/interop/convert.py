@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Any
+from collections.abc import Mapping
 
 from clip_jax.config import WeightsConfig, name_of
 from clip_jax.interop import formats, reading
@@ -40,12 +40,11 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], *, t
     config = dataclasses.replace(weights.config, source=os.fspath(source))
     usage = write(target, weights.params, config)
     lines = [f"found    {source}: {weights.format}", *_rows(_summary(config, weights.params))]
-    if usage:
-        return "\n".join([*lines, f"wrote    {target}", *_rows(usage)])
-    return "\n".join([*lines, f"wrote    {target}: clip_jax.load({os.fspath(target)!r})"])
+    lines.append(f"wrote    {target}" + ("" if usage else f": clip_jax.load({os.fspath(target)!r})"))
+    return "\n".join([*lines, *_rows(usage or {})])
 
 
-def _rows(values: Any) -> list[str]:
+def _rows(values: Mapping[str, str]) -> list[str]:
     return [f"  {name + ':':<15}{value}" for name, value in values.items()]
 
 

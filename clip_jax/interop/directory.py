@@ -7,9 +7,8 @@ Each has its own tensor names, so a directory contains the weights up to three t
     open_clip_config.json, open_clip_model.safetensors  open_clip: 'local-dir:' + dir
     clip.pt                                             OpenAI: clip.load(dir + '/clip.pt'), which rounds to float16
 
-A library that does not have the model is skipped, and the reason is returned.
-
-Source: transformers `modeling_utils.py`, `tokenization_clip.py`; open_clip `factory.py`; openai/CLIP `clip/clip.py`.
+A library that does not have the model is skipped, and the reason is returned. Sources: transformers
+`modeling_utils.py`, `tokenization_clip.py`; open_clip `factory.py`; openai/CLIP `clip/clip.py`.
 """
 
 from __future__ import annotations
@@ -52,13 +51,10 @@ def weight_file(folder: pathlib.Path) -> pathlib.Path:
 
 
 def write(path: str | os.PathLike[str], params: Params, config: WeightsConfig) -> dict[str, str]:
-    """Write a directory atomically.
+    """Write a directory atomically. Raises ValueError if it exists and is not empty, or if no library has the model.
 
     Returns:
       For 'transformers', 'open_clip' and 'clip.load' the call that loads the model, or 'skipped: ' and the reason.
-
-    Raises:
-      ValueError: for a URL, if the directory exists and is not empty, or if no library has the model.
     """
     check_local("path", path)
     target = pathlib.Path(path).expanduser()
@@ -69,9 +65,12 @@ def write(path: str | os.PathLike[str], params: Params, config: WeightsConfig) -
     report, written = {}, False
     try:
         for library, (write_files, usage) in _LIBRARIES.items():
+            files = set(unfinished.iterdir())
             try:
                 write_files(unfinished, params, config)
             except ValueError as reason:
+                if set(unfinished.iterdir()) != files:
+                    raise
                 report[library] = f"skipped: {reason}"
             else:
                 report[library], written = usage.format(target), True

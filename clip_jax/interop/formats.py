@@ -1,10 +1,8 @@
 """Registry of weight formats: `FORMATS`.
 
-A format is one file with `detect`, `read` and, unless it is read-only, `write`, and one line in `FORMATS`.
-`clip_jax.load`, `clip_jax.convert` and a run's `init.weights` use the registry; `tests/contracts/test_formats.py` tests
-every entry. From outside the package:
-
-    FORMATS["mine"] = Format(detect, read, write)
+A format is `detect`, `read` and, unless it is read-only, `write`, and one line in `FORMATS`; from outside the package:
+`FORMATS["mine"] = Format(detect, read, write)`. `clip_jax.load`, `clip_jax.convert` and a run's `init.weights` use the
+registry; `tests/contracts/test_formats.py` tests every entry.
 """
 
 from __future__ import annotations
@@ -16,8 +14,11 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from clip_jax.config import WeightsConfig
-from clip_jax.interop import directory, flax_msgpack, msgpack, npz, safetensors, torch_file
+from clip_jax.interop import directory, msgpack, npz, safetensors, torch_file
+from clip_jax.interop.conversion import flat
 from clip_jax.typing import Params
 
 _HEAD = 16  # bytes
@@ -40,11 +41,7 @@ class Format:
 
 
 def detect(path: pathlib.Path) -> str:
-    """Return the name of a path's format: the last entry of `FORMATS` that detects it.
-
-    Raises:
-      ValueError: if the file is empty or no format detects it.
-    """
+    """Return the format of a path: the last entry of `FORMATS` that detects it. Raises ValueError without one."""
     head = b""
     if path.is_file():
         with path.open("rb") as stream:
@@ -72,12 +69,16 @@ def writer(name: str) -> Callable[[str | os.PathLike[str], Params, WeightsConfig
     return FORMATS[name].write
 
 
-def _read_directory(folder: pathlib.Path) -> tuple[Mapping[str, Any], WeightsConfig | None]:
-    return read(directory.weight_file(folder))
-
-
-def _detect_shards(path: pathlib.Path, head: bytes) -> bool:
-    return path.name.endswith(_INDEX)
+def _read_flax(path: pathlib.Path) -> tuple[dict[str, np.ndarray], None]:
+    """Read Hugging Face's `flax_model.msgpack`: arrays by their nested names, joined by dots."""
+    try:
+        arrays = flat(msgpack.restore(path))
+        if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+            raise ValueError("it contains values that are not arrays")
+    # A damaged byte can make the parser and Flax's decoder raise any exception.
+    except Exception as error:
+        raise ValueError(f"{path}: expected Flax msgpack, got a truncated or damaged file ({error})") from error
+    return {name.replace("/", "."): array for name, array in arrays.items()}, None
 
 
 def _read_shards(index: pathlib.Path) -> tuple[dict[str, Any], None]:
@@ -91,18 +92,19 @@ def _read_shards(index: pathlib.Path) -> tuple[dict[str, Any], None]:
         if not isinstance(name, str) or pathlib.PurePath(name).name != name or name.endswith(_INDEX):
             raise ValueError(f"{index}: expected weight files of the same directory, got {name!r}")
         if not (index.parent / name).is_file():
-            raise ValueError(f"{index}: the shard {name} is missing; copy it to {index.parent}")
+            raise ValueError(f"{index}: expected the shard {name}, got no such file; copy it to {index.parent}")
         tensors |= read(index.parent / name)[0]
     return tensors, None
 
 
 # Tried from the last to the first, so a format registered later has precedence.
 FORMATS: dict[str, Format] = {
-    "flax": Format(flax_msgpack.detect, flax_msgpack.read),
+    # A msgpack mapping. 0x80, the empty mapping, starts a pickle.
+    "flax": Format(lambda path, head: head[:1] > b"\x80", _read_flax),
     "torch": Format(torch_file.detect, torch_file.read),
     "safetensors": Format(safetensors.detect, safetensors.read),
-    "shards": Format(_detect_shards, _read_shards),
-    "directory": Format(directory.detect, _read_directory, directory.write),
+    "shards": Format(lambda path, head: path.name.endswith(_INDEX), _read_shards),
+    "directory": Format(directory.detect, lambda path: read(directory.weight_file(path)), directory.write),
     "npz": Format(npz.detect, npz.read, npz.write),
     "msgpack": Format(msgpack.detect, msgpack.read, msgpack.write),
 }

@@ -31,14 +31,16 @@ _PATTERNS = ["*.json", "*.safetensors", "*.model", "merges.txt", "open_clip_pyto
 def locate(path: str | os.PathLike[str]) -> pathlib.Path:
     """Return the local path of a path, a name in `OPENAI`, or `hf-hub:<owner>/<name>`, which is downloaded.
 
-    Raises:
-      FileNotFoundError: if OpenAI's file is not in the cache, with the command that downloads it.
-      ValueError: for a URL, or if `huggingface_hub` is not installed.
+    Raises FileNotFoundError, with the command that downloads it, if OpenAI's file is not in the cache.
     """
     name = os.fspath(path)
     check_local("weights", name)
     if name.startswith(HUB):
-        return _download(name.removeprefix(HUB))
+        try:
+            import huggingface_hub
+        except ImportError as error:
+            raise ValueError(f"{name} needs huggingface_hub: pip install 'clip-jax-tpu[interop]'") from error
+        return pathlib.Path(huggingface_hub.snapshot_download(name.removeprefix(HUB), allow_patterns=_PATTERNS))
     local = pathlib.Path(name).expanduser()
     if name not in OPENAI or local.exists():
         return local
@@ -50,11 +52,3 @@ def locate(path: str | os.PathLike[str]) -> pathlib.Path:
             f" python -c \"import clip; clip.load('{published}', 'cpu')\""
         )
     return file
-
-
-def _download(repository: str) -> pathlib.Path:
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise ValueError(f"{HUB}{repository} needs huggingface_hub: pip install 'clip-jax-tpu[interop]'") from error
-    return pathlib.Path(huggingface_hub.snapshot_download(repository, allow_patterns=_PATTERNS))

@@ -46,11 +46,7 @@ _FIXED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def architecture(config: Mapping[str, Any], file: str) -> Architecture:
-    """Return the architecture of a config.json.
-
-    Raises:
-      ValueError: for another model type or an unsupported activation.
-    """
+    """Return the architecture of a config.json. Raises ValueError for an unsupported model type or activation."""
     family = config.get("model_type")
     if family not in _FIXED:
         raise ValueError(f"{file}: model_type: expected {' or '.join(map(repr, _FIXED))} for clip_jax, got {family!r}")
@@ -87,11 +83,7 @@ def mlp_ratio(width: int, hidden: int) -> float:
 
 
 def preprocess(config: Mapping[str, Any], model: Architecture) -> Preprocess:
-    """Return the preprocessing of a preprocessor_config.json; omitted keys have the model's defaults.
-
-    Raises:
-      ValueError: for an unsupported interpolation.
-    """
+    """Return the preprocessing of a preprocessor_config.json; omitted keys have the model's defaults."""
     default = preprocess_of(model)
     if (resample := config.get("resample", 3)) not in _RESAMPLE:
         raise ValueError(f"preprocessor_config.json: resample: expected one of {_RESAMPLE}, got {resample!r}")

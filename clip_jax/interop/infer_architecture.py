@@ -23,11 +23,7 @@ _BLOCKS = "transformer/blocks"
 
 
 def architecture(tensors: Mapping[str, np.ndarray], naming: Naming, file: str) -> Architecture:
-    """Return the architecture with the default activation.
-
-    Raises:
-      ValueError: if the shapes are ambiguous, or a required tensor is missing.
-    """
+    """Return the architecture with the default activation. Raises ValueError for ambiguous or incomplete shapes."""
     shapes = _Shapes(tensors, naming, file)
     logit_bias = shapes.has("logit_bias")
     siglip = logit_bias or naming.siglip
@@ -125,5 +121,4 @@ class _Shapes:
         return next(layer for layer in itertools.count() if self._name(path, layer) not in self._tensors)
 
     def _name(self, path: str, layer: int = 0) -> str:
-        source = self._table[path]
-        return source.name.format(layer + source.first_layer)
+        return self._table[path].of_layer(layer)

@@ -23,13 +23,16 @@ import struct
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import msgpack as packer
 import numpy as np
 from etils import epath
 from flax import serialization
 
 from clip_jax.config import WeightsConfig, build
+from clip_jax.interop.conversion import flat
 from clip_jax.paths import check_local, write_atomically
+from clip_jax.tokenizers.base import read_file
 
 FORMAT, VERSION = "clip_jax", 1
 _KEYS = {"config", "format", "params", "sha256", "tokenizer", "version"}
@@ -38,9 +41,7 @@ _FIRST_KEY = b"\xa6config"
 
 
 def write(path: str | os.PathLike[str], params: Mapping[str, Any], config: WeightsConfig) -> None:
-    """Write a weight file atomically, to a local path or a URL.
-
-    If `config.tokenizer.path` is set and `config.tokenizer_file` is empty, that file is read and stored.
+    """Write a weight file atomically, to a local path or a URL, with the content of the file `config.tokenizer.path`.
 
     Raises:
       ValueError: if the tokenizer file is missing.
@@ -53,13 +54,12 @@ def write(path: str | os.PathLike[str], params: Mapping[str, Any], config: Weigh
     >>> params["text"]["projection"].shape, config.source
     ((2, 3), 'example')
     """
-    tokenizer = tokenizer_content(config)
     content = {
         "format": FORMAT,
         "version": VERSION,
         "config": config_json(config),
-        "tokenizer": tokenizer,
-        "params": _as_numpy(params),
+        "tokenizer": tokenizer_content(config),
+        "params": jax.tree.map(np.asarray, params),
     }
     content["sha256"] = _checksum(content)
     write_atomically(epath.Path(path).expanduser(), lambda file: file.writelines(_packed(content)))
@@ -74,8 +74,6 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], WeightsConfig]:
     """
     check_local("weights", path)
     file = pathlib.Path(path).expanduser()
-    if not file.stat().st_size:
-        raise ValueError(f"{path}: expected a clip_jax weight file, got an empty file; copy or export it again")
     with file.open("rb") as stream:
         head = stream.read(12)
     if not detect(file, head):
@@ -89,12 +87,17 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], WeightsConfig]:
         else:
             found = f"a damaged file, which is not msgpack ({error})"
         raise ValueError(f"{path}: expected a clip_jax weight file, got {found}; copy or export it again") from error
-    content = content if isinstance(content, dict) else {}
-    version = content.get("version")
-    if isinstance(version, int) and version > VERSION:
+    try:
+        version = content["version"]
+        is_newer = isinstance(version, int) and version > VERSION
+        is_known = (content["format"], version, content.keys()) == (FORMAT, VERSION, _KEYS)
+        is_valid = is_known and content["sha256"] == _checksum(content)
+    # A damaged byte can turn any value into one of another type.
+    except (AttributeError, LookupError, TypeError, ValueError):
+        is_newer = is_valid = False
+    if is_newer:
         raise ValueError(f"{path}: expected version {VERSION}, got {version}; install a newer clip_jax")
-    known = (content.get("format"), version, content.keys()) == (FORMAT, VERSION, _KEYS)
-    if not known or content["sha256"] != _checksum_or_none(content):
+    if not is_valid:
         raise ValueError(f"{path}: damaged, the checksum does not match the content; copy or export it again")
     return content["params"], config_from_json(content["config"], content["tokenizer"])
 
@@ -125,17 +128,7 @@ def tokenizer_content(config: WeightsConfig) -> bytes:
     """Return the content of the tokenizer file, b'' without one. Raises ValueError if the file is missing."""
     if config.tokenizer_file or not config.tokenizer.path:
         return config.tokenizer_file
-    file = pathlib.Path(config.tokenizer.path).expanduser()
-    if not file.is_file():
-        raise ValueError(
-            f"tokenizer.path={config.tokenizer.path!r}: expected the tokenizer file, got no such file; the weights are"
-            " unusable without it, so set tokenizer.path to its new place"
-        )
-    return file.read_bytes()
-
-
-def _as_numpy(tree: Any) -> Any:
-    return {key: _as_numpy(value) for key, value in tree.items()} if isinstance(tree, Mapping) else np.asarray(tree)
+    return read_file(config.tokenizer.path)
 
 
 _MAX_PIECE = 1 << 30  # bytes; Flax splits longer arrays, because msgpack has no objects above 4 GiB
@@ -154,8 +147,8 @@ def _packed(value: Any) -> Iterator[bytes | memoryview]:
     elif not isinstance(value, np.ndarray):
         yield packer.packb(value)
     elif value.nbytes > _MAX_PIECE:
-        flat, step = value.reshape(-1), _MAX_PIECE // value.itemsize
-        pieces = {str(i): flat[start : start + step] for i, start in enumerate(range(0, value.size, step))}
+        values, step = value.reshape(-1), _MAX_PIECE // value.itemsize
+        pieces = {str(i): values[start : start + step] for i, start in enumerate(range(0, value.size, step))}
         shape = {str(axis): side for axis, side in enumerate(value.shape)}
         yield from _packed({"__msgpack_chunked_array__": True, "chunks": pieces, "shape": shape})
     else:
@@ -168,24 +161,7 @@ def _packed(value: Any) -> Iterator[bytes | memoryview]:
 def _checksum(content: Mapping[str, Any]) -> str:
     digest = hashlib.sha256(content["config"].encode())
     digest.update(b"\0" + content["tokenizer"])
-    for name, array in flat_arrays(content["params"]):
-        digest.update(f"\0{name}\0{array.dtype.name}\0{array.shape}\0".encode())
+    for name, array in flat(content["params"]).items():
+        digest.update(f"\0/{name}\0{array.dtype.name}\0{array.shape}\0".encode())
         digest.update(np.ascontiguousarray(array).view(np.uint8).data)
     return digest.hexdigest()
-
-
-def _checksum_or_none(content: Mapping[str, Any]) -> str | None:
-    # A damaged byte can turn an array or a string into a value of another type.
-    try:
-        return _checksum(content)
-    except (AttributeError, TypeError, ValueError):
-        return None
-
-
-def flat_arrays(tree: Any, path: str = "") -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (path, leaf) of nested dicts in sorted order, e.g. ('/text/projection', array)."""
-    if not isinstance(tree, dict):
-        yield path, tree
-        return
-    for key in sorted(tree):
-        yield from flat_arrays(tree[key], f"{path}/{key}")

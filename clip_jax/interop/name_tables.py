@@ -29,6 +29,10 @@ class Tensor:
     first_layer: int = 0  # index of the first layer
     merged_heads: bool = False  # heads and head dimension in one axis, as in all transposed matrices
 
+    def of_layer(self, layer: int | None) -> str:
+        """Return the name of a layer's tensor. None: the parameter is not stacked over layers."""
+        return self.name.format((layer or 0) + self.first_layer)
+
 
 Table = dict[str, Tensor]
 _QKV = ("query", "key", "value")
@@ -88,7 +92,7 @@ def _bottleneck(path: str, source: str, first: int = 0) -> Table:
 
 def _openai_resnet() -> Table:
     pool = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "projection": "c_proj"}
-    table = _tensors({"image/pool/positional_embedding": "visual.attnpool.positional_embedding"})
+    table: Table = {"image/pool/positional_embedding": Tensor("visual.attnpool.positional_embedding")}
     table |= _layers(pool, "image/pool/", "visual.attnpool.")
     table |= _layers({f"image/stem_conv{number}": f"visual.conv{number}" for number in (1, 2, 3)})
     table |= _batch_norms({f"image/stem_norm{number}": f"visual.bn{number}" for number in (1, 2, 3)})
@@ -148,10 +152,8 @@ def _huggingface_tower(tower: str, source: str) -> Table:
     layers = {f"attention/{name}": f"self_attn.{name[0]}_proj" for name in _QKV}
     layers |= {"attention/out": "self_attn.out_proj", "mlp/in": "mlp.fc1", "mlp/out": "mlp.fc2"}
     layers |= {"norm1": "layer_norm1", "norm2": "layer_norm2"}
-    positions = {"positional_embedding": "embeddings.position_embedding.weight"}
-    return _layers(layers, f"{tower}/transformer/blocks/", f"{source}encoder.layers.{{}}.") | _tensors(
-        positions, f"{tower}/", source
-    )
+    blocks = _layers(layers, f"{tower}/transformer/blocks/", f"{source}encoder.layers.{{}}.")
+    return blocks | {f"{tower}/positional_embedding": Tensor(f"{source}embeddings.position_embedding.weight")}
 
 
 _HUGGINGFACE_TOWERS = (
@@ -248,11 +250,7 @@ _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")  # DistributedDataParallel, 
 
 
 def detect_naming(tensors: Mapping[str, np.ndarray], file: str) -> tuple[Naming, dict[str, np.ndarray]]:
-    """Return the naming of a file's tensors, and the tensors without the prefixes of wrappers and of the naming.
-
-    Raises:
-      ValueError: if no entry of `NAMINGS` matches.
-    """
+    """Return the naming of a file's tensors, and the tensors without the prefixes of wrappers and of the naming."""
     unwrapped = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
     for naming in NAMINGS:
         plain = {name.removeprefix(naming.prefix): tensor for name, tensor in unwrapped.items()}

@@ -1,9 +1,8 @@
 """NumPy archives: clip_jax's, which contain the configuration, and big_vision's.
 
 clip_jax archives contain the parameters by path (`image/transformer/blocks/norm1/scale`), `config.json` as bytes and,
-if the tokenizer has a file, `tokenizer` as bytes: every language with a reader of NumPy's format can read them.
-
-Source of big_vision's layout: `big_vision/utils.py` (`load_checkpoint_np`, `save_checkpoint`).
+if the tokenizer has a file, `tokenizer` as bytes. Source of big_vision's layout: `big_vision/utils.py`
+(`load_checkpoint_np`, `save_checkpoint`).
 """
 
 from __future__ import annotations
@@ -53,10 +52,7 @@ def detect(path: pathlib.Path, head: bytes) -> bool:
 def read(path: str | os.PathLike[str]) -> tuple[Params, WeightsConfig | None]:
     """Return parameters and configuration of a clip_jax archive; of another, arrays by name and None.
 
-    big_vision's stacked layers become one array per layer, its void type becomes bfloat16.
-
-    Raises:
-      ValueError: for a damaged archive, one with Python objects, or a decompression bomb.
+    Raises ValueError for a damaged archive, one with Python objects, or a decompression bomb.
     """
     arrays = _arrays(pathlib.Path(path))
     if _CONFIG not in arrays:

@@ -11,16 +11,8 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from clip_jax.config import (
-    Activation,
-    Architecture,
-    Preprocess,
-    ResNet,
-    TextTransformer,
-    TokenizerConfig,
-    ViT,
-    siglip_image,
-)
+from clip_jax import config as configs
+from clip_jax.config import Activation, Architecture, Preprocess, ResNet, TextTransformer, TokenizerConfig, ViT
 
 # timm image towers of open_clip's SigLIP models -> (patch size in px, width, activation).
 _TIMM: dict[str, tuple[int, int, Activation]] = {
@@ -42,14 +34,7 @@ _TIMM: dict[str, tuple[int, int, Activation]] = {
 
 
 def architecture(config: Mapping[str, Any], file: str) -> Architecture:
-    """Return the architecture of a `model_cfg`.
-
-    Args:
-      file: name for error messages.
-
-    Raises:
-      ValueError: with the key that clip_jax does not support.
-    """
+    """Return the architecture of a `model_cfg`. Raises ValueError, with the key, if clip_jax does not support it."""
     config = dict(config)
     embed_dim = config.pop("embed_dim")
     activation: Activation = "quick_gelu" if config.pop("quick_gelu", False) else "gelu"
@@ -71,7 +56,7 @@ def _image_tower(vision: dict[str, Any], activation: Activation, file: str) -> V
             raise ValueError(f"{file}: vision_cfg.timm_model_name: expected a SigLIP tower for clip_jax, got {timm!r}")
         fixed = {"timm_pool": "map", "timm_proj": "none", "timm_model_pretrained": False}
         _check_no_other_keys(file, "vision_cfg.", vision, fixed)
-        return siglip_image(size, *_TIMM[timm])
+        return configs.siglip_image(size, *_TIMM[timm])
     head_width, layers = vision.pop("head_width", 64), vision.get("layers", 12)
     if isinstance(layers, (list, tuple)):
         width = vision.pop("width", 768)
@@ -171,11 +156,7 @@ def tokenizer(found: TokenizerConfig, config: Mapping[str, Any]) -> TokenizerCon
 
 
 def config(model: Architecture, spec: Preprocess, tokenizer: TokenizerConfig) -> dict[str, Any]:
-    """Return `{'model_cfg': …, 'preprocess_cfg': …}` for `open_clip_config.json`.
-
-    Raises:
-      ValueError: for a tower that open_clip does not have.
-    """
+    """Return the content of `open_clip_config.json`. Raises ValueError for a tower that open_clip does not have."""
     image, text = model.image, model.text
     for tower in (image, text):
         if type(tower) not in (*_VISION_CONFIGS, TextTransformer):
@@ -201,7 +182,7 @@ def _resnet_config(image: ResNet) -> dict[str, Any]:
 
 def _vit_config(image: ViT) -> dict[str, Any]:
     if image.pool == "attention":
-        name = next((n for n, row in _TIMM.items() if siglip_image(image.image_size, *row) == image), None)
+        name = next((n for n, row in _TIMM.items() if configs.siglip_image(image.image_size, *row) == image), None)
         if name is None:
             raise ValueError("open_clip's SigLIP image towers are timm's, and none of them equals model.image")
         timm = {"timm_model_name": name, "timm_model_pretrained": False, "timm_pool": "map", "timm_proj": "none"}

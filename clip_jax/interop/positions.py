@@ -22,17 +22,11 @@ _MIN_LENGTH = 3  # tokens: start, one of the text, end
 def resize(
     model: Architecture, params: Params, image_size: int = 0, context_length: int = 0
 ) -> tuple[Architecture, Params]:
-    """Return architecture and parameters with another image size or context length.
+    """Return architecture and parameters with another image size (px) or context length (tokens); 0: unchanged.
 
     The patch grid is resized by antialiased bicubic interpolation and a class token's position is unchanged; text
-    positions are interpolated linearly without antialiasing.
-
-    Args:
-      image_size: px; 0: unchanged.
-      context_length: tokens; 0: unchanged.
-
-    Raises:
-      ValueError: if the tower has no positions to resize, or the size is invalid.
+    positions are interpolated linearly without antialiasing. Raises ValueError for an invalid size, or for a tower
+    without positions.
     """
     leaves = conversion.flat(params)
     if image_size and image_size != model.image.image_size:

@@ -2,10 +2,8 @@
 
 The format follows from the content of a file, not from its name. The configuration comes from the file, from config
 files in its directory, or from the caller. A state dict does not record its activation, and the wrong one costs
-accuracy without an error, so it is never guessed.
-
-Source of the layouts: openai/CLIP `clip/model.py`, open_clip `factory.py`, transformers `modeling_utils.py`, big_vision
-`utils.py` (`load_params`).
+accuracy without an error, so it is never guessed. Sources of the layouts: openai/CLIP `clip/model.py`, open_clip
+`factory.py`, transformers `modeling_utils.py`, big_vision `utils.py` (`load_params`).
 """
 
 from __future__ import annotations
@@ -19,30 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from clip_jax.config import (
-    MODELS,
-    SIGLIP_PREPROCESS,
-    Architecture,
-    Preprocess,
-    TokenizerConfig,
-    WeightsConfig,
-    check_name,
-    name_of,
-    tokenizer_of,
-    with_activation,
-)
-from clip_jax.interop import (
-    conversion,
-    directory,
-    formats,
-    hub,
-    huggingface,
-    infer_architecture,
-    open_clip,
-    positions,
-    torch_file,
-)
+from clip_jax import config as configs
+from clip_jax.config import Architecture, Preprocess, TokenizerConfig, WeightsConfig
+from clip_jax.interop import conversion, directory, formats, huggingface, infer_architecture, open_clip, positions
+from clip_jax.interop.hub import locate
 from clip_jax.interop.name_tables import Naming, detect_naming
+from clip_jax.interop.torch_file import torchscript_code
 from clip_jax.tokenizers import ClipBPE
 from clip_jax.tokenizers.bpe import MAX_VOCAB_SIZE
 from clip_jax.typing import Params
@@ -68,44 +48,44 @@ def read(
 ) -> Weights:
     """Read weights of any registered format. Arguments and errors are those of `clip_jax.load`."""
     if model:
-        check_name("model", model, MODELS)
+        configs.check_name("model", model, configs.MODELS)
     if activation:
-        check_name("activation", activation, ("quick_gelu", "gelu", "gelu_tanh"))
+        configs.check_name("activation", activation, ("quick_gelu", "gelu", "gelu_tanh"))
     weights = _read(_existing(path), model, activation)
     resized, params = positions.resize(weights.config.model, weights.params, image_size, context_length)
     config = dataclasses.replace(weights.config, model=resized)
     if isinstance(tokenizer, str) and tokenizer:
         name = "huggingface" if tokenizer.endswith(".json") else "sentencepiece"
-        tokenizer = dataclasses.replace(tokenizer_of(resized), name=name, path=tokenizer)
+        tokenizer = dataclasses.replace(configs.tokenizer_of(resized), name=name, path=tokenizer)
     if tokenizer:
         config = dataclasses.replace(config, tokenizer=tokenizer, tokenizer_file=b"")
     return Weights(params, config, weights.format)
 
 
 def _existing(path: str | os.PathLike[str]) -> pathlib.Path:
-    local = hub.locate(path)
+    local = locate(path)
     if not local.exists():
         raise FileNotFoundError(f"{path}: expected a file or directory, got none; give another path")
     return local
 
 
 def _read(path: pathlib.Path, model: str, activation: str) -> Weights:
-    params, config = formats.read(path)
-    if config is not None:
-        if model and MODELS[model] != config.model:
+    params, stored = formats.read(path)
+    if stored is not None:
+        if model and configs.MODELS[model] != stored.model:
             raise ValueError(f"model={model!r}: expected the architecture in {path}, got another; omit model")
-        _check_shapes(path, params, config.model)
-        kind, source = f"clip_jax {formats.detect(path)}", config.source
+        _check_shapes(path, params, stored.model)
+        config, kind = stored, f"clip_jax {formats.detect(path)}"
     else:
         file = directory.weight_file(path) if path.is_dir() else path
         naming, tensors = detect_naming(params, os.fspath(file))
         config = None if model else _config_of_directory(file)
         config = config or _config_of_tensors(file, tensors, naming, model, activation)
         params = conversion.params_from_tensors(config.model, tensors, naming.table, os.fspath(file))
-        kind, source = f"{naming.title} names, {formats.detect(file)}", None
-    architecture = with_activation(config.model, activation) if activation else config.model
-    config = dataclasses.replace(config, model=architecture, source=name_of(architecture) if source is None else source)
-    return Weights(params, config, kind)
+        kind = f"{naming.title} names, {formats.detect(file)}"
+    architecture = configs.with_activation(config.model, activation) if activation else config.model
+    source = stored.source if stored else configs.name_of(architecture)
+    return Weights(params, dataclasses.replace(config, model=architecture, source=source), kind)
 
 
 def _check_shapes(path: pathlib.Path, params: Params, model: Architecture) -> None:
@@ -120,8 +100,6 @@ def _check_shapes(path: pathlib.Path, params: Params, model: Architecture) -> No
             )
 
 
-# ---------------------------------------------------------------------------------------------------------- towers
-
 _TOWERS = {"img": "image", "image": "image", "txt": "text", "text": "text"}
 
 
@@ -134,11 +112,7 @@ def split_tower(path: str) -> tuple[str, str]:
 def read_tower(path: str | os.PathLike[str], tower: str, model: Architecture) -> Params:
     """Read one tower with the architecture of `model`; position embeddings are resized to its sizes.
 
-    The other tower of the file is ignored; clip_jax need not support it.
-
-    Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: for a damaged or unsafe file, or another architecture.
+    The other tower of the file is ignored; clip_jax need not support it. Errors as for `read`.
     """
     local = _existing(path)
     params, config = formats.read(local)
@@ -160,9 +134,6 @@ def read_tower(path: str | os.PathLike[str], tower: str, model: Architecture) ->
     size, length = (model.image.image_size, 0) if tower == "image" else (0, model.text.context_length)
     _, params = positions.resize(stored, params, size, length)
     return {key: params[key] for key in (tower, *(["batch_stats"] if tower == "image" else [])) if key in params}
-
-
-# --------------------------------------------------------------------------------------------------- configuration
 
 
 def _config_of_directory(file: pathlib.Path) -> WeightsConfig | None:
@@ -189,10 +160,10 @@ def _config_of_tensors(
 ) -> WeightsConfig:
     """Return the configuration of the named model, or by the shapes of the tensors."""
     if model:
-        architecture = MODELS[model]
+        architecture = configs.MODELS[model]
     else:
         architecture = infer_architecture.architecture(tensors, naming, os.fspath(file))
-        code = torch_file.torchscript_code(file)  # of archives such as OpenAI's
+        code = torchscript_code(file)  # of archives such as OpenAI's
         in_code = "quick_gelu" if "QuickGELU" in code or "1.702" in code else ""
         activation = activation or naming.activation or in_code
         if not activation:
@@ -201,8 +172,8 @@ def _config_of_tensors(
                 " error; give activation='quick_gelu' (OpenAI, DFN, MetaCLIP and open_clip's …-quickgelu) or 'gelu'"
                 " (LAION, DataComp and most others), or the model, e.g. model='vit_b32'"
             )
-        architecture = with_activation(architecture, activation)
-    preprocess = SIGLIP_PREPROCESS if architecture.logit_bias or naming.siglip else Preprocess()
+        architecture = configs.with_activation(architecture, activation)
+    preprocess = configs.SIGLIP_PREPROCESS if architecture.logit_bias or naming.siglip else Preprocess()
     preprocess = dataclasses.replace(preprocess, implementation="openai")
     tokenizer, tokenizer_file = _tokenizer(architecture, file.parent)
     return WeightsConfig(architecture, tokenizer, preprocess, tokenizer_file=tokenizer_file)
@@ -216,7 +187,7 @@ def _tokenizer(model: Architecture, folder: pathlib.Path) -> tuple[TokenizerConf
         lines = content.decode("utf-8", "replace").split("\n")[1:-1]
         published = clip_vocabulary and lines == ClipBPE().as_huggingface()[1]
         return (TokenizerConfig(), b"") if published else (TokenizerConfig("clip_bpe", "merges.txt"), content)
-    config = tokenizer_of(model)
+    config = configs.tokenizer_of(model)
     if config.name == "clip_bpe" and not clip_vocabulary:
         config = TokenizerConfig("sentencepiece")  # unknown, but not CLIP's
     files = {"spiece.model": "sentencepiece", "tokenizer.model": "sentencepiece", "tokenizer.json": "huggingface"}

@@ -52,8 +52,7 @@ def detect(path: pathlib.Path, head: bytes) -> bool:
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], None]:
     """Return read-only tensors by name, from a state dict, a training checkpoint or a TorchScript archive.
 
-    Raises:
-      ValueError: for a truncated or damaged file, or a pickle with anything but tensors and containers.
+    Raises ValueError for a truncated or damaged file, or a pickle with anything but tensors and containers.
     """
     file = pathlib.Path(path)
     try:
@@ -151,7 +150,6 @@ def _read_zip(file: pathlib.Path) -> Any:
 
 def _read_legacy(file: pathlib.Path) -> Any:
     """Read the format before torch 1.6: five pickles, the fourth is the object, then each storage with its size."""
-    mapped = np.memmap(file, np.uint8, "r") if file.stat().st_size else np.zeros(0, np.uint8)
     sizes: dict[str, tuple[np.dtype, int]] = {}
     data: dict[str, np.ndarray] = {}
 
@@ -159,8 +157,8 @@ def _read_legacy(file: pathlib.Path) -> Any:
         sizes[key] = dtype, count
 
     with file.open("rb") as stream:
-        if stream.read(2)[:1] != b"\x80":
-            raise _Refused(f"expected a torch file, got a file that starts with {bytes(mapped[:12])!r}")
+        if (head := stream.read(12))[:1] != b"\x80":
+            raise _Refused(f"expected a torch file, got a file that starts with {head!r}")
         stream.seek(0)
         if any(_Unpickler(stream, record_size).load() != number for number in (_LEGACY_MAGIC, _LEGACY_PROTOCOL)):
             raise _Refused("expected a torch file, got another pickle")
@@ -168,21 +166,20 @@ def _read_legacy(file: pathlib.Path) -> Any:
         start_of_object = stream.tell()
         _Unpickler(stream, record_size).load()  # the object, for the sizes of its storages, which follow it
         keys = _Unpickler(stream, record_size).load()
-        end = stream.tell()
+        mapped, end = np.memmap(file, np.uint8, "r"), stream.tell()
         for key in keys:
             dtype, count = sizes[key]
             head, start, end = end, end + 8, end + 8 + count * dtype.itemsize
             if end > len(mapped) or struct.unpack("<q", mapped[head:start].tobytes()) != (count,):
-                raise _Refused(f"truncated: the data of tensor storage {key!r} is incomplete; copy it again")
+                raise _Refused(
+                    f"truncated: expected the data of tensor storage {key!r}, got a part of it; copy it again"
+                )
             data[key] = mapped[start:end].view(dtype)
         stream.seek(start_of_object)
         return _Unpickler(stream, lambda dtype, key, count: data[key]).load()
 
 
 # --------------------------------------------------------------------------------------------------------- pickles
-
-# (dtype, key, count) -> data of a storage
-Storage = Callable[[np.dtype, str, int], np.ndarray | None]
 
 
 class _Module:
@@ -202,9 +199,9 @@ class _StorageType:
 class _Unpickler(pickle.Unpickler):
     """Pickle reader restricted to tensors and containers."""
 
-    def __init__(self, stream: io.BufferedIOBase, storage: Storage):
+    def __init__(self, stream: io.BufferedIOBase, storage: Callable[[np.dtype, str, int], np.ndarray | None]):
         super().__init__(stream, encoding="utf-8")
-        self._storage = storage
+        self._storage = storage  # (dtype, key, count) -> data
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in _DTYPES:
@@ -237,7 +234,9 @@ def _tensor(storage: np.ndarray | None, offset: int, size: tuple, stride: tuple,
         raise _Refused(f"a tensor of shape {shape}: expected one stride per axis, none negative, got {found}")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if math.prod(size) and (last >= len(storage) or math.prod(size) > len(storage)):
-        raise _Refused(f"a tensor of shape {shape} exceeds its storage of {len(storage)} elements")
+        raise _Refused(
+            f"a tensor of shape {shape}: expected a storage that contains it, got one of {len(storage)} elements"
+        )
     view = storage[offset : last + 1] if math.prod(size) else storage[:0]
     steps = [step * storage.itemsize for step in stride]
     return np.lib.stride_tricks.as_strided(view, size, steps, writeable=False)

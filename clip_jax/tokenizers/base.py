@@ -17,6 +17,7 @@ class RowTokenizer:
     vocab_size: int
     pad_id: int
     eos_id: int
+    _keep_end: bool = True  # False: padding replaces the end token
 
     def __init__(self, length: int, truncate: bool):
         if length < 3:
@@ -42,7 +43,7 @@ class RowTokenizer:
                     )
                 ids = [*ids[: self.length - 1], self.eos_id]
             row[: len(ids)] = ids
-        return rows
+        return rows if self._keep_end else np.where(rows == self.eos_id, np.int32(self.pad_id), rows)
 
     def decode(self, ids: Sequence[int] | Integer[np.ndarray, "L"]) -> str:
         """Return the text of a row up to its end token."""
@@ -56,7 +57,7 @@ class RowTokenizer:
         raise NotImplementedError
 
 
-def read_file(path: str | os.PathLike[str], example: str) -> bytes:
+def read_file(path: str | os.PathLike[str], example: str = "/data/c4_en.model") -> bytes:
     """Return the content of a tokenizer's file. Raises ValueError, with a path as example, if it is missing."""
     file = pathlib.Path(path).expanduser()
     if not file.is_file():

@@ -1,9 +1,7 @@
 """CLIP's byte-level byte-pair encoding (BPE), with the ids of OpenAI's tokenizer on any text.
 
 A cleaned text is split into words by a regular expression, and the UTF-8 bytes of each word are merged pair by pair,
-the earliest merge of the table first.
-
-Source: https://github.com/openai/CLIP/blob/2558ec83f8fdfd5b500bf0c7255d1f53b5dbf588/clip/simple_tokenizer.py,
+the earliest merge of the table first. Sources: https://github.com/openai/CLIP/blob/2558ec83f8fdfd5b500bf0c7255d1f53b5dbf588/clip/simple_tokenizer.py,
 Sennrich et al. 2016 (arXiv:1508.07909). The table `clip_merges.txt.gz` is OpenAI's (clip_merges.LICENSE): its header
 and the 48,894 merges that CLIP uses. Two properties of OpenAI's tokenizer are kept because weights depend on them: the
 string `<|endoftext|>` in a text becomes the end token, and padding is id 0, which is also the token '!'. open_clip
@@ -71,7 +69,7 @@ class ClipBPE(RowTokenizer):
             first; empty for CLIP's.
 
         Raises:
-          ValueError: if `vocab_size` or `length` is out of range, or the file is no merge table.
+          ValueError: if a size is out of range, or the file is no merge table.
         """
         super().__init__(length, truncate)
         table = _read_table(merges_path)
@@ -92,11 +90,7 @@ class ClipBPE(RowTokenizer):
         return ([self.bos_id, *self.encode(text), self.eos_id] for text in texts)
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text of any length, without start and end token.
-
-        >>> ClipBPE().encode("a happy dog")
-        [320, 900, 1929]
-        """
+        """Return the ids of a text of any length, without start and end token."""
         ids: list[int] = []
         for chunk in clean(text).split(" "):
             # No word contains a space, so the ids of a chunk do not depend on the rest of the text.

@@ -12,9 +12,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-import numpy as np
-from jaxtyping import Int32
-
 from clip_jax.tokenizers.base import RowTokenizer, read_file
 from clip_jax.tokenizers.cleaning import CLEAN
 
@@ -45,7 +42,6 @@ class FileTokenizer(RowTokenizer):
           keep_end: False replaces the end token by padding, as in CLIPA's training.
 
         Raises:
-          ImportError: if the library that reads the file is not installed.
           ValueError: if the file is missing, is no tokenizer, or has no end token, or if `length` is too short.
         """
         super().__init__(length, truncate)
@@ -54,11 +50,6 @@ class FileTokenizer(RowTokenizer):
         self.vocab_size, self.eos_id, own_pad_id = self._load(content, name)
         self.pad_id = own_pad_id if pad_id < 0 else pad_id
         self._clean, self._keep_end = CLEAN[clean], keep_end
-
-    def __call__(self, texts: Sequence[str]) -> Int32[np.ndarray, "n L"]:
-        """Return rows as `RowTokenizer`, without the end token if `keep_end` is False."""
-        rows = super().__call__(texts)
-        return rows if self._keep_end else np.where(rows == self.eos_id, np.int32(self.pad_id), rows)
 
     def _load(self, content: bytes, name: str) -> tuple[int, int, int]:
         """Read the file's content; return vocabulary size, end id and padding id. `name` is for errors."""

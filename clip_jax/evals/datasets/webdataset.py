@@ -95,7 +95,7 @@ def _templates(directory: Path) -> tuple[str, ...]:
     templates = tuple(line.replace("{c}", "{}") for line in read_lines(path))
     for number, template in enumerate(templates, start=1):
         if "{}" not in template:
-            raise ValueError(f"{path}, line {number}: expected {{c}}, as in 'a photo of a {{c}}.', got {template!r}")
+            raise ValueError(f"{path}, line {number}: expected {{c}} as in 'a photo of a {{c}}.', got {template!r}")
     return templates
 
 
