@@ -35,7 +35,7 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], *, t
       ...
     wrote    ...emoji.npz: clip_jax.load('...emoji.npz')
     """
-    write = formats.writer(to)
+    write = formats.writer(to, target)
     weights = reading.read(source, **options)
     config = dataclasses.replace(weights.config, source=os.fspath(source))
     usage = write(target, weights.params, config)

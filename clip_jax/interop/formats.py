@@ -19,6 +19,7 @@ import numpy as np
 from clip_jax.config import WeightsConfig
 from clip_jax.interop import directory, msgpack, npz, safetensors, torch_file
 from clip_jax.interop.conversion import flat
+from clip_jax.paths import check_local
 from clip_jax.typing import Params
 
 _HEAD = 16  # bytes
@@ -33,11 +34,13 @@ class Format:
     read: path -> (parameters, config); or (tensors by the names of the library that wrote them, None) for formats
       without a clip_jax config. Raises ValueError, `<file>: …`, for a damaged or unsafe file.
     write: (path, parameters, config) -> None, or by library the call that loads the result. None: read-only.
+    writes_urls: whether the path of `write` may be a URL of an object store.
     """
 
     detect: Callable[[pathlib.Path, bytes], bool]
     read: Callable[[pathlib.Path], tuple[Mapping[str, Any], WeightsConfig | None]]
     write: Callable[[str | os.PathLike[str], Params, WeightsConfig], Mapping[str, str] | None] | None = None
+    writes_urls: bool = False
 
 
 def detect(path: pathlib.Path) -> str:
@@ -60,12 +63,16 @@ def read(path: pathlib.Path) -> tuple[Mapping[str, Any], WeightsConfig | None]:
     return FORMATS[detect(path)].read(path)
 
 
-def writer(name: str) -> Callable[[str | os.PathLike[str], Params, WeightsConfig], Mapping[str, str] | None]:
-    """Return a format's `write`. Raises ValueError for an unknown or read-only format."""
+def writer(
+    name: str, target: str | os.PathLike[str]
+) -> Callable[[str | os.PathLike[str], Params, WeightsConfig], Mapping[str, str] | None]:
+    """Return a format's `write`. Raises ValueError for an unknown or read-only format, or a URL that it cannot write."""
     writable = [key for key, entry in FORMATS.items() if entry.write]
     if name not in writable:
         reason = "which is read-only" if name in FORMATS else "which is not registered"
         raise ValueError(f"--to: expected one of {', '.join(writable)}, got {name!r}, {reason}")
+    if not FORMATS[name].writes_urls:
+        check_local("target", target)
     return FORMATS[name].write
 
 
@@ -105,6 +112,6 @@ FORMATS: dict[str, Format] = {
     "safetensors": Format(safetensors.detect, safetensors.read),
     "shards": Format(lambda path, head: path.name.endswith(_INDEX), _read_shards),
     "directory": Format(directory.detect, lambda path: read(directory.weight_file(path)), directory.write),
-    "npz": Format(npz.detect, npz.read, npz.write),
-    "msgpack": Format(msgpack.detect, msgpack.read, msgpack.write),
+    "npz": Format(npz.detect, npz.read, npz.write, writes_urls=True),
+    "msgpack": Format(msgpack.detect, msgpack.read, msgpack.write, writes_urls=True),
 }

@@ -17,11 +17,12 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from etils import epath
 
 from clip_jax.config import WeightsConfig
 from clip_jax.interop.conversion import flat, nested
 from clip_jax.interop.msgpack import config_from_json, config_json, tokenizer_content
-from clip_jax.paths import check_local, write_atomically
+from clip_jax.paths import write_atomically
 from clip_jax.typing import Params
 
 _CONFIG, _TOKENIZER = "config.json", "tokenizer"
@@ -31,13 +32,12 @@ _STACKED = re.compile(r"^(.*/encoderblock)(/.*)$")
 
 
 def write(path: str | os.PathLike[str], params: Params, config: WeightsConfig) -> None:
-    """Write an archive atomically. Raises ValueError for a URL, or if the tokenizer file is missing."""
-    check_local("path", path)
+    """Write an archive atomically. Raises ValueError if the tokenizer file is missing."""
     content = tokenizer_content(config)
     arrays = {name: np.asarray(value) for name, value in flat(params).items()}
     extra = {_CONFIG: np.frombuffer(config_json(config).encode(), np.uint8)}
     extra |= {_TOKENIZER: np.frombuffer(content, np.uint8)} if content else {}
-    write_atomically(pathlib.Path(path).expanduser(), lambda file: np.savez(file, **arrays, **extra))
+    write_atomically(epath.Path(path).expanduser(), lambda file: np.savez(file, **arrays, **extra))
 
 
 def detect(path: pathlib.Path, head: bytes) -> bool:
