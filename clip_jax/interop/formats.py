@@ -66,7 +66,7 @@ def read(path: pathlib.Path) -> tuple[Mapping[str, Any], WeightsConfig | None]:
 def writer(
     name: str, target: str | os.PathLike[str]
 ) -> Callable[[str | os.PathLike[str], Params, WeightsConfig], Mapping[str, str] | None]:
-    """Return a format's `write`. Raises ValueError for an unknown or read-only format, or a URL that it cannot write."""
+    """Return a format's `write`. Raises ValueError for an unknown or read-only format, or a URL it cannot write."""
     writable = [key for key, entry in FORMATS.items() if entry.write]
     if name not in writable:
         reason = "which is read-only" if name in FORMATS else "which is not registered"
