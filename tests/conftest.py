@@ -16,15 +16,31 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 import ctypes  # noqa: E402
 import gc  # noqa: E402
+import pathlib  # noqa: E402
 
 import pytest  # noqa: E402
 
+RESIDENT_BYTES = 2 * 2**30  # compiled programs are freed above it, so that a worker stays below 3 GB
 
-@pytest.fixture(autouse=True, scope="module")
-def clear_caches():
-    """Free a file's compiled programs at its end: a worker that kept all of them would hold more than 5 GB."""
-    yield
+
+def _free_programs():
     jax.clear_caches()
     gc.collect()
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc keeps freed memory otherwise
         libc.malloc_trim(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def clear_caches():
+    """Free a file's compiled programs at its end: no other file uses them."""
+    yield
+    _free_programs()
+
+
+@pytest.fixture(autouse=True)
+def bounded_memory():
+    """Free compiled programs within a file that has many."""
+    yield
+    statm = pathlib.Path("/proc/self/statm")  # Linux
+    if statm.exists() and int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > RESIDENT_BYTES:
+        _free_programs()
