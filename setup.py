@@ -106,6 +106,9 @@ if __name__ == "__main__":
         license="Apache-2.0",
         license_files=["LICENSE"],
         python_requires=">=3.11,<3.14",
+        # Editable installs then add the clone to sys.path. With an import hook instead, a Python started in its parent
+        # directory would import the clone's folder as an empty package.
+        package_dir={"": "."},
         packages=find_packages(include=["clip_jax", "clip_jax.*"]),  # configs/ and launch/ stay in the clone
         package_data={"": PACKAGE_DATA},
         install_requires=INSTALL,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import pathlib
@@ -16,6 +17,8 @@ from ml_collections import ConfigDict
 from clip_jax import config as configs
 
 FINISHED, FAILED, REFUSED = 0, 1, 2
+
+_MODULES = flags.DEFINE_list("modules", [], "Python modules to import first, which register towers, evaluators …")
 
 Main = Callable[[list[str]], int]  # (positional arguments) -> exit code
 
@@ -55,6 +58,7 @@ def run(
         try:
             if argv[1:] and not positional:
                 raise ValueError(f"unexpected argument {argv[1]!r}; flags begin with --")
+            _import_modules(_MODULES.value)
             code = main(argv[1:])
         except refused as error:
             _exit(REFUSED, str(error), leave, with_traceback=bool(os.environ.get("CLIP_JAX_TRACEBACK")))
@@ -70,6 +74,14 @@ def checked_config(value: ConfigDict | None) -> configs.Config:
     if not isinstance(value, ConfigDict):
         raise ValueError(f"there is no config file {flags.FLAGS['config'].config_filename}; give e.g. configs/emoji.py")
     return configs.from_config_dict(value)
+
+
+def _import_modules(names: list[str]) -> None:
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"--modules={name}: {error}; run in its directory or set PYTHONPATH") from error
 
 
 def _set_up_logging(level: int) -> None:

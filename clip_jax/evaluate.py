@@ -9,12 +9,11 @@ Reports go to `evaluations/<name>`: the name of the file, or of its directory if
 (params.msgpack). The report of other weights is not overwritten there, unless --out names the directory.
 
 Exit codes: 0; 1: error, with a traceback; 2: invalid flags or input, with one sentence; 3: some datasets failed, the
-last line and the reports name them.
+last line and the reports name them, or none was evaluated.
 """
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 
@@ -27,7 +26,6 @@ INCOMPLETE = 3
 _WEIGHTS = flags.DEFINE_string("weights", None, "Path or name, as in clip_jax.load, e.g. runs/emoji/params.msgpack.")
 _FOLLOW = flags.DEFINE_string("follow", None, "Instead of --weights: a --workdir; new checkpoints are evaluated.")
 _EVERY_SECONDS = flags.DEFINE_float("every_seconds", 30, "Interval of --follow in seconds.", lower_bound=0)
-_MODULES = flags.DEFINE_list("modules", [], "Python modules to import first, which register evaluators or datasets.")
 # The names of these flags are fields of `evals.run.Options`.
 flags.DEFINE_list("datasets", ["smoke"], "Datasets and suites: paper, robustness, datacomp, cifar10 …")
 flags.DEFINE_list(
@@ -66,11 +64,6 @@ def main(_: list[str]) -> int:
         raise ValueError(
             "expected either --weights=FILE, e.g. runs/emoji/params.msgpack, or --follow=WORKDIR, e.g. runs/emoji"
         )
-    for module in _MODULES.value:
-        try:
-            importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            raise ValueError(f"--modules={module}: {error}; run in its directory or set PYTHONPATH") from error
     values = {name: flags.FLAGS[name].value for name in Options.__dataclass_fields__ if name != "weights"}
     evaluation = prepare(Options(_WEIGHTS.value or _FOLLOW.value, **values))
     if _WEIGHTS.value:

@@ -58,14 +58,16 @@ def _config_and_workdir() -> tuple[configs.Config, epath.Path]:
         raise ValueError("give --config, e.g. --config=configs/emoji.py, or the --workdir of a run to resume")
     from clip_jax.training.workdir import check_same_config, stored_config, to_path
 
-    name = os.path.basename(flags.FLAGS["config"].config_filename or "").split(":")[0].removesuffix(".py")
-    workdir = to_path(_WORKDIR.value or f"runs/{name}", "--workdir")
-    stored = stored_config(workdir)
     if _CONFIG.value is None:
+        workdir = to_path(_WORKDIR.value, "--workdir")
+        stored = stored_config(workdir)
         if stored is None:
             raise ValueError(f"{workdir} has no run to resume; give --config, e.g. --config=configs/emoji.py")
         return stored, workdir
     given = command.checked_config(_CONFIG.value)
+    name = os.path.basename(flags.FLAGS["config"].config_filename).split(":")[0].removesuffix(".py")
+    workdir = to_path(_WORKDIR.value or f"runs/{name}", "--workdir")
+    stored = stored_config(workdir)
     _check_names(given)
     configs.check_local_paths(given)
     if stored is not None:

@@ -116,7 +116,9 @@ def test_url_for_a_local_path_is_refused(monkeypatch, tmp_path, name):
 def test_missing_datasets_are_listed_with_instructions(weights, tmp_path):
     flags = "--datasets=birdsnap,flickr30k,winogavil", "--evaluators=zeroshot,retrieval,linear_probe"
     out, data = tmp_path / "out", tmp_path / "data"
-    ((printed, _),) = run(f"--weights={weights}", f"--out={out}", f"--data_dir={data}", "--cache_dir=", *flags)
+    places = f"--weights={weights}", f"--out={out}", f"--data_dir={data}", "--cache_dir="
+    ((printed, errors),) = run(*places, *flags, code=3)
+    assert errors.splitlines()[-1] == "clip_jax.evaluate: no dataset was evaluated"
     skipped = {key: value for key, value in report(out).items() if key.startswith("run/skipped")}
     reasons = {
         "zeroshot/birdsnap": f"{data}/wds_birdsnap_test/test is not a folder",

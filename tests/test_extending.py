@@ -73,11 +73,11 @@ def test_examples_train_on_eight_devices_evaluate_and_export(folder, tmp_path):
     evaluate = ["-m", "clip_jax.evaluate", f"--weights={weights}", f"--out={tmp_path}/report", "--cache_dir="]
     evaluate += ["--modules=my_tower,my_evaluator", "--evaluators=pairwise", "--datasets=digits"]
     assert re.search(r"pairwise/digits/auc +[01]\.\d+", run(evaluate, folder))
+    toy = str(tmp_path / "params.toy")
+    run(["-m", "clip_jax.convert", "--modules=my_tower,my_format", str(weights), toy, "--to=toy"], folder)
     code = f"""
 import my_format, my_tower, clip_jax
-from clip_jax.interop.convert import convert
-convert({str(weights)!r}, {str(tmp_path / "params.toy")!r}, to="toy")
-models = [clip_jax.load(path) for path in ({str(weights)!r}, {str(tmp_path / "params.toy")!r})]
+models = [clip_jax.load(path) for path in ({str(weights)!r}, {toy!r})]
 one, other = (model.encode_text(["a red image"]) for model in models)
 assert (one == other).all()
 """

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -80,6 +82,16 @@ def test_restarted_finished_run_only_evaluates(finished):
     messages = runs.finish(runs.start(directory, "--config.train.total_steps=20"))[0]
     assert "step 20/" not in messages and messages.splitlines()[-1] == "finished"
     assert (directory / "metrics.jsonl").read_text() == before
+
+
+def test_workdir_alone_resumes_with_the_stored_config(finished, tmp_path):
+    for directory, code, message in (
+        (finished[0], 0, "finished"),
+        (tmp_path, 2, "has no run to resume; give --config"),
+    ):
+        command = [sys.executable, "-m", "clip_jax.main", f"--workdir={directory}"]
+        process = subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True, timeout=240, check=False)
+        assert process.returncode == code and message in process.stderr.splitlines()[-1]
 
 
 def test_workdir_of_another_config_is_refused(finished):

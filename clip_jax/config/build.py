@@ -85,10 +85,13 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def check_name(key: str, name: str, names: Iterable[str]) -> None:
-    """Raise ValueError if `name`, the value of a config key, is none of `names`."""
+def check_name(key: str, name: object, names: Iterable[str]) -> None:
+    """Raise ValueError if `name`, the value of a config key, is none of `names`, the keys of a registry."""
     if name not in (names := list(names)):
-        raise ValueError(f"{key}={name!r} is none of {', '.join(names)}{_nearest(name, names)}")
+        raise ValueError(
+            f"{key}={name!r} is none of {', '.join(names)}{_nearest(str(name), names)}. A name registered outside"
+            " clip_jax needs the import of its module first: --modules=my_module"
+        )
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:
@@ -105,7 +108,8 @@ def build(hint: Any, value: Any, path: str = "") -> Any:
     if isinstance(hint, type) and issubclass(hint, Tower):
         towers = {kind: tower for kind, tower in TOWERS.items() if issubclass(tower, hint)}
         kind = value.get("kind") if isinstance(value, Mapping) else None
-        return _build_dataclass(towers[build(Literal[tuple(towers)], kind, f"{path}.kind")], value, path)
+        check_name(f"{path}.kind", kind, towers)
+        return _build_dataclass(towers[kind], value, path)
     if hint is ContrastiveLoss:
         name = value.get("name", "softmax") if isinstance(value, Mapping) else "softmax"
         check_name(f"{path}.name", name, LOSSES)

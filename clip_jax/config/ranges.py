@@ -82,4 +82,5 @@ def check(values: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:
         low, high = ranges.get(key) or ranges.get(key.rpartition(".")[0] + ".*") or (-math.inf, math.inf)
         for number in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(number, (int, float)) and not isinstance(number, bool) and not low <= number <= high:
-                raise ValueError(f"{key}={value} is out of range; it must be between {low:g} and {high:g}")
+                source = "; the bounds are those of the tower's `ranges()`" if key.startswith("model.") else ""
+                raise ValueError(f"{key}={value} is out of range; it must be between {low:g} and {high:g}{source}")

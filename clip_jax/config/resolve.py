@@ -73,7 +73,10 @@ def resolve(config: Config, *, devices: int, processes: int = 1, examples: int |
         raise ValueError(f"loss.name={config.loss.name!r} has a bias that the model lacks: set model.logit_bias=True")
     _check_teacher(config.teacher)
     if config.train.patch_dropout and not config.model.image.supports_patch_dropout:
-        raise ValueError(f"train.patch_dropout={config.train.patch_dropout} needs patches; set it to 0, or use a ViT")
+        raise ValueError(
+            f"train.patch_dropout={config.train.patch_dropout} needs patches; set it to 0, or use a ViT or a"
+            " tower with `supports_patch_dropout`"
+        )
     return Resolved(config, steps, batch_per_device)
 
 

@@ -102,7 +102,7 @@ class Evaluation:
     standard_models: Mapping[str, tuple[float, float]]
     mesh: Mesh
     steps: list[dict[str, float]]  # metrics of the evaluated steps
-    failed: int = 0  # results that failed, over all evaluated weights
+    failed: int = 0  # results that failed, and reports without any result, over all evaluated weights
 
     @property
     def evaluated_steps(self) -> set[int]:
@@ -137,7 +137,7 @@ class Evaluation:
 
         load_options = LoadOptions(options.data_dir, options.templates, options.class_names)
         report = evaluate(model, self.names, options.evaluators, load_options, self.evaluator_options, write)
-        self.failed += len(report.failed)
+        self.failed += len(report.failed) or not report.metrics
         if step is not None:
             self.steps.append({"step": step} | {k: v for k, v in report.metrics.items() if math.isfinite(v)})
         if distributed.is_main_process():
@@ -251,6 +251,9 @@ def _print(report: EvalReport, directory: pathlib.Path, files: Sequence[str]) ->
         for key, note in notes.items():
             print(f"{key}{state}: {note}")
     print(f"written to {directory}: {', '.join(files)}")
-    if report.failed:
+    if report.failed or not report.metrics:
+        problem = (
+            f"failed, without metrics: {', '.join(report.failed)}" if report.failed else "no dataset was evaluated"
+        )
         sys.stdout.flush()
-        print(f"clip_jax.evaluate: failed, without metrics: {', '.join(report.failed)}", file=sys.stderr)
+        print(f"clip_jax.evaluate: {problem}", file=sys.stderr)

@@ -69,6 +69,9 @@ def evaluate(
     options.check()
     for name in expand(names):
         supported = [evaluator for evaluator in evaluators if supports(EVALUATORS[evaluator], DATASETS[name])]
+        for evaluator in evaluators:
+            if evaluator not in supported and DATASETS[name].task in getattr(EVALUATORS[evaluator], "tasks", ()):
+                report.skipped[f"{evaluator}/{name}"] = "the dataset has no train split"
         if not supported:
             continue
         try:

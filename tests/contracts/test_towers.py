@@ -134,6 +134,16 @@ def test_tiny_tower_is_smaller_and_keeps_the_options(kind):
     assert tiny.width < tower.width and tiny.tiny() == tiny
 
 
+@pytest.mark.parametrize("kind", [kind for kind, tower in TOWERS.items() if issubclass(tower, ImageTower)])
+def test_image_size_that_the_stride_does_not_divide_is_refused_or_declared(kind):
+    tower = BY_KIND[kind].image
+    tower = dataclasses.replace(tower, image_size=4 * tower.stride + 1)
+    if tower.ignores_partial_patch:
+        return tower.check("model.image", tower.fixed_embed_dim or 16)
+    with pytest.raises(ValueError, match="model.image.image_size"):
+        tower.check("model.image", tower.fixed_embed_dim or 16)
+
+
 # ----------------------------------------------------------------------------------------------------- parameters
 
 
@@ -199,7 +209,8 @@ def test_layer_decay_factors_do_not_decrease_from_input_to_output(architecture):
         for path, factor in by_path.items():
             assert (np.diff(factor) > 0).all() and 0 < factor[0] <= factor[-1] <= 1, path
             later = [other for other, index in uses.items() if index > uses[path]]
-            assert all(factor[-1] <= by_path[other][0] for other in later), path
+            wrong = [other for other in later if by_path[other][0] < factor[-1]]
+            assert not wrong, f"layer: {path} is used before {wrong}, so its position must not be larger"
         assert min(factor[0] for factor in by_path.values()) < max(factor[-1] for factor in by_path.values()) == 1
 
 

@@ -63,6 +63,10 @@ class Result:
         return self.key.split("/")[1] if self.key.count("/") >= 2 else self.key
 
     @property
+    def evaluator(self) -> str:
+        return self.key.split("/")[0] if self.key.count("/") >= 2 else ""
+
+    @property
     def metric(self) -> str:
         return self.key.split("/", 2)[2] if self.key.count("/") >= 2 else self.key
 

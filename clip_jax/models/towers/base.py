@@ -15,7 +15,7 @@ from clip_jax.typing import ArrayLike
 
 Range = tuple[int | float, int | float]  # inclusive bounds of a number
 COUNT: Range = (1, 2**62)
-# By name of the field; all others are positive counts.
+# By name of the field; all others are positive counts. A tower with other numbers extends `ranges`.
 RANGES: dict[str, Range] = {
     "image_size": (1, 4096),
     "patch_size": (1, 4096),
