@@ -73,7 +73,7 @@ def test_commands_are_found():
 @pytest.mark.parametrize("words", commands(), ids=lambda words: " ".join(words)[:90])
 def test_module_flags_configs_and_keys_of_a_command_exist(words):
     module = words[1].removeprefix("clip_jax.")
-    source = (ROOT / f"clip_jax/{module}.py").read_text()
+    source = "".join((ROOT / f"clip_jax/{name}.py").read_text() for name in (module, "command"))
     for word in (w for w in words[2:] if w.startswith("--")):
         name, _, value = word.removeprefix("--").partition("=")
         if name == "config":
