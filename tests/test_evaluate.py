@@ -89,7 +89,7 @@ def test_numbers_do_not_depend_on_the_batch_size_or_cached_features(alone, weigh
     [
         ((), "expected either --weights=FILE"),
         (("--weights=/nowhere.msgpack",), "/nowhere.msgpack: expected a file or directory"),
-        (("--weights=WEIGHTS", "--datasets=cifar11"), "no dataset or suite is named 'cifar11': use paper, robustness"),
+        (("--weights=WEIGHTS", "--datasets=cifar11"), "dataset or suite='cifar11' is none of paper, robustness"),
         (("--weights=WEIGHTS", "--evaluators=zeroshots"), "--evaluators='zeroshots'"),
         (("--weights=WEIGHTS", "digits"), "unexpected argument 'digits'; flags begin with --"),
         (("--weights=WEIGHTS", "--dtype=float16"), "float16"),

@@ -134,9 +134,8 @@ def load_dataset(name: str, options: LoadOptions = LoadOptions()) -> EvalDataset
 
 def expand(names: list[str] | tuple[str, ...]) -> list[str]:
     """Return the datasets of names and suites, each once. Raises ValueError for an unknown name."""
-    unknown = [name for name in names if name not in DATASETS and name not in SUITES]
-    if unknown:
-        raise ValueError(f"no dataset or suite is named {unknown[0]!r}: use {', '.join([*SUITES, *DATASETS])}")
+    for name in names:
+        check_name("dataset or suite", name, [*SUITES, *DATASETS])
     return list(dict.fromkeys(dataset for name in names for dataset in SUITES.get(name, (name,))))
 
 
