@@ -48,6 +48,7 @@ def test_attention_section_passes_and_judges_by_the_tolerance(accelerator, monke
     assert not section["passed"]
 
 
+@pytest.mark.slow
 def test_training_section_searches_past_out_of_memory_errors(accelerator, monkeypatch):
     from clip_jax.devices import sharding
     from clip_jax.planner import predict

@@ -68,6 +68,7 @@ def causal_mask(batch, length):
     return np.broadcast_to(np.tri(length, dtype=bool), (batch, length, length))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("length", "batch", "heads", "head_dim", "causal"),
     [

@@ -109,6 +109,7 @@ def test_batch_has_the_dtypes_and_shapes_of_the_contract(uninterrupted):
     assert uninterrupted[0].replaced == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hosts", [2, 4, 8])
 def test_global_batch_is_the_same_for_any_number_of_hosts(uninterrupted, hosts):
     size = 16 // hosts

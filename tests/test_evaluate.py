@@ -64,6 +64,7 @@ def test_a_dataset_is_evaluated_and_reported(alone, weights):
     assert "<html" in (out / "report.html").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3])
 def test_numbers_do_not_depend_on_the_number_of_processes(alone, weights, tmp_path, processes):
     expected = numbers(alone[0])

@@ -82,6 +82,7 @@ def test_weights_of_another_model_or_preprocessing_are_refused(tmp_path):
         initialization.initial_params(_config("/nowhere.pt"))
 
 
+@pytest.mark.slow
 def test_learning_rate_0_exports_the_initial_weights(tmp_path):
     """The whole command, from --config.init.weights to --export."""
     _, architecture = runs.tiny_model()
@@ -117,6 +118,7 @@ def _step(architecture, config, steps=2):
     return params, jax.device_get(state), size, metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", [VIT, RESNET], ids=["vit", "resnet"])
 def test_frozen_tower_is_unchanged_and_has_no_moments(architecture):
     params, state, size, _ = _step(architecture, OptimConfig(warmup_steps=0, freeze="^image/"))

@@ -204,6 +204,7 @@ def _dtypes(tree):
     return jax.tree.map(lambda x: x.dtype, tree)
 
 
+@pytest.mark.slow
 def test_loss_decreases_and_dtypes_are_constant():
     init, train_step, mesh = _compiled(HALF)
     state = init(jax.random.key(0))

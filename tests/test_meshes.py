@@ -100,6 +100,7 @@ def _assert_same(run, reference):
     assert int(state.step) == STEPS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 def test_ten_steps_agree_across_meshes(reference, mesh):
     """With packed captions, sharded moments and rematerialization, as on a pod."""
@@ -108,6 +109,7 @@ def test_ten_steps_agree_across_meshes(reference, mesh):
     _assert_same(_run(reference[0], devices, fsdp=fsdp, tensor=tensor, **changes), reference)
 
 
+@pytest.mark.slow
 def test_ten_steps_agree_with_unrolled_loops(reference):
     _assert_same(_run(reference[0], unroll_layers=True, remat="full"), reference)
 
@@ -159,6 +161,7 @@ def _gradients(tower: str, devices: int, micro_batches: int, teacher: bool = Fal
     return jax.device_get(jax.jit(gradient)(params, stats, batch, jax.random.key(1), teacher_params))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("loss", "devices", "micro_batches", "teacher"),
     [("softmax", 2, 4, False), ("sigmoid", 2, 2, False), ("softmax", 2, 4, True)],
@@ -177,6 +180,7 @@ def test_micro_batches_give_the_gradient_of_the_full_batch(loss, devices, micro_
         assert np.linalg.norm(a - b) <= 1e-10 * max(np.linalg.norm(b), 1e-4), jax.tree_util.keystr(path)
 
 
+@pytest.mark.slow
 def test_micro_batches_give_the_same_gradient_with_a_frozen_tower(float64):
     _, expected = _gradients("vit", 1, 1, freeze="^image/")
     _, got = _gradients("vit", 1, 4, freeze="^image/")
@@ -184,6 +188,7 @@ def test_micro_batches_give_the_same_gradient_with_a_frozen_tower(float64):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-12), got, expected)
 
 
+@pytest.mark.slow
 def test_batch_norm_uses_the_statistics_of_each_micro_batch(float64):
     """Statistics are per micro-batch, over all devices; running averages are updated once per micro-batch."""
     config = _config("resnet", micro_batches=2)
@@ -217,6 +222,7 @@ def test_batch_norm_uses_the_statistics_of_each_micro_batch(float64):
 # ------------------------------------------------------------------------------------------------ equal captions
 
 
+@pytest.mark.slow
 def test_equal_captions_can_be_positives():
     config = _config("vit", equal_captions="positives")
     mesh = sharding.make_mesh(jax.devices()[:2])

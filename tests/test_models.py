@@ -69,6 +69,7 @@ def test_parameter_counts_are_the_papers(name):
     assert count_parameters(shapes) == PARAMETERS[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
 def test_embeddings_equal_a_numpy_reference(params, activation):
     architecture = with_activation(SMALL, activation)
@@ -88,6 +89,7 @@ def test_tokens_after_the_end_token_have_no_effect(params):
     np.testing.assert_array_equal(model.encode_text(params, text), model.encode_text(params, changed))
 
 
+@pytest.mark.slow
 def test_text_is_pooled_at_the_first_end_token(params):
     model = make_model(SMALL)
     one, two = np.full((2, 1, 8), 3, np.int32)
@@ -95,6 +97,7 @@ def test_text_is_pooled_at_the_first_end_token(params):
     np.testing.assert_array_equal(model.encode_text(params, one), model.encode_text(params, two))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_rematerialization_does_not_change_gradients(params, remat):
     image, _ = _inputs()
@@ -115,6 +118,7 @@ def _first_two(x_BLD):
     return x_BLD[:, :2].reshape(-1, x_BLD.shape[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layers", "unroll", "remat"),
     [*((4, False, remat) for remat in REMAT_POLICIES), (4, True, "names"), (1, False, "none")],
@@ -182,6 +186,7 @@ def test_pixels_of_a_partial_patch_are_ignored():
     np.testing.assert_array_equal(encode(params, pixels), encode(params, changed))
 
 
+@pytest.mark.slow
 def test_patch_dropout_drops_its_fraction_in_training_only(params):
     image, _ = _inputs()
     model, dropping = make_model(SMALL), make_model(SMALL, patch_dropout=0.5)
@@ -199,6 +204,7 @@ def test_patch_dropout_drops_its_fraction_in_training_only(params):
     assert np.abs(first - other).max() > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in tiny_models.ARCHITECTURES if name != "siglip_timm"])
 def test_embeddings_equal_those_of_open_clip_and_transformers(name):
     """Recorded by golden/make_features.py; the weights are drawn from seeds."""
@@ -228,6 +234,7 @@ def _precisions(jaxpr) -> set:
 FLOAT32 = (jax.lax.Precision.HIGHEST,) * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit", "resnet", "siglip", "emoji"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_float32_matmuls_have_float32_precision_in_both_passes(name, dtype):
@@ -273,6 +280,7 @@ def test_running_statistics_are_updated_as_in_torch():
     np.testing.assert_allclose(found["var"], 0.9 + 0.1 * convolved.var(0, ddof=1), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_inference_uses_the_running_statistics():
     model = make_model(TINY_RESNET)
     params = _init(model)

@@ -202,6 +202,7 @@ def test_adafactor_state_is_at_most_3_percent_larger_than_the_parameters():
 HALVES = [("float32", ""), ("bfloat16", "^text/"), ("float16", "^text/")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("moments", "half"), HALVES)
 @pytest.mark.parametrize("name", NAMES)
 def test_loss_decreases_in_any_precision(name, moments, half):

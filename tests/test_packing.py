@@ -41,6 +41,7 @@ LENGTHS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_packed_captions_have_the_embeddings_and_gradients_of_padded_ones(lengths, groups):
@@ -52,6 +53,7 @@ def test_packed_captions_have_the_embeddings_and_gradients_of_padded_ones(length
     assert padded_metrics == {} and metrics["text/padded"] == 0
 
 
+@pytest.mark.slow
 def test_captions_that_exceed_the_capacity_are_encoded_padded():
     text = _text([10, 9, 10, 8, 10, 10, 7, 9])
     expected, _, expected_gradient = _encode(text, 1.0)
@@ -62,6 +64,7 @@ def test_captions_that_exceed_the_capacity_are_encoded_padded():
     np.testing.assert_allclose(metrics["text/filled"], (73 + 8) / 88, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_one_token_more_than_the_capacity_is_detected():
     # 8 texts of 11 tokens at 0.5 are 3 chunks of 16 tokens.
     for last, padded in ((5, 0), (6, 1)):
@@ -70,11 +73,13 @@ def test_one_token_more_than_the_capacity_is_detected():
         np.testing.assert_allclose(_encode(text, 0.5)[0], _encode(text, 1.0)[0], atol=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_caption_without_end_token_is_pooled_at_the_same_position():
     text = _text([2, 3, 2, 1]).at[1].set(5)
     np.testing.assert_allclose(_encode(text, 0.7)[0], _encode(text, 1.0)[0], atol=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_towers_that_attend_to_padding_are_not_packed():
     tower = TextTransformer(64, LENGTH, END, width=32, layers=1, heads=2, causal=False, pool="last")
     model = make_model(Architecture(ViT(16, 8, 32, 1, 2), tower, 16), text_capacity=0.5)
@@ -84,6 +89,7 @@ def test_towers_that_attend_to_padding_are_not_packed():
     np.testing.assert_array_equal(embeddings, model.encode_text(params, text))
 
 
+@pytest.mark.slow
 def test_half_the_capacity_takes_about_half_the_flops():
     """FLOPs of a gradient, counted by the compiler, for 77 positions per caption."""
     tower = TextTransformer(512, 77, 511, width=128, layers=3, heads=2)

@@ -40,6 +40,7 @@ def test_command_exits_with_3_if_the_program_does_not_fit():
     assert code == 3 and "DOES NOT FIT" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

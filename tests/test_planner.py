@@ -154,6 +154,7 @@ def vit_plan():
     return predict.plan_step(small(VIT), parse_topology("v4-32"))
 
 
+@pytest.mark.slow
 def test_compiled_vit_step_has_the_flops_of_its_trace(vit_plan):
     assert vit_plan.flops == pytest.approx(vit_plan.traced_flops, rel=SAME_FLOPS)
     forward = sum(flops.forward_flops(small(VIT).model))
@@ -161,6 +162,7 @@ def test_compiled_vit_step_has_the_flops_of_its_trace(vit_plan):
     assert 0 < vit_plan.kernel_flops < vit_plan.flops
 
 
+@pytest.mark.slow
 def test_flops_of_a_program_without_loops_equal_xla_cost_analysis():
     """Bytes are below XLA's, which counts arrays in VMEM and sliced arrays in full."""
     config = small(VIT, unroll_layers=True, remat="none", text_capacity=1.0)
@@ -172,6 +174,7 @@ def test_flops_of_a_program_without_loops_equal_xla_cost_analysis():
     assert 0 < cost.logical_bytes < xla["bytes accessed"]
 
 
+@pytest.mark.slow
 def test_compiled_resnet_step_has_the_flops_of_its_trace():
     config = small(ResNet(64, 32, (1, 1, 1, 1), 8))
     plan = predict.plan_step(config, parse_topology("v4-32"))
@@ -201,6 +204,7 @@ def test_saved_activations_follow_the_remat_policy():
     assert saved["full"] < saved["names"] < saved["dots"] < saved["none"]
 
 
+@pytest.mark.slow
 def test_locked_tower_saves_no_activations_and_counts_one_forward_pass():
     mesh, config = v4_mesh({"slice": 1, "data": 16, "fsdp": 1, "tensor": 1}), small(VIT, text_capacity=1.0)
     locked = dataclasses.replace(config, optim=dataclasses.replace(config.optim, freeze="^image/"))
@@ -234,6 +238,7 @@ def test_times_are_work_divided_by_datasheet_rates(vit_plan):
     assert vit_plan.days[0] == pytest.approx(10_000 * fast / 86_400)
 
 
+@pytest.mark.slow
 def test_gpu_plan_by_datasheet_follows_fsdp():
     plan = predict.plan_by_datasheet(small(VIT), parse_topology("h100-16"))
     assert plan.fits and plan.flops == pytest.approx(plan.model_flops, rel=0.5)
@@ -247,6 +252,7 @@ def test_gpu_plan_by_datasheet_follows_fsdp():
     ) and "image attention: cuDNN flash attention\ntext attention: XLA: " in render_page(plan)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["float32", "shard_moments", "freeze"])
 def test_gpu_plan_by_datasheet_follows_dtype_moments_and_freeze(change):
     topology, config = parse_topology("h100-16"), small(VIT)

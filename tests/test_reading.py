@@ -71,6 +71,7 @@ def _from_tensors(name, tensors, table, file="f"):
 # ----------------------------------------------------------------------------------------------------- name tables
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("table", "name"), PAIRS)
 def test_conversion_to_tensors_and_back_is_bit_equal(table, name):
     tensors = _tensors(name, table)

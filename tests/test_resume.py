@@ -17,6 +17,8 @@ from clip_jax.training import loop, metrics
 from clip_jax.training.checkpoint import Checkpoints
 from tests import runs
 
+pytestmark = pytest.mark.slow
+
 TOTAL, EVERY = 12, 4  # steps of a run; steps between two checkpoints, and between two evaluations
 TIMES = ("images_per_second", "data_wait", "mfu", metrics.EVAL_SECONDS)  # differ from run to run
 

@@ -12,6 +12,7 @@ from tests.test_config import CONFIGS
 QUICK = {"vit_b16"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS]
 )

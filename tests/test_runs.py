@@ -11,6 +11,8 @@ import pytest
 import clip_jax
 from tests import runs
 
+pytestmark = pytest.mark.slow
+
 TOTAL = 40
 
 

@@ -6,6 +6,8 @@ from clip_jax.config import Architecture, Config, MeshConfig, ResNet, TextTransf
 from clip_jax.devices import sharding
 from tests.tpu import collectives, compile_step, v4_mesh
 
+pytestmark = pytest.mark.slow
+
 TEXT = TextTransformer(512, 16, 511, width=64, layers=3, heads=4)  # at least 2 layers, or XLA removes the loop
 TOWERS = {"vit": ViT(32, 8, 64, 3, 4), "resnet": ResNet(32, 16, (2, 1), heads=2)}
 

@@ -46,6 +46,7 @@ def _compiled(devices: int, optim_config: OptimConfig, loss: SoftmaxLoss, model)
     return init, step.make_train_step(model, optimizer, config, mesh), mesh
 
 
+@pytest.mark.slow
 def test_ten_steps_on_one_batch_lower_the_loss():
     state, train_step, mesh = _start()
     losses = []
@@ -62,6 +63,7 @@ def _nan_for_black(params, image, key):
     return embeddings * poison, stats
 
 
+@pytest.mark.slow
 def test_a_step_with_nan_changes_only_the_counters():
     state, train_step, mesh = _start(model=MODEL._replace(encode_image_train=_nan_for_black))
     state, _ = train_step(state, sharding.to_global(_batch(0), mesh))
@@ -83,6 +85,7 @@ def test_a_step_with_nan_changes_only_the_counters():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("devices", "optim_config"),
     [(1, OPTIM), (4, OPTIM), (1, dataclasses.replace(OPTIM, half_precision_params="^text/", warmup_steps=0))],
@@ -122,6 +125,7 @@ def test_gradient_norms_of_the_towers_equal_numpy():
         np.testing.assert_allclose(metrics[name], expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("maximum", "expected"), [(100.0, 100.0), (20.0, 20.0)])
 def test_the_logit_scale_is_clipped_after_the_update(maximum, expected):
     state, train_step, mesh = _start(1, OptimConfig(warmup_steps=0), SoftmaxLoss(logit_scale_max=maximum))

@@ -181,6 +181,7 @@ def test_padding_and_batch_size_do_not_change_the_metrics(name):
     assert metrics(7) == metrics(64) == metrics(1) == reference
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("held_logits", [logistic.HELD_LOGITS, 0])
 def test_matmuls_of_evaluators_are_float32_on_any_chip(monkeypatch, held_logits):
     """By default they would be bfloat16 on a TPU, and TensorFloat-32 on a GPU."""

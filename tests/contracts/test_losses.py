@@ -90,6 +90,7 @@ def test_gradient_equals_central_differences_of_the_dense_reference(name):
         np.testing.assert_allclose(np.sum(gradients[position] * direction), expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
 @pytest.mark.parametrize("group", [1, 2, 8])
 def test_sharded_value_and_gradient_equal_the_dense_reference(name, devices, group, monkeypatch):
@@ -175,6 +176,7 @@ def test_equal_ids_are_positives(name, devices, monkeypatch):
     _assert_close(actual, _value_and_gradient(_dense(name, image_ids, text_ids), inputs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 8])
 def test_metrics_equal_numpy_over_the_similarity_matrix(name, devices):
     """Of every second image the text is close to it, so that some are retrieved and some are not."""

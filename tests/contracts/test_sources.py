@@ -118,6 +118,7 @@ def test_index_out_of_range_raises(source):
         source.read(len(source))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hosts", [1, 3, 4])
 def test_resumed_equals_uninterrupted_on_any_number_of_hosts(source, config, hosts):
     size = BATCH // hosts
@@ -130,6 +131,7 @@ def test_resumed_equals_uninterrupted_on_any_number_of_hosts(source, config, hos
         np.testing.assert_array_equal(np.concatenate([batch.text for batch in batches]), expected.batch.text)
 
 
+@pytest.mark.slow
 def test_shards_of_three_hosts_are_disjoint_and_complete(source, config):
     (expected,) = _take(source, config, 1)
     shards = [_take(source, config, 1, rows=slice(4 * host, 4 * host + 4))[0] for host in range(3)]
@@ -138,6 +140,7 @@ def test_shards_of_three_hosts_are_disjoint_and_complete(source, config):
     np.testing.assert_array_equal(ids, expected.example_ids)
 
 
+@pytest.mark.slow
 def test_bad_records_are_counted_and_not_fatal(source, config):
     tolerant = dataclasses.replace(config, max_bad_fraction=1.0)
     intact, damaged = _take(source, config, 4), _take(Damaged(source), tolerant, 4)

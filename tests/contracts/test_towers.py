@@ -101,6 +101,7 @@ def test_preset_is_found_by_its_architecture(name):
     assert name_of(MODELS[name]) == name
 
 
+@pytest.mark.slow
 @every_model
 def test_preset_has_embeddings_of_the_same_shape_from_both_towers(name):
     architecture = MODELS[name]
@@ -158,6 +159,7 @@ def test_parameters_do_not_depend_on_how_the_model_computes(architecture):
     assert count_parameters(shapes[0]) == sum(sizes) + 1 + architecture.logit_bias
 
 
+@pytest.mark.slow
 @every_variant
 def test_sharding_rules_match_every_parameter_once(architecture):
     params, mesh = _trained_params(architecture), sharding.make_mesh(fsdp=2, tensor=2)
@@ -217,6 +219,7 @@ def test_layer_decay_factors_do_not_decrease_from_input_to_output(architecture):
 # --------------------------------------------------------------------------------------------------------- numbers
 
 
+@pytest.mark.slow
 @every_variant
 def test_embedding_is_independent_of_the_rest_of_the_batch(architecture):
     model, params = make_model(architecture), _initialized(architecture)
@@ -226,6 +229,7 @@ def test_embedding_is_independent_of_the_rest_of_the_batch(architecture):
         np.testing.assert_allclose(encode(params, inputs)[:1], encode(params, inputs[:1]), atol=1e-5)
 
 
+@pytest.mark.slow
 @every_variant
 def test_bfloat16_stays_close_to_float32(architecture):
     params = _initialized(architecture)
@@ -260,6 +264,7 @@ def _gradients(architecture: Architecture, **options):
     return {tower: gradients[tower] for tower in ("image", "text")}
 
 
+@pytest.mark.slow
 @every_variant
 def test_every_parameter_has_a_gradient(architecture):
     for path, gradient in jax.tree_util.tree_leaves_with_path(_gradients(architecture)):
@@ -267,6 +272,7 @@ def test_every_parameter_has_a_gradient(architecture):
         assert np.any(gradient), jax.tree_util.keystr(path)
 
 
+@pytest.mark.slow
 @every_kind
 def test_unrolled_and_rematerialized_loops_have_the_same_gradients(kind):
     expected, found = _gradients(BY_KIND[kind]), _gradients(BY_KIND[kind], unroll=True, remat="names")
@@ -277,6 +283,7 @@ def test_unrolled_and_rematerialized_loops_have_the_same_gradients(kind):
         np.testing.assert_allclose(b, a, atol=atol, rtol=0, err_msg=jax.tree_util.keystr(path))
 
 
+@pytest.mark.slow
 @every_variant
 def test_image_features_are_the_input_of_the_projection(architecture):
     """If the last layer is a linear projection, applying it to the features gives the embedding."""
@@ -296,6 +303,7 @@ def test_image_features_are_the_input_of_the_projection(architecture):
 # ----------------------------------------------------------------------------------------------- storage and training
 
 
+@pytest.mark.slow
 @every_kind
 def test_sharded_state_survives_a_checkpoint_bit_for_bit(kind, tmp_path):
     train = TrainConfig(batch_size=8, dtype="float32")
