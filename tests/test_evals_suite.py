@@ -160,7 +160,7 @@ def test_datasets_and_suites_are_evaluated_once_and_unknown_names_refused(monkey
     embedder = Perfect()
     evaluate(monkeypatch, embedder, names=["all", "tiny", "all"])
     assert embedder.image_calls == 1
-    with pytest.raises(ValueError, match="'cifar10': use all, tiny"):
+    with pytest.raises(ValueError, match="'cifar10' is none of all, tiny"):
         evaluate(monkeypatch, embedder, names=["cifar10"])
 
 

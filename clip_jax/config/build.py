@@ -89,8 +89,8 @@ def check_name(key: str, name: object, names: Iterable[str]) -> None:
     """Raise ValueError if `name`, the value of a config key, is none of `names`, the keys of a registry."""
     if name not in (names := list(names)):
         raise ValueError(
-            f"{key}={name!r} is none of {', '.join(names)}{_nearest(str(name), names)}. A name registered outside"
-            " clip_jax needs the import of its module first: --modules=my_module"
+            f"{key}={name!r} is none of {', '.join(names)}{_nearest(str(name), names)} (names of your own: import their"
+            " module first, in commands by --modules)"
         )
 
 
