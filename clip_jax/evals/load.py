@@ -139,7 +139,7 @@ def expand(names: list[str] | tuple[str, ...]) -> list[str]:
     return list(dict.fromkeys(dataset for name in names for dataset in SUITES.get(name, (name,))))
 
 
-# ----------------------------- by `Dataset.task`: fields of EvalDataset from the row, the test split and the options
+# By `Dataset.task`: fields of EvalDataset from the row, the test split and the options.
 
 
 def _captions(row: Dataset, split: DatasetSplit, options: LoadOptions) -> dict:

@@ -106,9 +106,6 @@ class Predictions:
             yield rows, np.where(np.isfinite(scores_nQ), scores_nQ, np.nan)
 
 
-# --------------------------------------------------------------------------------------- one class per example
-
-
 def hits(predictions: Predictions, k: int = 1) -> Bool[np.ndarray, "n"]:
     """Return for each example whether its class is among the top k. Raises Undefined for k classes or fewer."""
     ranks_n = predictions.ranks
@@ -160,9 +157,6 @@ def _means(values_n: Bool[np.ndarray, "n"], strata_n: Integer[np.ndarray, "n"]) 
     return np.bincount(stratum_n, weights=values_n) / sizes
 
 
-# ------------------------------------------------------------------------------------------------ two classes
-
-
 def roc_auc(predictions: Predictions) -> float:
     """Return the probability that a positive scores above a negative (Hateful Memes).
 
@@ -184,9 +178,6 @@ def roc_auc(predictions: Predictions) -> float:
     below_P = np.searchsorted(negatives, above_P - predictions.tie, "left")
     not_above_P = np.searchsorted(negatives, above_P + predictions.tie, "right")
     return float(np.mean(below_P + not_above_P) / 2 / len(negatives))
-
-
-# ------------------------------------------------------------------------------------------------ multi-label
 
 
 def mean_average_precision(predictions: Predictions) -> float:
@@ -278,9 +269,6 @@ METRICS: dict[str, Metric] = {
     "map_11_points": map_11_points,
     "jaccard": jaccard,
 }
-
-
-# --------------------------------------------------------------------------------------- confidence intervals
 
 
 class Interval(NamedTuple):

@@ -116,9 +116,6 @@ def _evaluate_one(
         report.metrics[f"{main}/published"] = published.get("open_clip", published.get("paper"))
 
 
-# ---------------------------------------------------------------------------------------------- training loop
-
-
 class LoadedTask(NamedTuple):
     evaluator: str
     dataset: EvalDataset

@@ -30,9 +30,6 @@ _TIMM: dict[str, tuple[int, int, Activation]] = {
 }
 
 
-# --------------------------------------------------------------------------------------------------------- reading
-
-
 def architecture(config: Mapping[str, Any], file: str) -> Architecture:
     """Return the architecture of a `model_cfg`. Raises ValueError, with the key, if clip_jax does not support it."""
     config = dict(config)
@@ -150,9 +147,6 @@ def tokenizer(found: TokenizerConfig, config: Mapping[str, Any]) -> TokenizerCon
     if clean not in supported:
         raise ValueError(f"tokenizer_kwargs.clean: expected one of {', '.join(supported)}, got {clean!r}")
     return dataclasses.replace(found, clean=clean, keep_end=not settings.get("strip_sep_token", False))
-
-
-# --------------------------------------------------------------------------------------------------------- writing
 
 
 def config(model: Architecture, spec: Preprocess, tokenizer: TokenizerConfig) -> dict[str, Any]:

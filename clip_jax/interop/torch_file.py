@@ -117,9 +117,6 @@ class _Refused(ValueError):
     """The file is damaged or contains something that this reader does not support."""
 
 
-# ------------------------------------------------------------------------------------------------------ containers
-
-
 def _read_zip(file: pathlib.Path) -> Any:
     mapped = np.memmap(file, np.uint8, "r")
     with zipfile.ZipFile(file) as archive:
@@ -177,9 +174,6 @@ def _read_legacy(file: pathlib.Path) -> Any:
             data[key] = mapped[start:end].view(dtype)
         stream.seek(start_of_object)
         return _Unpickler(stream, lambda dtype, key, count: data[key]).load()
-
-
-# --------------------------------------------------------------------------------------------------------- pickles
 
 
 class _Module:
@@ -256,9 +250,6 @@ _FUNCTIONS: dict[tuple[str, str], Callable] = {
     ("torch.jit._pickle", "build_tensorlist"): list,
     ("torch.jit._pickle", "restore_type_tag"): lambda value, _type: value,
 }
-
-
-# ------------------------------------------------------------------------------------------------------- state dicts
 
 
 def _state_dict(content: Any) -> Any:

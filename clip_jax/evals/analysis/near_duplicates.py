@@ -164,7 +164,6 @@ def _dct_rows() -> Float64[np.ndarray, "8 32"]:
     return np.cos(np.pi * u * (2 * x + 1) / (2 * _SIDE)) * np.where(u == 0, np.sqrt(1 / _SIDE), np.sqrt(2 / _SIDE))
 
 
-# --------------------------------------------------------------------------------- hashes of a training source's shards
 # One file per TFRecord shard: uint64[m] of the hashes of its records in the order of `data.sources.tfrecord`, NO_HASH
 # for records without one. With Apache Beam a worker processes a whole shard: `beam.io.ReadAllFromTFRecord` does not
 # return record numbers and stops at the first damaged record of a shard.

@@ -80,9 +80,6 @@ def _tag(name: str, body: str = "", **attributes: object) -> str:
     return f"<{name}{listed}>{body}</{name}>" if body else f"<{name}{listed}/>"
 
 
-# -------------------------------------------------------------------------------------------------- line charts
-
-
 def line_chart(series: Mapping[str, Points], title: str) -> str:
     """Return an SVG of named lines, with gaps at values that are not finite; '' without finite values."""
 
@@ -109,8 +106,6 @@ def line_chart(series: Mapping[str, Points], title: str) -> str:
                 parts.append(_tag("polyline", points=line, fill="none", stroke=color, stroke_width=1.75))
     return _tag("svg", "".join(parts), viewBox=f"0 0 {width} {height}", role="img", aria_label=html.escape(title))
 
-
-# --------------------------------------------------------------------------------------------- stand-alone charts
 
 _STYLE = (
     ".chart{--paper:#fdfdfc;--ink:#1d1d1f;--soft:#6e6e73;--faint:#e6e6e9;--series-1:#3451d1;--series-2:#d9822b}"
