@@ -220,6 +220,7 @@ def test_loss_decreases_and_dtypes_are_constant():
     assert train_step._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_uninterrupted_run(tmp_path):
     init, train_step, mesh = _compiled(HALF)
     uninterrupted = init(jax.random.key(0))
@@ -237,6 +238,7 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, resumed, uninterrupted)
 
 
+@pytest.mark.slow
 def test_replicas_stay_equal():
     init, train_step, mesh = _compiled(HALF)
     state = init(jax.random.key(0))

@@ -28,6 +28,7 @@ def _compile(name: str, mesh: Mesh, batch: int, width: int, dtype: jnp.dtype) ->
     return gradient.lower(embeddings, embeddings, scalar, scalar).compile()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("chips", "batch"), [(16, 131_072), (256, 1_048_576)])
 def test_memory_per_chip_does_not_grow_with_the_batch_on_proportionally_more_chips(chips, batch):
     """0.30 GiB; other implementations need 4.2 to 16.2 GiB for the first case, and more for larger batches."""

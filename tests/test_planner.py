@@ -184,6 +184,7 @@ def test_compiled_resnet_step_has_the_flops_of_its_trace():
 # ------------------------------------------------------------------------------------------------------------ plans
 
 
+@pytest.mark.slow
 def test_memory_parts_add_up_to_the_arguments(vit_plan):
     assert vit_plan.fits and not vit_plan.unknown_trip_counts
     total = vit_plan.parameter_bytes + vit_plan.optimizer_bytes + vit_plan.batch_bytes
