@@ -7,15 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from clip_jax.models.architecture import Architecture
-from clip_jax.models.towers.base import Range
+from clip_jax.models.towers.base import COUNT, Range
 
 _FRACTION = (0.0, 1.0)
-_COUNT = (1, 2**62)
 _COUNT_OR_ZERO = (0, 2**62)
 # Inclusive (low, high) bounds of every number in a config; those of tower fields are in the towers.
 RANGES: dict[str, Range] = {
     "tokenizer.pad_id": (-1, 2**31 - 1),
-    "model.embed_dim": _COUNT,
+    "model.embed_dim": COUNT,
     "preprocess.mean": _FRACTION,
     "preprocess.std": (1e-6, 10.0),
     "data.captions.*": (0.0, 1e9),
@@ -33,7 +32,7 @@ RANGES: dict[str, Range] = {
     "data.texts_per_caption": (1, 1000),
     "data.max_bad_fraction": _FRACTION,
     "data.decode_threads": _COUNT_OR_ZERO,
-    "data.prefetch_batches": _COUNT,
+    "data.prefetch_batches": COUNT,
     "loss.logit_scale_init": (1e-3, 1e4),
     "loss.logit_scale_max": (1.0, 1e4),
     "loss.logit_bias_init": (-1e4, 1e4),
@@ -47,23 +46,23 @@ RANGES: dict[str, Range] = {
     "optim.layer_decay": (0.01, 1.0),
     "optim.max_grad_norm": (0.0, 1e9),
     "optim.ema_decay": (0.0, 0.9999999),
-    "train.batch_size": _COUNT,
+    "train.batch_size": COUNT,
     "train.total_steps": _COUNT_OR_ZERO,
     "train.total_epochs": (0.0, 1e9),
     "train.total_examples": _COUNT_OR_ZERO,
     "train.seed": (0, 2**31 - 1),
-    "train.log_every_steps": _COUNT,
-    "train.max_nonfinite_steps": _COUNT,
+    "train.log_every_steps": COUNT,
+    "train.max_nonfinite_steps": COUNT,
     "train.patch_dropout": (0.0, 0.99),
-    "train.micro_batches": _COUNT,
+    "train.micro_batches": COUNT,
     "train.text_capacity": (0.01, 1.0),
-    "mesh.fsdp": _COUNT,
-    "mesh.tensor": _COUNT,
-    "checkpoint.every_steps": _COUNT,
-    "checkpoint.keep": _COUNT,
+    "mesh.fsdp": COUNT,
+    "mesh.tensor": COUNT,
+    "checkpoint.every_steps": COUNT,
+    "checkpoint.keep": COUNT,
     "checkpoint.keep_every_steps": _COUNT_OR_ZERO,
     "eval.every_steps": _COUNT_OR_ZERO,
-    "eval.batch_size": _COUNT,
+    "eval.batch_size": COUNT,
     "eval.thresholds.*": (-1e9, 1e9),
 }
 

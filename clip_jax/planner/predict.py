@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from clip_jax.config import Config, MeshConfig, name_of, resolve
+from clip_jax.config import Config, MeshConfig, check_name, name_of, resolve
 from clip_jax.devices import sharding
 from clip_jax.losses import LOSSES
 from clip_jax.models import flops, split_batch_stats
@@ -182,8 +182,7 @@ def plan_loss(name: str, global_batch: int, embed_dim: int, dtype: str, topology
       ValueError: for an unknown loss or dtype, or a batch that the devices do not divide.
       ModuleNotFoundError: without libtpu.
     """
-    if name not in LOSSES:
-        raise ValueError(f"--loss={name!r} is none of {', '.join(LOSSES)}")
+    check_name("--loss", name, LOSSES)
     devices = topology.devices()
     if global_batch % len(devices):
         raise ValueError(
