@@ -18,15 +18,17 @@ from tests import runs
 
 def start(*arguments, process=0, processes=1, port=0, tiny=False):
     """Start one process. tiny: datasets may have any size, see `tests.tiny_evaluate`."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-        "PYTHONPATH": str(runs.ROOT),
-        "CLIP_JAX_HEARTBEAT_SECONDS": "20",
-        "CLIP_JAX_SHUTDOWN_SECONDS": "10",
-        "JAX_COMPILATION_CACHE_DIR": str(runs.CACHE),  # saves compilation time
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+    environment = (
+        os.environ
+        | runs.CACHED
+        | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+            "PYTHONPATH": str(runs.ROOT),
+            "CLIP_JAX_HEARTBEAT_SECONDS": "20",
+            "CLIP_JAX_SHUTDOWN_SECONDS": "10",
+        }
+    )
     if processes > 1:
         environment |= {
             "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",

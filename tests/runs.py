@@ -14,6 +14,8 @@ from clip_jax.config import from_config_dict
 
 ROOT = Path(__file__).parent.parent
 CACHE = Path(tempfile.gettempdir()) / f"clip_jax-tests-{os.getuid()}-{os.getpid()}"
+# For commands in processes of their own: each program is compiled once.
+CACHED = {"JAX_COMPILATION_CACHE_DIR": str(CACHE), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 TINY = "tests/configs/tiny.py"
 
 
@@ -27,16 +29,18 @@ def start(
     config: str = TINY,
 ):
     """Start one process of `python -m clip_jax.main`; `.stderr` has its log."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "PYTHONPATH": str(ROOT),
-        "CLIP_JAX_HEARTBEAT_SECONDS": "20",
-        "CLIP_JAX_SHUTDOWN_SECONDS": "10",
-        # Shared, as every process compiles the same programs and their results are compared bit by bit.
-        "JAX_COMPILATION_CACHE_DIR": str(CACHE),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+    # The same compiled programs, as the results of the processes are compared bit by bit.
+    environment = (
+        os.environ
+        | CACHED
+        | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "PYTHONPATH": str(ROOT),
+            "CLIP_JAX_HEARTBEAT_SECONDS": "20",
+            "CLIP_JAX_SHUTDOWN_SECONDS": "10",
+        }
+    )
     if processes > 1:
         environment |= {
             "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",

@@ -8,17 +8,12 @@ import pytest
 from tests import runs
 from tests.test_config import CONFIGS
 
-# `make test` runs one config, `make test-all` all of them.
-QUICK = {"vit_b16"}
-
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS]
-)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_runlocal_trains_and_evaluates(name, tmp_path):
     command = [sys.executable, "-m", "clip_jax.main", f"--config=configs/{name}.py:runlocal", f"--workdir={tmp_path}"]
-    env = {"PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu"}
+    env = runs.CACHED | {"PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu"}
     result = subprocess.run(command, cwd=runs.ROOT, env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "retrieval/shapes/image_to_text/recall_at_1" in result.stdout
