@@ -72,7 +72,9 @@ def run(
 def checked_config(value: ConfigDict | None) -> configs.Config:
     """Return the checked config of the --config flag. Raises ValueError if there is no such file."""
     if not isinstance(value, ConfigDict):
-        raise ValueError(f"there is no config file {flags.FLAGS['config'].config_filename}; give e.g. configs/emoji.py")
+        path = pathlib.Path(flags.FLAGS["config"].config_filename)
+        near = configs.did_you_mean(str(path), map(str, path.parent.glob("*.py")))
+        raise ValueError(f"there is no config file {path}{near or '; give e.g. configs/emoji.py'}")
     return configs.from_config_dict(value)
 
 

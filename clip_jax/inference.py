@@ -16,10 +16,11 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int32, UInt8
 
-from clip_jax.config import MODELS, TokenizerConfig, WeightsConfig
+from clip_jax.config import MODELS, TokenizerConfig, WeightsConfig, name_of
 from clip_jax.evals.embed import average_prompts
 from clip_jax.interop import reading
 from clip_jax.models import make_model
+from clip_jax.models.params import count_parameters
 from clip_jax.preprocess import ImageLike, preprocess_many
 from clip_jax.tokenizers import make_tokenizer
 from clip_jax.typing import Params, Tokenizer
@@ -29,13 +30,15 @@ Images = Sequence[ImageLike] | UInt8[np.ndarray, "n H W 3"]
 _MAX_BATCH = 64  # 64 images of 336 px need about 2 GiB of activations in ViT-L/14
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Clip:
     """A CLIP model with its parameters. Images are PIL images, paths, encoded bytes, or uint8 arrays [H W 3].
 
     >>> model, images = random_model("emoji"), np.zeros((1, 48, 48, 3), np.uint8)
     >>> model.encode_image(images).shape, model.encode_text(["a dog", "a cat"]).shape
     ((1, 128), (2, 128))
+    >>> model
+    <Clip emoji: 4,138,881 parameters, 48 px images>
     >>> model.logits(images, ["a dog", "a cat"]).shape
     (1, 2)
     >>> probabilities = model.zero_shot(images, ["dog", "cat"], ["a {}."])
@@ -44,10 +47,14 @@ class Clip:
     """
 
     config: WeightsConfig
-    params: Params = dataclasses.field(repr=False)
-    tokenizer: Tokenizer = dataclasses.field(repr=False)
-    _encode_image: Callable[..., jax.Array] = dataclasses.field(repr=False)
-    _encode_text: Callable[..., jax.Array] = dataclasses.field(repr=False)
+    params: Params
+    tokenizer: Tokenizer
+    _encode_image: Callable[..., jax.Array]
+    _encode_text: Callable[..., jax.Array]
+
+    def __repr__(self) -> str:
+        size = self.config.model.image.image_size
+        return f"<Clip {name_of(self.config.model)}: {count_parameters(self.params):,} parameters, {size} px images>"
 
     def encode_image(self, images: Images) -> Float[np.ndarray, "n E"]:
         """Return the embeddings of images, L2-normalized.

@@ -1,5 +1,7 @@
 """Command line: output, refused flags, exit codes."""
 
+import re
+
 import pytest
 
 from tests import runs
@@ -36,4 +38,4 @@ def test_wrong_flag_is_refused_with_one_sentence(flag, message):
 
 def test_missing_config_file_is_refused():
     _, messages = _run("--dry_run", config="configs/vit_b23.py", code=2)
-    assert "there is no config file configs/vit_b23.py" in messages
+    assert re.search(r"there is no config file configs/vit_b23.py; did you mean 'configs/vit_b\d+.py'\?", messages)

@@ -67,7 +67,7 @@ def test_several_slices_have_devices_with_slice_index():
         ("v4-7", "v4 counts cores, 2 per chip; use v4-6"),
         ("v4-24", "no slice of 12 chips is sold; use v4-16"),
         ("v5e-512", "the largest slice of v5e is v5e-256; for several use --slices=2"),
-        ("v5f-8", "no chip 'v5f'; did you mean v5"),
+        ("v5f-8", "'v5f' is none of v.*; did you mean 'v5"),
         ("h100:2x2", "GPUs have no shape; use h100-4"),
         ("h100-0", "expected 1 chip or more, as in h100-8"),
         ("v5p-250", "no slice of 125 chips is sold; use v5p-128"),

@@ -230,6 +230,18 @@ def test_missing_metrics_are_not_an_error(tiny, tmp_path, capsys, outputs):
     assert ("loss 2.0000" in capsys.readouterr().err) == ("loss" in outputs)
 
 
+def test_remaining_time_is_that_of_the_steps_after_the_first_record(capsys, monkeypatch):
+    """The first record's time is mostly compilation."""
+    clock = iter([1000.0, 1002.0])
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
+    progress = metrics.Progress(100, active=True)
+    for step in (1, 11):
+        progress.show(step, {"loss": 2.0})
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "step 1/100  loss 2.0000"
+    assert second == "step 11/100  loss 2.0000  left 0:00:18"
+
+
 def test_records_after_the_restored_step_and_a_truncated_line_are_dropped(tmp_path):
     path = epath.Path(tmp_path)
     (path / metrics.METRICS_FILE).write_text('{"step": 1, "loss": 2}\n{"step": 2, "loss": 1}\n{"step": 3, "lo')

@@ -4,6 +4,7 @@ from clip_jax.config.build import (
     build,
     check_name,
     default_config,
+    did_you_mean,
     differences,
     flatten,
     from_config_dict,

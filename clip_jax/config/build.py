@@ -33,7 +33,7 @@ def default_config(model: str = "vit_b32") -> ml_collections.ConfigDict:
     32768
     """
     if model not in MODELS:
-        raise ValueError(f"unknown model {model!r}{_nearest(model, MODELS)}; expected one of {', '.join(MODELS)}")
+        raise ValueError(f"unknown model {model!r}{did_you_mean(model, MODELS)}; expected one of {', '.join(MODELS)}")
     architecture = MODELS[model]
     return to_config_dict(
         Config(model=architecture, preprocess=preprocess_of(architecture), tokenizer=tokenizer_of(architecture))
@@ -89,12 +89,13 @@ def check_name(key: str, name: object, names: Iterable[str]) -> None:
     """Raise ValueError if `name`, the value of a config key, is none of `names`, the keys of a registry."""
     if name not in (names := list(names)):
         raise ValueError(
-            f"{key}={name!r} is none of {', '.join(names)}{_nearest(str(name), names)} (names of your own: import their"
-            " module first, in commands by --modules)"
+            f"{key}={name!r} is none of {', '.join(names)}{did_you_mean(str(name), names)} (names of your own: import"
+            " their module first, in commands by --modules)"
         )
 
 
-def _nearest(name: str, names: Iterable[str]) -> str:
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Return '; did you mean …?' with the most similar of `names`, or '' if none is similar."""
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
@@ -119,7 +120,7 @@ def build(hint: Any, value: Any, path: str = "") -> Any:
     if origin is Literal:
         if value not in options:
             raise ValueError(
-                f"{path}={value!r} is none of {', '.join(map(repr, options))}{_nearest(str(value), options)}"
+                f"{path}={value!r} is none of {', '.join(map(repr, options))}{did_you_mean(str(value), options)}"
             )
         return value
     if origin is tuple:
@@ -141,7 +142,9 @@ def _build_dataclass(cls: type, value: Any, path: str) -> Any:
     prefix = f"{path}." if path else ""
     for key in value:
         if key not in names:
-            raise ValueError(f"config has no key '{prefix}{key}'{_nearest(key, names)} (keys here: {', '.join(names)})")
+            raise ValueError(
+                f"config has no key '{prefix}{key}'{did_you_mean(key, names)} (keys here: {', '.join(names)})"
+            )
     return cls(**{key: build(hints[key], item, prefix + key) for key, item in value.items()})
 
 

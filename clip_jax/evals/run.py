@@ -127,7 +127,7 @@ class Evaluation:
             "fingerprint": fingerprint[:FINGERPRINT],
             "architecture": model.architecture,
             "parameters": count_parameters(params),
-            "flops_per_pair": sum(forward_flops(config.model)),
+            "flops_per_pair": round(sum(forward_flops(config.model))),
             "versions": versions(),
         }
 

@@ -111,7 +111,7 @@ def _speed(plan: Plan) -> Iterator[str]:
         cores = per_host / IMAGES_PER_CORE_SECOND
         rows += [
             ("input", f"at most {per_host:,.0f} images/s on each of {hosts:,} hosts: {cores:,.0f} CPU cores"),
-            (f"{plan.total_steps:,} steps", "{:,.2f} to {:,.2f} days".format(*plan.days)),
+            (f"{plan.total_steps:,} steps", _durations(plan.days)),
             ("", "{:,.0f} to {:,.0f} chip-hours".format(*plan.chip_hours)),
         ]
     yield from _table(rows)
@@ -199,6 +199,13 @@ def _no_change(plan: Plan) -> str:
         return f"No change to suggest: {size / plan.hbm_bytes_padded:.0%} of the HBM traffic is from {name}."
     ratio = plan.flops / plan.model_flops
     return f"No change to suggest: bound by {RESOURCES[plan.bound_by]}, {ratio:.2f} times the model's FLOPs."
+
+
+def _durations(days: tuple[float, float]) -> str:
+    """Return a range of durations in the largest unit that the shorter one fills."""
+    units = (("days", 1), ("hours", 24), ("minutes", 24 * 60))
+    unit, factor = next((unit for unit in units if days[0] * unit[1] >= 1), units[-1])
+    return f"{days[0] * factor:,.2f} to {days[1] * factor:,.2f} {unit}"
 
 
 def _bytes(size: Number) -> str:

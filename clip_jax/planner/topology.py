@@ -7,13 +7,13 @@ counts GPUs. `v4:4x4x8` is a shape. Source: docs.cloud.google.com/tpu/docs, "con
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib.util
 import math
 import os
 import re
 from typing import Any
 
+from clip_jax.config import did_you_mean
 from clip_jax.devices.chips import CHIPS, Chip
 
 CORES = {"v2": 2, "v3": 2, "v4": 2, "v5p": 2}  # cores per chip, for chips whose slice names count cores
@@ -105,9 +105,8 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
         raise ValueError(f"topology {name!r}: expected a chip and a size, such as v5e-256, v4-512, v4:4x8x8 or h100-64")
     kind = ALIASES.get(found[1], found[1])
     if kind not in CHIPS:
-        near = difflib.get_close_matches(kind, CHIPS, n=1)
-        suggestion = f"; did you mean {near[0]}?" if near else "."
-        raise ValueError(f"topology {name!r}: no chip {found[1]!r}{suggestion} There are {', '.join(CHIPS)}")
+        suggestion = did_you_mean(kind, CHIPS)
+        raise ValueError(f"topology {name!r}: {found[1]!r} is none of {', '.join(CHIPS)}{suggestion}")
     if slices < 1:
         raise ValueError(f"slices={slices}: expected 1 or more")
     chip = CHIPS[kind]

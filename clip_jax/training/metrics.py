@@ -66,7 +66,7 @@ class TrainingLog:
         self.writer = Writer(workdir, first_step=first_step, active=active)
         self._config, self._schedule, self._epoch_examples = config, schedule, epoch_examples
         self._total_steps = total_steps
-        self._progress = Progress(first_step, total_steps, active=active)
+        self._progress = Progress(total_steps, active=active)
         self._meter = Meter(config.batch_size, pair_seconds, saved.get("window"))
         self._replaced = int(saved.get("replaced_records", 0))
         self._pending: collections.deque[Mapping[str, jax.Array]] = collections.deque()
@@ -257,21 +257,24 @@ class Meter:
 class Progress:
     """Progress on stderr: one line that is updated on a terminal, one line per record elsewhere."""
 
-    def __init__(self, first_step: int, total_steps: int, *, active: bool) -> None:
-        self._first, self._total, self._active = first_step, total_steps, active
-        self._start = time.monotonic()
+    def __init__(self, total_steps: int, *, active: bool) -> None:
+        self._total, self._active = total_steps, active
+        self._first: tuple[int, float] | None = None  # step and time of the first record: compilation is before it
         self._live = active and sys.stderr.isatty()
 
     def show(self, step: int, record: Mapping[str, float]) -> None:
-        """Print a record's metrics and the remaining time, which includes evaluations and checkpoints."""
+        """Print a record's metrics and the remaining time, which includes evaluations and checkpoints.
+
+        The first record has no remaining time: most of its time was compilation.
+        """
         if not self._active:
             return
-        rate = (time.monotonic() - self._start) / max(step - self._first, 1)
-        remaining = datetime.timedelta(seconds=round(rate * (self._total - step)))
+        now = time.monotonic()
+        first_step, start = self._first = self._first or (step, now)
         columns = {
             "loss": "loss {:.4f}",
-            "accuracy/image_to_text": "accuracy {:.3f}",
-            "accuracy/text_to_image": "{:.3f}",
+            "accuracy/image_to_text": "accuracy i2t {:.3f}",
+            "accuracy/text_to_image": "t2i {:.3f}",
             "logit_scale": "scale {:.2f}",
             "learning_rate": "lr {:.2e}",
             "images_per_second": "{:,.0f} images/s",
@@ -279,7 +282,10 @@ class Progress:
             "data_wait": "data wait {:.0%}",
         }
         shown = [text.format(record[name]) for name, text in columns.items() if name in record]
-        line = "  ".join([f"step {step:,}/{self._total:,}", *shown, f"left {remaining}"])
+        if step > first_step:
+            remaining = (now - start) / (step - first_step) * (self._total - step)
+            shown.append(f"left {datetime.timedelta(seconds=round(remaining))}")
+        line = "  ".join([f"step {step:,}/{self._total:,}", *shown])
         before, after = ("\r\x1b[2K", "") if self._live else ("", "\n")
         print(before + line, end=after, file=sys.stderr, flush=True)
 
