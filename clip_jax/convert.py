@@ -24,6 +24,7 @@ _TOKENIZER = flags.DEFINE_string(
 
 def main(paths: list[str]) -> int:
     """Convert and print the summary. Returns the exit code."""
+    import clip_jax.training  # noqa: F401 (registers the format of runs)
     from clip_jax.interop.convert import convert
 
     if len(paths) != 2:
