@@ -9,7 +9,7 @@ import re
 from clip_jax.config.build import check_name, differences
 from clip_jax.config.models import MODELS
 from clip_jax.config.schema import Config, OptimConfig, TeacherConfig, TrainConfig
-from clip_jax.models.architecture import check
+from clip_jax.models.architecture import Preprocess, check
 from clip_jax.paths import check_local
 
 
@@ -68,6 +68,7 @@ def resolve(config: Config, *, devices: int, processes: int = 1, examples: int |
             f" use at most {max(0, steps // 10)}"
         )
     check(config.model)
+    _check_preprocess(config.preprocess, config.model.image.image_size)
     _check_optimizer(config.optim)
     if config.loss.needs_logit_bias and not config.model.logit_bias:
         raise ValueError(f"loss.name={config.loss.name!r} has a bias that the model lacks: set model.logit_bias=True")
@@ -112,6 +113,19 @@ def _total_steps(train: TrainConfig, examples: int | None) -> int:
         raise ValueError(f"train.total_epochs={train.total_epochs} needs the data at hand; give train.total_examples")
     total_examples = round(train.total_epochs * examples) if train.total_epochs else train.total_examples
     return train.total_steps or max(1, total_examples // train.batch_size)
+
+
+def _check_preprocess(spec: Preprocess, image_size: int) -> None:
+    """Raise ValueError if training, whose images are random squares without padding, differs from inference."""
+    for key in ("mean", "std"):
+        if len(getattr(spec, key)) != 3:
+            raise ValueError(f"preprocess.{key}={getattr(spec, key)} should have three channels, e.g. (0.5, 0.5, 0.5)")
+    if spec.pads(image_size) or spec.fill_color:
+        raise ValueError(
+            f"preprocess.resize={spec.resize!r} with resize_size={spec.resize_size} and fill_color={spec.fill_color}"
+            f" is for inference alone: training images have no padding. Use 'shortest' or 'squash', a resize_size of 0"
+            f" or at least {image_size} px, and fill_color=0"
+        )
 
 
 def _check_optimizer(optim: OptimConfig) -> None:

@@ -58,7 +58,6 @@ def _summary(config: WeightsConfig, params: Params) -> dict[str, str]:
         "text": f"{text.context_length} tokens of {text.vocab_size:,}, {text.description}",
         "embedding": f"{config.model.embed_dim}",
         "activation": " and ".join(sorted(activations)),
-        "preprocessing": f"{spec.resize}, {spec.interpolation}, mean {spec.mean}, std {spec.std}, "
-        f"as {spec.implementation}",
+        "preprocessing": f"{spec.description}, mean {spec.mean}, std {spec.std}, as {spec.implementation}",
         "tokenizer": config.tokenizer.name + ("" if has_tokenizer else " (none with the weights)"),
     }

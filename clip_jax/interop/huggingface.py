@@ -1,7 +1,7 @@
 """Hugging Face configurations of CLIPModel and SiglipModel, read and written.
 
-Source: transformers `configuration_clip.py`, `configuration_siglip.py` (defaults of keys that a config.json omits) and
-`image_processing_clip.py`. `eos_token_id=2` marks configs of early versions: the end token is then the greatest id.
+Source: transformers `configuration_clip.py`, `configuration_siglip.py` (defaults of keys that a config.json omits).
+`eos_token_id=2` marks configs of early versions: the end token is then the greatest id.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from clip_jax.config import Activation, Architecture, Preprocess, TextTransformer, ViT, preprocess_of
+from clip_jax.config import Activation, Architecture, TextTransformer, ViT
 
 _ACTIVATIONS: dict[str, Activation] = {
     "quick_gelu": "quick_gelu",
@@ -18,7 +18,6 @@ _ACTIVATIONS: dict[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
 }
-_RESAMPLE = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 _CLIP_IMAGE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 _CLIP_IMAGE |= {"image_size": 224, "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
 _CLIP_TEXT = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8}
@@ -82,21 +81,6 @@ def mlp_ratio(width: int, hidden: int) -> float:
     return next(ratio for ratio in candidates if int(width * ratio) == hidden)
 
 
-def preprocess(config: Mapping[str, Any], model: Architecture) -> Preprocess:
-    """Return the preprocessing of a preprocessor_config.json; omitted keys have the model's defaults."""
-    default = preprocess_of(model)
-    if (resample := config.get("resample", 3)) not in _RESAMPLE:
-        raise ValueError(f"preprocessor_config.json: resample: expected one of {_RESAMPLE}, got {resample!r}")
-    size = config.get("size", {"height": 0} if default.resize == "squash" else {"shortest_edge": 0})
-    return Preprocess(
-        mean=tuple(map(float, config.get("image_mean", default.mean))),
-        std=tuple(map(float, config.get("image_std", default.std))),
-        interpolation=_RESAMPLE[resample],
-        resize="squash" if isinstance(size, Mapping) and "height" in size else "shortest",
-        implementation="huggingface",
-    )
-
-
 def config(model: Architecture) -> dict[str, Any]:
     """Return the config.json of a model. Raises ValueError for a model that transformers does not have."""
     towers = (model.image, model.text)
@@ -123,23 +107,3 @@ def _tower_config(tower: ViT | TextTransformer, fields: Mapping[str, str]) -> di
     activations = {value: name for name, value in reversed(_ACTIVATIONS.items())}
     hidden = {"intermediate_size": int(tower.width * tower.mlp_ratio), "hidden_act": activations[tower.activation]}
     return {key: getattr(tower, field) for field, key in fields.items()} | hidden
-
-
-def preprocessor_config(spec: Preprocess, size: int, siglip: bool) -> dict[str, Any]:
-    """Return the preprocessor_config.json for images of `size` px."""
-    squash = spec.resize == "squash"
-    sides = {"height": size, "width": size}
-    return {
-        "image_processor_type": "SiglipImageProcessor" if siglip else "CLIPImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": sides if squash else {"shortest_edge": size},
-        "do_center_crop": not squash,
-        "crop_size": sides,
-        "resample": {name: number for number, name in _RESAMPLE.items()}[spec.interpolation],
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(spec.mean),
-        "image_std": list(spec.std),
-    }

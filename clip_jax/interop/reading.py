@@ -19,7 +19,16 @@ import numpy as np
 
 from clip_jax import config as configs
 from clip_jax.config import Architecture, Preprocess, TokenizerConfig, WeightsConfig
-from clip_jax.interop import conversion, directory, formats, huggingface, infer_architecture, open_clip, positions
+from clip_jax.interop import (
+    conversion,
+    directory,
+    formats,
+    huggingface,
+    image_processor,
+    infer_architecture,
+    open_clip,
+    positions,
+)
 from clip_jax.interop.hub import locate
 from clip_jax.interop.name_tables import Naming, detect_naming
 from clip_jax.interop.torch_file import torchscript_code
@@ -53,7 +62,9 @@ def read(
         configs.check_name("activation", activation, ("quick_gelu", "gelu", "gelu_tanh"))
     weights = _read(_existing(path), model, activation)
     resized, params = positions.resize(weights.config.model, weights.params, image_size, context_length)
-    config = dataclasses.replace(weights.config, model=resized)
+    old_size, new_size = weights.config.model.image.image_size, resized.image.image_size
+    spec = weights.config.preprocess.scaled(old_size, new_size)
+    config = dataclasses.replace(weights.config, model=resized, preprocess=spec)
     if isinstance(tokenizer, str) and tokenizer:
         name = "huggingface" if tokenizer.endswith(".json") else "sentencepiece"
         tokenizer = dataclasses.replace(configs.tokenizer_of(resized), name=name, path=tokenizer)
@@ -142,17 +153,31 @@ def _config_of_directory(file: pathlib.Path) -> WeightsConfig | None:
     if (config := folder / "open_clip_config.json").is_file() and file.name.startswith("open_clip"):
         content = _json(config)
         model = open_clip.architecture(content.get("model_cfg", content), os.fspath(config))
-        preprocess = open_clip.preprocess(content.get("preprocess_cfg") or {})
+        preprocess = open_clip.preprocess(content.get("preprocess_cfg") or {}, os.fspath(config))
     elif (config := folder / "config.json").is_file():
-        content, processor = None, folder / "preprocessor_config.json"
-        model = huggingface.architecture(_json(config), os.fspath(config))
-        preprocess = huggingface.preprocess(_json(processor) if processor.is_file() else {}, model)
+        content, model = None, huggingface.architecture(_json(config), os.fspath(config))
+        preprocess = _image_processor(folder, model)
     else:
         return None
     tokenizer, tokenizer_file = _tokenizer(model, folder)
     if content is not None and tokenizer.name != "clip_bpe":
         tokenizer = open_clip.tokenizer(tokenizer, content)
     return WeightsConfig(model, tokenizer, preprocess, tokenizer_file=tokenizer_file)
+
+
+def _image_processor(folder: pathlib.Path, model: Architecture) -> Preprocess:
+    """Return the preprocessing of transformers' processor; without a file, that of the published weights.
+
+    As in transformers 5, the one inside processor_config.json has precedence over preprocessor_config.json.
+    """
+    for name, key in (("processor_config.json", "image_processor"), ("preprocessor_config.json", "")):
+        content = _json(folder / name) if (folder / name).is_file() else {}
+        if key in content or (content and not key):
+            found, file = content[key] if key else content, f"{folder / name}{': ' if key else ''}{key}"
+            if not isinstance(found, dict):
+                raise ValueError(f"{file}: expected a JSON object, got {type(found).__name__}")
+            return image_processor.read(found, model, file)
+    return dataclasses.replace(configs.preprocess_of(model), implementation="huggingface")
 
 
 def _config_of_tensors(
