@@ -131,6 +131,7 @@ def load(
     image_size: int = 0,
     context_length: int = 0,
     tokenizer: TokenizerConfig | str = "",
+    prefix: str = "",
     truncate: bool = False,
 ) -> Clip:
     """Load a model from a weight file, a directory, a name of an OpenAI model or a repository of the Hugging Face hub.
@@ -147,6 +148,8 @@ def load(
       context_length: tokens, likewise.
       tokenizer: for weights without one: path of a SentencePiece `.model` or a Hugging Face `tokenizer.json`, used with
         the settings of the published models, or a TokenizerConfig.
+      prefix: of the model's tensors, for files with several models, e.g. 'state_dict_ema'. It is determined if the file
+        has one model, alone or with an average of its weights (EMA), which is not read.
       truncate: truncate texts that exceed the context length and keep the end token; otherwise they are an error, as
         in OpenAI's code.
 
@@ -163,7 +166,7 @@ def load(
     'random parameters, seed 0'
     """
     sizes = {"image_size": image_size, "context_length": context_length}
-    weights = reading.read(path, model=model, activation=activation, tokenizer=tokenizer, **sizes)
+    weights = reading.read(path, model=model, activation=activation, tokenizer=tokenizer, prefix=prefix, **sizes)
     config, params = weights.config, weights.params
     del weights  # `_to_device` frees each NumPy array after its copy
     return _clip(config, _to_device(dict(params)), truncate)

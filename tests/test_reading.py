@@ -27,6 +27,7 @@ from clip_jax.interop import (
     infer_architecture,
     msgpack,
     name_tables,
+    naming,
     npz,
     positions,
     reading,
@@ -118,15 +119,6 @@ def test_safetensors_are_read_in_float32_float16_and_bfloat16(tmp_path):
         found = reading.read(tmp_path / "w.safetensors", activation="quick_gelu")
         assert found.config.model == VIT and found.format == "OpenAI names, safetensors"
         _assert_params(found.params, VIT, tolerance)
-
-
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
-def test_prefixes_of_wrapper_modules_are_removed(tmp_path, prefix):
-    tensors = {prefix + name: tensor for name, tensor in _tensors("resnet", "openai").items()}
-    torch_file.write(tmp_path / "w.pt", tensors)
-    found = reading.read(tmp_path / "w.pt", activation="quick_gelu")
-    assert found.config.model == TINY["resnet"]
-    _assert_params(found.params, TINY["resnet"])
 
 
 def test_flax_msgpack_of_hugging_face_is_read(tmp_path):
@@ -231,14 +223,14 @@ def test_given_model_with_other_shapes_is_an_error(tmp_path):
 def test_architecture_is_inferred_from_shapes(name):
     """The tensors are broadcast scalars, so the large models need no memory."""
     model = MODELS[name]
-    naming = next(n for n in name_tables.NAMINGS if n.title == ("open_clip SigLIP" if model.logit_bias else "OpenAI"))
+    kind = next(n for n in naming.NAMINGS if n.title == ("open_clip SigLIP" if model.logit_bias else "OpenAI"))
     tensors = {}
     for path, (shape, layers) in conversion.parameter_shapes(model).items():
-        source = naming.table[path]
+        source = kind.table[path]
         for layer in range(layers) if layers else (0,):
             empty = np.broadcast_to(np.float32(0), conversion.tensor_shape(path, shape, source))
             tensors[source.name.format(layer + source.first_layer)] = empty
-    found = infer_architecture.architecture(tensors, naming, "f")
+    found = infer_architecture.architecture(tensors, kind, "f")
     found = with_activation(found, model.text.activation)
     assert dataclasses.replace(found, text=model.text, image=model.image) == model
     text = dataclasses.replace(found.text, mlp_ratio=model.text.mlp_ratio)

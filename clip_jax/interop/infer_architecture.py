@@ -17,7 +17,7 @@ import numpy as np
 
 from clip_jax.config import MODELS, Architecture, ResNet, TextTransformer, ViT
 from clip_jax.interop.huggingface import mlp_ratio
-from clip_jax.interop.name_tables import Naming
+from clip_jax.interop.naming import Naming
 
 _BLOCKS = "transformer/blocks"
 

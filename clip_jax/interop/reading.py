@@ -21,8 +21,9 @@ from clip_jax import config as configs
 from clip_jax.config import Architecture, Preprocess, TokenizerConfig, WeightsConfig
 from clip_jax.interop import conversion, directory, formats, huggingface, infer_architecture, open_clip, positions
 from clip_jax.interop.hub import locate
-from clip_jax.interop.name_tables import Naming, detect_naming
+from clip_jax.interop.naming import Naming, detect_naming
 from clip_jax.interop.torch_file import torchscript_code
+from clip_jax.paths import path_kind
 from clip_jax.tokenizers import ClipBPE
 from clip_jax.tokenizers.bpe import MAX_VOCAB_SIZE
 from clip_jax.typing import Params
@@ -45,13 +46,14 @@ def read(
     image_size: int = 0,
     context_length: int = 0,
     tokenizer: TokenizerConfig | str = "",
+    prefix: str = "",
 ) -> Weights:
     """Read weights of any registered format. Arguments and errors are those of `clip_jax.load`."""
     if model:
         configs.check_name("model", model, configs.MODELS)
     if activation:
         configs.check_name("activation", activation, ("quick_gelu", "gelu", "gelu_tanh"))
-    weights = _read(_existing(path), model, activation)
+    weights = _read(_existing(path), model, activation, prefix)
     resized, params = positions.resize(weights.config.model, weights.params, image_size, context_length)
     config = dataclasses.replace(weights.config, model=resized)
     if isinstance(tokenizer, str) and tokenizer:
@@ -66,23 +68,27 @@ def _existing(path: str | os.PathLike[str]) -> pathlib.Path:
     local = locate(path)
     if not local.exists():
         raise FileNotFoundError(f"{path}: expected a file or directory, got none; give another path")
-    return local
+    if path_kind(local) not in ("a file", "a directory"):
+        raise ValueError(f"{path}: expected a file or directory, got {path_kind(local)}; copy its content to a file")
+    return directory.model_folder(local)
 
 
-def _read(path: pathlib.Path, model: str, activation: str) -> Weights:
+def _read(path: pathlib.Path, model: str, activation: str, prefix: str) -> Weights:
     params, stored = formats.read(path)
     if stored is not None:
+        if prefix:
+            raise ValueError(f"prefix={prefix!r}: expected no prefix, as {path} contains one model; omit prefix")
         if model and configs.MODELS[model] != stored.model:
             raise ValueError(f"model={model!r}: expected the architecture in {path}, got another; omit model")
         _check_shapes(path, params, stored.model)
         config, kind = stored, f"clip_jax {formats.detect(path)}"
     else:
         file = directory.weight_file(path) if path.is_dir() else path
-        naming, tensors = detect_naming(params, os.fspath(file))
+        naming, tensors, found_prefix = detect_naming(params, os.fspath(file), prefix)
         config = None if model else _config_of_directory(file)
         config = config or _config_of_tensors(file, tensors, naming, model, activation)
         params = conversion.params_from_tensors(config.model, tensors, naming.table, os.fspath(file))
-        kind = f"{naming.title} names, {formats.detect(file)}"
+        kind = f"{naming.title} names, {formats.detect(file)}" + (f", below {found_prefix!r}" if found_prefix else "")
     architecture = configs.with_activation(config.model, activation) if activation else config.model
     source = stored.source if stored else configs.name_of(architecture)
     return Weights(params, dataclasses.replace(config, model=architecture, source=source), kind)
@@ -124,7 +130,7 @@ def read_tower(path: str | os.PathLike[str], tower: str, model: Architecture) ->
         if found != dataclasses.replace(expected, **sizes):
             raise ValueError(f"{local}: expected the {tower} tower {expected}, got {found}")
     else:
-        naming, tensors = detect_naming(params, os.fspath(local))
+        naming, tensors, _ = detect_naming(params, os.fspath(local))
         if tower == "image":
             sizes = {"image_size": infer_architecture.image_tower(tensors, naming, os.fspath(local)).image_size}
         else:
