@@ -20,6 +20,7 @@ _CONTEXT_LENGTH = flags.DEFINE_integer("context_length", 0, "Context length in t
 
 def main(paths: list[str]) -> int:
     """Convert and print the summary. Returns the exit code."""
+    import clip_jax.training  # noqa: F401 (registers the format of runs)
     from clip_jax.interop.convert import convert
 
     if len(paths) != 2:

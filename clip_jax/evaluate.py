@@ -56,7 +56,7 @@ def main(_: list[str]) -> int:
     from clip_jax.devices import distributed
     from clip_jax.evals.run import Options, prepare
     from clip_jax.interop import reading
-    from clip_jax.training.follow import follow
+    from clip_jax.training.follow import follow  # its imports register the format of runs
 
     if bool(_WEIGHTS.value) == bool(_FOLLOW.value):
         raise ValueError(

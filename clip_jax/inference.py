@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int32, UInt8
 
+import clip_jax.training  # noqa: F401 (registers the format of runs)
 from clip_jax.config import MODELS, TokenizerConfig, WeightsConfig, name_of
 from clip_jax.evals.embed import average_prompts
 from clip_jax.interop import reading
@@ -137,11 +138,11 @@ def load(
     """Load a model from a weight file, a directory, a name of an OpenAI model or a repository of the Hugging Face hub.
 
     Formats: clip_jax's, OpenAI's archives, torch state dicts and checkpoints, safetensors, directories of open_clip and
-    Hugging Face, Flax msgpack, big_vision npz, and others in `clip_jax.interop.formats.FORMATS`.
+    Hugging Face, Flax msgpack, big_vision npz, runs of clip_jax, and others in `clip_jax.interop.formats.FORMATS`.
 
     Args:
-      path: file or directory; name such as 'vit_b32' for OpenAI's weights in ~/.cache/clip; or
-        'hf-hub:<owner>/<name>'.
+      path: file or directory; workdir of a run, finished or not, or one of its checkpoints; name such as 'vit_b32' for
+        OpenAI's weights in ~/.cache/clip; or 'hf-hub:<owner>/<name>'.
       model: name in `config.MODELS`, for files without a config.
       activation: 'quick_gelu', 'gelu' or 'gelu_tanh', for files without a config. It overrides a config.
       image_size: px; position embeddings are resized to it, as in open_clip. 0: unchanged.
