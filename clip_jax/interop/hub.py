@@ -93,9 +93,9 @@ def needed_files(listed: Sequence[str], name: str) -> list[str]:
         raise ValueError(f"{name}: expected a repository with one of {', '.join(WEIGHT_FILES)}, got none of them")
     stem, ending = re.fullmatch(r"(.*?)(\.\w+)(?:\.index\.json)?", weights).groups()
     shards = re.compile(re.escape(folder + stem) + r"-\d+-of-\d+" + re.escape(ending))
-    beside = [file for file in listed if file.endswith(_CONFIGS) and file.rpartition("/")[0] == folder.rstrip("/")]
+    configs = [file for file in listed if file.endswith(_CONFIGS) and file.rpartition("/")[0] == folder.rstrip("/")]
     others = {folder + file for file in WEIGHT_FILES} - {folder + weights}
     return sorted(
-        {folder + weights, *(set(beside) - others)}
+        {folder + weights, *(set(configs) - others)}
         | {file for file in listed if weights.endswith(".index.json") and shards.fullmatch(file)}
     )
