@@ -9,7 +9,7 @@ import pathlib
 import sys
 import traceback
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags
 from ml_collections import ConfigDict
@@ -77,11 +77,18 @@ def run(
     app.run(guarded, flags_parser=parse)
 
 
-def define_weights_flags() -> Callable[[], dict[str, str]]:
+def define_weights_flags() -> Callable[[], dict[str, Any]]:
     """Define the flags that describe weights; return a function that returns their values, arguments of `load`."""
     flags.disclaim_key_flags()  # they are the calling module's, for --help
     found = {name: flags.DEFINE_string(name, "", text) for name, text in _WEIGHTS_FLAGS.items()}
-    return lambda: {name: flag.value for name, flag in found.items()}
+    heads = flags.DEFINE_list("heads", [], "Attention heads of image and text tower, e.g. 12,8, for other sizes.")
+
+    def values() -> dict[str, Any]:
+        if not all(text.isdecimal() for text in heads.value) or len(heads.value) not in (0, 2):
+            raise ValueError(f"--heads: expected two numbers such as 12,8, got {','.join(heads.value)}")
+        return {name: flag.value for name, flag in found.items()} | {"heads": tuple(map(int, heads.value))}
+
+    return values
 
 
 def checked_config(value: ConfigDict | None) -> configs.Config:

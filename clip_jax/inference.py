@@ -133,6 +133,7 @@ def load(
     context_length: int = 0,
     tokenizer: TokenizerConfig | str = "",
     prefix: str = "",
+    heads: Sequence[int] = (),
     truncate: bool = False,
 ) -> Clip:
     """Load a model from a weight file, a directory, a name of an OpenAI model or a repository of the Hugging Face hub.
@@ -151,6 +152,8 @@ def load(
         the settings of the published models, or a TokenizerConfig.
       prefix: of the model's tensors, for files with several models, e.g. 'state_dict_ema'. It is determined if the file
         has one model, alone or with an average of its weights (EMA), which is not read.
+      heads: attention heads of the image and the text tower, e.g. (12, 8), for files without a config whose towers have
+        other sizes than all models in `config.MODELS`.
       truncate: truncate texts that exceed the context length and keep the end token; otherwise they are an error, as
         in OpenAI's code.
 
@@ -167,7 +170,8 @@ def load(
     'random parameters, seed 0'
     """
     sizes = {"image_size": image_size, "context_length": context_length}
-    weights = reading.read(path, model=model, activation=activation, tokenizer=tokenizer, prefix=prefix, **sizes)
+    described = {"model": model, "activation": activation, "heads": heads, "prefix": prefix}
+    weights = reading.read(path, tokenizer=tokenizer, **described, **sizes)
     config, params = weights.config, weights.params
     del weights  # `_to_device` frees each NumPy array after its copy
     return _clip(config, _to_device(dict(params)), truncate)
