@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
 
-from clip_jax.config import Preprocess, TokenizerConfig, WeightsConfig
-from clip_jax.interop import directory, image_processor, msgpack, open_clip, reading
+from clip_jax.config import MODELS, PREPROCESS, Preprocess, TokenizerConfig, WeightsConfig, with_activation
+from clip_jax.interop import directory, huggingface, image_processor, msgpack, open_clip, reading
+from clip_jax.interop.naming import NAMINGS
 from tests import tiny_models
 
 TINY = tiny_models.ARCHITECTURES
@@ -155,3 +157,146 @@ def test_resized_side_is_scaled_with_the_image_size(tmp_path):
     spec = Preprocess(resize_size=80)
     msgpack.write(tmp_path / "w.msgpack", tiny_models.params(VIT), WeightsConfig(VIT, preprocess=spec))
     assert reading.read(tmp_path / "w.msgpack", image_size=128).config.preprocess.resize_size == 160
+
+
+# ---------------------------------------------------------------------------- preprocessing of lone and renamed files
+
+
+INCEPTION = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear", "resize_mode": "squash"}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A directory with the config files of both libraries, whose preprocessing differs in the resize mode."""
+    folder = tmp_path_factory.mktemp("exported") / "dir"
+    directory.write(folder, tiny_models.params(VIT), WeightsConfig(VIT))
+    content = json.loads((folder / "open_clip_config.json").read_text())
+    (folder / "open_clip_config.json").write_text(json.dumps(content | {"preprocess_cfg": INCEPTION}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("file", "copy", "resize"),
+    [
+        ("open_clip_model.safetensors", "epoch_32.safetensors", "squash"),
+        ("clip.pt", "last.pt", "squash"),
+        ("clip.pt", "weights.bin", "squash"),
+        ("model.safetensors", "open_clip_mine.safetensors", "shortest"),
+    ],
+)
+def test_config_in_the_directory_counts_for_every_file_name(exported, tmp_path, file, copy, resize):
+    """The names of the tensors decide between two config files; one alone counts for all files."""
+    shutil.copytree(exported, tmp_path / "dir")
+    shutil.copy(exported / file, tmp_path / "dir" / copy)
+    for activation in ("", "gelu"):
+        found = reading.read(tmp_path / "dir" / copy, activation=activation).config
+        assert (found.preprocess.resize, found.model.text.activation) == (resize, activation or "quick_gelu")
+    (tmp_path / "dir/config.json").unlink()
+    assert reading.read(tmp_path / "dir" / copy).config.preprocess.resize == "squash"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("vit_l14_clipa", ["clipa"]),
+        ("vit_bigg14_clipa", ["clipa"]),
+        ("vit_h14_378", ["dfn5b"]),
+        ("siglip2_b16", ["siglip"]),
+        ("vit_l14", ["openai"]),
+        ("vit_l14_gelu", ["openai", "inception"]),
+        ("vit_h14", ["openai", "dfn5b"]),
+        ("rn50", ["openai"]),
+    ],
+)
+def test_named_models_have_the_preprocessing_of_their_published_weights(tmp_path, name, expected):
+    file = tmp_path / "w.pt"
+    file.write_bytes(b"x")
+    naming = NAMINGS[0]
+    for model in (MODELS[name], with_activation(MODELS[name], "quick_gelu")):
+        if model != MODELS[name] and name == "vit_l14_gelu":
+            continue  # vit_l14
+        if len(expected) == 1:
+            found = reading._preprocess_of_tensors(file, naming, model, "")
+            assert found == dataclasses.replace(PREPROCESS[expected[0]], implementation="openai")
+        else:
+            choices = " or ".join(map(repr, expected))
+            with pytest.raises(
+                ValueError, match=f"w.pt: expected the preprocessing.* got none; give preprocess={choices}"
+            ):
+                reading._preprocess_of_tensors(file, naming, model, "")
+        for given in expected:
+            found = reading._preprocess_of_tensors(file, naming, model, given)
+            assert found == dataclasses.replace(PREPROCESS[given], implementation="openai")
+
+
+def test_preprocessing_is_given_by_name_file_or_object(exported, tmp_path):
+    processor = tmp_path / "p.json"
+    processor.write_text(json.dumps({"image_processor": HALF | {"size": 80}}))
+    nested = Preprocess((0.5,) * 3, (0.5,) * 3, implementation="huggingface", resize_size=80)
+    cases = {"clipa": dataclasses.replace(PREPROCESS["clipa"], implementation="openai"), str(processor): nested}
+    cases |= {str(exported / "open_clip_config.json"): open_clip.preprocess(INCEPTION, "f")}
+    msgpack.write(tmp_path / "w.msgpack", tiny_models.params(VIT), WeightsConfig(VIT))
+    (exported / "preprocessor_config.json").write_text(json.dumps({"do_pad": True}))  # unsupported, but not needed
+    for path in (exported / "model.safetensors", exported / "clip.pt", tmp_path / "w.msgpack"):
+        for given, expected in [*cases.items(), *((spec, spec) for spec in cases.values())]:
+            assert reading.read(path, preprocess=given).config.preprocess == expected
+    with pytest.raises(ValueError, match="preprocess='clip': expected one of openai, .* did you mean 'clipa'"):
+        reading.read(tmp_path / "w.msgpack", preprocess="clip")
+
+
+# --------------------------------------------------------------------------------------- config.json of transformers
+
+
+def _text(**changes):
+    return huggingface.config(VIT)["text_config"] | changes
+
+
+def test_config_dicts_replace_the_configs_as_in_transformers():
+    """CLIPConfig fills `text_config_dict` up with the defaults, not with text_config."""
+    content = huggingface.config(VIT)
+    old = {f"{key}_dict": content[key] for key in ("text_config", "vision_config")}
+    rest = {key: value for key, value in content.items() if not key.endswith("_config")}
+    assert huggingface.architecture(rest | old, "c") == VIT
+    other = {"text_config": _text(hidden_act="gelu"), "vision_config": {"hidden_act": "gelu"}}
+    assert huggingface.architecture(rest | other | old, "c") == VIT
+    partial = {"text_config_dict": {"hidden_act": "gelu"}}
+    text = huggingface.architecture(content | partial, "c").text
+    assert (text.width, text.layers, text.activation) == (512, 12, "gelu")  # the defaults
+    siglip = huggingface.config(TINY["siglip"])  # SiglipConfig ignores it
+    assert huggingface.architecture(siglip | partial, "c") == TINY["siglip"]
+
+
+@pytest.mark.parametrize(
+    ("text", "eos_id"),
+    [({"eos_token_id": 2}, 49_407), ({"eos_token_id": 49_407, "vocab_size": 49_410}, 49_407), ({"eos_token_id": 7}, 7)],
+)
+def test_end_token_of_the_config(text, eos_id):
+    content = huggingface.config(VIT) | {"text_config": _text(**text)}
+    assert huggingface.architecture(content, "c").text.eos_id == eos_id
+    del content["text_config"]["eos_token_id"]
+    assert huggingface.architecture(content, "c").text.eos_id == 49_407
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "message"),
+    [
+        ("text_config", {"eos_token_id": None}, "text_config.eos_token_id: expected the id .* None with 49,408 tokens"),
+        ("text_config", {"eos_token_id": [49_407]}, r"text_config.eos_token_id: expected .* \[49407\]"),
+        ("text_config", {"eos_token_id": 2, "vocab_size": 49_410}, "eos_token_id: .* 2 with 49,410 tokens; write"),
+        ("text_config", {"hidden_size": None}, "hidden_size: expected a number"),
+        ("vision_config", {"image_size": [64, 32]}, r"image_size: expected a number, or a square .* got \[64, 32\]"),
+        ("vision_config", {"num_channels": 1}, "vision_config.num_channels: expected 3"),
+    ],
+)
+def test_config_of_another_model_is_refused_with_the_key(section, changes, message):
+    content = huggingface.config(VIT)
+    with pytest.raises(ValueError, match=f"c.json: {message}"):
+        huggingface.architecture(content | {section: content[section] | changes}, "c.json")
+
+
+def test_square_image_size_and_other_names_of_gelu_are_read():
+    content = huggingface.config(VIT)
+    content["vision_config"] |= {"image_size": [64, 64], "patch_size": [16, 16]}
+    assert huggingface.architecture(content, "c") == VIT
+    content["text_config"]["hidden_act"] = content["vision_config"]["hidden_act"] = "gelu_fast"
+    assert huggingface.architecture(content, "c") == with_activation(VIT, "gelu_tanh")
