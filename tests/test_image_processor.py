@@ -280,9 +280,17 @@ def test_end_token_of_the_config(text, eos_id):
 @pytest.mark.parametrize(
     ("section", "changes", "message"),
     [
-        ("text_config", {"eos_token_id": None}, "text_config.eos_token_id: expected the id .* None with 49,408 tokens"),
+        (
+            "text_config",
+            {"eos_token_id": None},
+            "text_config.eos_token_id: expected the id .* got None with 49,408 tokens",
+        ),
         ("text_config", {"eos_token_id": [49_407]}, r"text_config.eos_token_id: expected .* \[49407\]"),
-        ("text_config", {"eos_token_id": 2, "vocab_size": 49_410}, "eos_token_id: .* 2 with 49,410 tokens; write"),
+        (
+            "text_config",
+            {"eos_token_id": 2, "vocab_size": 49_410},
+            "text_config.eos_token_id: .* got 2 with 49,410 tokens.* write",
+        ),
         ("text_config", {"hidden_size": None}, "hidden_size: expected a number"),
         ("vision_config", {"image_size": [64, 32]}, r"image_size: expected a number, or a square .* got \[64, 32\]"),
         ("vision_config", {"num_channels": 1}, "vision_config.num_channels: expected 3"),

@@ -102,8 +102,8 @@ def _eos_id(text: Mapping[str, Any], file: str) -> int:
         return vocab_size - 1
     if type(eos_id) is not int or eos_id == 2:
         raise ValueError(
-            f"{file}: text_config.eos_token_id: expected the id of the end token, as transformers cannot pool there by"
-            f" {eos_id!r} with {vocab_size:,} tokens; write CLIP's, {_CLIP_EOS}, or that of the tokenizer"
+            f"{file}: text_config.eos_token_id: expected the id of the end token, got {eos_id!r} with {vocab_size:,}"
+            f" tokens, where transformers fails or pools elsewhere; write CLIP's, {_CLIP_EOS}, or the tokenizer's"
         )
     return eos_id
 

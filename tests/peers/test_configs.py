@@ -88,7 +88,7 @@ def test_config_means_the_model_of_transformers(saved, tmp_path, edit, vocab_siz
     folder = _edit(saved[vocab_size], tmp_path, EDITS[edit])
     model = transformers.CLIPModel.from_pretrained(folder).eval()
     if (edit, vocab_size) == ("eos_token_id 2", 49_410):  # pools at the greatest id, which can be an added token
-        with pytest.raises(ValueError, match=r"eos_token_id: .* got|eos_token_id: .* 2 with 49,410 tokens"):
+        with pytest.raises(ValueError, match="eos_token_id: .* got 2 with 49,410 tokens"):
             reading.read(folder)
         return
     weights = reading.read(folder)
