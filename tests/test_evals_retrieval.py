@@ -99,7 +99,7 @@ def test_median_rank_counts_from_one():
     images = texts = np.eye(4, dtype=np.float32)
     assert retrieval(Lookup(images, texts), make_dataset(range(4), 4))["retrieval/pairs/image_to_text/median_rank"] == 1
     swapped = retrieval(Lookup(images[[1, 0, 3, 2]], texts), make_dataset(range(4), 4))
-    # Orthogonal: one ahead, two tied; of four images with rank 2, 3 or 4 the floor of the median is 2.96 on average.
+    # Orthogonal: one ahead, two tied; of four images with rank 2, 3 or 4 the median is rounded down.
     exact = np.mean([np.floor(np.median(r)) for r in itertools.product((2, 3, 4), repeat=4)])
     assert swapped["retrieval/pairs/image_to_text/median_rank"] == pytest.approx(exact, abs=0.1)
     assert swapped["retrieval/pairs/image_to_text/median_rank/by_index"] == 3

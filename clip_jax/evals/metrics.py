@@ -148,7 +148,7 @@ def _finite_or_last(scores: np.ndarray, correct: np.ndarray, axis: int) -> np.nd
 
 
 def _comparable(predictions: Predictions, axis: int) -> Float64[np.ndarray, "n Q"]:
-    """Return multi-label scores with comparable values in place of those that are not finite."""
+    """Return multi-label scores, with comparable values where they are not finite."""
     scores, targets, ignored = predictions.scores, predictions.targets, predictions.ignored
     if scores.ndim != 2 or targets.dtype != bool:
         raise ValueError(
@@ -204,7 +204,7 @@ def _mean_over_orders(metric: Callable[[Predictions], float], predictions: Predi
     if not ties:
         return metric(predictions)
     rng = np.random.default_rng(0)
-    return float(np.mean([metric(predictions.break_ties(rng)) for _ in range(predictions.draws)]))
+    return math.fsum(metric(predictions.break_ties(rng)) for _ in range(predictions.draws)) / predictions.draws
 
 
 def accuracy(predictions: Predictions, k: int = 1) -> float:
@@ -388,6 +388,17 @@ METRICS: dict[str, Metric] = {
     "map_11_points": map_11_points,
     "jaccard": jaccard,
 }
+AXES = {"jaccard": 1}  # of the scores that a multi-label metric compares, where it is not 0
+
+
+def undecided(name: str, predictions: Predictions) -> int:
+    """Return the number of examples for which a metric of METRICS depends on the order of ties."""
+    if name == "roc_auc":
+        return 0
+    if predictions.targets.ndim == 2:
+        return predictions.tied(AXES.get(name, 0))
+    hits_n = hits(predictions, 5 if name.endswith("top5") else 1)
+    return int(((hits_n > 0) & (hits_n < 1)).sum())
 
 
 def by_index(name: str, predictions: Predictions) -> float:
@@ -400,6 +411,3 @@ def by_index(name: str, predictions: Predictions) -> float:
     if name == "map":
         return _mean_over_columns(average_precision, broken, every=True)
     return METRICS[name](broken)
-
-
-AXES = {"jaccard": 1}  # of the scores that a multi-label metric compares, where it is not 0

@@ -93,12 +93,13 @@ def _recalls(
 ) -> dict[str, float]:
     """Return recalls with their references. image_N: the image of each query, the unit of the bootstrap."""
     _, image_N, queries_P = np.unique(image_N, return_inverse=True, return_counts=True)
-    ties, by_index_N = int((ranks_N.tied > 0).sum()), ranks_N.by_index()
+    by_index_N = ranks_N.by_index()
     metrics: dict[str, float] = {}
     for k in KS:
         if k <= candidates:
             index_hits_N = by_index_N.hit_probability(k)
-            hits_N = ranks_N.hit_probability(k) if expected else index_hits_N
+            expected_N = ranks_N.hit_probability(k)
+            hits_N = expected_N if expected else index_hits_N
             hits_P = np.bincount(image_N, weights=hits_N) / queries_P.mean()
             metrics |= with_references(
                 f"{prefix}/recall_at_{k}",
@@ -106,7 +107,7 @@ def _recalls(
                 candidates,
                 chance_recall(candidates, positives_N, k),
                 mean_interval(hits_P),
-                ties,
+                int(((expected_N > 0) & (expected_N < 1)).sum()),
                 float(index_hits_N.mean()),
             )
     return metrics

@@ -19,7 +19,7 @@ import numpy as np
 from clip_jax.config import check_name
 from clip_jax.evals.embed import embed_dataset, embed_texts
 from clip_jax.evals.intervals import Interval, confidence_interval, mean_interval, with_references
-from clip_jax.evals.metrics import METRICS, Predictions, Undefined, by_index, expected_jaccard, jaccard
+from clip_jax.evals.metrics import METRICS, Predictions, Undefined, by_index, expected_jaccard, jaccard, undecided
 from clip_jax.evals.ranking import scores
 from clip_jax.typing import Embedder, EvalDataset, EvalResult
 
@@ -83,7 +83,7 @@ def classification_metrics(
         ties, index_value = 0, None
         try:
             value, interval = METRICS[name](predictions), confidence_interval(name, predictions)
-            ties, index_value = 0 if name == "roc_auc" else predictions.tied(), by_index(name, predictions)
+            ties, index_value = undecided(name, predictions), by_index(name, predictions)
         except Undefined as error:
             log.warning("%s/%s is undefined: %s", prefix, name, error)
             value, interval = math.nan, Interval(math.nan, math.nan)
