@@ -11,7 +11,7 @@ import pathlib
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags
 from ml_collections import ConfigDict
@@ -22,6 +22,15 @@ FINISHED, FAILED, REFUSED = 0, 1, 2
 
 _MODULES = flags.DEFINE_list("modules", [], "Python modules to import first, which register towers, evaluators …")
 
+# Arguments of `clip_jax.load` that are flags of every command that reads weights.
+_WEIGHTS_FLAGS = {
+    "model": "Model name, e.g. vit_b32, for weights without a config.",
+    "activation": "quick_gelu, gelu or gelu_tanh, for weights without a config.",
+    "preprocess": "Name such as openai, siglip, clipa, or preprocessor_config.json, for weights without a config.",
+    "tokenizer": "SentencePiece .model or tokenizer.json, for weights without a tokenizer.",
+    "prefix": "Prefix of the model's tensors, for files with several models, e.g. state_dict_ema.",
+}
+
 Main = Callable[[list[str]], int]  # (positional arguments) -> exit code
 
 
@@ -29,7 +38,7 @@ def run(
     main: Main,
     *,
     positional: bool = False,
-    refused: tuple[type[Exception], ...] = (ValueError, FileNotFoundError),
+    refused: tuple[type[Exception], ...] = (ValueError, OSError),
     level: int = logging.WARNING,
     leave: Callable[[int], object] = sys.exit,
 ) -> None:
@@ -65,12 +74,26 @@ def run(
             _import_modules(_MODULES.value)
             code = main(argv[1:])
         except refused as error:
-            _exit(REFUSED, str(error), leave, with_traceback=bool(os.environ.get("CLIP_JAX_TRACEBACK")))
+            _exit(REFUSED, _sentence(error), leave, with_traceback=bool(os.environ.get("CLIP_JAX_TRACEBACK")))
         except Exception as error:  # noqa: BLE001
             _exit(FAILED, f"{type(error).__name__}: {error}", leave, with_traceback=True)
         sys.exit(code)
 
     app.run(guarded, flags_parser=parse)
+
+
+def define_weights_flags() -> Callable[[], dict[str, Any]]:
+    """Define the flags that describe weights; return a function that returns their values, arguments of `load`."""
+    flags.disclaim_key_flags()  # they are the calling module's, for --help
+    found = {name: flags.DEFINE_string(name, "", text) for name, text in _WEIGHTS_FLAGS.items()}
+    heads = flags.DEFINE_list("heads", [], "Attention heads of image and text tower, e.g. 12,8, for other sizes.")
+
+    def values() -> dict[str, Any]:
+        if not all(text.isdecimal() for text in heads.value) or len(heads.value) not in (0, 2):
+            raise ValueError(f"--heads: expected two numbers such as 12,8, got {','.join(heads.value)}")
+        return {name: flag.value for name, flag in found.items()} | {"heads": tuple(map(int, heads.value))}
+
+    return values
 
 
 def checked_config(value: ConfigDict | None) -> configs.Config:
@@ -134,6 +157,13 @@ def _set_up_logging(level: int) -> None:
     )
     for library in ("absl", "jax", "orbax", "tensorflow", "fontTools"):
         logging.getLogger(library).setLevel(level)
+
+
+def _sentence(error: Exception) -> str:
+    """Return the message of an error; of the operating system's, with the path in front."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror.lower()}; give another path, or make room or change permissions"
+    return str(error)
 
 
 def _innermost_message(error: BaseException) -> str:

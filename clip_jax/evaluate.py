@@ -35,6 +35,12 @@ flags.DEFINE_string("data_dir", "", "Directory of evaluation data: webdataset or
 flags.DEFINE_string("out", "", "Directory of the reports; default: evaluations/<name of the weights>.")
 flags.DEFINE_string("templates", "", "Templates of all datasets: a name or a .json file.")
 flags.DEFINE_string("class_names", "", "Class names of a single dataset: a name or a .json file.")
+flags.DEFINE_enum(
+    "protocol",
+    "expected",
+    ["expected", "published"],
+    "Of ties: the expected value over their orders, or by index as CLIP_benchmark; its mAP also counts absent classes.",
+)
 flags.DEFINE_string("standard_models", "", "CSV of standard models, for effective robustness.")
 flags.DEFINE_string("train_hashes", "", "Directory of the training images' hashes, for the evaluator overlap.")
 flags.DEFINE_string("train_files", "", "TFRecord shards to hash into --train_hashes first.")
@@ -46,9 +52,7 @@ flags.DEFINE_string("categories", "", 'JSON file: {"crime": ["thief", "criminal"
 flags.DEFINE_integer("batch_size", 256, "Images per batch, over all devices.", lower_bound=1)
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Computation dtype.")
 flags.DEFINE_string("cache_dir", "~/.cache/clip_jax/features", "Feature cache; '' for none.")
-_MODEL = flags.DEFINE_string("model", "", "Model name, e.g. vit_b32, for weights without a config.")
-_ACTIVATION = flags.DEFINE_string("activation", "", "quick_gelu, gelu or gelu_tanh, for weights without a config.")
-_TOKENIZER = flags.DEFINE_string("tokenizer", "", "SentencePiece .model or tokenizer.json, for weights without one.")
+_weights_options = command.define_weights_flags()
 
 
 def main(_: list[str]) -> int:
@@ -67,9 +71,7 @@ def main(_: list[str]) -> int:
     values = {name: flags.FLAGS[name].value for name in Options.__dataclass_fields__ if name != "weights"}
     evaluation = prepare(Options(_WEIGHTS.value or _FOLLOW.value, **values))
     if _WEIGHTS.value:
-        weights = reading.read(
-            _WEIGHTS.value, model=_MODEL.value, activation=_ACTIVATION.value, tokenizer=_TOKENIZER.value
-        )
+        weights = reading.read(_WEIGHTS.value, **_weights_options())
         evaluation.evaluate(weights.config, weights.params)
     else:
         follow(

@@ -31,9 +31,10 @@ from clip_jax.evals.report.charts import overlap_chart, robustness_chart
 from clip_jax.evals.report.tables import model_card, open_clip_csv, text_table
 from clip_jax.evals.report.writing import check_same_weights, weights_name, write_report
 from clip_jax.evals.suite import EvalReport, EvaluatedModel, evaluate
+from clip_jax.evals.zeroshot import PROTOCOLS
 from clip_jax.models import count_parameters, make_model
 from clip_jax.models.flops import forward_flops
-from clip_jax.paths import check_local, write_atomically
+from clip_jax.paths import check_local, check_output, write_atomically
 from clip_jax.preprocess import preprocess_many
 from clip_jax.provenance import versions
 from clip_jax.tokenizers import make_tokenizer
@@ -54,6 +55,7 @@ class Options:
     out: str = ""  # directory of the reports; '': evaluations/<name of the weights>
     templates: str = ""  # of all datasets; '': the registry's
     class_names: str = ""  # of a single dataset; '': the registry's
+    protocol: str = "expected"  # of ties: a value of `zeroshot.PROTOCOLS`
     standard_models: str = ""  # CSV of standard models for effective robustness
     train_hashes: str = ""  # directory of the training images' hashes, for the evaluator overlap
     train_files: str = ""  # TFRecord shards to hash into `train_hashes` first
@@ -76,14 +78,17 @@ def prepare(options: Options) -> Evaluation:
     """Check the options, read the files that they name, and initialize the devices. Raises ValueError."""
     for name in ("data_dir", "out", "standard_models", "groups", "categories", "cache_dir"):
         check_local(f"--{name}", getattr(options, name))
+    check_output("--out", options.directory)
     for name in options.evaluators:
         check_name("--evaluators", name, EVALUATORS)
+    check_name("--protocol", options.protocol, PROTOCOLS)
     names = expand(options.datasets)
     if not (names and options.evaluators):
         raise ValueError("--datasets and --evaluators: expected at least one of each, e.g. --datasets=smoke")
     evaluator_options = {
         "overlap": {"train_hashes": _hashes(options), "max_distance": options.max_distance, "tests": len(names)},
         "bias": _group_options(options),
+        **{evaluator: {"protocol": options.protocol} for evaluator in ("zeroshot", "retrieval")},
     }
     standard_models = robustness.read_standard_models(options.standard_models) if options.standard_models else {}
     if standard_models:
@@ -195,7 +200,7 @@ def _evaluated_model(
     return EvaluatedModel(
         DiskCachedEmbedder(embedder, FeatureCache(options.cache_dir, fingerprint)),
         name_of(config.model),
-        f"{pixels} px, {spec.resize}, {spec.interpolation} of {spec.implementation}, {options.dtype}",
+        f"{pixels} px, {spec.description} of {spec.implementation}, {options.dtype}",
     )
 
 
