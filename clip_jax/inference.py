@@ -64,6 +64,7 @@ class Clip:
           ValueError: if an image can't be decoded, with its index.
           TypeError: for a single image instead of a sequence.
         """
+        self._check_parameters("image")
         size = self.config.model.image.image_size
 
         def prepare(batch: Sequence[ImageLike], first: int) -> np.ndarray:
@@ -78,6 +79,7 @@ class Clip:
           ValueError: for a text that exceeds the context length, unless the model was loaded with `truncate=True`.
           TypeError: for a single text instead of a sequence.
         """
+        self._check_parameters("text")
         return self._encode(self._encode_text, lambda batch, first: self.tokenizer(batch), _as_list(texts, "text"))
 
     def logits(self, images: Images, texts: Sequence[str]) -> Float[np.ndarray, "n m"]:
@@ -110,7 +112,15 @@ class Clip:
     @property
     def scale(self) -> np.float32:
         """The factor between cosines and logits, `exp(logit_scale)`."""
+        self._check_parameters("logit_scale")
         return np.exp(np.asarray(self.params["logit_scale"], np.float32))
+
+    def _check_parameters(self, name: str) -> None:
+        if name not in self.params:
+            found = " and ".join(tower for tower in ("image", "text") if tower in self.params)
+            raise ValueError(
+                f"expected weights of both towers with {name}, got the {found} tower alone; load weights of both towers"
+            )
 
     def _encode(
         self, encode: Callable[..., jax.Array], prepare: Callable[[Any, int], np.ndarray], items: Sequence[Any]
@@ -137,6 +147,9 @@ def load(
     truncate: bool = False,
 ) -> Clip:
     """Load a model from a weight file, a directory, a name of an OpenAI model or a repository of the Hugging Face hub.
+
+    Of weights of one tower alone, such as transformers' CLIPVisionModel, only that tower's method can be called; its
+    embeddings are those before the projection if the weights have none.
 
     Formats: clip_jax's, OpenAI's archives, torch state dicts and checkpoints, safetensors, directories of open_clip and
     Hugging Face, Flax msgpack, big_vision npz, runs of clip_jax, and others in `clip_jax.interop.formats.FORMATS`.
@@ -171,7 +184,7 @@ def load(
     """
     sizes = {"image_size": image_size, "context_length": context_length}
     described = {"model": model, "activation": activation, "heads": heads, "prefix": prefix}
-    weights = reading.read(path, tokenizer=tokenizer, **described, **sizes)
+    weights = reading.read(path, tokenizer=tokenizer, one_tower=True, **described, **sizes)
     config, params = weights.config, weights.params
     del weights  # `_to_device` frees each NumPy array after its copy
     return _clip(config, _to_device(dict(params)), truncate)

@@ -26,11 +26,17 @@ _FLOATING = ("float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "floa
 
 
 def params_from_tensors(
-    model: Architecture, tensors: Mapping[str, np.ndarray], table: Table, file: str, *, tower: str = ""
+    model: Architecture,
+    tensors: Mapping[str, np.ndarray],
+    table: Table,
+    file: str,
+    *,
+    tower: str = "",
+    ignore_others: bool = False,
 ) -> Params:
     """Return float32 parameters from a file's tensors: of both towers, or of `tower`, 'image' or 'text', alone.
 
-    Raises ValueError for a missing or unusable tensor and, if both towers are read, for an additional one.
+    Raises ValueError for a missing or unusable tensor and, unless `ignore_others`, for an additional one.
     """
     used: set[str] = set()
 
@@ -62,8 +68,9 @@ def params_from_tensors(
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # NumPy releases the GIL while it copies
         arrays = pool.map(lambda path: parameter(path, *shapes[path]), shapes)
         params = nested(dict(zip(shapes, arrays, strict=True)))
-    unused = sorted(name for name in tensors if name not in used and not name.endswith(_IGNORED))
-    if unused and not tower:
+    scalars = {table[path].name for path in ("logit_scale", "logit_bias") if tower}
+    unused = sorted(name for name in tensors if name not in used | scalars and not name.endswith(_IGNORED))
+    if unused and not ignore_others:
         raise ValueError(f"{file}: expected no other tensors, got {len(unused)} unused: {', '.join(unused[:5])}")
     return params
 

@@ -25,6 +25,8 @@ from clip_jax.interop import conversion, directory, formats, huggingface, infer_
 from clip_jax.interop.hub import locate
 from clip_jax.interop.infer_architecture import Heads
 from clip_jax.interop.naming import Naming, detect_naming
+from clip_jax.interop.one_tower import architecture as one_tower_architecture
+from clip_jax.interop.one_tower import missing_tower, whole_config
 from clip_jax.interop.torch_file import torchscript_code
 from clip_jax.paths import path_kind
 from clip_jax.tokenizers import ClipBPE
@@ -52,11 +54,13 @@ def read(
     prefix: str = "",
     heads: Sequence[int] = (),
     like: Architecture | None = None,
+    one_tower: bool = False,
 ) -> Weights:
     """Read weights of any registered format. Arguments and errors are those of `clip_jax.load`.
 
     Args:
       like: architecture with the attention heads of files without a config whose shapes are equal to it.
+      one_tower: whether weights of one tower alone are read; their parameters lack the other tower and the scalars.
     """
     if len(heads) not in (0, 2):
         raise ValueError(f"heads: expected two numbers, of the image and of the text tower, got {heads!r}")
@@ -65,6 +69,12 @@ def read(
     if activation:
         configs.check_name("activation", activation, ("quick_gelu", "gelu", "gelu_tanh"))
     weights = _read(_existing(path), model, activation, prefix, _known_heads(heads, like))
+    for tower, size in (("image", image_size), ("text", context_length)):
+        if tower not in weights.params and (size or not one_tower):
+            raise ValueError(
+                f"{path}: expected weights of both towers, got none of the {tower} tower; clip_jax.load reads one tower"
+                " alone, without image_size or context_length of the other"
+            )
     resized, params = positions.resize(weights.config.model, weights.params, image_size, context_length)
     config = dataclasses.replace(weights.config, model=resized)
     if isinstance(tokenizer, str) and tokenizer:
@@ -102,7 +112,12 @@ def _read(path: pathlib.Path, model: str, activation: str, prefix: str, heads: H
             _check_no_heads(heads, path)
         config = config or _config_of_tensors(file, tensors, naming, model, activation, heads)
         _check_logit_scale(file, tensors, naming)
-        params = conversion.params_from_tensors(config.model, tensors, naming.table, os.fspath(file))
+        tower = ""
+        if missing := missing_tower(tensors, naming.table):
+            tower = "text" if missing == "image" else "image"
+            found = one_tower_architecture(config.model, tensors, naming.table, missing)
+            config = dataclasses.replace(config, model=found)
+        params = conversion.params_from_tensors(config.model, tensors, naming.table, os.fspath(file), tower=tower)
         kind = f"{naming.title} names, {formats.detect(file)}" + (f", below {found_prefix!r}" if found_prefix else "")
     _check_finite(path, params)
     architecture = configs.with_activation(config.model, activation) if activation else config.model
@@ -198,7 +213,9 @@ def read_tower(path: str | os.PathLike[str], tower: str, model: Architecture) ->
         else:
             sizes = {"context_length": tensors[naming.table["text/positional_embedding"].name].shape[-2]}
         stored = dataclasses.replace(model, **{tower: dataclasses.replace(expected, **sizes)})
-        params = conversion.params_from_tensors(stored, tensors, naming.table, os.fspath(local), tower=tower)
+        params = conversion.params_from_tensors(
+            stored, tensors, naming.table, os.fspath(local), tower=tower, ignore_others=True
+        )
     size, length = (model.image.image_size, 0) if tower == "image" else (0, model.text.context_length)
     _, params = positions.resize(stored, params, size, length)
     return {key: params[key] for key in (tower, *(["batch_stats"] if tower == "image" else [])) if key in params}
@@ -213,7 +230,7 @@ def _config_of_directory(file: pathlib.Path) -> WeightsConfig | None:
         preprocess = open_clip.preprocess(content.get("preprocess_cfg") or {})
     elif (config := folder / "config.json").is_file():
         content, processor = None, folder / "preprocessor_config.json"
-        model = huggingface.architecture(_json(config), os.fspath(config))
+        model = huggingface.architecture(whole_config(_json(config)), os.fspath(config))
         preprocess = huggingface.preprocess(_json(processor) if processor.is_file() else {}, model)
     else:
         return None
