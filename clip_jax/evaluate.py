@@ -44,7 +44,7 @@ flags.DEFINE_string("groups", "", "CSV with a header and a row per test image, f
 flags.DEFINE_list("group_columns", [], "Columns of --groups to combine; default: all.")
 flags.DEFINE_string("categories", "", 'JSON file: {"crime": ["thief", "criminal"]}, for bias.')
 flags.DEFINE_integer("batch_size", 256, "Images per batch, over all devices.", lower_bound=1)
-flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Computation dtype.")
+flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of parameters and computation.")
 flags.DEFINE_string("cache_dir", "~/.cache/clip_jax/features", "Feature cache; '' for none.")
 _weights_options = command.define_weights_flags()
 
@@ -65,7 +65,7 @@ def main(_: list[str]) -> int:
     values = {name: flags.FLAGS[name].value for name in Options.__dataclass_fields__ if name != "weights"}
     evaluation = prepare(Options(_WEIGHTS.value or _FOLLOW.value, **values))
     if _WEIGHTS.value:
-        weights = reading.read(_WEIGHTS.value, **_weights_options())
+        weights = reading.read(_WEIGHTS.value, dtype=values["dtype"], **_weights_options())
         evaluation.evaluate(weights.config, weights.params)
     else:
         follow(

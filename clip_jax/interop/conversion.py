@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 import jax
+import ml_dtypes
 import numpy as np
 
 from clip_jax.config import Architecture
@@ -33,8 +34,9 @@ def params_from_tensors(
     *,
     tower: str = "",
     ignore_others: bool = False,
+    dtype: str = "float32",
 ) -> Params:
-    """Return float32 parameters from a file's tensors: of both towers, or of `tower`, 'image' or 'text', alone.
+    """Return parameters of a dtype from a file's tensors: of both towers, or of `tower`, 'image' or 'text', alone.
 
     Raises ValueError for a missing or unusable tensor and, unless `ignore_others`, for an additional one.
     """
@@ -59,7 +61,7 @@ def params_from_tensors(
     def parameter(path: str, shape: tuple[int, ...], layers: int) -> np.ndarray:
         if path not in table:
             raise ValueError(f"{file}: expected a format that stores the parameter {path}, got another; use msgpack")
-        array = _aligned_empty((layers, *shape) if layers else shape)
+        array = _aligned_empty((layers, *shape) if layers else shape, stored_dtype(dtype, shape))
         for layer in range(layers) if layers else (None,):
             _copy(array if layer is None else array[layer], convert(path, shape, layer))
         return array
@@ -150,12 +152,24 @@ def _chunk(tensor: np.ndarray, source: Tensor) -> np.ndarray:
     return np.split(tensor, chunks)[number] if chunks > 1 else tensor
 
 
-def _aligned_empty(shape: tuple[int, ...]) -> np.ndarray:
-    """Return an uninitialized float32 array aligned to 64 bytes, which JAX uses on CPU without a copy."""
-    size = 4 * math.prod(shape)
+def stored_dtype(dtype: str, shape: tuple[int, ...]) -> np.dtype:
+    """Return the dtype of a parameter in a model of a dtype: scalars, the logit scale and bias, are always float32."""
+    return np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" and shape else np.float32)
+
+
+def cast(params: Params, dtype: str) -> Params:
+    """Return parameters with the dtypes of `stored_dtype`; unchanged for the dtype ''."""
+    if not dtype:
+        return params
+    return jax.tree.map(lambda x: np.asarray(x).astype(stored_dtype(dtype, np.shape(x)), copy=False), params)
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Return an uninitialized array aligned to 64 bytes, which JAX uses on CPU without a copy."""
+    size = dtype.itemsize * math.prod(shape)
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64
-    return memory[start : start + size].view(np.float32).reshape(shape)
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 _CACHE_LINE = 16  # float32 values in 64 bytes

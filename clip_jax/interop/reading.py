@@ -55,20 +55,24 @@ def read(
     heads: Sequence[int] = (),
     like: Architecture | None = None,
     one_tower: bool = False,
+    dtype: str = "",
 ) -> Weights:
     """Read weights of any registered format. Arguments and errors are those of `clip_jax.load`.
 
     Args:
       like: architecture with the attention heads of files without a config whose shapes are equal to it.
       one_tower: whether weights of one tower alone are read; their parameters lack the other tower and the scalars.
+      dtype: of the parameters, 'float32' or 'bfloat16'; '': as stored in formats of clip_jax, float32 for others.
     """
+    if dtype:
+        configs.check_name("dtype", dtype, ("float32", "bfloat16"))
     if len(heads) not in (0, 2):
         raise ValueError(f"heads: expected two numbers, of the image and of the text tower, got {heads!r}")
     if model:
         configs.check_name("model", model, configs.MODELS)
     if activation:
         configs.check_name("activation", activation, ("quick_gelu", "gelu", "gelu_tanh"))
-    weights = _read(_existing(path), model, activation, prefix, _known_heads(heads, like))
+    weights = _read(_existing(path), model, activation, prefix, _known_heads(heads, like), dtype)
     for tower, size in (("image", image_size), ("text", context_length)):
         if tower not in weights.params and (size or not one_tower):
             raise ValueError(
@@ -94,7 +98,7 @@ def _existing(path: str | os.PathLike[str]) -> pathlib.Path:
     return directory.model_folder(local)
 
 
-def _read(path: pathlib.Path, model: str, activation: str, prefix: str, heads: Heads) -> Weights:
+def _read(path: pathlib.Path, model: str, activation: str, prefix: str, heads: Heads, dtype: str) -> Weights:
     params, stored = formats.read(path)
     if stored is not None:
         _check_no_heads(heads, path)
@@ -104,6 +108,7 @@ def _read(path: pathlib.Path, model: str, activation: str, prefix: str, heads: H
             raise ValueError(f"model={model!r}: expected the architecture in {path}, got another; omit model")
         _check_shapes(path, params, stored.model)
         config, kind = stored, f"clip_jax {formats.detect(path)}"
+        params = conversion.cast(params, dtype)
     else:
         file = directory.weight_file(path) if path.is_dir() else path
         naming, tensors, found_prefix = detect_naming(params, os.fspath(file), prefix)
@@ -117,7 +122,9 @@ def _read(path: pathlib.Path, model: str, activation: str, prefix: str, heads: H
             tower = "text" if missing == "image" else "image"
             found = one_tower_architecture(config.model, tensors, naming.table, missing)
             config = dataclasses.replace(config, model=found)
-        params = conversion.params_from_tensors(config.model, tensors, naming.table, os.fspath(file), tower=tower)
+        params = conversion.params_from_tensors(
+            config.model, tensors, naming.table, os.fspath(file), tower=tower, dtype=dtype
+        )
         kind = f"{naming.title} names, {formats.detect(file)}" + (f", below {found_prefix!r}" if found_prefix else "")
     _check_finite(path, params)
     architecture = configs.with_activation(config.model, activation) if activation else config.model
