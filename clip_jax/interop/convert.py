@@ -39,8 +39,8 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], *, t
     write = formats.writer(to, target)
     if to == "directory" and options.get("dtype") == "bfloat16":
         raise ValueError(
-            "--dtype=bfloat16: expected --to=msgpack or npz, got directory, which is float32: its libraries have their own"
-            " options, e.g. torch_dtype"
+            "--dtype=bfloat16: expected --to=msgpack or npz, got directory, which is float32; its libraries have"
+            " options of their own, e.g. torch_dtype"
         )
     weights = reading.read(source, **options)
     config = dataclasses.replace(weights.config, source=os.fspath(source))

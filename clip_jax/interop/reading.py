@@ -241,6 +241,7 @@ def _config_of_directory(file: pathlib.Path) -> WeightsConfig | None:
         preprocess = huggingface.preprocess(_json(processor) if processor.is_file() else {}, model)
     else:
         return None
+    preprocess = directory.restored(folder, preprocess)
     tokenizer, tokenizer_file = _tokenizer(model, folder)
     if content is not None and tokenizer.name != "clip_bpe":
         tokenizer = open_clip.tokenizer(tokenizer, content)
