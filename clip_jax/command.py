@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import itertools
 import logging
 import os
 import pathlib
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from absl import app, flags
@@ -54,12 +56,14 @@ def run(
 
     def parse(argv: list[str]) -> list[str]:
         try:
+            _refuse_repeated(argv)
             return flags.FLAGS(argv)
         except flags.Error as error:
             _exit(REFUSED, str(error), leave)
         except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
             # ml_collections raises AttributeError for an unknown config key.
-            _exit(REFUSED, f"in the config or a --config flag: {_innermost_message(error)}", leave)
+            message = _unknown_key(argv) or _innermost_message(error)
+            _exit(REFUSED, f"in the config or a --config flag: {message}", leave)
 
     def guarded(argv: list[str]) -> None:
         _set_up_logging(level)
@@ -98,6 +102,44 @@ def checked_config(value: ConfigDict | None) -> configs.Config:
         near = configs.did_you_mean(str(path), map(str, path.parent.glob("*.py")))
         raise ValueError(f"there is no config file {path}{near or '; give e.g. configs/emoji.py'}")
     return configs.from_config_dict(value)
+
+
+def _given_flags(argv: list[str]) -> Iterator[tuple[str, str]]:
+    """Yield name and argument of every known flag and config override, `--no<name>` as `<name>`."""
+    for argument in itertools.takewhile("--".__ne__, argv[1:]):
+        name = argument.lstrip("-").partition("=")[0] if argument.startswith("-") else ""
+        for known in (name, name.removeprefix("no")):
+            if known in flags.FLAGS or known.startswith("config."):
+                yield known, argument
+                break
+
+
+def _refuse_repeated(argv: list[str]) -> None:
+    """Raise flags.Error for a flag that is given twice: absl would silently use the last."""
+    given: dict[str, str] = {}
+    for name, argument in _given_flags(argv):
+        if name in given:
+            raise flags.Error(f"--{name} is given twice, as {given[name]} and {argument}; give it once")
+        given[name] = argument
+
+
+def _unknown_key(argv: list[str]) -> str:
+    """Return the error for the first --config.<key> whose key the config file does not have; '' if it has all."""
+    keys = [name.removeprefix("config.") for name, _ in _given_flags(argv) if name.startswith("config.")]
+    if not keys:
+        return ""
+    sys.argv, original = [argument for argument in argv if "config." not in argument.partition("=")[0]], sys.argv
+    try:
+        flags.FLAGS(sys.argv)  # without overrides, which ml_collections reads from sys.argv
+        tree = flags.FLAGS["config"].value.to_dict()
+    except Exception:  # noqa: BLE001 (the config file itself is wrong)
+        return ""
+    finally:
+        sys.argv = original
+    known, schema = configs.flatten(tree), configs.flatten(dataclasses.asdict(configs.Config()))
+    known = dict.fromkeys(key for key in (*schema, *known) if key in known)  # a ConfigDict is sorted by name
+    sections = {key[:dot] for key in known for dot in range(len(key)) if key[dot] == "."}
+    return next((configs.unknown_key(key, known) for key in keys if key not in known.keys() | sections), "")
 
 
 def _import_modules(names: list[str]) -> None:

@@ -174,7 +174,7 @@ def _tensor(storage: np.ndarray | None, offset: int, size: tuple, stride: tuple,
         )
     view = storage[offset : last + 1] if math.prod(size) else storage[:0]
     steps = [step * storage.itemsize for step in stride]
-    return np.lib.stride_tricks.as_strided(view, size, steps, writeable=False)
+    return np.ndarray(size, storage.dtype, view.view(np.uint8), strides=steps)  # as_strided raises for float8
 
 
 def _tensor_of_bytes(

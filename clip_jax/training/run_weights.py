@@ -56,7 +56,9 @@ def read(path: pathlib.Path) -> tuple[Params, WeightsConfig]:
     """
     from clip_jax.training.checkpoint import Checkpoints  # imports Orbax
 
-    directory, step = _split(path)
+    if (place := _split(path)) is None:
+        raise ValueError(f"{path}: expected the workdir of a run or one of its checkpoints, got another path")
+    directory, step = place
     config = workdir.stored_config(epath.Path(directory))
     mesh = sharding.make_mesh()
     checkpoints = Checkpoints(directory / CHECKPOINTS, read_only=True)
