@@ -60,7 +60,7 @@ def test_torch_to_msgpack_to_npz_to_directory_keeps_all_weights(folder):
         (("openai.pt", "x.msgpack"), "expected the attention heads of the text tower (width 64, no preset)"),
         (("openai.pt", "x.msgpack", "--heads=2,1"), "expected an activation, got none"),
         (("openai.pt", "x.msgpack", "--heads=2"), "--heads: expected two numbers such as 12,8, got 2"),
-        (("openai.pt", "/dev/full"), "target=/dev/full: expected a file, a directory or a new path, got a device"),
+        (("openai.pt", "/dev/full"), "target=/dev/full: expected a file or a directory or a new path, got a device"),
         (("openai.pt", "x.msgpack", "--to=torch"), "--to: expected one of directory, npz, msgpack, got 'torch'"),
         (("nothing.pt", "x.msgpack"), "nothing.pt: expected a file or directory"),
         (
