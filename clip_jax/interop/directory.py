@@ -43,8 +43,8 @@ WEIGHT_FILES = (
 _CONFIG = "clip_jax_config.json"
 _PIXELS = (
     "clip_jax composites transparent images on white and rounds crop offsets half to even; open_clip and clip.load drop"
-    " the transparency, transformers rounds crop offsets down. For equal features give them opaque images of the model's"
-    " size, or use clip_jax.load, which restores the preprocessing"
+    " the transparency, transformers rounds crop offsets down. For equal features give them opaque images that have the"
+    " model's size, or use clip_jax.load, which restores the preprocessing"
 )
 SENTENCE_TRANSFORMERS = "[0-9]_CLIPModel"  # subdirectory of the model in the layout of sentence-transformers
 
