@@ -206,7 +206,14 @@ def _clip(config: WeightsConfig, params: Params, truncate: bool) -> Clip:
         tokenizer = _MissingTokenizer(text.vocab_size, text.context_length, 0, text.eos_id)
     else:
         tokenizer = make_tokenizer(config.tokenizer, text, truncate=truncate, tokenizer_file=config.tokenizer_file)
-    return Clip(config, params, tokenizer, jax.jit(functions.encode_image), jax.jit(functions.encode_text))
+    encoders = (functions.encode_image, functions.encode_text)
+    if "logit_scale" not in params:  # one tower alone; no tower uses the scale, but the module has it
+        encoders = [_with_logit_scale(encode) for encode in encoders]
+    return Clip(config, params, tokenizer, *map(jax.jit, encoders))
+
+
+def _with_logit_scale(encode: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    return lambda params, inputs: encode({"logit_scale": np.float32(0), **params}, inputs)
 
 
 def _computation_dtype(params: Params) -> str:
