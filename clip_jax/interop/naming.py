@@ -38,10 +38,11 @@ _BIG_VISION = ("img/embedding/kernel", "txt/Embed_0/embedding")
 NAMINGS = (
     # open_clip's custom_text adds `text.`
     Naming("OpenAI", name_tables.OPENAI, ("visual.conv1.weight",), ("token_embedding.weight",), text_prefix="text."),
-    Naming("open_clip SigLIP", name_tables.OPEN_CLIP_SIGLIP, ("visual.trunk.attn_pool.latent",)),
+    Naming("open_clip SigLIP", name_tables.OPEN_CLIP_SIGLIP, ("visual.trunk.attn_pool.latent",), siglip=True),
     Naming(
         *("Hugging Face SigLIP", name_tables.HUGGINGFACE_SIGLIP, ("vision_model.head.probe",)),
         text_markers=("text_model.head.weight",),
+        siglip=True,
     ),
     Naming("Hugging Face", name_tables.HUGGINGFACE, (f"{_VISION}.weight",), (f"{_TEXT}.weight",)),
     Naming("Hugging Face Flax", name_tables.HUGGINGFACE_FLAX, (f"{_VISION}.kernel",), (f"{_TEXT}.embedding",)),
