@@ -62,6 +62,7 @@ def main(_: list[str]) -> int:
     from clip_jax.devices import distributed
     from clip_jax.evals.run import Options, prepare
     from clip_jax.interop import reading
+    from clip_jax.interop.conversion import cast
     from clip_jax.training.follow import follow  # its imports register the format of runs
 
     if bool(_WEIGHTS.value) == bool(_FOLLOW.value):
@@ -77,7 +78,7 @@ def main(_: list[str]) -> int:
         follow(
             epath.Path(_FOLLOW.value).expanduser(),
             evaluation.mesh,
-            lambda step, config, params: evaluation.evaluate(config, params, step),
+            lambda step, config, params: evaluation.evaluate(config, cast(params, values["dtype"]), step),
             evaluation.evaluated_steps,
             _EVERY_SECONDS.value,
         )
