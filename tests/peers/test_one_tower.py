@@ -61,7 +61,7 @@ def test_one_tower_gives_the_features_of_transformers(name, tmp_path):
         encode = {"image": loaded._encode_image, "text": loaded._encode_text}[tower]
         np.testing.assert_allclose(np.asarray(encode(loaded.params, inputs)), expected, atol=2e-6)
         with pytest.raises(ValueError, match=f"expected weights of both towers with {other}, got the {tower} tower"):
-            _ = loaded.encode_text(["a dog"]) if other == "text" else loaded.encode_image(inputs)
+            _ = loaded.encode_text(["a dog"]) if other == "text" else loaded.encode_image([b"an image"])
         with pytest.raises(ValueError, match="with logit_scale, got the"):
             loaded.scale  # noqa: B018
 
