@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from clip_jax.config import Preprocess, ResNet, TextTransformer, ViT, WeightsConfig, name_of
-from clip_jax.interop import conversion, huggingface, name_tables, open_clip, safetensors, torch_file
+from clip_jax.interop import conversion, huggingface, image_processor, name_tables, open_clip, safetensors, torch_file
 from clip_jax.interop.msgpack import tokenizer_content
 from clip_jax.paths import check_local, errors_naming
 from clip_jax.tokenizers import ClipBPE, HuggingFace
@@ -148,10 +148,10 @@ def _model_card(report: Mapping[str, str], config: WeightsConfig) -> str:
 def _write_transformers(folder: pathlib.Path, params: Params, config: WeightsConfig) -> None:
     model, content = config.model, huggingface.config(config.model)
     siglip = content["model_type"] == "siglip"
+    processor = image_processor.write(config.preprocess, model.image.image_size, siglip)
     table = name_tables.HUGGINGFACE_SIGLIP if siglip else name_tables.HUGGINGFACE
     safetensors.write(folder / "model.safetensors", conversion.LazyTensors(model, params, table))
     _write_json(folder / "config.json", content)
-    processor = huggingface.preprocessor_config(config.preprocess, model.image.image_size, siglip)
     _write_json(folder / "preprocessor_config.json", processor)
 
 

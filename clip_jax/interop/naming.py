@@ -30,6 +30,7 @@ class Naming:
     text_markers: tuple[str, ...] = ()  # likewise, of a text tower alone
     text_prefix: str = ""  # removed from the names
     activation: str = ""  # of all models with this naming; empty: unknown
+    config_file: str = "open_clip_config.json"  # of this naming, if a directory has several
     siglip: bool = False  # text tower and preprocessing of SigLIP, even without logit bias (LiT)
 
 
@@ -42,10 +43,17 @@ NAMINGS = (
     Naming(
         *("Hugging Face SigLIP", name_tables.HUGGINGFACE_SIGLIP, ("vision_model.head.probe",)),
         text_markers=("text_model.head.weight",),
+        config_file="config.json",
         siglip=True,
     ),
-    Naming("Hugging Face", name_tables.HUGGINGFACE, (f"{_VISION}.weight",), (f"{_TEXT}.weight",)),
-    Naming("Hugging Face Flax", name_tables.HUGGINGFACE_FLAX, (f"{_VISION}.kernel",), (f"{_TEXT}.embedding",)),
+    Naming(
+        *("Hugging Face", name_tables.HUGGINGFACE, (f"{_VISION}.weight",), (f"{_TEXT}.weight",)),
+        config_file="config.json",
+    ),
+    Naming(
+        *("Hugging Face Flax", name_tables.HUGGINGFACE_FLAX, (f"{_VISION}.kernel",), (f"{_TEXT}.embedding",)),
+        config_file="config.json",
+    ),
     # gelu_tanh is the default of flax.linen.gelu.
     Naming("big_vision", name_tables.BIG_VISION, _BIG_VISION, activation="gelu_tanh", siglip=True),
 )
