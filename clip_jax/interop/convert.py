@@ -18,8 +18,8 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], *, t
     Args:
       source: see `reading.read`.
       to: writable format in `formats.FORMATS`: 'msgpack', 'npz', 'directory' (for other libraries), or one registered.
-      **options: arguments of `reading.read`: model, activation, image_size, context_length, tokenizer,
-        prefix, heads.
+      **options: arguments of `reading.read`: model, activation, preprocess, tokenizer, image_size, context_length,
+        prefix, heads, dtype.
 
     Raises:
       FileNotFoundError: if there is no such source.
@@ -37,6 +37,11 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], *, t
     wrote    ...emoji.npz: clip_jax.load('...emoji.npz')
     """
     write = formats.writer(to, target)
+    if to == "directory" and options.get("dtype") == "bfloat16":
+        raise ValueError(
+            "--dtype=bfloat16: expected --to=msgpack or npz, got directory, which is float32; its libraries have"
+            " options of their own, e.g. torch_dtype"
+        )
     weights = reading.read(source, **options)
     config = dataclasses.replace(weights.config, source=os.fspath(source))
     usage = write(target, weights.params, config)
@@ -59,7 +64,6 @@ def _summary(config: WeightsConfig, params: Params) -> dict[str, str]:
         "text": f"{text.context_length} tokens of {text.vocab_size:,}, {text.description}",
         "embedding": f"{config.model.embed_dim}",
         "activation": " and ".join(sorted(activations)),
-        "preprocessing": f"{spec.resize}, {spec.interpolation}, mean {spec.mean}, std {spec.std}, "
-        f"as {spec.implementation}",
+        "preprocessing": f"{spec.description}, mean {spec.mean}, std {spec.std}, as {spec.implementation}",
         "tokenizer": config.tokenizer.name + ("" if has_tokenizer else " (none with the weights)"),
     }

@@ -10,21 +10,29 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import json
 import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from clip_jax import config as configs
 from clip_jax.config import Architecture, Preprocess, TokenizerConfig, WeightsConfig
-from clip_jax.interop import conversion, directory, formats, huggingface, infer_architecture, open_clip, positions
+from clip_jax.interop import (
+    config_files,
+    conversion,
+    directory,
+    formats,
+    infer_architecture,
+    open_clip,
+    positions,
+)
 from clip_jax.interop.hub import locate
 from clip_jax.interop.infer_architecture import Heads
 from clip_jax.interop.naming import Naming, detect_naming
+from clip_jax.interop.one_tower import architecture as one_tower_architecture
+from clip_jax.interop.one_tower import missing_tower
 from clip_jax.interop.torch_file import torchscript_code
 from clip_jax.paths import path_kind
 from clip_jax.tokenizers import ClipBPE
@@ -49,24 +57,39 @@ def read(
     image_size: int = 0,
     context_length: int = 0,
     tokenizer: TokenizerConfig | str = "",
+    preprocess: Preprocess | str = "",
     prefix: str = "",
     heads: Sequence[int] = (),
     like: Architecture | None = None,
+    one_tower: bool = False,
+    dtype: str = "",
 ) -> Weights:
     """Read weights of any registered format. Arguments and errors are those of `clip_jax.load`.
 
     Args:
       like: architecture with the attention heads of files without a config whose shapes are equal to it.
+      one_tower: whether weights of one tower alone are read; their parameters lack the other tower and the scalars.
+      dtype: of the parameters, 'float32' or 'bfloat16'; '': as stored in formats of clip_jax, float32 for others.
     """
+    if dtype:
+        configs.check_name("dtype", dtype, ("float32", "bfloat16"))
     if len(heads) not in (0, 2):
         raise ValueError(f"heads: expected two numbers, of the image and of the text tower, got {heads!r}")
     if model:
         configs.check_name("model", model, configs.MODELS)
     if activation:
         configs.check_name("activation", activation, ("quick_gelu", "gelu", "gelu_tanh"))
-    weights = _read(_existing(path), model, activation, prefix, _known_heads(heads, like))
+    weights = _read(_existing(path), model, activation, prefix, _known_heads(heads, like), preprocess, dtype)
+    for tower, size in (("image", image_size), ("text", context_length)):
+        if tower not in weights.params and (size or not one_tower):
+            raise ValueError(
+                f"{path}: expected weights of both towers, got none of the {tower} tower; clip_jax.load reads one tower"
+                " alone, without image_size or context_length of the other"
+            )
     resized, params = positions.resize(weights.config.model, weights.params, image_size, context_length)
-    config = dataclasses.replace(weights.config, model=resized)
+    old_size, new_size = weights.config.model.image.image_size, resized.image.image_size
+    spec = weights.config.preprocess.scaled(old_size, new_size)
+    config = dataclasses.replace(weights.config, model=resized, preprocess=spec)
     if isinstance(tokenizer, str) and tokenizer:
         name = "huggingface" if tokenizer.endswith(".json") else "sentencepiece"
         tokenizer = dataclasses.replace(configs.tokenizer_of(resized), name=name, path=tokenizer)
@@ -84,7 +107,15 @@ def _existing(path: str | os.PathLike[str]) -> pathlib.Path:
     return directory.model_folder(local)
 
 
-def _read(path: pathlib.Path, model: str, activation: str, prefix: str, heads: Heads) -> Weights:
+def _read(
+    path: pathlib.Path,
+    model: str,
+    activation: str,
+    prefix: str,
+    heads: Heads,
+    preprocess: Preprocess | str,
+    dtype: str,
+) -> Weights:
     params, stored = formats.read(path)
     if stored is not None:
         _check_no_heads(heads, path)
@@ -93,16 +124,25 @@ def _read(path: pathlib.Path, model: str, activation: str, prefix: str, heads: H
         if model and configs.MODELS[model] != stored.model:
             raise ValueError(f"model={model!r}: expected the architecture in {path}, got another; omit model")
         _check_shapes(path, params, stored.model)
-        config, kind = stored, f"clip_jax {formats.detect(path)}"
+        spec = config_files.given_preprocess(preprocess, stored.model) if preprocess else stored.preprocess
+        config, kind = dataclasses.replace(stored, preprocess=spec), f"clip_jax {formats.detect(path)}"
+        params = conversion.cast(params, dtype)
     else:
         file = directory.weight_file(path) if path.is_dir() else path
         naming, tensors, found_prefix = detect_naming(params, os.fspath(file), prefix)
-        config = None if model else _config_of_directory(file)
+        config = None if model else _config_of_directory(file, naming, preprocess)
         if config or model:
             _check_no_heads(heads, path)
-        config = config or _config_of_tensors(file, tensors, naming, model, activation, heads)
+        config = config or _config_of_tensors(file, tensors, naming, model, activation, heads, preprocess)
         _check_logit_scale(file, tensors, naming)
-        params = conversion.params_from_tensors(config.model, tensors, naming.table, os.fspath(file))
+        tower = ""
+        if missing := missing_tower(tensors, naming.table):
+            tower = "text" if missing == "image" else "image"
+            found = one_tower_architecture(config.model, tensors, naming.table, missing)
+            config = dataclasses.replace(config, model=found)
+        params = conversion.params_from_tensors(
+            config.model, tensors, naming.table, os.fspath(file), tower=tower, dtype=dtype
+        )
         kind = f"{naming.title} names, {formats.detect(file)}" + (f", below {found_prefix!r}" if found_prefix else "")
     _check_finite(path, params)
     architecture = configs.with_activation(config.model, activation) if activation else config.model
@@ -198,28 +238,27 @@ def read_tower(path: str | os.PathLike[str], tower: str, model: Architecture) ->
         else:
             sizes = {"context_length": tensors[naming.table["text/positional_embedding"].name].shape[-2]}
         stored = dataclasses.replace(model, **{tower: dataclasses.replace(expected, **sizes)})
-        params = conversion.params_from_tensors(stored, tensors, naming.table, os.fspath(local), tower=tower)
+        params = conversion.params_from_tensors(
+            stored, tensors, naming.table, os.fspath(local), tower=tower, ignore_others=True
+        )
     size, length = (model.image.image_size, 0) if tower == "image" else (0, model.text.context_length)
     _, params = positions.resize(stored, params, size, length)
     return {key: params[key] for key in (tower, *(["batch_stats"] if tower == "image" else [])) if key in params}
 
 
-def _config_of_directory(file: pathlib.Path) -> WeightsConfig | None:
+def _config_of_directory(file: pathlib.Path, naming: Naming, given: Preprocess | str) -> WeightsConfig | None:
     """Return the configuration by the config files in the directory of a weight file; None without one."""
-    folder = file.parent
-    if (config := folder / "open_clip_config.json").is_file() and file.name.startswith("open_clip"):
-        content = _json(config)
-        model = open_clip.architecture(content.get("model_cfg", content), os.fspath(config))
-        preprocess = open_clip.preprocess(content.get("preprocess_cfg") or {})
-    elif (config := folder / "config.json").is_file():
-        content, processor = None, folder / "preprocessor_config.json"
-        model = huggingface.architecture(_json(config), os.fspath(config))
-        preprocess = huggingface.preprocess(_json(processor) if processor.is_file() else {}, model)
-    else:
+    config = config_files.find(file.parent, naming.config_file)
+    if config is None:
         return None
-    tokenizer, tokenizer_file = _tokenizer(model, folder)
-    if content is not None and tokenizer.name != "clip_bpe":
-        tokenizer = open_clip.tokenizer(tokenizer, content)
+    model = config_files.architecture(config)
+    preprocess = config_files.given_preprocess(given, model) if given else config_files.preprocess(config, model)
+    if preprocess is None:
+        preprocess = dataclasses.replace(configs.preprocess_of(model), implementation="huggingface")
+    preprocess = preprocess if given else directory.restored(file.parent, preprocess)
+    tokenizer, tokenizer_file = _tokenizer(model, file.parent)
+    if config.name == config_files.OPEN_CLIP and tokenizer.name != "clip_bpe":
+        tokenizer = open_clip.tokenizer(tokenizer, config_files.read_json(config))
     return WeightsConfig(model, tokenizer, preprocess, tokenizer_file=tokenizer_file)
 
 
@@ -233,10 +272,12 @@ def _config_of_tensors(
     model: str,
     activation: str,
     heads: Heads,
+    given_preprocess: Preprocess | str,
 ) -> WeightsConfig:
     """Return the configuration of the named model, or by the shapes of the tensors."""
     if model:
         architecture = configs.MODELS[model]
+        architecture = configs.with_activation(architecture, activation) if activation else architecture
     else:
         code = torchscript_code(file)  # of archives such as OpenAI's, whose `build_model` has heads of 64
         heads = dataclasses.replace(heads, width=_OPENAI_HEAD_WIDTH) if code else heads
@@ -250,10 +291,27 @@ def _config_of_tensors(
                 " (LAION, DataComp and most others), or the model, e.g. model='vit_b32'"
             )
         architecture = configs.with_activation(architecture, activation)
-    preprocess = configs.SIGLIP_PREPROCESS if architecture.logit_bias or naming.siglip else Preprocess()
-    preprocess = dataclasses.replace(preprocess, implementation="openai")
+    preprocess = _preprocess_of_tensors(file, naming, architecture, given_preprocess)
     tokenizer, tokenizer_file = _tokenizer(architecture, file.parent)
     return WeightsConfig(architecture, tokenizer, preprocess, tokenizer_file=tokenizer_file)
+
+
+def _preprocess_of_tensors(
+    file: pathlib.Path, naming: Naming, model: Architecture, given: Preprocess | str
+) -> Preprocess:
+    """Return the given preprocessing, that of a config file in the directory, or that of the published weights."""
+    config = config_files.find(file.parent, naming.config_file)
+    if not given and config is not None and (found := config_files.preprocess(config, model)):
+        return directory.restored(file.parent, found)
+    names = ("siglip",) if naming.siglip else configs.preprocess_names(model)
+    if torchscript_code(file):  # an archive such as OpenAI's
+        names = ("openai",)
+    if not given and len(names) > 1:
+        raise ValueError(
+            f"{file}: expected the preprocessing, in which the published weights of this model differ, got none; give"
+            f" preprocess={' or '.join(map(repr, names))}, or the weights' config file"
+        )
+    return config_files.given_preprocess(given or names[0], model)
 
 
 def _tokenizer(model: Architecture, folder: pathlib.Path) -> tuple[TokenizerConfig, bytes]:
@@ -272,13 +330,3 @@ def _tokenizer(model: Architecture, folder: pathlib.Path) -> tuple[TokenizerConf
         if (folder / name).is_file():
             return dataclasses.replace(config, name=kind, path=name), (folder / name).read_bytes()
     return config, b""
-
-
-def _json(file: pathlib.Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: expected JSON, got {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: expected a JSON object, got {type(content).__name__}")
-    return content
