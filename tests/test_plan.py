@@ -64,6 +64,7 @@ def test_command_exits_with_3_if_the_program_does_not_fit():
             "expected one compiled program, of a TPU",
         ),
         (["--topology=v5e-8", "--loss_only", "--dump_hlo=/no/such/x"], "there is no such folder"),
+        (["--topology=v5e-8", "--loss_only", "--dump_hlo=/tmp"], "--dump_hlo=/tmp: expected a file, got a directory"),
     ],
 )
 def test_command_reports_invalid_arguments_in_one_line(arguments, message):
