@@ -42,14 +42,16 @@ def start(*arguments, process=0, processes=1, port=0, tiny=False):
 
 
 def run(*arguments, processes=1, code=0, tiny=False, second=(), seconds=240):
-    """Return stdout and stderr of each process. second: additional flags of the second process."""
+    """Return stdout and stderr of each process. second: flags of the second process, instead of or besides the others."""
+    names = tuple(flag.partition("=")[0] + "=" for flag in second)
+    others = [flag for flag in map(str, arguments) if not flag.startswith(names)] if second else arguments
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     with contextlib.ExitStack() as stack:
         started = [
-            start(*arguments, *second * (i == 1), process=i, processes=processes, port=port, tiny=tiny)
-            for i in range(processes)
+            start(*flags, process=i, processes=processes, port=port, tiny=tiny)
+            for i, flags in enumerate([arguments, *[[*others, *second]] * (processes - 1)])
         ]
         for process in started:
             stack.callback(process.kill)
