@@ -42,7 +42,7 @@ def start(*arguments, process=0, processes=1, port=0, tiny=False):
 
 
 def run(*arguments, processes=1, code=0, tiny=False, second=(), seconds=240):
-    """Return stdout and stderr of each process. second: flags of the second process, instead of or besides the others."""
+    """Return stdout and stderr of each process. second: flags that the other processes have instead or in addition."""
     names = tuple(flag.partition("=")[0] + "=" for flag in second)
     others = [flag for flag in map(str, arguments) if not flag.startswith(names)] if second else arguments
     with socket.socket() as probe:
