@@ -66,6 +66,26 @@ def report(directory):
     return json.loads((directory / "report.json").read_text())
 
 
+def flat_image(value, form="PNG"):
+    """Return an encoded image whose red channel has one value, see `value_of`."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (value, 0, 0)).save(file, form)
+    return file.getvalue()
+
+
+def pixels_of(image):
+    return np.asarray(Image.open(io.BytesIO(image)))
+
+
+def value_of(image):
+    return pixels_of(image)[0, 0, 0]
+
+
+def write_text(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
 def png_image(seed, pixels=24):
     """Return a PNG of random colored squares."""
     colors = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
