@@ -83,7 +83,7 @@ TESTS = {
     ),
     "clip_jax/interop/msgpack": ("test_msgpack.py",),
     "clip_jax/interop/name_tables": ("test_naming.py", "test_state_dicts.py", "test_big_vision.py"),
-    "clip_jax/interop/naming": ("test_naming.py", "test_state_dicts.py"),
+    "clip_jax/interop/naming": ("test_naming.py", "test_state_dicts.py", "test_big_vision.py"),
     "clip_jax/interop/npz": ("test_big_vision.py", "contracts/test_formats.py"),
     "clip_jax/interop/positions": ("test_reading.py",),
     "clip_jax/interop/reading": ("test_reading.py", "test_state_dicts.py"),
