@@ -217,6 +217,11 @@ def test_tied_positives_alone_have_an_average_precision_of_1():
     assert METRICS["map"](Predictions(scores, targets)) == 1
 
 
+def test_rows_without_a_length_are_nan():
+    assert np.isnan(ranking.unit(np.array([[0.0, 0], [1e-200, 0], [np.inf, 1]]))).all()  # the second underflows
+    np.testing.assert_array_equal(ranking.unit(np.array([[3.0, 4]])), np.float32([[0.6, 0.8]]))
+
+
 def test_a_positive_without_a_finite_score_is_last_also_by_index():
     candidates = np.array([[1.0, 0], [0, 1], [np.nan, 0]], np.float32)
     found = ranking.ranks(candidates[:1], candidates, (np.array([0]), np.array([2])))
