@@ -268,12 +268,12 @@ def report(session: WorkDB) -> int:
     for item, result in session.completed_work_items:
         module = item.mutations[0].module_path
         status = "killed" if _is_killed(result) else "equivalent" if _is_equivalent(module, result.diff) else "survived"
-        counts[_prefix(str(module))][status] += 1
+        counts[str(module.parent)][status] += 1
         if status == "survived":
             survivors.append(result.diff)
     print(*survivors, sep="\n\n")
     total = sum(counts.values(), collections.Counter())
-    print("| modules | mutants | killed | equivalent | survived |\n|---|---|---|---|---|")
+    print("| package | mutants | killed | equivalent | survived |\n|---|---|---|---|---|")
     for name, count in [*sorted(counts.items()), ("all", total)]:
         print(f"| `{name}` | {count.total()} | {count['killed']} | {count['equivalent']} | {count['survived']} |")
     fraction = total["killed"] / max(1, total["killed"] + total["survived"])
