@@ -92,7 +92,10 @@ TESTS = {
         "contracts/test_formats.py",
         "test_reading.py",
     ),
-    "clip_jax/interop/torch_": ("test_torch_file.py",),
+    "clip_jax/interop/torch_": (
+        "test_torch_file.py",
+        "test_reading.py::test_unknown_files_are_refused_with_the_known_formats",
+    ),
 }
 # Tests that are marked slow, for the mutants that survive the others.
 SLOW = {
