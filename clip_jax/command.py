@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import itertools
 import logging
@@ -17,6 +16,7 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 from clip_jax import config as configs
+from clip_jax import paths
 
 FINISHED, FAILED, REFUSED = 0, 1, 2
 
@@ -74,7 +74,9 @@ def run(
             _import_modules(_MODULES.value)
             code = main(argv[1:])
         except refused as error:
-            _exit(REFUSED, _sentence(error), leave, with_traceback=bool(os.environ.get("CLIP_JAX_TRACEBACK")))
+            _exit(
+                REFUSED, paths.error_sentence(error), leave, with_traceback=bool(os.environ.get("CLIP_JAX_TRACEBACK"))
+            )
         except Exception as error:  # noqa: BLE001
             _exit(FAILED, f"{type(error).__name__}: {error}", leave, with_traceback=True)
         sys.exit(code)
@@ -137,8 +139,8 @@ def _unknown_key(argv: list[str]) -> str:
         return ""
     finally:
         sys.argv = original
-    known, schema = configs.flatten(tree), configs.flatten(dataclasses.asdict(configs.Config()))
-    known = dict.fromkeys(key for key in (*schema, *known) if key in known)  # a ConfigDict is sorted by name
+    known = configs.flatten(tree)
+    known = dict.fromkeys(key for key in (*configs.schema_keys(), *known) if key in known)  # a ConfigDict is sorted
     sections = {key[:dot] for key in known for dot in range(len(key)) if key[dot] == "."}
     return next((configs.unknown_key(key, known) for key in keys if key not in known.keys() | sections), "")
 
@@ -157,13 +159,6 @@ def _set_up_logging(level: int) -> None:
     )
     for library in ("absl", "jax", "orbax", "tensorflow", "fontTools"):
         logging.getLogger(library).setLevel(level)
-
-
-def _sentence(error: Exception) -> str:
-    """Return the message of an error; of the operating system's, with the path in front."""
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror.lower()}; give another path, or make room or change permissions"
-    return str(error)
 
 
 def _innermost_message(error: BaseException) -> str:

@@ -90,4 +90,4 @@ def _check_names(config: configs.Config) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main, refused=(ValueError,), leave=os._exit)
+    command.run(main, refused=(ValueError, PermissionError, NotADirectoryError, IsADirectoryError), leave=os._exit)

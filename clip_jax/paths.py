@@ -66,6 +66,13 @@ def check_output(name: str, path: str | os.PathLike[str], kinds: Sequence[str] =
         raise ValueError(f"{name}={os.fspath(path)}: expected a directory with write permission, got {folder} without")
 
 
+def error_sentence(error: Exception) -> str:
+    """Return the message of an error; of the operating system's, with the path in front."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror.lower()}; give another path, or make room or change permissions"
+    return str(error)
+
+
 @contextlib.contextmanager
 def errors_naming(path: str | os.PathLike[str]) -> Iterator[None]:
     """Name `path` in errors of the operating system, not a temporary file or nothing."""

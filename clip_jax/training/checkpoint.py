@@ -11,8 +11,10 @@ Guarantees that Orbax alone does not give, as measured:
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
+import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -53,6 +55,7 @@ class Checkpoints:
 
         Raises:
           SaveFailed: the directory is not writable.
+          PermissionError: a checkpoint may not be read by this user.
         """
         # Orbax accepts absolute paths only, and raises for others at the first save; URLs are absolute.
         self.directory = epath.Path(directory if is_url(directory) else os.path.abspath(directory))
@@ -62,6 +65,7 @@ class Checkpoints:
                 check_writable(self.directory, suffix=f"-{jax.process_index()}")
             except Exception as error:
                 raise SaveFailed(f"cannot write to {self.directory}: {error}; choose another --workdir") from error
+        _check_readable(self.directory, "*")  # Orbax ignores a directory whose files it can't see, or removes it
         policies = [checkpoint_managers.LatestN(keep)]
         if keep_every_steps:
             policies.append(checkpoint_managers.EveryNSteps(keep_every_steps))
@@ -108,6 +112,7 @@ class Checkpoints:
 
         Raises:
           ValueError: an intact checkpoint belongs to another model.
+          PermissionError: a file of a checkpoint may not be read by this user.
           RuntimeError: every checkpoint is damaged.
         """
         damaged = []
@@ -115,6 +120,7 @@ class Checkpoints:
             try:
                 state, info = self._read(found, abstract_state)
             except _Damaged as error:
+                _check_readable(self.directory, f"{found}/**/*")
                 damaged.append(f"{found} ({error})")
                 if not self._read_only:
                     self._rename_damaged(found)
@@ -195,6 +201,15 @@ def _leaf_fingerprint(x: Array) -> UInt32[Array, ""]:
 
 class _Damaged(Exception):
     """A checkpoint that cannot be read, or whose fingerprint differs."""
+
+
+def _check_readable(directory: epath.Path, pattern: str) -> None:
+    """Raise PermissionError for a local file or directory that this user may not read: it is not damaged."""
+    if is_url(directory):
+        return
+    for path in sorted(pathlib.Path(directory).glob(pattern)):  # a directory precedes its files
+        if os.path.exists(path) and not os.access(path, os.R_OK | os.X_OK if path.is_dir() else os.R_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
 @contextlib.contextmanager

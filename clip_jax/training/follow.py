@@ -13,7 +13,7 @@ from clip_jax.config import WeightsConfig
 from clip_jax.devices import distributed
 from clip_jax.training import run_weights
 from clip_jax.training.checkpoint import Checkpoints
-from clip_jax.training.workdir import stored_config
+from clip_jax.training.workdir import CHECKPOINTS, stored_config
 from clip_jax.typing import Params
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def follow(
     newest = NONE
     while True:
         finished = (workdir / REPORT).exists()  # read before the steps: then all checkpoints of the run are listed
-        checkpoints = Checkpoints(workdir / run_weights.CHECKPOINTS, read_only=True)
+        checkpoints = Checkpoints(workdir / CHECKPOINTS, read_only=True)
         new = [at for at in checkpoints.steps() if at > newest and at not in evaluated]
         # Hosts may see different states of a network file system, and must take the same branch.
         at, finished = distributed.from_main_process(min(new, default=NONE), finished)

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from clip_jax.config import Architecture, Config, InitConfig, TeacherConfig
 from clip_jax.interop import positions, reading
 from clip_jax.models import Model
+from clip_jax.paths import error_sentence
 from clip_jax.tokenizers import make_tokenizer
 from clip_jax.training import step, workdir
 from clip_jax.training.step import TrainState
@@ -116,8 +117,8 @@ def _read(section: InitConfig | TeacherConfig, config: Config, name: str) -> rea
 def _named_errors(name: str) -> Iterator[None]:
     try:
         yield
-    except (FileNotFoundError, ValueError) as error:
-        raise ValueError(f"{name}: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name}: {error_sentence(error)}") from error
 
 
 def _check_same(stored: Config, config: Config, message: str) -> None:

@@ -19,7 +19,6 @@ from clip_jax.interop.formats import FORMATS, Format
 from clip_jax.training import workdir
 from clip_jax.typing import Params
 
-CHECKPOINTS = "checkpoints"  # directory in the workdir, with one directory per step
 _TOTAL_STEPS = 2**31  # the state has the same shapes for any number of steps
 
 
@@ -61,11 +60,13 @@ def read(path: pathlib.Path) -> tuple[Params, WeightsConfig]:
     directory, step = place
     config = workdir.stored_config(epath.Path(directory))
     mesh = sharding.make_mesh()
-    checkpoints = Checkpoints(directory / CHECKPOINTS, read_only=True)
+    checkpoints = Checkpoints(directory / workdir.CHECKPOINTS, read_only=True)
     restored = checkpoints.restore(abstract_state(config, mesh), step)
     if restored is None:
         found = ", ".join(map(str, checkpoints.steps())) or "none"
-        raise ValueError(f"{path}: expected an intact checkpoint in {directory / CHECKPOINTS}, got steps {found}")
+        raise ValueError(
+            f"{path}: expected an intact checkpoint in {directory / workdir.CHECKPOINTS}, got steps {found}"
+        )
     checkpoints.close()
     state, _ = restored
     source = f"clip_jax run {directory.name}, step {int(state.step)}"
@@ -75,9 +76,11 @@ def read(path: pathlib.Path) -> tuple[Params, WeightsConfig]:
 def _split(path: pathlib.Path) -> tuple[pathlib.Path, int | None] | None:
     """Return the workdir and the step of a path, or None if it is not of a run. The step is None for a workdir."""
     path = path.absolute()
-    one_step = path.parent.name == CHECKPOINTS and path.name.isdecimal()
+    one_step = path.parent.name == workdir.CHECKPOINTS and path.name.isdecimal()
     directory = path.parents[1] if one_step else path
-    if not (path.is_dir() and (directory / CHECKPOINTS).is_dir() and (directory / workdir.VERSIONS_FILE).is_file()):
+    if not (
+        path.is_dir() and (directory / workdir.CHECKPOINTS).is_dir() and (directory / workdir.VERSIONS_FILE).is_file()
+    ):
         return None
     return directory, int(path.name) if one_step else None
 

@@ -12,6 +12,7 @@ from clip_jax.provenance import versions
 
 CONFIG_FILE = "config.json"
 VERSIONS_FILE = "versions.json"
+CHECKPOINTS = "checkpoints"  # directory in the workdir, with one directory per step
 
 
 def to_path(path: str, flag: str) -> epath.Path:
@@ -32,7 +33,7 @@ def check_writable(directory: epath.Path, suffix: str = "") -> None:
 
 def check_outputs(workdir: epath.Path, export: str | None) -> None:
     """Raise ValueError if --workdir or --export is not writable."""
-    outputs = [("--workdir", workdir, workdir)]
+    outputs = [("--workdir", workdir, workdir), ("--workdir", workdir, workdir / CHECKPOINTS)]
     if export is not None:
         file = to_path(export, "--export")
         if not file.name or file.is_dir():

@@ -76,6 +76,8 @@ class Concept:
 class EmojiSource(TFRecordSource):
     """Images and captions: 'name', 'alias', 'keyword', 'name_de' etc.; 'txt' is the name, as in img2dataset."""
 
+    check_files = None  # `data.files` is not read: the shards are rendered
+
     def __init__(
         self,
         cache_dir: str,
@@ -263,16 +265,30 @@ def _require_packages() -> list[str]:
 
 
 def _rendered(cache: Path, vendor: str) -> Path:
+    """Return the folder of a vendor's shards, in a cache that is not writable a temporary one, removed at exit."""
+    try:
+        return _render_shards(cache, vendor)
+    except OSError as error:
+        log.warning("%s: not cached: %s", cache, error)
+        return _render_shards(Path(_temporary_folder().name), vendor)
+
+
+@functools.cache
+def _temporary_folder() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="clip_jax-emoji-")
+
+
+def _render_shards(cache: Path, vendor: str) -> Path:
     """Return the folder of a vendor's shards, rendering it first if necessary; safe in concurrent processes."""
     content = "\n".join([f"version {VERSION}", NOTO, *_require_packages()])
     root = cache / f"emoji-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
     folder = root / vendor
     if folder.is_dir():
         return folder
-    images = VENDORS[vendor]()
     root.mkdir(parents=True, exist_ok=True)
     working = Path(tempfile.mkdtemp(prefix=f".{vendor}-", dir=root))
     try:
+        images = VENDORS[vendor]()
         _write_shards(working, vendor, images)
         (working / "ATTRIBUTION.txt").write_text(ATTRIBUTION, encoding="utf-8")
         os.replace(working / "ATTRIBUTION.txt", root / "ATTRIBUTION.txt")
