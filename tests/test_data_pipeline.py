@@ -406,6 +406,12 @@ def test_absent_empty_and_zero_weight_features_are_ignored():
     assert set(_caption_grid({"txt": ("",), "caption": (" a dog\0 ",), "alt": ("never",)}, weights)) == {"a dog"}
 
 
+@pytest.mark.parametrize("text", ["\ufeffa dog", "\ufeff a dog\n", "a\ufeff dog"])
+def test_byte_order_mark_is_no_part_of_a_caption(text):
+    """SentencePiece and tokenizer.json made a token of it; a caption of it alone is empty."""
+    assert _caption_grid({"txt": (text, "\ufeff")}, {"txt": 1.0}) == ["a dog"] * 1000
+
+
 def test_caption_of_an_example_changes_with_the_epoch():
     record = Record("k", _png(0), {"txt": tuple("abcdefghijklmnop")})
     ids = take(ListSource([record] * 8), 2, config=TOLERANT)

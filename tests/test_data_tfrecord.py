@@ -202,6 +202,16 @@ def test_globs_braces_and_lists_give_the_same_shards(tmp_path):
         assert tfrecord.expand_files(files) == paths
 
 
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_leftovers_of_macos_are_no_shards(shard, scheme):
+    """`._00000.tfrecord` matched `*.tfrecord` of an object store, and was logged as a damaged shard."""
+    for name in (f"._{shard.name}", "__MACOSX"):
+        (shard.parent / name).write_bytes(b"resource fork")
+    assert tfrecord.expand_files(f"{scheme}{shard.parent}/*.tfrecord") == [f"{scheme}{shard}"]
+    hidden = f"{scheme}{shard.parent}/._*.tfrecord"
+    assert tfrecord.expand_files(hidden) == [f"{scheme}{shard.parent}/._{shard.name}"]
+
+
 ERRORS = {
     "": "data.files, which is empty; give e.g. '/data/cc3m/",
     "/nowhere/*.tfrecord": "'/nowhere/\\*.tfrecord' matches no file.*a.tfrecord,b.tfrecord",

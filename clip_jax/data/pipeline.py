@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -217,7 +218,8 @@ def choose_caption(
 
 
 def _clean(text: str) -> str:
-    return text[:MAX_CAPTION_CHARACTERS].replace("\0", "").strip()
+    """Return a caption without NUL, byte order marks (of files from Windows) and surrounding white space."""
+    return re.sub("[\0\ufeff]", "", text[:MAX_CAPTION_CHARACTERS]).strip()
 
 
 def _fetch_op(fetch: Fetch, length: int, example_ids: tf.Tensor, epochs: tf.Tensor) -> tuple[tf.Tensor, ...]:

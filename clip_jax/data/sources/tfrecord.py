@@ -203,8 +203,10 @@ def _expand_braces(pattern: str) -> list[str]:
 
 
 def _glob(path: str) -> list[str]:
+    """Return the files of a pattern, without hidden ones such as macOS's `._00000.tfrecord`, in any store."""
     if is_url(path):
-        return sorted(tf.io.gfile.glob(path))
+        hidden = os.path.basename(path).startswith(".")
+        return sorted(x for x in tf.io.gfile.glob(path) if hidden or not os.path.basename(x).startswith("."))
     if glob.has_magic(path) and not os.path.exists(path):
         return sorted(glob.glob(path, recursive=True))
     return [path] if os.path.isfile(path) else []
