@@ -19,19 +19,21 @@ def _unit_rows(*shape: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ["softmax", "sigmoid"])
-def test_dense_reference_equals_the_pseudocode_of_the_paper(name):
-    """In float64, by loops over pairs."""
+@pytest.mark.parametrize("copies", [1, 3], ids=["distinct", "equal_captions"])
+def test_dense_reference_equals_the_pseudocode_of_the_paper(name, copies):
+    """In float64, by loops over pairs; of equal captions, each is a match."""
     image, text = _unit_rows(2, 16, 12)
-    logits = 14.3 * image @ text.T - 4
-    if name == "softmax":
-        rows = [np.log(np.exp(row - row[i]).sum()) for i, row in enumerate(logits)]
-        columns = [np.log(np.exp(column - column[i]).sum()) for i, column in enumerate(logits.T)]
-        expected = (np.mean(rows) + np.mean(columns)) / 2
-    else:
-        pairs = [(1 if i == j else -1) * logits[i, j] for i in range(16) for j in range(16)]
-        expected = sum(np.log1p(np.exp(-pair)) for pair in pairs) / 16
+    logits, ids = 14.3 * image @ text.T - 4, [i // copies for i in range(16)]
+    expected = 0.0
+    for i in range(16):
+        for scores in (logits[i], logits[:, i]) if name == "softmax" else ():  # a row, a column
+            matches = sum(np.exp(score) for score, j in zip(scores, ids, strict=True) if j == ids[i])
+            expected -= np.log(matches / np.exp(scores).sum()) / 32
+        for score, j in zip(logits[i], ids, strict=True) if name == "sigmoid" else ():
+            expected += np.log1p(np.exp(-score if j == ids[i] else score)) / 16
     with jax.enable_x64(True):
-        value = LOSSES[name]().dense(*map(jnp.asarray, (image, text, 14.3, -4.0, np.eye(16, dtype=bool))))
+        matches = np.equal.outer(ids, ids)
+        value = LOSSES[name]().dense(*map(jnp.asarray, (image, text, 14.3, -4.0, matches)))
         np.testing.assert_allclose(value, expected, rtol=1e-12)
 
 
