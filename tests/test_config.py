@@ -6,6 +6,7 @@ After an intended change of a config, run `PYTHONPATH=. python tests/test_config
 import dataclasses
 import math
 import pathlib
+import re
 import runpy
 import sys
 import typing
@@ -132,6 +133,8 @@ def test_value_that_is_no_number_is_rejected(number, bad):
     ("tree", "message"),
     [
         ({"trian": {}}, "no key 'trian'; did you mean 'train'"),
+        ({"train": {"nosuch": 1}}, r"no key 'train\.nosuch' \(keys here: batch_size, "),
+        ({"train": {"warmup": 1}}, r"no key 'train\.warmup'; did you mean 'optim\.warmup_steps'"),
         ({"batch_size": 8}, r"no key 'batch_size'; did you mean 'train\.batch_size'"),
         ({"optim": {"lr": 1e-3}}, r"no key 'optim\.lr'; did you mean 'optim\.learning_rate'"),
         ({"optim": {"wd": 0.1}}, r"no key 'optim\.wd'; did you mean 'optim\.weight_decay'"),
@@ -308,6 +311,28 @@ def resolve(devices=8, processes=1, examples=None, train=None, **rest):
 def test_resolve_rejects_inconsistent_configs_with_the_key(arguments, message):
     with pytest.raises(ValueError, match=message):
         resolve(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("key", "changes", "needed"),
+    [
+        ("loss.logit_bias_init=-5.0", {"loss": {"logit_bias_init": -5.0}}, "model.logit_bias=True"),
+        ("optim.eps=1e-08", {"optim": {"name": "lion", "eps": 1e-8}}, "optim.name='adamw'"),
+        ("optim.stochastic_rounding=False", {"optim": {"stochastic_rounding": False}}, "a half-precision optim"),
+        ("optim.no_weight_decay='x'", {"optim": {"no_weight_decay": "x", "weight_decay": 0}}, "optim.weight_decay"),
+        (
+            "train.text_capacity=0.5",
+            {"train": {"text_capacity": 0.5}, "model": {"text": {"kind": "transformer", "pool": "last"}}},
+            "a causal text tower",
+        ),
+        ("eval.baselines_dataset='digits'", {"eval": {"baselines_dataset": "digits"}}, "a task of eval.tasks with"),
+        ("init.preprocess='openai'", {"init": {"preprocess": "openai"}}, "init.weights: set it, or init.preprocess=''"),
+        ("teacher.weight=2.0", {"teacher": {"weight": 2.0}}, "teacher.weights"),
+    ],
+)
+def test_value_without_effect_is_refused(key, changes, needed):
+    with pytest.raises(ValueError, match=re.escape(f"{key} has no effect without {needed}")):
+        resolve(**changes)
 
 
 def test_batch_sizes_suggested_by_the_error_work():

@@ -61,10 +61,12 @@ def runnable(words):
     if config and "--dry_run" not in words and ":" not in config[0]:
         if any(word.startswith("--config.train.total_epochs=") for word in words):  # of the eight records
             words = [re.sub("batch_size=.*", "batch_size=8", word) for word in words]
-            words = [re.sub("epochs=.*", "epochs=2", word) for word in words] + ["--config.train.total_steps=0"]
+            words = [re.sub("epochs=.*", "epochs=10", word) for word in words] + ["--config.train.total_steps=0"]
         elif any(word.startswith("--config.train.") for word in words):
             return [*words, "--dry_run"]  # sizes of the full config
         words = [word + ":runlocal" if word in config else word for word in words]
+        if any(word.startswith("--config.data.files=") for word in words):
+            words.append("--config.data.source=tfrecord")
         if module == "clip_jax.plan":
             words.append("--config.train.batch_size=512")
     if "ViT-L-14.pt" in words:

@@ -209,11 +209,11 @@ def test_a_task_of_the_training_loop_that_the_model_does_not_support_is_skipped(
     monkeypatch.setattr(load, "load_split", lambda _, part, __: SPLITS[part])
     tasks = {"probe": EvalTask("linear_probe", "tiny"), "tiny": EvalTask("zeroshot", "tiny")}
     loaded = suite.load_suite(EvalConfig(tasks=tasks, thresholds={"linear_probe/probe/top1": 1.0}), DataConfig())
-    assert loaded.evaluate(WithoutFeatures())["zeroshot/tiny/top1"] == 1
+    results = loaded.evaluate(WithoutFeatures())
+    assert results["zeroshot/tiny/top1"] == 1
     assert "need an embedder with `features`" in loaded.skipped["probe"]
-    assert loaded.thresholds(EvalConfig(thresholds={"linear_probe/probe/top1": 1.0, "zeroshot/tiny/top1": 0.5})) == {
-        "zeroshot/tiny/top1/threshold": 0.5
-    }
+    config = EvalConfig(thresholds={"linear_probe/probe/top1": 1.0, "zeroshot/tiny/top1": 0.5})
+    assert loaded.thresholds(config, results) == {"zeroshot/tiny/top1/threshold": 0.5}
 
 
 # ------------------------------------------------------------------------------------------------------------- prompts

@@ -108,7 +108,7 @@ def test_learning_rate_0_exports_the_initial_weights(tmp_path):
     [
         (
             {"activation": "gelu"},
-            r"init\.activation='gelu' has no effect without pretrained weights: set init\.weights",
+            r"init\.activation='gelu' has no effect without init\.weights: set it, or init\.activation=''",
         ),
         ({"weights": "w.pt", "model": "vit_b23"}, r"init\.model='vit_b23' is none of .* did you mean 'vit_b32'"),
     ],

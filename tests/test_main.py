@@ -73,7 +73,13 @@ def test_repeated_flags_are_found(given, repeated):
 @pytest.mark.parametrize(
     ("section", "values", "message"),
     [
-        ("data", {"source": "tfrecord", "files": "/nowhere/*.tfrecord"}, r"'/nowhere/\*\.tfrecord' matches no file"),
+        (
+            "data",
+            {"source": "tfrecord", "files": "/nowhere/*.tfrecord", "options": {}},
+            r"'/nowhere/.*' matches no file",
+        ),
+        ("data", {"files": "/nowhere/*.tfrecord"}, "data.source='synthetic' reads no files"),
+        ("data", {"options": {"example": 1}}, "data.source='synthetic' has no option 'example'"),
         (
             "teacher",
             {"weights": "/nowhere.pt"},

@@ -19,6 +19,7 @@ from clip_jax import paths
 from clip_jax.config import MODELS
 from clip_jax.config.resolve import LOCAL_PATHS
 from clip_jax.devices import distributed
+from clip_jax.evals.suite import load_suite
 from clip_jax.training import loop, metrics, workdir
 from tests import runs
 
@@ -112,6 +113,8 @@ def test_workdir_of_another_config_is_refused(finished):
     [
         ("data", {"source": "tfrecord", "options": {}}, "data.files"),
         ("data", {"source": "tfrecord", "options": {}, "files": "/nowhere/*.tfrecord"}, "/nowhere/"),
+        ("data", {"files": "a.tfrecord"}, "data.files='a.tfrecord': data.source='synthetic' reads no files; set data"),
+        ("data", {"source": "emoji", "options": {}, "files": "a"}, "data.source='emoji' reads no files; .*'tfrecord'"),
         ("train", {"batch_size": 12}, "train.batch_size=12 does not divide over 8 devices; use 8 or 16"),
         ("train", {"total_steps": 0}, "give one of train.total_steps"),
         ("optim", {"warmup_steps": 40}, "optim.warmup_steps=40"),
@@ -174,12 +177,29 @@ def test_missing_baselines_dataset_is_refused_before_the_first_step(tiny):
             loop._load_baselines_dataset(_changed(tiny, "eval", baselines_dataset=name))
 
 
+def test_unknown_option_of_an_evaluator_is_refused_before_the_first_step(tiny):
+    task = configs.EvalTask("few_shot", "synthetic", {"shot": [1]})
+    message = r"eval\.tasks\.x\.options: evaluator 'few_shot' has no option 'shot'; its options: shots, seeds"
+    with pytest.raises(ValueError, match=message):
+        load_suite(configs.EvalConfig(tasks={"x": task}), tiny.data)
+
+
 def test_threshold_without_a_task_is_refused(tiny):
-    config = _changed(tiny, "eval", thresholds={"retrieval/shape/image_to_text/recall_at_1": 0.5})
-    with pytest.raises(ValueError, match=r"eval.thresholds: expected .* \(shapes\), got 'retrieval/shape/"):
-        configs.resolve(config, devices=8)
+    for key in ("retrieval/shape/image_to_text/recall_at_1", "zeroshot/shapes/top1", "retrieval/shapes"):
+        config = _changed(tiny, "eval", thresholds={key: 0.5})
+        with pytest.raises(ValueError, match=rf"eval.thresholds: expected .* \(retrieval/shapes/\), got '{key}'"):
+            configs.resolve(config, devices=8)
     valid = _changed(tiny, "eval", thresholds={"retrieval/shapes/image_to_text/recall_at_1": 0.5})
     assert configs.resolve(valid, devices=8).total_steps == 40
+
+
+def test_threshold_without_a_metric_is_logged(tiny, caplog):
+    """It was stored in the report and neither passed nor missed."""
+    keys = [f"retrieval/shapes/image_to_text/{name}" for name in ("recall_at_1", "recal_at_5")]
+    config = dataclasses.replace(tiny.eval, thresholds=dict.fromkeys(keys, 0.5))
+    results = {f"retrieval/shapes/image_to_text/recall_at_{k}": 0.3 for k in (1, 5)}
+    assert load_suite(tiny.eval, tiny.data).thresholds(config, results) == {f"{keys[0]}/threshold": 0.5}
+    assert f"no metric '{keys[1]}'; did you mean 'retrieval/shapes/image_to_text/recall_at_5'?" in caplog.text
 
 
 def test_wrong_vocabulary_size_is_refused(tiny, tmp_path):

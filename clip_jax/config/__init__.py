@@ -9,6 +9,7 @@ from clip_jax.config.build import (
     flatten,
     from_config_dict,
     from_json,
+    schema_keys,
     to_config_dict,
     to_json,
     unknown_key,

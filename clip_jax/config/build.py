@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import typing
@@ -85,6 +86,12 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+@functools.cache
+def schema_keys() -> tuple[str, ...]:
+    """Return the dotted keys of the default config, in order of definition."""
+    return tuple(flatten(dataclasses.asdict(Config())))
+
+
 def check_name(key: str, name: object, names: Iterable[str]) -> None:
     """Raise ValueError if `name`, the value of a config key, is none of `names`, the keys of a registry."""
     if name not in (names := list(names)):
@@ -111,20 +118,25 @@ def unknown_key(key: str, keys: Iterable[str]) -> str:
     "config has no key 'optim.lr'; did you mean 'optim.learning_rate'?"
     >>> unknown_key("batch_size", ["optim.learning_rate", "train.batch_size"])
     "config has no key 'batch_size'; did you mean 'train.batch_size'?"
+    >>> unknown_key("train.nosuch", ["train.batch_size", "data.source"])
+    "config has no key 'train.nosuch'"
     """
     keys, (section, _, name) = list(keys), key.rpartition(".")
     siblings = {x.rpartition(".")[2]: x for x in keys if x.rpartition(".")[0] == section}
     others = {x.rpartition(".")[2]: x for x in reversed(keys)}  # the first of equal names
-    nearest = name if name in others else _nearest(name, siblings) or _nearest(name, others)
+    nearest = name if name in others else _nearest(name, siblings) or _nearest(name, others, cutoff=0.65)
     near = siblings.get(nearest) or others.get(nearest)
     return f"config has no key {key!r}" + (f"; did you mean {near!r}?" if near else "")
 
 
-def _nearest(name: str, names: Iterable[str]) -> str:
-    """Return the name that `name` abbreviates, as 'lr' for 'learning_rate', or the most similar; '' without any."""
+def _nearest(name: str, names: Iterable[str], cutoff: float = 0.5) -> str:
+    """Return the name that `name` abbreviates, as 'lr' for 'learning_rate', or the most similar; '' without any.
+
+    `cutoff` is the lowest ratio of `difflib.SequenceMatcher`: 0.67 for 'warmup' and 'warmup_steps'.
+    """
     names = list(names)
     abbreviated = [x for x in names if len(name) > 1 and name == "".join(word[:1] for word in x.split("_"))]
-    return next(iter(abbreviated or difflib.get_close_matches(name, names, n=1, cutoff=0.5)), "")
+    return next(iter(abbreviated or difflib.get_close_matches(name, names, n=1, cutoff=cutoff)), "")
 
 
 def build(hint: Any, value: Any, path: str = "") -> Any:
@@ -169,7 +181,7 @@ def _build_dataclass(cls: type, value: Any, path: str) -> Any:
     prefix = f"{path}." if path else ""
     for key in value:
         if key not in names:
-            known = [prefix + name for name in names] + list(flatten(dataclasses.asdict(Config())))
+            known = [*(prefix + name for name in names), *schema_keys()]
             raise ValueError(f"{unknown_key(prefix + key, known)} (keys here: {', '.join(names)})")
     return cls(**{key: build(hints[key], item, prefix + key) for key, item in value.items()})
 

@@ -63,7 +63,6 @@ def runlocal(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         tokenizer=schema.TokenizerConfig(),
         data=schema.DataConfig(
             source="synthetic",
-            options={"examples": 512},
             augment=schema.AugmentConfig(min_crop_area=0.5),
             cache_dir=full.data.cache_dir,
         ),

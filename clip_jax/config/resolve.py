@@ -34,12 +34,11 @@ def check_local_paths(config: Config) -> None:
 
 def _check_thresholds(config: Config) -> None:
     for key in config.eval.thresholds:
-        parts = key.split("/")
-        if len(parts) < 3 or parts[1] not in config.eval.tasks:
-            tasks = ", ".join(config.eval.tasks) or "none"
+        tasks = [f"{task.evaluator}/{name}/" for name, task in config.eval.tasks.items()]
+        if not key.startswith(tuple(tasks)):
             raise ValueError(
-                f"eval.thresholds: expected <evaluator>/<task>/<metric> with a task of eval.tasks ({tasks}),"
-                f" got {key!r}"
+                "eval.thresholds: expected <evaluator>/<task>/<metric> with a task of eval.tasks"
+                f" ({', '.join(tasks) or 'none'}), got {key!r}"
             )
 
 
@@ -75,6 +74,7 @@ def resolve(config: Config, *, devices: int, processes: int = 1, examples: int |
     if config.loss.needs_logit_bias and not config.model.logit_bias:
         raise ValueError(f"loss.name={config.loss.name!r} has a bias that the model lacks: set model.logit_bias=True")
     _check_weights(config)
+    _check_unused(config)
     if config.train.patch_dropout and not config.model.image.supports_patch_dropout:
         raise ValueError(
             f"train.patch_dropout={config.train.patch_dropout} needs patches; set it to 0, or use a ViT or a"
@@ -178,13 +178,32 @@ def _check_optimizer(optim: OptimConfig) -> None:
 
 
 def _check_weights(config: Config) -> None:
-    """Raise ValueError for an unknown `init.model` or `teacher.model`, and for keys of a section without weights."""
+    """Raise ValueError for an unknown `init.model` or `teacher.model`."""
+    for section in ("init", "teacher"):
+        if model := getattr(config, section).model:
+            check_name(f"{section}.model", model, MODELS)
+
+
+def _check_unused(config: Config) -> None:
+    """Raise ValueError for a value that is not the default and has no effect, because of the values of other keys."""
+    optim, text = config.optim, config.model.text
+    needs = {
+        "loss.logit_bias_init": ("model.logit_bias=True", config.model.logit_bias),
+        "optim.eps": ("optim.name='adamw'", optim.name == "adamw"),
+        "optim.stochastic_rounding": ("a half-precision optim.moment_dtype", optim.moment_dtype != "float32"),
+        "optim.no_weight_decay": ("optim.weight_decay", optim.weight_decay > 0),
+        "train.text_capacity": ("a causal text tower, whose captions are packed", text.supports_packing),
+        "eval.baselines_dataset": (
+            "a task of eval.tasks with the evaluator 'retrieval'",
+            any(task.evaluator == "retrieval" for task in config.eval.tasks.values()),
+        ),
+    }
     for section in ("init", "teacher"):
         value = getattr(config, section)
-        if value.model:
-            check_name(f"{section}.model", value.model, MODELS)
-        changed = differences(Config(), Config(**{section: value}))
-        if changed and not value.weights:
-            key, (_, found) = next(iter(changed.items()))
-            what = "a teacher" if section == "teacher" else "pretrained weights"
-            raise ValueError(f"{key}={found!r} has no effect without {what}: set {section}.weights")
+        for field in dataclasses.fields(value):
+            needs[f"{section}.{field.name}"] = (f"{section}.weights", bool(value.weights))
+    defaults = Config(model=config.model, loss=type(config.loss)())
+    for key, (default, found) in differences(defaults, config).items():
+        needed, satisfied = needs.get(key, ("", True))
+        if not satisfied:
+            raise ValueError(f"{key}={found!r} has no effect without {needed}: set it, or {key}={default!r}")

@@ -7,8 +7,8 @@ TensorFlow is imported here and nowhere else. To add a source, write a class in 
 * `tiny_config(folder)` returns a DataConfig of about 60 records for tests/contracts/test_sources.py; it may write to
   `folder`.
 
-A source that reads `data.files` may have a third, `check_files(config)`, which raises ValueError for files that do not
-exist, without reading them; --dry_run calls it.
+A source that reads `data.files` has a third, `check_files(config)`, which raises ValueError for files that do not
+exist, without reading them; --dry_run calls it. Other sources refuse `data.files`.
 """
 
 import contextlib
@@ -72,13 +72,29 @@ def make_source(config: DataConfig) -> DataSource:
     >>> len(source), source.read(0).captions["txt"]
     (100, ('a green square on a grey background',))
     """
+    check_options(config)
+    return SOURCES[config.source].from_config(config, **config.options)
+
+
+def check_options(config: DataConfig) -> None:
+    """Raise ValueError for an unknown source, and for an option or `data.files` that the source does not read."""
     check_name("data.source", config.source, SOURCES)
-    from_config = SOURCES[config.source].from_config
-    known = list(inspect.signature(from_config).parameters)[1:]
+    source = SOURCES[config.source]
+    known = list(inspect.signature(source.from_config).parameters)[1:]
     for name in config.options:
         if name not in known:
             raise ValueError(
                 f"data.options: data.source={config.source!r} has no option {name!r};"
                 f" its options: {', '.join(known) or 'none'}"
             )
-    return from_config(config, **config.options)
+    if config.files and not reads_files(config.source):
+        readers = ", ".join(repr(name) for name in SOURCES if reads_files(name))
+        raise ValueError(
+            f"data.files={config.files!r}: data.source={config.source!r} reads no files; set data.source to one of"
+            f" {readers}, or data.files=''"
+        )
+
+
+def reads_files(source: str) -> bool:
+    """Return whether a source of SOURCES reads `data.files`."""
+    return getattr(SOURCES[source], "check_files", None) is not None

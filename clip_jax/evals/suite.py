@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from clip_jax.config import DataConfig, EvalConfig
+from clip_jax.config import DataConfig, EvalConfig, did_you_mean
 from clip_jax.devices import distributed
 from clip_jax.devices.distributed import DATA_ERRORS
 from clip_jax.evals import EVALUATORS
@@ -143,10 +144,15 @@ class Suite:
         """Return the metrics, on the retrieval datasets, of baselines that are fitted to `train`."""
         return baselines(train, self._retrieval_datasets())
 
-    def thresholds(self, config: EvalConfig) -> dict[str, float]:
-        """Return `<metric>/threshold` of `eval.thresholds`, without the skipped tasks."""
+    def thresholds(self, config: EvalConfig, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Return `<metric>/threshold` of `eval.thresholds`, without the skipped tasks.
+
+        Logs a threshold without a metric in `metrics`, the results: it is neither passed nor missed.
+        """
         kept = {key: value for key, value in config.thresholds.items() if key.split("/")[1] not in self.skipped}
-        return {f"{key}/threshold": value for key, value in kept.items()}
+        for key in kept.keys() - metrics.keys():
+            log.warning("eval.thresholds: the run has no metric %r%s", key, did_you_mean(key, metrics))
+        return {f"{key}/threshold": value for key, value in kept.items() if key in metrics}
 
     def panels(self, embedder: Embedder) -> list[Panels]:
         """Return the report's example images, of the first two retrieval datasets."""
@@ -163,10 +169,20 @@ class Suite:
 
 
 def load_suite(config: EvalConfig, data: DataConfig) -> Suite:
-    """Load the datasets of `eval.tasks`. A dataset that is not on this machine is logged, and recorded in `skipped`."""
+    """Load the datasets of `eval.tasks`. A dataset that is not on this machine is logged, and recorded in `skipped`.
+
+    Raises ValueError for an option that the evaluator of a task does not have.
+    """
     tasks: dict[str, LoadedTask] = {}
     skipped: dict[str, str] = {}
     for name, task in config.tasks.items():
+        known = list(inspect.signature(EVALUATORS[task.evaluator]).parameters)[2:]
+        for option in task.options:
+            if option not in known:
+                raise ValueError(
+                    f"eval.tasks.{name}.options: evaluator {task.evaluator!r} has no option {option!r}; its options:"
+                    f" {', '.join(known) or 'none'}"
+                )
         try:
             dataset = load_dataset(task.dataset, LoadOptions(config.data_dir, data=data))
         except Unavailable as error:

@@ -6,7 +6,7 @@ import jax
 from etils import epath
 
 from clip_jax.config import Config, name_of, resolve
-from clip_jax.data import SOURCES
+from clip_jax.data import SOURCES, check_options, reads_files
 from clip_jax.devices import sharding
 from clip_jax.interop import hub, reading
 from clip_jax.models import count_parameters
@@ -54,8 +54,9 @@ def describe(config: Config, workdir: epath.Path) -> str:
 
 
 def _check_files(config: Config) -> None:
-    if config.data.files and (check_files := getattr(SOURCES[config.data.source], "check_files", None)):
-        check_files(config.data)
+    check_options(config.data)
+    if config.data.files:
+        SOURCES[config.data.source].check_files(config.data)
     files = {"tokenizer.path": config.tokenizer.path, "eval.data_dir": config.eval.data_dir}
     files |= {f"{section}.weights": getattr(config, section).weights for section in ("init", "teacher")}
     for key, path in files.items():
@@ -70,7 +71,7 @@ def _check_files(config: Config) -> None:
 
 
 def _missing_files(config: Config) -> str:
-    return "(give data.files for training)" if hasattr(SOURCES[config.data.source], "check_files") else ""
+    return "(give data.files for training)" if reads_files(config.data.source) else ""
 
 
 def _format_bytes(n: int) -> str:

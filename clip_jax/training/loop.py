@@ -76,7 +76,7 @@ def train(config: Config, directory: str, export: str | None = None) -> bool:
     """
     run = prepare(config, workdir.to_path(directory, "--workdir"), export)
     keep, keep_every_steps = config.checkpoint.keep, config.checkpoint.keep_every_steps
-    checkpoints = Checkpoints(run.workdir / "checkpoints", keep=keep, keep_every_steps=keep_every_steps)
+    checkpoints = Checkpoints(run.workdir / workdir.CHECKPOINTS, keep=keep, keep_every_steps=keep_every_steps)
     try:
         suite = load_suite(config.eval, config.data)
         baselines_dataset = _load_baselines_dataset(config)  # before training, so that an error ends the run
@@ -255,7 +255,7 @@ def _finish(run: Run, params: Params, suite: Suite, baselines_dataset: EvalDatas
     if distributed.is_main_process():
         if baselines_dataset is not None:
             results |= suite.baselines(baselines_dataset)
-        results |= suite.thresholds(run.config.eval)
+        results |= suite.thresholds(run.config.eval, results)
         description = {
             "attribution": suite.attribution,
             "config": dataclasses.asdict(run.config),
