@@ -107,6 +107,7 @@ $(PEERS)/.installed-peers: setup.py | $(PEERS)/bin/pip
 	@$(PEERS)/bin/pip install -qq torch==2.13.0
 	@$(PEERS)/bin/pip install -qq --no-deps torchvision==0.28.0
 	@$(PEERS)/bin/pip install -qq -e '.[test,peers]'
+	@$(PEERS)/bin/pip install -qq --no-deps $(PROMPTS)
 	@touch $@
 
 $(VENV)/bin/pip $(LOWEST)/bin/pip $(PEERS)/bin/pip:
