@@ -39,7 +39,7 @@ class Clip:
     >>> model.encode_image(images).shape, model.encode_text(["a dog", "a cat"]).shape
     ((1, 128), (2, 128))
     >>> model
-    <Clip emoji: 4,138,881 parameters, 48 px images>
+    <Clip emoji: 3,497,567 parameters, 48 px images>
     >>> model.logits(images, ["a dog", "a cat"]).shape
     (1, 2)
     >>> probabilities = model.zero_shot(images, ["dog", "cat"], ["a {}."])

@@ -211,11 +211,20 @@ class DiskCachedEmbedder:
                 row_n[index] = len(first_of) if digest not in first_of else row_n[first_of[digest]]
                 first_of.setdefault(digest, index)
                 content.update(digest)
+        _check_same_content(content.digest())
         firsts = list(first_of.values())
         name_of = getattr(images, "name_of", str)
         distinct = LazySequence(len(firsts), lambda i: images[firsts[i]], lambda i: name_of(firsts[i]))
         key = f"{kind}-{content.hexdigest()}"
         return self.cache.get(key, len(firsts), lambda: compute(distinct))[row_n]
+
+
+def _check_same_content(digest: bytes) -> None:
+    """Raise ValueError on all processes if one has other images: their numbers of batches may differ, a deadlock."""
+    own = tuple(np.frombuffer(digest[:8], np.int32).tolist())
+    with distributed.synchronized_errors(ValueError):
+        if distributed.from_main_process(*own) != own:
+            raise ValueError("the images differ from those of process 0; copy the dataset again")
 
 
 def _read(path: pathlib.Path, rows: int) -> np.ndarray | None:
