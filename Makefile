@@ -8,6 +8,7 @@
 # make bench-loss       the losses against their dense form: seconds and memory
 # make bench-loading    loading ViT-L/14 and RN50x64 against reading their bytes: seconds and memory
 # make bench-probe      the linear probe's search against scikit-learn's, the ratio in the last line
+# make bench-published  the same weights and data through CLIP_benchmark's command and clip_jax's
 # make bench-truth      FLOPs, memory and time of a step, predicted and measured on this machine
 # make accelerator      ten minutes of measurements on a GPU or TPU: parity, steps, MFU, memory; JSON and a table
 # make plan-all         docs/plans.md: the nine models compiled for five kinds of slices; some hours
@@ -27,7 +28,7 @@ export JAX_PLATFORMS ?= cpu
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test test-all test-lowest test-peers bench-tokenizer bench-train bench-loss bench-loading bench-probe \
-	bench-truth accelerator plan-all clean
+	bench-published bench-truth accelerator plan-all clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -63,6 +64,9 @@ bench-loading: $(VENV)/.installed-test
 
 bench-probe: $(PEERS)/.installed-peers
 	@$(PEERS)/bin/python benchmarks/probe.py
+
+bench-published: $(PEERS)/.installed-peers
+	@$(PEERS)/bin/python benchmarks/published.py
 
 bench-truth: $(VENV)/.installed-test
 	@$(BIN)/python benchmarks/truth.py
@@ -101,13 +105,16 @@ $(LOWEST)/.installed-test: setup.py tests/lowest.txt | $(LOWEST)/bin/pip
 	@$(LOWEST)/bin/pip install -qq --no-deps $(PROMPTS)
 	@touch $@
 
+# CLIP_benchmark's command imports these, without their dependencies.
+CLIP_BENCHMARK := webdataset==1.0.2 braceexpand==0.1.7 pycocoevalcap==1.2
+
 # torch first, by itself: a CPU build where there is one. torchvision's wheel needs CUDA; only its Python code is used.
 $(PEERS)/.installed-peers: setup.py | $(PEERS)/bin/pip
 	@echo "installing the peers, torch included, into $(PEERS); the first time takes some minutes"
 	@$(PEERS)/bin/pip install -qq torch==2.13.0
 	@$(PEERS)/bin/pip install -qq --no-deps torchvision==0.28.0
 	@$(PEERS)/bin/pip install -qq -e '.[test,peers]'
-	@$(PEERS)/bin/pip install -qq --no-deps $(PROMPTS)
+	@$(PEERS)/bin/pip install -qq --no-deps $(PROMPTS) $(CLIP_BENCHMARK)
 	@touch $@
 
 $(VENV)/bin/pip $(LOWEST)/bin/pip $(PEERS)/bin/pip:

