@@ -67,11 +67,11 @@ def clip_benchmark(weights: pathlib.Path, data: pathlib.Path, datasets, task: st
     return metrics
 
 
-def clip_jax(weights: pathlib.Path, data: pathlib.Path, datasets, *, tiny: bool = False) -> dict[str, float]:
+def clip_jax(weights: pathlib.Path, data: pathlib.Path, datasets, *evaluators: str, tiny=False) -> dict[str, float]:
     """Return report.json of `clip_jax.evaluate --protocol=published`. tiny: datasets may have any size."""
     program = ["tests/tiny_evaluate.py"] if tiny else ["-m", "clip_jax.evaluate"]
     command = [sys.executable, *program, f"--weights={weights}", f"--data_dir={data}", f"--out={data}/evaluation"]
-    command += [f"--datasets={','.join(datasets)}", "--evaluators=zeroshot,retrieval,linear_probe", "--cache_dir="]
+    command += [f"--datasets={','.join(datasets)}", f"--evaluators={','.join(evaluators)}", "--cache_dir="]
     _run([*command, "--protocol=published"])
     return json.loads((data / "evaluation/report.json").read_text())
 
