@@ -19,12 +19,19 @@ import numpy as np
 
 from clip_jax import config as configs
 from clip_jax.config import Architecture, Preprocess, TokenizerConfig, WeightsConfig
-from clip_jax.interop import conversion, directory, formats, huggingface, infer_architecture, open_clip, positions
+from clip_jax.interop import (
+    conversion,
+    directory,
+    formats,
+    huggingface,
+    infer_architecture,
+    open_clip,
+    positions,
+    tokenizer_files,
+)
 from clip_jax.interop.hub import locate
 from clip_jax.interop.name_tables import Naming, detect_naming
 from clip_jax.interop.torch_file import torchscript_code
-from clip_jax.tokenizers import ClipBPE
-from clip_jax.tokenizers.bpe import MAX_VOCAB_SIZE
 from clip_jax.typing import Params
 
 
@@ -51,12 +58,11 @@ def read(
         configs.check_name("model", model, configs.MODELS)
     if activation:
         configs.check_name("activation", activation, ("quick_gelu", "gelu", "gelu_tanh"))
-    weights = _read(_existing(path), model, activation)
+    weights = _read(_existing(path), model, activation, tokenizer)
     resized, params = positions.resize(weights.config.model, weights.params, image_size, context_length)
     config = dataclasses.replace(weights.config, model=resized)
     if isinstance(tokenizer, str) and tokenizer:
-        name = "huggingface" if tokenizer.endswith(".json") else "sentencepiece"
-        tokenizer = dataclasses.replace(configs.tokenizer_of(resized), name=name, path=tokenizer)
+        tokenizer = tokenizer_files.of_path(tokenizer, resized)
     if tokenizer:
         config = dataclasses.replace(config, tokenizer=tokenizer, tokenizer_file=b"")
     return Weights(params, config, weights.format)
@@ -69,7 +75,7 @@ def _existing(path: str | os.PathLike[str]) -> pathlib.Path:
     return local
 
 
-def _read(path: pathlib.Path, model: str, activation: str) -> Weights:
+def _read(path: pathlib.Path, model: str, activation: str, tokenizer: TokenizerConfig | str) -> Weights:
     params, stored = formats.read(path)
     if stored is not None:
         if model and configs.MODELS[model] != stored.model:
@@ -79,8 +85,8 @@ def _read(path: pathlib.Path, model: str, activation: str) -> Weights:
     else:
         file = directory.weight_file(path) if path.is_dir() else path
         naming, tensors = detect_naming(params, os.fspath(file))
-        config = None if model else _config_of_directory(file)
-        config = config or _config_of_tensors(file, tensors, naming, model, activation)
+        config = None if model else _config_of_directory(file, tokenizer)
+        config = config or _config_of_tensors(file, tensors, naming, model, activation, tokenizer)
         params = conversion.params_from_tensors(config.model, tensors, naming.table, os.fspath(file))
         kind = f"{naming.title} names, {formats.detect(file)}"
     architecture = configs.with_activation(config.model, activation) if activation else config.model
@@ -136,8 +142,11 @@ def read_tower(path: str | os.PathLike[str], tower: str, model: Architecture) ->
     return {key: params[key] for key in (tower, *(["batch_stats"] if tower == "image" else [])) if key in params}
 
 
-def _config_of_directory(file: pathlib.Path) -> WeightsConfig | None:
-    """Return the configuration by the config files in the directory of a weight file; None without one."""
+def _config_of_directory(file: pathlib.Path, tokenizer: TokenizerConfig | str) -> WeightsConfig | None:
+    """Return the configuration by the config files in the directory of a weight file; None without one.
+
+    The directory's tokenizer is not read if the caller gives one.
+    """
     folder = file.parent
     if (config := folder / "open_clip_config.json").is_file() and file.name.startswith("open_clip"):
         content = _json(config)
@@ -149,14 +158,21 @@ def _config_of_directory(file: pathlib.Path) -> WeightsConfig | None:
         preprocess = huggingface.preprocess(_json(processor) if processor.is_file() else {}, model)
     else:
         return None
-    tokenizer, tokenizer_file = _tokenizer(model, folder)
-    if content is not None and tokenizer.name != "clip_bpe":
-        tokenizer = open_clip.tokenizer(tokenizer, content)
-    return WeightsConfig(model, tokenizer, preprocess, tokenizer_file=tokenizer_file)
+    found, tokenizer_file = TokenizerConfig(), b""
+    if not tokenizer:
+        settings = open_clip.tokenizer(content, model) if content is not None else None
+        if content is None or settings:
+            found, tokenizer_file = tokenizer_files.read(folder, model, settings)
+    return WeightsConfig(model, found, preprocess, tokenizer_file=tokenizer_file)
 
 
 def _config_of_tensors(
-    file: pathlib.Path, tensors: Mapping[str, np.ndarray], naming: Naming, model: str, activation: str
+    file: pathlib.Path,
+    tensors: Mapping[str, np.ndarray],
+    naming: Naming,
+    model: str,
+    activation: str,
+    tokenizer: TokenizerConfig | str,
 ) -> WeightsConfig:
     """Return the configuration of the named model, or by the shapes of the tensors."""
     if model:
@@ -175,26 +191,9 @@ def _config_of_tensors(
         architecture = configs.with_activation(architecture, activation)
     preprocess = configs.SIGLIP_PREPROCESS if architecture.logit_bias or naming.siglip else Preprocess()
     preprocess = dataclasses.replace(preprocess, implementation="openai")
-    tokenizer, tokenizer_file = _tokenizer(architecture, file.parent)
-    return WeightsConfig(architecture, tokenizer, preprocess, tokenizer_file=tokenizer_file)
-
-
-def _tokenizer(model: Architecture, folder: pathlib.Path) -> tuple[TokenizerConfig, bytes]:
-    """Return the tokenizer in a directory, and the content of its file unless it is CLIP's published one."""
-    clip_vocabulary = model.text.vocab_size == MAX_VOCAB_SIZE
-    if (folder / "merges.txt").is_file():
-        content = (folder / "merges.txt").read_bytes()
-        lines = content.decode("utf-8", "replace").split("\n")[1:-1]
-        published = clip_vocabulary and lines == ClipBPE().as_huggingface()[1]
-        return (TokenizerConfig(), b"") if published else (TokenizerConfig("clip_bpe", "merges.txt"), content)
-    config = configs.tokenizer_of(model)
-    if config.name == "clip_bpe" and not clip_vocabulary:
-        config = TokenizerConfig("sentencepiece")  # unknown, but not CLIP's
-    files = {"spiece.model": "sentencepiece", "tokenizer.model": "sentencepiece", "tokenizer.json": "huggingface"}
-    for name, kind in files.items() if not clip_vocabulary else ():
-        if (folder / name).is_file():
-            return dataclasses.replace(config, name=kind, path=name), (folder / name).read_bytes()
-    return config, b""
+    settings = configs.tokenizer_of(architecture)
+    found = (settings, b"") if tokenizer else tokenizer_files.read(file.parent, architecture, settings)
+    return WeightsConfig(architecture, found[0], preprocess, tokenizer_file=found[1])
 
 
 def _json(file: pathlib.Path) -> dict[str, Any]:

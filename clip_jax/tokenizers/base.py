@@ -18,6 +18,7 @@ class RowTokenizer:
     pad_id: int
     eos_id: int
     _keep_end: bool = True  # False: padding replaces the end token
+    _pad_left: bool = False  # True: padding before the tokens
 
     def __init__(self, length: int, truncate: bool):
         if length < 3:
@@ -42,7 +43,8 @@ class RowTokenizer:
                         f" start and end, got {len(ids)}; shorten it, or pass truncate=True"
                     )
                 ids = [*ids[: self.length - 1], self.eos_id]
-            row[: len(ids)] = ids
+            start = self.length - len(ids) if self._pad_left else 0
+            row[start : start + len(ids)] = ids
         return rows if self._keep_end else np.where(rows == self.eos_id, np.int32(self.pad_id), rows)
 
     def decode(self, ids: Sequence[int] | Integer[np.ndarray, "L"]) -> str:
