@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import itertools
 import logging
 import os
 import pathlib
 import sys
 import traceback
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 from absl import app, flags
 from ml_collections import ConfigDict
@@ -20,6 +22,14 @@ FINISHED, FAILED, REFUSED = 0, 1, 2
 
 _MODULES = flags.DEFINE_list("modules", [], "Python modules to import first, which register towers, evaluators …")
 
+# Arguments of `clip_jax.load` that are flags of every command that reads weights.
+_WEIGHTS_FLAGS = {
+    "model": "Model name, e.g. vit_b32, for weights without a config.",
+    "activation": "quick_gelu, gelu or gelu_tanh, for weights without a config.",
+    "tokenizer": "SentencePiece .model or tokenizer.json, for weights without a tokenizer.",
+    "prefix": "Prefix of the model's tensors, for files with several models, e.g. state_dict_ema.",
+}
+
 Main = Callable[[list[str]], int]  # (positional arguments) -> exit code
 
 
@@ -27,7 +37,7 @@ def run(
     main: Main,
     *,
     positional: bool = False,
-    refused: tuple[type[Exception], ...] = (ValueError, FileNotFoundError),
+    refused: tuple[type[Exception], ...] = (ValueError, OSError),
     level: int = logging.WARNING,
     leave: Callable[[int], object] = sys.exit,
 ) -> None:
@@ -46,12 +56,14 @@ def run(
 
     def parse(argv: list[str]) -> list[str]:
         try:
+            _refuse_repeated(argv)
             return flags.FLAGS(argv)
         except flags.Error as error:
             _exit(REFUSED, str(error), leave)
         except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
             # ml_collections raises AttributeError for an unknown config key.
-            _exit(REFUSED, f"in the config or a --config flag: {_innermost_message(error)}", leave)
+            message = _unknown_key(argv) or _innermost_message(error)
+            _exit(REFUSED, f"in the config or a --config flag: {message}", leave)
 
     def guarded(argv: list[str]) -> None:
         _set_up_logging(level)
@@ -61,12 +73,26 @@ def run(
             _import_modules(_MODULES.value)
             code = main(argv[1:])
         except refused as error:
-            _exit(REFUSED, str(error), leave, with_traceback=bool(os.environ.get("CLIP_JAX_TRACEBACK")))
+            _exit(REFUSED, _sentence(error), leave, with_traceback=bool(os.environ.get("CLIP_JAX_TRACEBACK")))
         except Exception as error:  # noqa: BLE001
             _exit(FAILED, f"{type(error).__name__}: {error}", leave, with_traceback=True)
         sys.exit(code)
 
     app.run(guarded, flags_parser=parse)
+
+
+def define_weights_flags() -> Callable[[], dict[str, Any]]:
+    """Define the flags that describe weights; return a function that returns their values, arguments of `load`."""
+    flags.disclaim_key_flags()  # they are the calling module's, for --help
+    found = {name: flags.DEFINE_string(name, "", text) for name, text in _WEIGHTS_FLAGS.items()}
+    heads = flags.DEFINE_list("heads", [], "Attention heads of image and text tower, e.g. 12,8, for other sizes.")
+
+    def values() -> dict[str, Any]:
+        if not all(text.isdecimal() for text in heads.value) or len(heads.value) not in (0, 2):
+            raise ValueError(f"--heads: expected two numbers such as 12,8, got {','.join(heads.value)}")
+        return {name: flag.value for name, flag in found.items()} | {"heads": tuple(map(int, heads.value))}
+
+    return values
 
 
 def checked_config(value: ConfigDict | None) -> configs.Config:
@@ -76,6 +102,44 @@ def checked_config(value: ConfigDict | None) -> configs.Config:
         near = configs.did_you_mean(str(path), map(str, path.parent.glob("*.py")))
         raise ValueError(f"there is no config file {path}{near or '; give e.g. configs/emoji.py'}")
     return configs.from_config_dict(value)
+
+
+def _given_flags(argv: list[str]) -> Iterator[tuple[str, str]]:
+    """Yield name and argument of every known flag and config override, `--no<name>` as `<name>`."""
+    for argument in itertools.takewhile("--".__ne__, argv[1:]):
+        name = argument.lstrip("-").partition("=")[0] if argument.startswith("-") else ""
+        for known in (name, name.removeprefix("no")):
+            if known in flags.FLAGS or known.startswith("config."):
+                yield known, argument
+                break
+
+
+def _refuse_repeated(argv: list[str]) -> None:
+    """Raise flags.Error for a flag that is given twice: absl would silently use the last."""
+    given: dict[str, str] = {}
+    for name, argument in _given_flags(argv):
+        if name in given:
+            raise flags.Error(f"--{name} is given twice, as {given[name]} and {argument}; give it once")
+        given[name] = argument
+
+
+def _unknown_key(argv: list[str]) -> str:
+    """Return the error for the first --config.<key> whose key the config file does not have; '' if it has all."""
+    keys = [name.removeprefix("config.") for name, _ in _given_flags(argv) if name.startswith("config.")]
+    if not keys:
+        return ""
+    sys.argv, original = [argument for argument in argv if "config." not in argument.partition("=")[0]], sys.argv
+    try:
+        flags.FLAGS(sys.argv)  # without overrides, which ml_collections reads from sys.argv
+        tree = flags.FLAGS["config"].value.to_dict()
+    except Exception:  # noqa: BLE001 (the config file itself is wrong)
+        return ""
+    finally:
+        sys.argv = original
+    known, schema = configs.flatten(tree), configs.flatten(dataclasses.asdict(configs.Config()))
+    known = dict.fromkeys(key for key in (*schema, *known) if key in known)  # a ConfigDict is sorted by name
+    sections = {key[:dot] for key in known for dot in range(len(key)) if key[dot] == "."}
+    return next((configs.unknown_key(key, known) for key in keys if key not in known.keys() | sections), "")
 
 
 def _import_modules(names: list[str]) -> None:
@@ -92,6 +156,13 @@ def _set_up_logging(level: int) -> None:
     )
     for library in ("absl", "jax", "orbax", "tensorflow", "fontTools"):
         logging.getLogger(library).setLevel(level)
+
+
+def _sentence(error: Exception) -> str:
+    """Return the message of an error; of the operating system's, with the path in front."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror.lower()}; give another path, or make room or change permissions"
+    return str(error)
 
 
 def _innermost_message(error: BaseException) -> str:

@@ -13,24 +13,20 @@ from clip_jax import command
 _TO = flags.DEFINE_string(
     "to", "msgpack", "Format: msgpack, npz, directory (for other libraries) or another writable one."
 )
-_MODEL = flags.DEFINE_string("model", "", "Model name, e.g. vit_b32, for files without a config.")
-_ACTIVATION = flags.DEFINE_string("activation", "", "quick_gelu, gelu or gelu_tanh, for files without a config.")
+_weights_options = command.define_weights_flags()
 _IMAGE_SIZE = flags.DEFINE_integer("image_size", 0, "Image size in px to resize to.", lower_bound=0)
 _CONTEXT_LENGTH = flags.DEFINE_integer("context_length", 0, "Context length in tokens to resize to.", lower_bound=0)
-_TOKENIZER = flags.DEFINE_string(
-    "tokenizer", "", "SentencePiece .model or tokenizer.json, for weights without a tokenizer."
-)
 
 
 def main(paths: list[str]) -> int:
     """Convert and print the summary. Returns the exit code."""
+    import clip_jax.training  # noqa: F401 (registers the format of runs)
     from clip_jax.interop.convert import convert
 
     if len(paths) != 2:
         raise ValueError(f"expected SRC and DST, e.g. ViT-B-32.pt params.msgpack, got {len(paths)} arguments")
-    options = {"model": _MODEL.value, "activation": _ACTIVATION.value, "tokenizer": _TOKENIZER.value}
-    options |= {"image_size": _IMAGE_SIZE.value, "context_length": _CONTEXT_LENGTH.value}
-    print(convert(*paths, to=_TO.value, **options))
+    sizes = {"image_size": _IMAGE_SIZE.value, "context_length": _CONTEXT_LENGTH.value}
+    print(convert(*paths, to=_TO.value, **_weights_options(), **sizes))
     return command.FINISHED
 
 

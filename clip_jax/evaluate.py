@@ -46,9 +46,7 @@ flags.DEFINE_string("categories", "", 'JSON file: {"crime": ["thief", "criminal"
 flags.DEFINE_integer("batch_size", 256, "Images per batch, over all devices.", lower_bound=1)
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Computation dtype.")
 flags.DEFINE_string("cache_dir", "~/.cache/clip_jax/features", "Feature cache; '' for none.")
-_MODEL = flags.DEFINE_string("model", "", "Model name, e.g. vit_b32, for weights without a config.")
-_ACTIVATION = flags.DEFINE_string("activation", "", "quick_gelu, gelu or gelu_tanh, for weights without a config.")
-_TOKENIZER = flags.DEFINE_string("tokenizer", "", "SentencePiece .model or tokenizer.json, for weights without one.")
+_weights_options = command.define_weights_flags()
 
 
 def main(_: list[str]) -> int:
@@ -58,7 +56,7 @@ def main(_: list[str]) -> int:
     from clip_jax.devices import distributed
     from clip_jax.evals.run import Options, prepare
     from clip_jax.interop import reading
-    from clip_jax.training.follow import follow
+    from clip_jax.training.follow import follow  # its imports register the format of runs
 
     if bool(_WEIGHTS.value) == bool(_FOLLOW.value):
         raise ValueError(
@@ -67,9 +65,7 @@ def main(_: list[str]) -> int:
     values = {name: flags.FLAGS[name].value for name in Options.__dataclass_fields__ if name != "weights"}
     evaluation = prepare(Options(_WEIGHTS.value or _FOLLOW.value, **values))
     if _WEIGHTS.value:
-        weights = reading.read(
-            _WEIGHTS.value, model=_MODEL.value, activation=_ACTIVATION.value, tokenizer=_TOKENIZER.value
-        )
+        weights = reading.read(_WEIGHTS.value, **_weights_options())
         evaluation.evaluate(weights.config, weights.params)
     else:
         follow(

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int32, UInt8
 
+import clip_jax.training  # noqa: F401 (registers the format of runs)
 from clip_jax.config import MODELS, TokenizerConfig, WeightsConfig, name_of
 from clip_jax.evals.embed import average_prompts
 from clip_jax.interop import reading
@@ -131,22 +132,28 @@ def load(
     image_size: int = 0,
     context_length: int = 0,
     tokenizer: TokenizerConfig | str = "",
+    prefix: str = "",
+    heads: Sequence[int] = (),
     truncate: bool = False,
 ) -> Clip:
     """Load a model from a weight file, a directory, a name of an OpenAI model or a repository of the Hugging Face hub.
 
     Formats: clip_jax's, OpenAI's archives, torch state dicts and checkpoints, safetensors, directories of open_clip and
-    Hugging Face, Flax msgpack, big_vision npz, and others in `clip_jax.interop.formats.FORMATS`.
+    Hugging Face, Flax msgpack, big_vision npz, runs of clip_jax, and others in `clip_jax.interop.formats.FORMATS`.
 
     Args:
-      path: file or directory; name such as 'vit_b32' for OpenAI's weights in ~/.cache/clip; or
-        'hf-hub:<owner>/<name>'.
+      path: file or directory; workdir of a run, finished or not, or one of its checkpoints; name such as 'vit_b32' for
+        OpenAI's weights in ~/.cache/clip; or 'hf-hub:<owner>/<name>'.
       model: name in `config.MODELS`, for files without a config.
       activation: 'quick_gelu', 'gelu' or 'gelu_tanh', for files without a config. It overrides a config.
       image_size: px; position embeddings are resized to it, as in open_clip. 0: unchanged.
       context_length: tokens, likewise.
       tokenizer: for weights without one: path of a SentencePiece `.model` or a Hugging Face `tokenizer.json`, used with
         the settings of the published models, or a TokenizerConfig.
+      prefix: of the model's tensors, for files with several models, e.g. 'state_dict_ema'. It is determined if the file
+        has one model, alone or with an average of its weights (EMA), which is not read.
+      heads: attention heads of the image and the text tower, e.g. (12, 8), for files without a config whose towers have
+        other sizes than all models in `config.MODELS`.
       truncate: truncate texts that exceed the context length and keep the end token; otherwise they are an error, as
         in OpenAI's code.
 
@@ -163,7 +170,8 @@ def load(
     'random parameters, seed 0'
     """
     sizes = {"image_size": image_size, "context_length": context_length}
-    weights = reading.read(path, model=model, activation=activation, tokenizer=tokenizer, **sizes)
+    described = {"model": model, "activation": activation, "heads": heads, "prefix": prefix}
+    weights = reading.read(path, tokenizer=tokenizer, **described, **sizes)
     config, params = weights.config, weights.params
     del weights  # `_to_device` frees each NumPy array after its copy
     return _clip(config, _to_device(dict(params)), truncate)

@@ -23,7 +23,7 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Directory or gs:// URL of the run; runs/<name of the config> by default."
 )
 _EXPORT = flags.DEFINE_string("export", None, "Write the final weights to this msgpack file or gs:// URL.")
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print a summary of the run and exit.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check the config and its files, print a summary of the run and exit.")
 
 
 def main(_: list[str]) -> int:

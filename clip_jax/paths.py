@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pathlib
+import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 from etils import epath
@@ -29,6 +31,54 @@ def check_local(name: str, path: str | os.PathLike[str]) -> None:
         )
 
 
+_KINDS = {stat.S_ISREG: "a file", stat.S_ISDIR: "a directory", stat.S_ISFIFO: "a FIFO", stat.S_ISSOCK: "a socket"}
+
+
+def path_kind(path: str | os.PathLike[str]) -> str:
+    """Return 'a file', 'a directory', 'a FIFO', 'a socket' or 'a device'; '' if a local path does not exist.
+
+    >>> path_kind("/dev/null"), path_kind("/dev"), path_kind("/dev/nothing")
+    ('a device', 'a directory', '')
+    """
+    if not os.path.exists(path):
+        return ""
+    mode = os.stat(path).st_mode
+    return next((name for is_kind, name in _KINDS.items() if is_kind(mode)), "a device")
+
+
+def check_output(name: str, path: str | os.PathLike[str]) -> None:
+    """Raise ValueError for a local path where no file or directory can be written. A URL is not checked.
+
+    >>> check_output("--out", "/tmp/new/report.json")
+    """
+    if is_url(path):
+        return
+    local = pathlib.Path(path).expanduser().absolute()
+    if path_kind(local) not in ("", "a file", "a directory"):
+        raise ValueError(
+            f"{name}={os.fspath(path)}: expected a file, a directory or a new path, got {path_kind(local)}"
+        )
+    nearest = next(folder for folder in (local, *local.parents) if path_kind(folder))
+    folder = nearest.parent if nearest == local and nearest.is_file() else nearest
+    if not folder.is_dir():
+        raise ValueError(
+            f"{name}={os.fspath(path)}: expected a directory {folder}, got {path_kind(folder)}; give another"
+        )
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"{name}={os.fspath(path)}: expected a directory with write permission, got {folder} without")
+
+
+@contextlib.contextmanager
+def errors_naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Name `path` in errors of the operating system, not a temporary file or nothing."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
 def write_atomically(path: str | os.PathLike[str], content: str | Callable[[BinaryIO], object]) -> None:
     """Write a file, of which readers and resumed runs see the old content or the new, never a part.
 
@@ -38,15 +88,27 @@ def write_atomically(path: str | os.PathLike[str], content: str | Callable[[Bina
     Args:
       path: a local path or a URL.
       content: text, or a function that writes to a binary file.
+
+    Raises:
+      ValueError: for a directory, a device or a FIFO, which a file would replace.
+      OSError: with `path`, e.g. for a full disk or without permission.
     """
     path = epath.Path(path)
     write = content if callable(content) else lambda file: file.write(content.encode())
-    path.parent.mkdir(parents=True, exist_ok=True)
     if is_url(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
         write(buffer)
         path.write_bytes(buffer.getvalue())
         return
+    if (found := path_kind(path)) not in ("", "a file"):
+        raise ValueError(f"{path}: expected a file or a new path, got {found}; give another path")
+    with errors_naming(path):
+        _replace(pathlib.Path(path), write)
+
+
+def _replace(path: pathlib.Path, write: Callable[[BinaryIO], object]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     # A rename needs the same file system.
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -59,7 +121,7 @@ def write_atomically(path: str | os.PathLike[str], content: str | Callable[[Bina
     except BaseException:
         os.unlink(temporary)
         raise
-    _fsync_directory(pathlib.Path(path.parent))
+    _fsync_directory(path.parent)
 
 
 def _umask() -> int:

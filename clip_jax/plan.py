@@ -94,6 +94,8 @@ def _check_options(options: types.SimpleNamespace, topology: Topology) -> None:
         raise ValueError(f"--dump_hlo={options.dump_hlo}: expected one compiled program, of a TPU, without --search")
     if options.dump_hlo and not pathlib.Path(options.dump_hlo).absolute().parent.is_dir():
         raise ValueError(f"--dump_hlo={options.dump_hlo}: there is no such folder")
+    if options.dump_hlo and pathlib.Path(options.dump_hlo).is_dir():
+        raise ValueError(f"--dump_hlo={options.dump_hlo}: expected a file, got a directory")
 
 
 def _plan_one(options: types.SimpleNamespace, config: configs.Config | None, topology: Topology) -> Plan:
@@ -151,4 +153,4 @@ def _heartbeat(task: str) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    command.run(main, refused=(ValueError, ModuleNotFoundError))
+    command.run(main, refused=(ValueError, ModuleNotFoundError, OSError))

@@ -20,6 +20,7 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 _WEIGHTS = flags.DEFINE_string("weights", None, "Weights, e.g. runs/emoji/params.msgpack.")
 _IMAGES = flags.DEFINE_string("images", "", "Folder, searched recursively for PNG, JPEG and WebP. Empty: the emoji.")
 _TOP = flags.DEFINE_integer("top", 10, "Number of matches per query.", lower_bound=1)
+_weights_options = command.define_weights_flags()
 
 
 def main(queries: list[str]) -> int:
@@ -28,7 +29,7 @@ def main(queries: list[str]) -> int:
 
     if not _WEIGHTS.value or not queries:
         raise ValueError('expected --weights=FILE and a query, e.g. --weights=runs/emoji/params.msgpack "a happy dog"')
-    model, top = load(_WEIGHTS.value), _TOP.value
+    model, top = load(_WEIGHTS.value, **_weights_options()), _TOP.value
     text_nE = model.encode_text(queries)  # first, because it is fast and a query may be too long
     images, names = images_in(_IMAGES.value) if _IMAGES.value else _emoji()
     image_mE = model.encode_image(images)

@@ -23,8 +23,8 @@ LAYERS = {
     "config": 2,
     **dict.fromkeys(["data", "devices", "preprocess", "tokenizers"], 3),
     **dict.fromkeys(["evals", "interop"], 4),
-    **dict.fromkeys(["inference", "training"], 5),
-    **dict.fromkeys(["command", "planner"], 6),
+    "training": 5,
+    **dict.fromkeys(["command", "inference", "planner"], 6),
     **dict.fromkeys(["convert", "evaluate", "main", "plan", "search"], 7),
     "__init__": 8,  # re-exports lazily: the subprocess test below
 }

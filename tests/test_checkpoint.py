@@ -216,6 +216,24 @@ def test_fingerprint_depends_on_every_bit_and_not_on_sharding():
         assert int(fingerprint(changed)) != int(fingerprint(single))
 
 
+def test_fingerprint_depends_on_the_position_of_every_element():
+    """Neighbors along either axis are swapped, then two arrays of a tree."""
+    kernel = np.asarray(_state(devices=1)["kernel"])
+    flat = [np.arange(kernel.size).reshape(kernel.shape) for _ in range(2)]
+    flat[0][:, [4, 5]], flat[1][[6, 7]] = flat[0][:, [5, 4]], flat[1][[7, 6]]
+    rng = np.random.default_rng(0)
+    for order in (*flat, *(_swapped(kernel.size, first, first + 1) for first in rng.integers(0, kernel.size - 1, 50))):
+        assert int(fingerprint({"x": kernel.ravel()[order.ravel()]})) != int(fingerprint({"x": kernel.ravel()}))
+    one, other = {"a": kernel[0], "b": kernel[1]}, {"a": kernel[1], "b": kernel[0]}
+    assert int(fingerprint(one)) != int(fingerprint(other))
+
+
+def _swapped(count, first, second):
+    order = np.arange(count)
+    order[[first, second]] = second, first
+    return order
+
+
 def test_info_is_json(checkpoints):
     _save(checkpoints, 1)
     info = json.loads((Path(checkpoints.directory) / "1" / "info" / "metadata").read_text())

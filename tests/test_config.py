@@ -132,12 +132,19 @@ def test_value_that_is_no_number_is_rejected(number, bad):
     ("tree", "message"),
     [
         ({"trian": {}}, "no key 'trian'; did you mean 'train'"),
-        ({"train": {"batchsize": 8}}, r"no key 'train\.batchsize'; did you mean 'batch_size'"),
-        ({"data": {"augment": {"hue_degree": 8}}}, r"no key 'data\.augment\.hue_degree'; did you mean 'hue_degrees'"),
-        ({"model": {"image": {"kind": "vit", "patchsize": 16}}}, "did you mean 'patch_size'"),
+        ({"batch_size": 8}, r"no key 'batch_size'; did you mean 'train\.batch_size'"),
+        ({"optim": {"lr": 1e-3}}, r"no key 'optim\.lr'; did you mean 'optim\.learning_rate'"),
+        ({"optim": {"wd": 0.1}}, r"no key 'optim\.wd'; did you mean 'optim\.weight_decay'"),
+        ({"eval": {"total_steps": 8}}, r"no key 'eval\.total_steps'; did you mean 'train\.total_steps'"),
+        ({"train": {"batchsize": 8}}, r"no key 'train\.batchsize'; did you mean 'train\.batch_size'"),
+        (
+            {"data": {"augment": {"hue_degree": 8}}},
+            r"no key 'data\.augment\.hue_degree'; did you mean 'data\.augment\.hue_degrees'",
+        ),
+        ({"model": {"image": {"kind": "vit", "patchsize": 16}}}, "did you mean 'model.image.patch_size'"),
         (
             {"eval": {"tasks": {"a": {"evaluater": "x"}}}},
-            r"no key 'eval\.tasks\.a\.evaluater'; did you mean 'evaluator'",
+            r"no key 'eval\.tasks\.a\.evaluater'; did you mean 'eval\.tasks\.a\.evaluator'",
         ),
         (
             {"train": {"dtype": "bf16"}},
@@ -258,6 +265,7 @@ def resolve(devices=8, processes=1, examples=None, train=None, **rest):
             r"batch_size=1000 does not divide over 32 devices; use 992 or 1024",
         ),
         ({"train": {"batch_size": 5}}, r"batch_size=5 does not divide over 8 devices; use 8$"),
+        ({"train": {"batch_size": 1}, "devices": 1}, "batch_size=1 has no negatives.*use at least 2"),
         ({"devices": 8, "processes": 3}, "8 devices do not divide over 3 processes"),
         ({"train": {"total_steps": 0}}, "give one of train.total_steps.*got none of them"),
         ({"train": {"total_examples": 9}}, "got train.total_steps=10000 and train.total_examples=9"),
@@ -313,6 +321,25 @@ def test_batch_sizes_suggested_by_the_error_work():
 )
 def test_duration_in_steps_examples_and_epochs_agrees(train, steps):
     assert resolve(train=train, examples=64 * 2000).total_steps == steps
+
+
+@pytest.mark.parametrize(
+    ("train", "examples", "notes"),
+    [
+        ({"total_steps": 100}, 128, []),
+        ({"total_steps": 1}, 100, []),
+        ({"total_steps": 2}, 100, ["100 examples are 1.5625 batches of 64: an epoch ends within a batch"]),
+        ({"total_steps": 5}, 60, ["60 examples are fewer than train.batch_size=64: a batch repeats examples"]),
+        ({"total_examples": 200}, 6400, ["total_examples=200 is rounded down to 3 steps: its last 8 examples are not"]),
+        ({"total_epochs": 1.0}, 70, ["total_epochs=1.0 is rounded down to 1 steps: its last 6 examples are not used"]),
+        ({"total_epochs": 0.5}, 100, ["total_epochs=0.5 is less than a batch and is rounded up to 1 step"]),
+    ],
+)
+def test_batches_that_repeat_or_skip_examples_are_stated_in_a_sentence(train, examples, notes):
+    config = c.from_config_dict({"optim": {"warmup_steps": 0}, "train": {"batch_size": 64} | train})
+    steps = c.resolve(config, devices=1, examples=examples).total_steps
+    found = c.data_notes(config, steps, examples)
+    assert len(found) == len(notes) and all(note in text for note, text in zip(notes, found, strict=True)), found
 
 
 if __name__ == "__main__":

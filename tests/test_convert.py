@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
 
 
 def test_torch_to_msgpack_to_npz_to_directory_keeps_all_weights(folder):
-    result = _convert(folder, "openai.pt", "w.msgpack", "--activation=quick_gelu")
+    result = _convert(folder, "openai.pt", "w.msgpack", "--activation=quick_gelu", "--heads=2,1")
     assert result.returncode == 0, result.stderr
     for line in (
         "found    openai.pt: OpenAI names, torch",
@@ -54,10 +54,16 @@ def test_torch_to_msgpack_to_npz_to_directory_keeps_all_weights(folder):
     ("arguments", "message"),
     [
         (("openai.pt",), "expected SRC and DST"),
-        (("openai.pt", "x.msgpack"), "expected an activation, got none"),
+        (("openai.pt", "x.msgpack"), "expected the attention heads of the text tower (width 64, no preset)"),
+        (("openai.pt", "x.msgpack", "--heads=2,1"), "expected an activation, got none"),
+        (("openai.pt", "x.msgpack", "--heads=2"), "--heads: expected two numbers such as 12,8, got 2"),
+        (("openai.pt", "/dev/full"), "target=/dev/full: expected a file, a directory or a new path, got a device"),
         (("openai.pt", "x.msgpack", "--to=torch"), "--to: expected one of directory, npz, msgpack, got 'torch'"),
         (("nothing.pt", "x.msgpack"), "nothing.pt: expected a file or directory"),
-        (("openai.pt", "x.msgpack", "--activation=gelu", "--image_size=50"), "multiple of 16, got 50; use 48"),
+        (
+            ("openai.pt", "x.msgpack", "--activation=gelu", "--heads=2,1", "--image_size=50"),
+            "multiple of 16, got 50; use 48",
+        ),
     ],
 )
 def test_wrong_input_exits_with_one_line_and_writes_nothing(folder, arguments, message):

@@ -68,7 +68,8 @@ def runnable(words):
         if module == "clip_jax.plan":
             words.append("--config.train.batch_size=512")
     if "ViT-L-14.pt" in words:
-        words = [*words, "--activation=gelu"]  # OpenAI's archive contains it, a state dict does not
+        # OpenAI's archive contains them, a state dict does not.
+        words = [*words, "--activation=gelu", "--heads=1,1"]
     if "--follow=runs/mine" in words:
         words = [re.sub(r"--datasets=.*", "--datasets=digits", word) for word in words]
     return words

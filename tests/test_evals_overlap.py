@@ -292,16 +292,3 @@ def test_without_beam_the_error_has_the_install_command(tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without_beam)
     with pytest.raises(ImportError, match="pip install apache-beam"):
         near_duplicates.hash_shards(["a.tfrecord"], str(tmp_path))
-
-
-def test_beam_skips_hashed_shards(tmp_path):
-    pytest.importorskip("apache_beam")
-    paths, output = shards(tmp_path), str(tmp_path / "hashes")
-    near_duplicates.hash_shards(paths[:1], output)
-    first = tmp_path / "hashes/00000.tfrecord.hashes.npy"
-    kept = first.stat().st_mtime_ns
-    near_duplicates.hash_shards(paths, output)
-    assert first.stat().st_mtime_ns == kept
-    assert list(near_duplicates.read_hashes(output)) == ["00000.tfrecord", "00001.tfrecord", "00002.tfrecord"]
-    with pytest.raises(ValueError, match="several shards are named '00000.tfrecord'"):
-        near_duplicates.hash_shards([paths[0], "/elsewhere/00000.tfrecord"], output)

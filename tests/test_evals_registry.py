@@ -9,7 +9,6 @@ from clip_jax.evals import prompts
 from clip_jax.evals.datasets import emoji, registry
 from clip_jax.evals.datasets.registry import DATASETS, SUITES, published_results
 from clip_jax.evals.metrics import METRICS
-from clip_jax.typing import Unavailable
 
 ROWS = DATASETS.values()
 
@@ -27,13 +26,6 @@ MEAN_OF_38 = {
 }
 # Results and their mean are rounded to 0.01.
 ROUNDING = 0.01
-
-
-def load_or_skip(find, name):
-    try:
-        return find(name)
-    except Unavailable as error:
-        pytest.skip(str(error))
 
 
 # ------------------------------------------------------------------------------------------------------- the rows
@@ -134,18 +126,18 @@ def test_tfds_split_names_override_folder_split_names():
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.class_names], ids=lambda row: row.name)
 def test_number_of_published_class_names_equals_number_of_classes(row):
-    assert len(load_or_skip(prompts.class_names, row.class_names)) == row.classes
+    assert len(prompts.class_names(row.class_names)) == row.classes
 
 
 @pytest.mark.parametrize("name", sorted({row.templates for row in ROWS if row.templates}))
 def test_templates_exist(name):
-    assert load_or_skip(prompts.templates, name)
+    assert prompts.templates(name)
 
 
 def test_imagenet_prompts_are_equal_in_both_packages():
     row = DATASETS["imagenet"]
-    names = load_or_skip(prompts.class_names, "open_clip:imagenet")
-    assert load_or_skip(prompts.class_names, row.class_names) == names
+    names = prompts.class_names("open_clip:imagenet")
+    assert prompts.class_names(row.class_names) == names
     assert prompts.templates(row.templates) == prompts.templates("open_clip:imagenet_80")
 
 

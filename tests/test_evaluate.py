@@ -220,6 +220,8 @@ def test_a_killed_command_keeps_its_results(weights, data, tmp_path):
         ("/models/b32/open_clip_model.safetensors", "b32"),
         ("/models/vit.b32", "vit.b32"),
         ("vit_l14", "vit_l14"),
+        ("runs/b32", "b32"),
+        ("runs/b32/checkpoints/5000", "b32-5000"),
         ("hf-hub:openai/clip-vit-base-patch32", "clip-vit-base-patch32"),
     ],
 )

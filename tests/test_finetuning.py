@@ -1,6 +1,7 @@
 """Fine-tuning: pretrained initialization, frozen parameters, layer-wise learning rate decay."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -13,6 +14,7 @@ from clip_jax.config import (
     InitConfig,
     OptimConfig,
     Preprocess,
+    TrainConfig,
     WeightsConfig,
     from_config_dict,
     resolve,
@@ -101,15 +103,32 @@ def test_learning_rate_0_exports_the_initial_weights(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, reading.read(tmp_path / "out.msgpack").params, params)
 
 
+@pytest.mark.parametrize(
+    ("init", "message"),
+    [
+        (
+            {"activation": "gelu"},
+            r"init\.activation='gelu' has no effect without pretrained weights: set init\.weights",
+        ),
+        ({"weights": "w.pt", "model": "vit_b23"}, r"init\.model='vit_b23' is none of .* did you mean 'vit_b32'"),
+    ],
+)
+def test_inconsistent_init_configs_are_refused(init, message):
+    config = from_config_dict({"init": init, "train": {"batch_size": 8, "total_steps": 10_000}})
+    with pytest.raises(ValueError, match=message):
+        resolve(config, devices=1)
+
+
 # ------------------------------------------------------------------------------------------------ frozen parameters
 
 
-def _step(architecture, config, steps=2):
-    model, mesh = make_model(architecture), sharding.make_mesh(jax.devices()[:1])
-    optimizer = optim.make_optimizer(config, 10, architecture=architecture)
-    train_step = step.make_train_step(model, optimizer, Config(model=architecture, optim=config), mesh)
+def _step(architecture, optim_config, steps=2, **train):
+    config = Config(model=architecture, optim=optim_config, train=TrainConfig(dtype="float32", **train))
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    optimizer = optim.make_optimizer(optim_config, 10, architecture=architecture)
+    train_step = step.make_train_step(step.model_from_config(config, mesh), optimizer, config, mesh)
     params = tiny_models.params(architecture)
-    state = jax.device_put(step.init_state(params, optimizer, config), sharding.replicated(mesh))
+    state = jax.device_put(step.init_state(params, optimizer, optim_config), sharding.replicated(mesh))
     pixels, tokens = tiny_models.inputs(architecture, rows=4)
     batch = sharding.to_global(Batch(pixels, tokens, np.ones(4, bool)), mesh)
     size = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state))
@@ -128,6 +147,27 @@ def test_frozen_tower_is_unchanged_and_has_no_moments(architecture):
     assert np.abs(state.params["text"]["projection"] - params["text"]["projection"]).max() > 1e-5
     trained = sum(leaf.size for leaf in jax.tree.leaves(params["text"])) + 1
     assert 2 * trained <= size <= 2 * trained + 8  # two moments, and counters
+
+
+@pytest.mark.parametrize(("pattern", "frozen_stages"), [("^image/(stem|stage)", "stage"), ("^image/stage[02]", "02")])
+def test_batch_norm_of_frozen_stages_runs_as_in_inference(pattern, frozen_stages):
+    """Their running averages are unchanged; if all are frozen, images are embedded as by `encode_image`."""
+    params, model = tiny_models.params(RESNET), make_model(RESNET, frozen=pattern)
+    pixels, keys = tiny_models.inputs(RESNET, rows=4)[0], jax.random.split(jax.random.key(0), 4)
+    embeddings, after = jax.jit(model.encode_image_train)(params, pixels, keys)
+    for path, before in jax.tree_util.tree_leaves_with_path(params["batch_stats"]["image"]):
+        new = functools.reduce(lambda tree, key: tree[key.key], path, after["image"])
+        frozen = frozen_stages == "stage" or path[0].key[5] in frozen_stages
+        assert (np.abs(new - before).max() == 0) == frozen, path
+    difference = np.abs(embeddings - jax.jit(model.encode_image)(params, pixels)).max()
+    assert difference < 1e-6 if frozen_stages == "stage" else difference > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("train", [{"micro_batches": 2, "remat": "names"}, {"unroll_layers": True, "remat": "full"}])
+def test_averages_of_frozen_stages_are_unchanged_however_the_step_computes(train):
+    params, state, _, _ = _step(RESNET, OptimConfig(warmup_steps=0, freeze="^image/(stem|stage)"), **train)
+    jax.tree.map(np.testing.assert_array_equal, state.batch_stats, params["batch_stats"])
 
 
 def test_backward_pass_of_a_frozen_tower_is_not_computed():

@@ -1,5 +1,6 @@
 """Evaluation on registry datasets: by the training loop, and by a process that follows its checkpoints."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -11,8 +12,10 @@ import numpy as np
 import pytest
 from etils import epath
 
+import clip_jax
 from clip_jax.devices import sharding
 from clip_jax.evals.datasets.registry import DATASETS
+from clip_jax.interop import convert, reading
 from clip_jax.training import metrics
 from clip_jax.training.follow import follow
 from tests import runs
@@ -132,3 +135,45 @@ def test_parameters_are_equal_on_any_mesh(finished):
 def test_directory_without_a_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match=rf"{tmp_path}: expected the --workdir of a run"):
         _follow(epath.Path(tmp_path))
+
+
+def test_weights_of_an_unfinished_run_are_those_of_its_newest_checkpoint_or_of_a_given_one(copy):
+    (copy / "report.json").unlink()
+    before, followed = _stored(copy), {}
+    mesh = sharding.make_mesh()
+    with contextlib.suppress(StopIteration):
+        follow(copy, mesh, lambda at, *model: _record(followed, at, model), ())
+    for path, step in ((copy, 20), (copy / "checkpoints/7", 7), (copy / "checkpoints/14", 14)):
+        weights = reading.read(str(path))
+        config, params = followed[step]
+        assert (weights.config.model, weights.config.tokenizer) == (config.model, config.tokenizer)
+        assert weights.config.source == f"clip_jax run run, step {step}" and weights.format == "clip_jax run"
+        jax.tree.map(np.testing.assert_array_equal, weights.params, params)
+    assert _stored(copy) == before
+
+
+def _record(followed, at, model):
+    followed[at] = model
+    if at == STEPS[-1]:
+        raise StopIteration
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_and_a_damaged_or_absent_one_is_an_error(copy):
+    runs.damage_checkpoint(copy / "checkpoints/20")
+    before = _stored(copy)
+    assert reading.read(str(copy)).config.source.endswith("step 14")
+    for step in (20, 21):
+        with pytest.raises((ValueError, FileNotFoundError), match=rf"{step}: expected"):
+            reading.read(str(copy / f"checkpoints/{step}"))
+    assert _stored(copy) == before
+
+
+def test_commands_take_the_workdir_of_an_unfinished_run(copy, tmp_path):
+    (copy / "report.json").unlink()
+    model = clip_jax.load(copy)
+    run(f"--weights={copy}", "--datasets=digits", "--cache_dir=", f"--out={tmp_path / 'out'}")
+    assert report(tmp_path / "out")["run/weights"] == str(copy)
+    convert.convert(copy / "checkpoints/7", tmp_path / "seven.msgpack")
+    seven = clip_jax.load(tmp_path / "seven.msgpack")
+    image = np.zeros((1, model.config.model.image.image_size, model.config.model.image.image_size, 3), np.uint8)
+    assert np.abs(model.encode_image(image) - seven.encode_image(image)).max() > 1e-6

@@ -1,9 +1,14 @@
 """Command line: output, refused flags, exit codes."""
 
+import dataclasses
 import re
 
 import pytest
+from absl import flags
+from etils import epath
 
+from clip_jax import command
+from clip_jax.training import dry_run
 from tests import runs
 
 
@@ -23,17 +28,72 @@ def test_dry_run_prints_a_summary():
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--config.train.batch_sise=512", 'Did you mean "batch_size"'),
+        ("--config.train.batch_sise=512", "no key 'train.batch_sise'; did you mean 'train.batch_size'?"),
+        ("--config.optim.lr=1e-3", "no key 'optim.lr'; did you mean 'optim.learning_rate'?"),
+        ("--config.batch_size=512", "no key 'batch_size'; did you mean 'train.batch_size'?"),
+        ("--config.preprocess.mean=0.5,0.5", "preprocess.mean=(0.5, 0.5): expected 3 numbers"),
+        ("--config.preprocess.std=0.5,half", "preprocess.std"),
         ("--config.optim.learning_rate=nan", "optim.learning_rate=nan is not a finite number"),
         ("--config.train.batch_size=0", "train.batch_size=0 is out of range"),
         ("--config.loss.name=sofmax", "did you mean 'softmax'?"),
         ("--config.init.weights=gs://bucket/w.msgpack", "init.weights=gs://bucket/w.msgpack: expected a local path"),
-        ("--workdir=https://host/run", "--workdir=https://host/run: expected a local path, gs:// or s3://"),
+        (
+            "--config.init.weights=/nowhere.pt:img",
+            "init.weights='/nowhere.pt:img': expected a file or directory, got none",
+        ),
+        ("--workdir=/tmp/other", "--workdir is given twice, as --workdir=/tmp/never-written and --workdir=/tmp/other"),
     ],
 )
 def test_wrong_flag_is_refused_with_one_sentence(flag, message):
     _, messages = _run(flag, "--dry_run", code=2)
     assert message in messages and "Traceback" not in messages
+
+
+def test_wrong_workdir_is_refused_with_one_sentence():
+    _, messages = _run("--dry_run", workdir="https://host/run", code=2)
+    assert "--workdir=https://host/run: expected a local path, gs:// or s3://" in messages
+
+
+@pytest.mark.parametrize(
+    ("given", "repeated"),
+    [
+        ("--config=a.py --config.train.seed=1 --config.train.seed=2", "config.train.seed"),
+        ("--config.optim.shard_moments --noconfig.optim.shard_moments", "config.optim.shard_moments"),
+        ("--modules a --modules=b", "modules"),
+        ("--config.train.seed=1 --config.train.seeds=1 --nomodule x --nomodule y -- --modules=1 --modules=2", None),
+    ],
+)
+def test_repeated_flags_are_found(given, repeated):
+    if repeated is None:
+        return command._refuse_repeated(["x", *given.split()])
+    with pytest.raises(flags.Error, match=f"--{repeated} is given twice, as .*; give it once"):
+        command._refuse_repeated(["x", *given.split()])
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        ("data", {"source": "tfrecord", "files": "/nowhere/*.tfrecord"}, r"'/nowhere/\*\.tfrecord' matches no file"),
+        (
+            "teacher",
+            {"weights": "/nowhere.pt"},
+            r"teacher\.weights='/nowhere\.pt': expected a file or directory, got none",
+        ),
+        ("init", {"weights": "vit_b32"}, "expected OpenAI's weights at .*ViT-B-32.pt, got no file"),
+        (
+            "tokenizer",
+            {"path": "/nowhere.txt"},
+            r"tokenizer\.path='/nowhere\.txt': expected a file or directory, got none",
+        ),
+        ("eval", {"data_dir": "/nowhere"}, r"eval\.data_dir='/nowhere': expected a file or directory, got none"),
+    ],
+)
+def test_dry_run_refuses_files_that_do_not_exist(section, values, message, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config, _ = runs.tiny_model()
+    config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
+    with pytest.raises(ValueError, match=message):
+        dry_run.describe(config, epath.Path("x"))
 
 
 def test_missing_config_file_is_refused():

@@ -222,8 +222,51 @@ def test_batch_norm_uses_the_statistics_of_each_micro_batch(float64):
 # ------------------------------------------------------------------------------------------------ equal captions
 
 
+def _numpy_loss_of_equal_captions(image, text, scale, captions):
+    """Return −log of the summed probability of all matches, in float64 by loops over pairs, and its gradients."""
+    exp, total = np.exp(scale * image @ text.T), 0.0
+    d_logits = np.zeros_like(exp)
+    for i in range(len(exp)):
+        same = [j for j in range(len(exp)) if captions[j].tolist() == captions[i].tolist()]
+        for scores, d in ((exp[i], d_logits[i]), (exp[:, i], d_logits[:, i])):  # a row, a column
+            total -= np.log(sum(scores[same]) / sum(scores))
+            d += scores / sum(scores)
+            d[same] -= scores[same] / sum(scores[same])
+    d_logits *= scale / 2 / len(exp)
+    return total / 2 / len(exp), d_logits @ text, d_logits.T @ image
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_equal_captions_as_positives_equal_the_formula_and_change_the_loss(devices):
+    """Sharded and tiled, value and gradient; captions occur once to four times."""
+    image, text = np.random.default_rng(0).normal(size=(2, BATCH, 12))
+    captions = _batch(_config("vit"), 0).text[np.array([0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 4, 5, 6, 7])]
+    text = text[np.unique(captions, axis=0, return_inverse=True)[1]]  # equal captions have equal embeddings
+    image, text = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (image, text))
+    mesh = sharding.make_mesh(jax.devices()[:devices])
+
+    def value_and_gradients(equal_captions):
+        loss = step.make_loss(_config("vit", equal_captions=equal_captions), mesh, distill=False)
+
+        def value(image, text):
+            return loss(
+                {"image_bE": image, "text_bE": text}, {"logit_scale": np.log(9.0)}, jnp.asarray(captions), None
+            )[0]
+
+        found, gradients = jax.jit(jax.value_and_grad(value, argnums=(0, 1)))(image, text)
+        return float(found), *gradients
+
+    with jax.enable_x64(True):
+        found, plain = value_and_gradients("positives"), value_and_gradients("negatives")
+    expected = _numpy_loss_of_equal_captions(image, text, 9.0, captions)
+    for got, want in zip(found, expected, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-12)
+    assert plain[0] - found[0] > 0.3
+
+
 @pytest.mark.slow
 def test_equal_captions_can_be_positives():
+    """The gradient function of a run, from images and token ids."""
     config = _config("vit", equal_captions="positives")
     mesh = sharding.make_mesh(jax.devices()[:2])
     batch = dataclasses.replace(_batch(config, 0), text=np.repeat(_batch(config, 0).text[::2], 2, axis=0))
@@ -231,11 +274,11 @@ def test_equal_captions_can_be_positives():
     params = _first_params("vit")
     gradient = jax.jit(step.make_gradient(model, config, mesh))
     (value, _), _ = gradient(params, None, sharding.to_global(batch, mesh), jax.random.key(0))
-    image, text = model.encode_image(params, batch.image), model.encode_text(params, batch.text)
-    logits = np.exp(params["logit_scale"]) * image @ text.T
-    positives = (batch.text[:, None] == batch.text[None]).all(-1)
-    losses = (-np.mean(np.mean(jax.nn.log_softmax(logits, axis), axis, where=positives)) for axis in (0, 1))
-    np.testing.assert_allclose(value, sum(losses) / 2, rtol=1e-5)
+    image, text = (
+        np.float64(x) for x in (model.encode_image(params, batch.image), model.encode_text(params, batch.text))
+    )
+    expected = _numpy_loss_of_equal_captions(image, text, np.exp(params["logit_scale"]), batch.text)[0]
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
 
 
 def test_caption_ids_are_equal_for_equal_captions_only():

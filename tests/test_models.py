@@ -2,6 +2,7 @@
 
 import math
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from clip_jax.config import (
     preprocess_of,
     with_activation,
 )
-from clip_jax.models import count_parameters, flops, make_model, matmul_precision
+from clip_jax.models import count_parameters, flops, make_model, matmul_precision, tree_path
 from clip_jax.models.attention import short_attention
 from clip_jax.models.layers import REMAT_POLICIES, Compute, Transformer
 from tests import tiny_models
@@ -153,13 +154,64 @@ def test_scan_over_blocks_does_not_copy_the_stacked_parameters(remat):
     assert memory.temp_size_in_bytes < 0.6 * memory.output_size_in_bytes
 
 
-@pytest.mark.parametrize("name", ["vit_b32", "emoji"])
-def test_logit_scale_has_its_initial_value(name):
-    model = make_model(MODELS[name], logit_scale_init=1 / 0.07)
-    if name == "emoji":
-        np.testing.assert_allclose(jnp.exp(_init(model)["logit_scale"]), 1 / 0.07, rtol=1e-6)
-    else:
-        assert jax.eval_shape(model.init, jax.random.key(0))["logit_scale"].dtype == jnp.float32
+# ------------------------------------------------------------------------------------------------- initialization
+
+# Standard deviations; 0 and 1 are constants. `w`: width of the tower or of a ResNet's pooling, `layers`: its blocks,
+# `fan_in`: inputs of one output. openai/CLIP `clip/model.py`, `initialize_parameters` and the constructors of
+# `VisionTransformer` and `AttentionPool2d`; blocks of the image tower as those of the text tower. Two choices are not
+# OpenAI's, which leaves them to torch's defaults: biases are 0 instead of uniform, and convolutions, before a norm that
+# removes their scale, have variance 1 / fan_in instead of 1 / (3 fan_in).
+INITIALIZATION = {
+    r"logit_scale": lambda **_: math.log(1 / 0.07),
+    r"logit_bias": lambda **_: -10.0,
+    r"text/token_embedding/embedding": lambda **_: 0.02,
+    r"text/positional_embedding": lambda **_: 0.01,
+    r"(text|image)/projection": lambda w, **_: w**-0.5,
+    r"image/(pool/)?positional_embedding|image/class_embedding|image/pool/probe": lambda w, **_: w**-0.5,
+    r".*/(query|key|value)/kernel": lambda w, **_: w**-0.5,
+    r".*/blocks/attention/out/kernel": lambda w, layers, **_: w**-0.5 * (2 * layers) ** -0.5,
+    r".*/mlp/in/kernel": lambda w, **_: (2 * w) ** -0.5,
+    r".*/blocks/mlp/out/kernel": lambda w, layers, **_: w**-0.5 * (2 * layers) ** -0.5,
+    r"image/pool/(out|mlp/out|projection)/kernel": lambda w, **_: w**-0.5,
+    r"image/(patch_embedding|.*conv\d?/kernel)": lambda fan_in, **_: fan_in**-0.5,
+    r"image/stage\d_\w+/norm3/scale": lambda **_: 0.0,
+    r"(?!.*stage\d_\w+/norm3/).*norm\w*/scale": lambda **_: 1.0,
+    r".*layer_scale\d": lambda **_: 0.5,  # the config's
+    r"(?!logit_).*bias": lambda **_: 0.0,
+    r"batch_stats/.*/mean": lambda **_: 0.0,
+    r"batch_stats/.*/var": lambda **_: 1.0,
+}
+CONSTANTS = r"logit_scale|.*bias|.*(norm\w*/scale|layer_scale\d|/mean|/var)"
+
+
+@pytest.mark.parametrize("name", ["vit", "layer_scale", "resnet", "clipa", "siglip"])
+def test_every_parameter_is_initialized_as_openai_does(name):
+    """Constants are exact; the sample variance of n normal values is within 6 of its standard errors, (2 / n)^0.5."""
+    architecture = tiny_models.ARCHITECTURES[name]
+    widths = {"text": architecture.text.width, "image": getattr(architecture.image, "width", 0)}
+    if name == "resnet":
+        widths["image"] <<= 5  # of the pooling: four stages of four times the width
+    for path, leaf in jax.tree_util.tree_leaves_with_path(_init(make_model(architecture))):
+        full, x = tree_path(path), np.asarray(leaf, np.float64)
+        rows = [row for row in INITIALIZATION if re.fullmatch(row, full)]
+        assert len(rows) == 1, (full, rows)
+        stacked = re.search(r"/blocks/|_rest/", full) is not None
+        layers = getattr(getattr(architecture, full.split("/")[0], None), "layers", 0)
+        fan_in = math.prod(x.shape[stacked:-1])
+        expected = INITIALIZATION[rows[0]](w=widths.get(full.split("/")[0]), layers=layers, fan_in=fan_in)
+        if re.fullmatch(CONSTANTS, full):
+            np.testing.assert_allclose(x, expected, rtol=1e-6, err_msg=full)
+            continue
+        assert abs(x.mean()) < 6 * expected / x.size**0.5, full
+        assert abs((x**2).mean() / expected**2 - 1) < 6 * (2 / x.size) ** 0.5, full
+        if stacked and len(x) > 1:
+            assert abs(np.corrcoef(x[0].ravel(), x[1].ravel())[0, 1]) < 6 / x[0].size ** 0.5, full  # layers differ
+
+
+@pytest.mark.parametrize("scale", [1 / 0.07, 10.0])
+def test_logit_scale_has_its_initial_value(scale):
+    model = make_model(MODELS["emoji"], logit_scale_init=scale)
+    np.testing.assert_allclose(jnp.exp(_init(model)["logit_scale"]), scale, rtol=1e-6)
 
 
 def test_pixels_are_normalized_with_mean_and_std_of_the_preprocessing(params):

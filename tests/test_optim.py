@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from clip_jax.config import MODELS, Architecture, OptimConfig, ViT, from_config_dict, resolve
-from clip_jax.models import make_model
+from clip_jax.models import make_model, tree_path
 from clip_jax.training import optim
 from tests import tiny_models
 
@@ -56,15 +56,14 @@ def _updates(config, gradients, params, seed=0):
 
 
 def test_adamw_against_numpy():
-    config = OptimConfig(learning_rate=0.1, warmup_steps=1, b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.2)
+    config = OptimConfig(learning_rate=0.2, warmup_steps=2, b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.2)
     optimizer = optim.make_optimizer(config, 100)
     params = {"kernel": jnp.full((2, 2), 2.0), "bias": jnp.full((2,), 2.0), "logit_scale": jnp.float32(2.0)}
     state = optimizer.init(params)
     grads = jax.tree.map(lambda x: jnp.full_like(x, 0.5), params)
-    # Warm-up: the learning rate of the first update is 0, of the second 0.1.
-    for _ in range(2):
-        updates, state = optimizer.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
+    # Warm-up: the learning rate of the first update is 0.1.
+    updates, state = optimizer.update(grads, state, params)
+    params = optax.apply_updates(params, updates)
     step_size = 0.5 / (0.5 + 1e-6)
     np.testing.assert_allclose(params["kernel"], 2.0 - 0.1 * (step_size + 0.2 * 2.0), rtol=1e-5)
     np.testing.assert_allclose(params["bias"], 2.0 - 0.1 * step_size, rtol=1e-5)
@@ -108,10 +107,38 @@ def test_gains_biases_and_logit_scale_have_no_weight_decay():
     assert not optim.weight_decay_mask({"a": {"kernel": 1}, "b": {"kernel": 2}}, "^a/")["a"]["kernel"]
 
 
-def test_schedule_warms_up_and_ends_at_zero():
-    schedule = optim.make_schedule(OptimConfig(learning_rate=4e-4, warmup_steps=10), 110)
-    rates = [float(schedule(at)) for at in (0, 5, 10, 60, 110)]
-    np.testing.assert_allclose(rates, [0, 2e-4, 4e-4, 2e-4, 0], atol=1e-9)
+def test_no_weight_decay_of_open_clip_excludes_class_and_position_embeddings():
+    for name, excluded in (("vit", {"class_embedding", "positional_embedding"}), ("resnet", {"positional_embedding"})):
+        params = jax.eval_shape(make_model(tiny_models.ARCHITECTURES[name]).init, jax.random.key(0))
+        paper, open_clip = optim.weight_decay_mask(params), optim.weight_decay_mask(params, "open_clip")
+        changed = jax.tree.map(lambda a, b: a != b, paper, open_clip)
+        found = {tree_path(path) for path, x in jax.tree_util.tree_leaves_with_path(changed) if x}
+        image = {f"image/{x}" for x in excluded} if name == "vit" else set()
+        assert found == image | {"text/positional_embedding"}
+
+
+def test_no_weight_decay_that_matches_nothing_is_refused():
+    config = OptimConfig(no_weight_decay="class_embeding")
+    with pytest.raises(
+        ValueError, match=r"optim\.no_weight_decay='class_embeding' matches no parameter; there are e\.g"
+    ):
+        optim.make_optimizer(config, 5000).init(tiny_models.params(tiny_models.ARCHITECTURES["vit_gelu"]))
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 10])
+def test_schedule_is_that_of_open_clip_and_never_zero_in_a_step(warmup):
+    """`cosine_lr` of open_clip_train/scheduler.py, for every step, which counts from 0."""
+    config = OptimConfig(learning_rate=4e-4, warmup_steps=warmup)
+    schedule, total = optim.make_schedule(config, 110), 110
+
+    def cosine_lr(step):
+        if step < warmup:
+            return 4e-4 * (step + 1) / warmup
+        return 0.5 * (1 + np.cos(np.pi * (step - warmup) / (total - warmup))) * 4e-4
+
+    rates = [float(schedule(jnp.int32(step))) for step in range(total)]
+    np.testing.assert_allclose(rates, [cosine_lr(step) for step in range(total)], rtol=1e-5, atol=1e-10)
+    assert min(rates) > 0 and float(schedule(total)) == pytest.approx(0, abs=1e-10)
 
 
 # ---------------------------------------------------------------------------------------- properties of all optimizers

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import pathlib
 
 import jax
 import pytest
@@ -68,12 +67,6 @@ def _assert_same_run(directory, uninterrupted):
     reports = [json.loads((path / "report.json").read_text()) for path in (directory, uninterrupted)]
     measured = [{k: v for k, v in report.items() if not k.startswith("run/")} for report in reports]
     assert measured[0] == measured[1]
-
-
-def _damage(checkpoint):
-    for path in pathlib.Path(checkpoint, "state").rglob("*"):
-        if path.is_file() and path.stat().st_size > 1000:
-            path.write_bytes(path.read_bytes()[:500])
 
 
 def test_records_have_training_and_evaluation_metrics(uninterrupted):
@@ -146,7 +139,7 @@ def test_damaged_last_checkpoint_is_trained_again(config, uninterrupted, tmp_pat
     def damage_once(self):
         close(self)
         if not damaged:
-            damaged.append(_damage(tmp_path / f"checkpoints/{TOTAL}"))
+            damaged.append(runs.damage_checkpoint(tmp_path / f"checkpoints/{TOTAL}"))
 
     monkeypatch.setattr(metrics.TrainingLog, "close", damage_once)
     assert loop.train(config, str(tmp_path))

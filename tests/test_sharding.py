@@ -1,15 +1,18 @@
 """Sharding: rules for all models, bytes per device, rejected meshes."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from clip_jax.config import MODELS, Config, MeshConfig, OptimConfig
+from clip_jax.config import MODELS, Config, MeshConfig, OptimConfig, ResNet
 from clip_jax.devices import sharding
-from clip_jax.models import make_model
+from clip_jax.models import make_model, split_batch_stats
 from clip_jax.training import optim, step
+from tests import tiny_models
 
 
 def _params(name: str):
@@ -33,6 +36,23 @@ def test_every_parameter_has_one_rule(name):
     specs = sharding.param_specs(_params(name), sharding.make_mesh(fsdp=4), _rules(name))
     leaves = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
     assert len([spec for spec in leaves if "fsdp" in spec]) >= 6
+
+
+@pytest.mark.parametrize("name", ["vit", "siglip", "resnet"])
+def test_heads_and_mlp_width_are_sharded_over_tensor_and_every_matrix_over_fsdp(name):
+    """No other dimension has the sizes of heads (4; 32 in a ResNet's pooling) and MLP (240)."""
+    base, sizes = tiny_models.ARCHITECTURES[name], {"width": 96, "heads": 4, "layers": 5, "mlp_ratio": 2.5}
+    image = ResNet(64, 12, (2, 2, 2, 2), 32) if name == "resnet" else replace(base.image, **sizes)
+    text = replace(base.text, **sizes)
+    architecture = replace(base, image=image, text=text, embed_dim=image.fixed_embed_dim or 40)
+    params = split_batch_stats(jax.eval_shape(make_model(architecture).init, jax.random.key(0)))[0]
+    specs = sharding.param_specs(params, sharding.make_mesh(fsdp=2, tensor=2), sharding.sharding_rules(architecture))
+    by_path = dict(jax.tree_util.tree_leaves_with_path(specs, is_leaf=lambda x: isinstance(x, PartitionSpec)))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        axes = [*by_path[path], *[None] * (leaf.ndim - len(by_path[path]))]
+        assert [axis == "tensor" for axis in axes] == [size in (4, 32, 240) for size in leaf.shape], path
+        is_matrix = path[-1].key in ("kernel", "embedding", "patch_embedding", "projection")
+        assert axes.count("fsdp") == is_matrix, path
 
 
 def test_parameter_with_no_rule_or_two_is_rejected_by_name():

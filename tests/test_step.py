@@ -126,10 +126,13 @@ def test_gradient_norms_of_the_towers_equal_numpy():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("maximum", "expected"), [(100.0, 100.0), (20.0, 20.0)])
-def test_the_logit_scale_is_clipped_after_the_update(maximum, expected):
+@pytest.mark.parametrize(
+    ("start", "maximum", "expected"), [(10.0, 100.0, 100.0), (10.0, 20.0, 20.0), (-3.0, 100.0, 1.0)]
+)
+def test_the_logit_scale_is_clipped_after_the_update(start, maximum, expected):
+    """To at most `logit_scale_max` (paper, section 2.5) and at least 1, as open_clip does."""
     state, train_step, mesh = _start(1, OptimConfig(warmup_steps=0), SoftmaxLoss(logit_scale_max=maximum))
-    params = state.params | {"logit_scale": jax.device_put(jnp.float32(10.0), sharding.replicated(mesh))}
+    params = state.params | {"logit_scale": jax.device_put(jnp.float32(start), sharding.replicated(mesh))}
     state = dataclasses.replace(state, params=params, ema=None)
     _, metrics = train_step(state, sharding.to_global(_batch(0), mesh))
     np.testing.assert_allclose(metrics["logit_scale"], expected, rtol=1e-5)

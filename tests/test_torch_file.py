@@ -1,12 +1,15 @@
 """torch files, mainly damaged and hostile ones. Files that torch wrote: tests/peers/test_files.py."""
 
+import argparse
 import collections
+import datetime
 import io
 import os
 import pathlib
 import pickle
 import struct
 import tempfile
+import types
 import zipfile
 
 import numpy as np
@@ -194,10 +197,58 @@ def test_big_endian_tensors_are_refused(tmp_path):
         torch_file.read(_archive(tmp_path / "w.pt", _opcodes(), [TWO], byteorder=b"big"))
 
 
-def test_only_the_state_dict_of_a_checkpoint_is_read(tmp_path):
+def test_names_of_nested_containers_are_joined_by_dots(tmp_path):
     state = b"X\x0a\x00\x00\x00state_dict" + _opcodes()[2:-1]
     content = b"\x80\x02}(X\x05\x00\x00\x00epochK\x03" + state + b"u."
-    assert list(torch_file.read(_archive(tmp_path / "w.pt", content, [TWO]))[0]) == ["t"]
+    assert list(torch_file.read(_archive(tmp_path / "w.pt", content, [TWO]))[0]) == ["state_dict.t"]
+
+
+# Values that trainers save alongside the weights, as pickled by this Python and NumPy.
+HARMLESS = {
+    "set": {1, 2},
+    "frozenset": frozenset("ab"),
+    "complex": 1j,
+    "bytes": b"\0\xff",
+    "bytearray": bytearray(b"ab"),
+    "slice": slice(1, 2),
+    "range": range(3),
+    "Namespace": argparse.Namespace(lr=1e-3, betas=[0.9, 0.98]),
+    "SimpleNamespace": types.SimpleNamespace(lr=1),
+    "path": pathlib.Path("/a/b"),
+    "Windows path": pathlib.PureWindowsPath("c:/x"),
+    "defaultdict": collections.defaultdict(list, {"loss": [1.0]}),
+    "Counter": collections.Counter("aab"),
+    "deque": collections.deque([1, 2], maxlen=3),
+    "datetime": datetime.datetime(2024, 1, 2, tzinfo=datetime.UTC),
+    "timedelta": datetime.timedelta(hours=3),
+    "scalar": np.float64(0.5),
+    "int scalar": np.int64(7),
+    "bool scalar": np.bool_(True),
+    "array": np.arange(6.0).reshape(2, 3),
+    "strings": np.array(["a", "bc"]),
+    "objects": np.array([{"a": 1}], object),
+    "dtype": np.dtype("float32"),
+    "random state": np.random.RandomState(0),
+    "generator": np.random.default_rng(0),
+    "legacy state": np.random.RandomState(0).get_state(),
+}
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("numpy_module", [b"numpy._core", b"numpy.core"])  # NumPy 2 and 1
+@pytest.mark.parametrize("name", HARMLESS)
+def test_values_alongside_the_weights_are_ignored(tmp_path, name, numpy_module, protocol):
+    pickled = pickle.dumps({"value": HARMLESS[name], "epoch": 3}, protocol)
+    if protocol == 2:
+        pickled = pickled.replace(b"cnumpy._core.", b"c" + numpy_module + b".")
+        pickled = pickled.replace(b"}q\x00(", b"}q\x00(" + _opcodes()[4:-2], 1)
+    else:
+        old, new = (len(x).to_bytes(1) + x for x in (b"numpy._core.multiarray", numpy_module + b".multiarray"))
+        pickled = pickled[:2] + pickled[11:].replace(b"\x8c" + old, b"\x8c" + new)  # without its frame
+        pickled = pickled.replace(b"}\x94(", b"}\x94(" + _opcodes()[4:-2], 1)
+    found, _ = torch_file.read(_archive(tmp_path / "w.pt", pickled, [TWO]))
+    assert found.keys() == {"t"}
+    np.testing.assert_array_equal(found["t"], [1, 2])
 
 
 def test_file_without_tensors_is_refused(tmp_path):

@@ -70,6 +70,10 @@ def test_every_record_is_on_the_console_and_in_the_file(finished):
         assert word in next(line for line in messages.splitlines() if line.startswith("step 20/20"))
 
 
+def test_log_states_that_an_epoch_ends_within_a_batch(finished):
+    assert "100 examples are 6.25 batches of 16: an epoch ends within a batch" in finished[2]
+
+
 def test_export_loads_for_inference(finished):
     directory, _, _ = finished
     model = clip_jax.load(directory / "params.msgpack")
@@ -299,6 +303,23 @@ def test_meter_returns_means_and_rates():
     record = meter.flush()
     assert record["loss"] == 2.0 and record["images_per_second"] > 0 and 0 <= record["data_wait"] <= 1
     assert record["sometimes"] == 5.0
+
+
+def test_rates_are_those_of_the_time_without_pauses(monkeypatch):
+    """20 steps of 10 pairs in 8 seconds, of which 2 were waited for batches, after a pause of 5."""
+    clock = [100.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: clock[0])
+    meter = metrics.Meter(batch_size=10, pair_seconds=0.01)
+    for _ in range(20):
+        meter.wait(0.1)
+        meter.add({"loss": 1.0})
+    meter.pause(5.0)
+    clock[0] += 13.0
+    record = meter.flush()
+    rates = {name: record[name] for name in ("data_wait", "images_per_second", "mfu")}
+    assert rates == pytest.approx({"data_wait": 0.25, "images_per_second": 25.0, "mfu": 0.25})
+    clock[0] += 1.0
+    assert meter.flush()["data_wait"] == 0
 
 
 def test_meter_continues_a_restored_window():

@@ -11,10 +11,11 @@ from clip_jax.config.build import (
     from_json,
     to_config_dict,
     to_json,
+    unknown_key,
 )
 from clip_jax.config.models import MODELS, SIGLIP_PREPROCESS, name_of, preprocess_of, siglip_image, tokenizer_of
 from clip_jax.config.recipes import paper, runlocal, with_argument
-from clip_jax.config.resolve import Resolved, check_local_paths, resolve
+from clip_jax.config.resolve import Resolved, check_local_paths, data_notes, resolve
 from clip_jax.config.schema import (
     AugmentConfig,
     CheckpointConfig,

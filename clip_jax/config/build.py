@@ -95,9 +95,36 @@ def check_name(key: str, name: object, names: Iterable[str]) -> None:
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """Return '; did you mean …?' with the most similar of `names`, or '' if none is similar."""
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    """Return '; did you mean …?' with the most similar of `names`, or '' if none is similar.
+
+    >>> did_you_mean("batchsize", ["batch_size", "seed"]), did_you_mean("lr", ["layer_decay", "learning_rate"])
+    ("; did you mean 'batch_size'?", "; did you mean 'learning_rate'?")
+    """
+    near = _nearest(name, names)
+    return f"; did you mean {near!r}?" if near else ""
+
+
+def unknown_key(key: str, keys: Iterable[str]) -> str:
+    """Return the error for a dotted key that is none of a config's `keys`, with the nearest of any section.
+
+    >>> unknown_key("optim.lr", ["optim.learning_rate", "train.batch_size"])
+    "config has no key 'optim.lr'; did you mean 'optim.learning_rate'?"
+    >>> unknown_key("batch_size", ["optim.learning_rate", "train.batch_size"])
+    "config has no key 'batch_size'; did you mean 'train.batch_size'?"
+    """
+    keys, (section, _, name) = list(keys), key.rpartition(".")
+    siblings = {x.rpartition(".")[2]: x for x in keys if x.rpartition(".")[0] == section}
+    others = {x.rpartition(".")[2]: x for x in reversed(keys)}  # the first of equal names
+    nearest = name if name in others else _nearest(name, siblings) or _nearest(name, others)
+    near = siblings.get(nearest) or others.get(nearest)
+    return f"config has no key {key!r}" + (f"; did you mean {near!r}?" if near else "")
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    """Return the name that `name` abbreviates, as 'lr' for 'learning_rate', or the most similar; '' without any."""
+    names = list(names)
+    abbreviated = [x for x in names if len(name) > 1 and name == "".join(word[:1] for word in x.split("_"))]
+    return next(iter(abbreviated or difflib.get_close_matches(name, names, n=1, cutoff=0.5)), "")
 
 
 def build(hint: Any, value: Any, path: str = "") -> Any:
@@ -142,9 +169,8 @@ def _build_dataclass(cls: type, value: Any, path: str) -> Any:
     prefix = f"{path}." if path else ""
     for key in value:
         if key not in names:
-            raise ValueError(
-                f"config has no key '{prefix}{key}'{did_you_mean(key, names)} (keys here: {', '.join(names)})"
-            )
+            known = [prefix + name for name in names] + list(flatten(dataclasses.asdict(Config())))
+            raise ValueError(f"{unknown_key(prefix + key, known)} (keys here: {', '.join(names)})")
     return cls(**{key: build(hints[key], item, prefix + key) for key, item in value.items()})
 
 

@@ -8,8 +8,8 @@ import re
 
 from clip_jax.config.build import check_name, differences
 from clip_jax.config.models import MODELS
-from clip_jax.config.schema import Config, OptimConfig, TeacherConfig, TrainConfig
-from clip_jax.models.architecture import check
+from clip_jax.config.schema import Config, OptimConfig, TrainConfig
+from clip_jax.models.architecture import Preprocess, check
 from clip_jax.paths import check_local
 
 
@@ -60,6 +60,8 @@ def resolve(config: Config, *, devices: int, processes: int = 1, examples: int |
     """
     check_local_paths(config)
     _check_thresholds(config)
+    if config.train.batch_size == 1:
+        raise ValueError("train.batch_size=1 has no negatives, so there is nothing to contrast; use at least 2")
     batch_per_device = _batch_per_device(config, devices, processes)
     steps = _total_steps(config.train, examples)
     if steps <= config.optim.warmup_steps:
@@ -68,16 +70,51 @@ def resolve(config: Config, *, devices: int, processes: int = 1, examples: int |
             f" use at most {max(0, steps // 10)}"
         )
     check(config.model)
+    _check_preprocess(config.preprocess)
     _check_optimizer(config.optim)
     if config.loss.needs_logit_bias and not config.model.logit_bias:
         raise ValueError(f"loss.name={config.loss.name!r} has a bias that the model lacks: set model.logit_bias=True")
-    _check_teacher(config.teacher)
+    _check_weights(config)
     if config.train.patch_dropout and not config.model.image.supports_patch_dropout:
         raise ValueError(
             f"train.patch_dropout={config.train.patch_dropout} needs patches; set it to 0, or use a ViT or a"
             " tower with `supports_patch_dropout`"
         )
     return Resolved(config, steps, batch_per_device)
+
+
+def data_notes(config: Config, total_steps: int, examples: int) -> list[str]:
+    """Return sentences about batches that repeat examples, epochs that end within a batch, and unused examples.
+
+    >>> from clip_jax.config import from_config_dict
+    >>> config = from_config_dict({"train": {"batch_size": 16, "total_epochs": 2.5}})
+    >>> for note in data_notes(config, total_steps=15, examples=100):
+    ...     print(note)
+    100 examples are 6.25 batches of 16: an epoch ends within a batch, and no example is dropped
+    train.total_epochs=2.5 is rounded down to 15 steps: its last 10 examples are not used
+    """
+    notes, batch, train = [], config.train.batch_size, config.train
+    if examples < batch:
+        notes.append(
+            f"{examples} examples are fewer than train.batch_size={batch}: a batch repeats examples, and an image is a"
+            " negative of its own caption; give more data or a smaller batch"
+        )
+    elif examples % batch and total_steps * batch > examples - examples % batch:
+        notes.append(
+            f"{examples} examples are {examples / batch:g} batches of {batch}: an epoch ends within a batch, and no"
+            " example is dropped"
+        )
+    key = "total_epochs" if train.total_epochs else "total_examples"
+    wanted = round(train.total_epochs * examples) or train.total_examples
+    if 0 < wanted < batch:
+        notes.append(f"train.{key}={getattr(train, key)} is less than a batch and is rounded up to 1 step")
+    elif wanted % batch:
+        unused = wanted - total_steps * batch
+        notes.append(
+            f"train.{key}={getattr(train, key)} is rounded down to {total_steps} steps: its last {unused} examples are"
+            " not used"
+        )
+    return notes
 
 
 def _batch_per_device(config: Config, devices: int, processes: int) -> int:
@@ -114,6 +151,14 @@ def _total_steps(train: TrainConfig, examples: int | None) -> int:
     return train.total_steps or max(1, total_examples // train.batch_size)
 
 
+def _check_preprocess(preprocess: Preprocess) -> None:
+    for key in ("mean", "std"):
+        if len(value := getattr(preprocess, key)) != 3:
+            raise ValueError(
+                f"preprocess.{key}={value}: expected 3 numbers, for red, green and blue, e.g. '(0.5, 0.5, 0.5)'"
+            )
+
+
 def _check_optimizer(optim: OptimConfig) -> None:
     if optim.name == "adafactor" and not optim.b1 and optim.moment_dtype != "float32":
         raise ValueError(f"optim.moment_dtype={optim.moment_dtype!r}, but adafactor with optim.b1=0 has no moments")
@@ -125,10 +170,14 @@ def _check_optimizer(optim: OptimConfig) -> None:
             raise ValueError(f"optim.{key}={pattern!r} is no regular expression ({error}); e.g. '^image/'") from error
 
 
-def _check_teacher(teacher: TeacherConfig) -> None:
-    if teacher.model:
-        check_name("teacher.model", teacher.model, MODELS)
-    changed = differences(Config(), Config(teacher=teacher))
-    if changed and not teacher.weights:
-        key, (_, value) = next(iter(changed.items()))
-        raise ValueError(f"{key}={value!r} has no effect without a teacher: set teacher.weights")
+def _check_weights(config: Config) -> None:
+    """Raise ValueError for an unknown `init.model` or `teacher.model`, and for keys of a section without weights."""
+    for section in ("init", "teacher"):
+        value = getattr(config, section)
+        if value.model:
+            check_name(f"{section}.model", value.model, MODELS)
+        changed = differences(Config(), Config(**{section: value}))
+        if changed and not value.weights:
+            key, (_, found) = next(iter(changed.items()))
+            what = "a teacher" if section == "teacher" else "pretrained weights"
+            raise ValueError(f"{key}={found!r} has no effect without {what}: set {section}.weights")

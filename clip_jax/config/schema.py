@@ -103,7 +103,7 @@ class OptimConfig:
 
     name: Literal["adamw", "adafactor", "lion"] = "adamw"
     learning_rate: float = 5e-4  # peak; lion: 3 to 10 times smaller, with a weight decay 3 to 10 times larger
-    warmup_steps: int = 2000
+    warmup_steps: int = 2000  # the rate of step n, counted from 1, is n / warmup_steps of the peak
     b1: float = 0.9  # adafactor: 0 for no first moment
     b2: float = 0.98  # 0.999 for ResNets; adafactor: upper bound of 1 - t^-0.8
     eps: float = 1e-6  # 1e-8 for ResNets; adamw only
@@ -113,7 +113,8 @@ class OptimConfig:
     # Regular expression of parameters stored in bfloat16, rounded stochastically after each update; paper: '^text/'.
     half_precision_params: str = ""
     weight_decay: float = 0.2
-    # Regular expression of parameters without weight decay; gains, biases and the logit scale never have it.
+    # Regular expression of parameters without weight decay, or 'open_clip': class and position embeddings. Gains,
+    # biases and the logit scale never have it (paper).
     no_weight_decay: str = ""
     # Regular expression of parameters that are not trained; '^image/' is locked-image tuning.
     freeze: str = ""

@@ -33,7 +33,7 @@ from clip_jax.evals.report.writing import check_same_weights, weights_name, writ
 from clip_jax.evals.suite import EvalReport, EvaluatedModel, evaluate
 from clip_jax.models import count_parameters, make_model
 from clip_jax.models.flops import forward_flops
-from clip_jax.paths import check_local, write_atomically
+from clip_jax.paths import check_local, check_output, write_atomically
 from clip_jax.preprocess import preprocess_many
 from clip_jax.provenance import versions
 from clip_jax.tokenizers import make_tokenizer
@@ -76,6 +76,7 @@ def prepare(options: Options) -> Evaluation:
     """Check the options, read the files that they name, and initialize the devices. Raises ValueError."""
     for name in ("data_dir", "out", "standard_models", "groups", "categories", "cache_dir"):
         check_local(f"--{name}", getattr(options, name))
+    check_output("--out", options.directory)
     for name in options.evaluators:
         check_name("--evaluators", name, EVALUATORS)
     names = expand(options.datasets)

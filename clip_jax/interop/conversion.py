@@ -22,7 +22,7 @@ from clip_jax.typing import Params
 
 # Suffixes of tensors that are no parameters and follow from the shapes.
 _IGNORED = ("position_ids", "num_batches_tracked", "attn_mask", "input_resolution", "context_length", "vocab_size")
-_FLOATING = ("float16", "bfloat16", "float32", "float64")
+_FLOATING = ("float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2")
 
 
 def params_from_tensors(

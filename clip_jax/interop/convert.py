@@ -18,7 +18,8 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], *, t
     Args:
       source: see `reading.read`.
       to: writable format in `formats.FORMATS`: 'msgpack', 'npz', 'directory' (for other libraries), or one registered.
-      **options: arguments of `reading.read`: model, activation, image_size, context_length, tokenizer.
+      **options: arguments of `reading.read`: model, activation, image_size, context_length, tokenizer,
+        prefix, heads.
 
     Raises:
       FileNotFoundError: if there is no such source.

@@ -24,7 +24,7 @@ from typing import Any
 from clip_jax.config import ResNet, TextTransformer, ViT, WeightsConfig
 from clip_jax.interop import conversion, huggingface, name_tables, open_clip, safetensors, torch_file
 from clip_jax.interop.msgpack import tokenizer_content
-from clip_jax.paths import check_local
+from clip_jax.paths import check_local, errors_naming
 from clip_jax.tokenizers import ClipBPE, HuggingFace
 from clip_jax.tokenizers.bpe import END, START
 from clip_jax.typing import Params
@@ -35,6 +35,9 @@ WEIGHT_FILES = (
     *("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
     *("flax_model.msgpack", "flax_model.msgpack.index.json"),
 )
+
+
+SENTENCE_TRANSFORMERS = "[0-9]_CLIPModel"  # subdirectory of the model in the layout of sentence-transformers
 
 
 def detect(path: pathlib.Path, head: bytes) -> bool:
@@ -50,6 +53,12 @@ def weight_file(folder: pathlib.Path) -> pathlib.Path:
     raise ValueError(f"{folder}: expected a directory with one of {', '.join(WEIGHT_FILES)}, got none; name the file")
 
 
+def model_folder(folder: pathlib.Path) -> pathlib.Path:
+    """Return the directory of the weights: `folder`, or its subdirectory in the layout of sentence-transformers."""
+    nested = sorted(path for path in folder.glob(SENTENCE_TRANSFORMERS) if detect(path, b""))
+    return nested[0] if nested and not detect(folder, b"") else folder
+
+
 def write(path: str | os.PathLike[str], params: Params, config: WeightsConfig) -> dict[str, str]:
     """Write a directory atomically. Raises ValueError if it exists and is not empty, or if no library has the model.
 
@@ -60,6 +69,11 @@ def write(path: str | os.PathLike[str], params: Params, config: WeightsConfig) -
     target = pathlib.Path(path).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target}: expected a new or empty directory, got an existing one; give another path")
+    with errors_naming(target):
+        return _write(target, params, config)
+
+
+def _write(target: pathlib.Path, params: Params, config: WeightsConfig) -> dict[str, str]:
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = pathlib.Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     report, written = {}, False

@@ -19,7 +19,7 @@ import numpy as np
 from clip_jax.config import WeightsConfig
 from clip_jax.interop import directory, msgpack, npz, safetensors, torch_file
 from clip_jax.interop.conversion import flat
-from clip_jax.paths import check_local
+from clip_jax.paths import check_local, check_output
 from clip_jax.typing import Params
 
 _HEAD = 16  # bytes
@@ -66,13 +66,14 @@ def read(path: pathlib.Path) -> tuple[Mapping[str, Any], WeightsConfig | None]:
 def writer(
     name: str, target: str | os.PathLike[str]
 ) -> Callable[[str | os.PathLike[str], Params, WeightsConfig], Mapping[str, str] | None]:
-    """Return a format's `write`. Raises ValueError for an unknown or read-only format, or a URL it cannot write."""
+    """Return a format's `write`. Raises ValueError for an unknown or read-only format, or a path it cannot write."""
     writable = [key for key, entry in FORMATS.items() if entry.write]
     if name not in writable:
         reason = "which is read-only" if name in FORMATS else "which is not registered"
         raise ValueError(f"--to: expected one of {', '.join(writable)}, got {name!r}, {reason}")
     if not FORMATS[name].writes_urls:
         check_local("target", target)
+    check_output("target", target)
     return FORMATS[name].write
 
 

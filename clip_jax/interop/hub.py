@@ -6,9 +6,14 @@ OpenAI's files are looked up in the cache of its code (`~/.cache/clip`). The hub
 
 from __future__ import annotations
 
+import fnmatch
+import glob
 import os
 import pathlib
+import re
+from collections.abc import Sequence
 
+from clip_jax.interop.directory import SENTENCE_TRANSFORMERS, WEIGHT_FILES
 from clip_jax.paths import check_local
 
 HUB = "hf-hub:"
@@ -24,23 +29,19 @@ OPENAI = {
     "vit_l14": "ViT-L/14",
     "vit_l14_336": "ViT-L/14@336px",
 }
-# Files that the formats consist of. Repositories often contain several formats, and images.
-_PATTERNS = ["*.json", "*.safetensors", "*.model", "merges.txt", "open_clip_pytorch_model.bin", "pytorch_model*.bin"]
+_CONFIGS = (".json", ".model", "merges.txt")  # endings of configurations and tokenizers
 
 
 def locate(path: str | os.PathLike[str]) -> pathlib.Path:
-    """Return the local path of a path, a name in `OPENAI`, or `hf-hub:<owner>/<name>`, which is downloaded.
+    """Return the local path of a path, a name in `OPENAI`, or `hf-hub:<owner>/<name>[@revision]`, downloaded.
 
-    Raises FileNotFoundError, with the command that downloads it, if OpenAI's file is not in the cache.
+    Raises FileNotFoundError for a repository that can't be downloaded and, with the command that downloads it, if
+    OpenAI's file is not in the cache.
     """
     name = os.fspath(path)
     check_local("weights", name)
     if name.startswith(HUB):
-        try:
-            import huggingface_hub
-        except ImportError as error:
-            raise ValueError(f"{name} needs huggingface_hub: pip install 'clip-jax-tpu[interop]'") from error
-        return pathlib.Path(huggingface_hub.snapshot_download(name.removeprefix(HUB), allow_patterns=_PATTERNS))
+        return _download(name)
     local = pathlib.Path(name).expanduser()
     if name not in OPENAI or local.exists():
         return local
@@ -52,3 +53,49 @@ def locate(path: str | os.PathLike[str]) -> pathlib.Path:
             f" python -c \"import clip; clip.load('{published}', 'cpu')\""
         )
     return file
+
+
+def _download(name: str) -> pathlib.Path:
+    """Download the files of a repository that are read, and return their directory; offline, that in the cache."""
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ValueError(f"{name} needs huggingface_hub: pip install 'clip-jax-tpu[interop]'") from error
+    repository, _, revision = name.removeprefix(HUB).partition("@")
+    version = {"revision": revision or None}
+    try:
+        listed = huggingface_hub.list_repo_files(repository, **version)
+    # Errors of the hub and of its HTTP client have no common base class.
+    except Exception as error:
+        try:
+            return pathlib.Path(huggingface_hub.snapshot_download(repository, local_files_only=True, **version))
+        except Exception:
+            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            raise FileNotFoundError(
+                f"{name}: expected a repository on the hub or in its cache, got {reason}; check name and revision, or"
+                " log in with `hf auth login`"
+            ) from error
+    files = needed_files(listed, name)
+    patterns = [glob.escape(file) for file in files]
+    return pathlib.Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns, **version))
+
+
+def needed_files(listed: Sequence[str], name: str) -> list[str]:
+    """Return the files of a repository to download: one copy of the weights, configurations and tokenizer.
+
+    Raises ValueError if none of the files is a weight file that `directory.weight_file` finds.
+    """
+    nested = {file.partition("/")[0] for file in listed if fnmatch.fnmatch(file, f"{SENTENCE_TRANSFORMERS}/*")}
+    folders = ["", *(f"{folder}/" for folder in sorted(nested))]
+    copies = ((folder, weights) for folder in folders for weights in WEIGHT_FILES if folder + weights in listed)
+    folder, weights = next(copies, ("", ""))
+    if not weights:
+        raise ValueError(f"{name}: expected a repository with one of {', '.join(WEIGHT_FILES)}, got none of them")
+    stem, ending = re.fullmatch(r"(.*?)(\.\w+)(?:\.index\.json)?", weights).groups()
+    shards = re.compile(re.escape(folder + stem) + r"-\d+-of-\d+" + re.escape(ending))
+    configs = [file for file in listed if file.endswith(_CONFIGS) and file.rpartition("/")[0] == folder.rstrip("/")]
+    others = {folder + file for file in WEIGHT_FILES} - {folder + weights}
+    return sorted(
+        {folder + weights, *(set(configs) - others)}
+        | {file for file in listed if weights.endswith(".index.json") and shards.fullmatch(file)}
+    )

@@ -2,7 +2,8 @@
 
 A table maps clip_jax paths, those of the tree that `Model.init` returns, to tensors of a file. Parameters of blocks are
 stacked over layers in clip_jax and are one tensor per layer in a file. A table covers all parameters that models with
-this naming can have. To read the weights of a new tower, add its paths to a table, or add a `Naming`.
+this naming can have. To read the weights of a new tower, add its paths to a table, or a table to `NAMINGS`
+(`naming.py`).
 
 Sources: openai/CLIP `clip/model.py`; open_clip `model.py`; transformers `modeling_clip.py`, `modeling_siglip.py`; timm
 `vision_transformer.py`, `attention_pool.py`; big_vision `models/vit.py`, `models/proj/image_text/text_transformer.py`.
@@ -11,11 +12,8 @@ Sources: openai/CLIP `clip/model.py`; open_clip `model.py`; transformers `modeli
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from typing import Any
-
-import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,40 +221,3 @@ def _big_vision() -> Table:
 
 
 BIG_VISION: Table = _big_vision()
-
-
-@dataclasses.dataclass(frozen=True)
-class Naming:
-    """A library's naming of tensors and the defaults of its models without a config."""
-
-    title: str
-    table: Table
-    markers: tuple[str, ...]  # a file with one of these tensors has this naming
-    prefix: str = ""  # removed from the names
-    activation: str = ""  # of all models with this naming; empty: unknown
-    siglip: bool = False  # text tower and preprocessing of SigLIP, even without logit bias (LiT)
-
-
-NAMINGS = (
-    Naming("OpenAI", OPENAI, ("visual.conv1.weight",), prefix="text."),  # open_clip's custom_text adds `text.`
-    Naming("open_clip SigLIP", OPEN_CLIP_SIGLIP, ("visual.trunk.attn_pool.latent",)),
-    Naming("Hugging Face SigLIP", HUGGINGFACE_SIGLIP, ("vision_model.head.probe",)),
-    Naming("Hugging Face", HUGGINGFACE, ("vision_model.embeddings.patch_embedding.weight",)),
-    Naming("Hugging Face Flax", HUGGINGFACE_FLAX, ("vision_model.embeddings.patch_embedding.kernel",)),
-    # gelu_tanh is the default of flax.linen.gelu.
-    Naming("big_vision", BIG_VISION, ("img/embedding/kernel", "txt/Embed_0/embedding"), "params/", "gelu_tanh", True),
-)
-_WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")  # DistributedDataParallel, torch.compile
-
-
-def detect_naming(tensors: Mapping[str, np.ndarray], file: str) -> tuple[Naming, dict[str, np.ndarray]]:
-    """Return the naming of a file's tensors, and the tensors without the prefixes of wrappers and of the naming."""
-    unwrapped = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
-    for naming in NAMINGS:
-        plain = {name.removeprefix(naming.prefix): tensor for name, tensor in unwrapped.items()}
-        if any(marker in plain for marker in naming.markers):
-            return naming, plain
-    timm = next((name for name in unwrapped if name.startswith("visual.trunk.")), None)
-    found = f"an unsupported timm tower ({timm})" if timm else f"names such as {', '.join(sorted(unwrapped)[:4])}"
-    expected = ", ".join(naming.title for naming in NAMINGS)
-    raise ValueError(f"{file}: expected tensors of CLIP, CLIPA, SigLIP or LiT by the names of {expected}, got {found}")

@@ -8,11 +8,13 @@ accuracy without an error, so it is never guessed. Sources of the layouts: opena
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import json
+import math
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,8 +32,10 @@ from clip_jax.interop import (
     tokenizer_files,
 )
 from clip_jax.interop.hub import locate
-from clip_jax.interop.name_tables import Naming, detect_naming
+from clip_jax.interop.infer_architecture import Heads
+from clip_jax.interop.naming import Naming, detect_naming
 from clip_jax.interop.torch_file import torchscript_code
+from clip_jax.paths import path_kind
 from clip_jax.typing import Params
 
 
@@ -52,13 +56,22 @@ def read(
     image_size: int = 0,
     context_length: int = 0,
     tokenizer: TokenizerConfig | str = "",
+    prefix: str = "",
+    heads: Sequence[int] = (),
+    like: Architecture | None = None,
 ) -> Weights:
-    """Read weights of any registered format. Arguments and errors are those of `clip_jax.load`."""
+    """Read weights of any registered format. Arguments and errors are those of `clip_jax.load`.
+
+    Args:
+      like: architecture with the attention heads of files without a config whose shapes are equal to it.
+    """
+    if len(heads) not in (0, 2):
+        raise ValueError(f"heads: expected two numbers, of the image and of the text tower, got {heads!r}")
     if model:
         configs.check_name("model", model, configs.MODELS)
     if activation:
         configs.check_name("activation", activation, ("quick_gelu", "gelu", "gelu_tanh"))
-    weights = _read(_existing(path), model, activation, tokenizer)
+    weights = _read(_existing(path), model, activation, prefix, _known_heads(heads, like), tokenizer)
     resized, params = positions.resize(weights.config.model, weights.params, image_size, context_length)
     config = dataclasses.replace(weights.config, model=resized)
     if isinstance(tokenizer, str) and tokenizer:
@@ -72,26 +85,88 @@ def _existing(path: str | os.PathLike[str]) -> pathlib.Path:
     local = locate(path)
     if not local.exists():
         raise FileNotFoundError(f"{path}: expected a file or directory, got none; give another path")
-    return local
+    if path_kind(local) not in ("a file", "a directory"):
+        raise ValueError(f"{path}: expected a file or directory, got {path_kind(local)}; copy its content to a file")
+    return directory.model_folder(local)
 
 
-def _read(path: pathlib.Path, model: str, activation: str, tokenizer: TokenizerConfig | str) -> Weights:
+def _read(
+    path: pathlib.Path,
+    model: str,
+    activation: str,
+    prefix: str,
+    heads: Heads,
+    tokenizer: TokenizerConfig | str,
+) -> Weights:
     params, stored = formats.read(path)
     if stored is not None:
+        _check_no_heads(heads, path)
+        if prefix:
+            raise ValueError(f"prefix={prefix!r}: expected no prefix, as {path} contains one model; omit prefix")
         if model and configs.MODELS[model] != stored.model:
             raise ValueError(f"model={model!r}: expected the architecture in {path}, got another; omit model")
         _check_shapes(path, params, stored.model)
         config, kind = stored, f"clip_jax {formats.detect(path)}"
     else:
         file = directory.weight_file(path) if path.is_dir() else path
-        naming, tensors = detect_naming(params, os.fspath(file))
+        naming, tensors, found_prefix = detect_naming(params, os.fspath(file), prefix)
         config = None if model else _config_of_directory(file, tokenizer)
-        config = config or _config_of_tensors(file, tensors, naming, model, activation, tokenizer)
+        if config or model:
+            _check_no_heads(heads, path)
+        config = config or _config_of_tensors(file, tensors, naming, model, activation, heads, tokenizer)
+        _check_logit_scale(file, tensors, naming)
         params = conversion.params_from_tensors(config.model, tensors, naming.table, os.fspath(file))
-        kind = f"{naming.title} names, {formats.detect(file)}"
+        kind = f"{naming.title} names, {formats.detect(file)}" + (f", below {found_prefix!r}" if found_prefix else "")
+    _check_finite(path, params)
     architecture = configs.with_activation(config.model, activation) if activation else config.model
     source = stored.source if stored else configs.name_of(architecture)
     return Weights(params, dataclasses.replace(config, model=architecture, source=source), kind)
+
+
+def _known_heads(given: Sequence[int], like: Architecture | None) -> Heads:
+    presets = [*configs.MODELS.values(), *([like] if like else [])]
+    return Heads(tuple(given), presets)
+
+
+def _check_no_heads(heads: Heads, path: pathlib.Path) -> None:
+    if heads.given:
+        raise ValueError(
+            f"heads={heads.given}: expected no heads, as {path} has a config or model= is given; omit heads"
+        )
+
+
+_MAX_LOGIT_SCALE = 7.0  # exp(7) = 1097; published models have at most ln 100 = 4.6, SigLIP 4.8
+
+
+def _check_logit_scale(file: pathlib.Path, tensors: Mapping[str, np.ndarray], naming: Naming) -> None:
+    """Raise ValueError for a logit scale that is stored instead of its logarithm."""
+    name = naming.table["logit_scale"].name
+    stored = np.asarray(tensors.get(name, 0), np.float64)
+    if stored.size == 1 and stored.item() > _MAX_LOGIT_SCALE:
+        raise ValueError(
+            f"{file}: tensor {name}: expected the natural logarithm of the logit scale, e.g. 4.6052 for 100, got"
+            f" {stored.item():.6g}; replace it by its logarithm, {math.log(stored.item()):.6g}, and save the file again"
+        )
+
+
+_PIECE = 1 << 22  # values that are checked at once
+
+
+def _check_finite(path: pathlib.Path, params: Params) -> None:
+    """Raise ValueError with the parameter's path if a parameter is NaN or infinite."""
+
+    def is_finite(array: np.ndarray) -> bool:
+        values = np.asarray(array).reshape(-1)
+        return all(np.isfinite(values[i : i + _PIECE]).all() for i in range(0, values.size, _PIECE))
+
+    leaves = conversion.flat(params)
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # NumPy releases the GIL
+        for name, finite in zip(leaves, pool.map(is_finite, leaves.values()), strict=True):
+            if not finite:
+                raise ValueError(
+                    f"{path}: parameter {name}: expected finite numbers, got NaN or infinity: the training diverged"
+                    " or the file is damaged; use an earlier checkpoint or copy it again"
+                )
 
 
 def _check_shapes(path: pathlib.Path, params: Params, model: Architecture) -> None:
@@ -130,9 +205,9 @@ def read_tower(path: str | os.PathLike[str], tower: str, model: Architecture) ->
         if found != dataclasses.replace(expected, **sizes):
             raise ValueError(f"{local}: expected the {tower} tower {expected}, got {found}")
     else:
-        naming, tensors = detect_naming(params, os.fspath(local))
+        naming, tensors, _ = detect_naming(params, os.fspath(local))
         if tower == "image":
-            sizes = {"image_size": infer_architecture.image_tower(tensors, naming, os.fspath(local)).image_size}
+            sizes = {"image_size": infer_architecture.image_size(tensors, naming, os.fspath(local))}
         else:
             sizes = {"context_length": tensors[naming.table["text/positional_embedding"].name].shape[-2]}
         stored = dataclasses.replace(model, **{tower: dataclasses.replace(expected, **sizes)})
@@ -166,20 +241,25 @@ def _config_of_directory(file: pathlib.Path, tokenizer: TokenizerConfig | str) -
     return WeightsConfig(model, found, preprocess, tokenizer_file=tokenizer_file)
 
 
+_OPENAI_HEAD_WIDTH = 64
+
+
 def _config_of_tensors(
     file: pathlib.Path,
     tensors: Mapping[str, np.ndarray],
     naming: Naming,
     model: str,
     activation: str,
+    heads: Heads,
     tokenizer: TokenizerConfig | str,
 ) -> WeightsConfig:
     """Return the configuration of the named model, or by the shapes of the tensors."""
     if model:
         architecture = configs.MODELS[model]
     else:
-        architecture = infer_architecture.architecture(tensors, naming, os.fspath(file))
-        code = torchscript_code(file)  # of archives such as OpenAI's
+        code = torchscript_code(file)  # of archives such as OpenAI's, whose `build_model` has heads of 64
+        heads = dataclasses.replace(heads, width=_OPENAI_HEAD_WIDTH) if code else heads
+        architecture = infer_architecture.architecture(tensors, naming, os.fspath(file), heads)
         in_code = "quick_gelu" if "QuickGELU" in code or "1.702" in code else ""
         activation = activation or naming.activation or in_code
         if not activation:

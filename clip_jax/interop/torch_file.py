@@ -1,43 +1,25 @@
 """torch files, read and written without torch: zip archives, including TorchScript, and the format before torch 1.6.
 
-A pickle is a program. This reader implements the few functions that rebuild tensors and refuses every other name before
-it is imported. Tensors are views of the mapped file and are read on first use.
-
-Source of the formats: pytorch `torch/serialization.py`, `torch/_utils.py`, `torch/csrc/jit/serialization/pickler.h`.
+Tensors are views of the mapped file and are read on first use. Pickles: `torch_pickle.py`. Source of the formats:
+pytorch `torch/serialization.py`.
 """
 
 from __future__ import annotations
 
-import collections
-import dataclasses
 import io
-import math
 import os
 import pathlib
-import pickle
-import reprlib
 import struct
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import ml_dtypes
 import numpy as np
+
+from clip_jax.interop.torch_pickle import Module, Refused, TensorUnpickler
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
-_DTYPES = {
-    "HalfStorage": np.float16,
-    "BFloat16Storage": ml_dtypes.bfloat16,
-    "FloatStorage": np.float32,
-    "DoubleStorage": np.float64,
-    "BoolStorage": np.bool_,
-    "ByteStorage": np.uint8,
-    "CharStorage": np.int8,
-    "ShortStorage": np.int16,
-    "IntStorage": np.int32,
-    "LongStorage": np.int64,
-}
 _MAX_CODE = 1 << 24  # bytes; the published archives have about 100 kB
 # A pickle can contain itself, or one object in two places at each of many levels.
 _MAX_DEPTH, _MAX_VALUES = 64, 1 << 20
@@ -52,18 +34,19 @@ def detect(path: pathlib.Path, head: bytes) -> bool:
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], None]:
     """Return read-only tensors by name, from a state dict, a training checkpoint or a TorchScript archive.
 
-    Raises ValueError for a truncated or damaged file, or a pickle with anything but tensors and containers.
+    Names of nested containers are joined by dots: `state_dict.visual.proj`. Raises ValueError for a truncated or
+    damaged file, or a pickle with other values than those of `torch_pickle.TensorUnpickler`.
     """
     file = pathlib.Path(path)
     try:
         if zipfile.is_zipfile(file):
             content = _read_zip(file)
         elif file.open("rb").read(2) == b"PK":
-            raise _Refused("truncated: expected a zip directory at its end, got none; copy it again")
+            raise Refused("truncated: expected a zip directory at its end, got none; copy it again")
         else:
             content = _read_legacy(file)
-        return _named_tensors(_state_dict(content)), None
-    except _Refused as error:
+        return _named_tensors(content), None
+    except Refused as error:
         raise ValueError(f"{path}: {error}") from error
     # A damaged byte can make pickle and zipfile raise any exception.
     except Exception as error:
@@ -113,27 +96,23 @@ def _integers(numbers: Sequence[int]) -> bytes:
     return b"(" + b"".join(map(_integer, numbers)) + b"t"
 
 
-class _Refused(ValueError):
-    """The file is damaged or contains something that this reader does not support."""
-
-
 def _read_zip(file: pathlib.Path) -> Any:
     mapped = np.memmap(file, np.uint8, "r")
     with zipfile.ZipFile(file) as archive:
         members = {info.filename: info for info in archive.infolist()}
         pickles = [name for name in members if name.rpartition("/")[2] == "data.pkl"]
         if len(pickles) != 1:
-            raise _Refused(f"expected a torch zip archive with one data.pkl, got {len(pickles)}")
+            raise Refused(f"expected a torch zip archive with one data.pkl, got {len(pickles)}")
         root = pickles[0].removesuffix("data.pkl")
         if f"{root}byteorder" in members and archive.read(f"{root}byteorder") != b"little":
-            raise _Refused("expected little-endian tensors, got big-endian; save it again on a little-endian machine")
+            raise Refused("expected little-endian tensors, got big-endian; save it again on a little-endian machine")
 
         def storage(dtype: np.dtype, key: str, count: int) -> np.ndarray:
             info = members.get(f"{root}data/{key}")
             if info is None:
-                raise _Refused(f"tensor storage {key!r}: expected its data in the archive, got none; copy it again")
+                raise Refused(f"tensor storage {key!r}: expected its data in the archive, got none; copy it again")
             if info.file_size < count * dtype.itemsize:
-                raise _Refused(f"tensor storage {key!r}: expected {count} {dtype}, got {info.file_size} bytes")
+                raise Refused(f"tensor storage {key!r}: expected {count} {dtype}, got {info.file_size} bytes")
             if info.compress_type != zipfile.ZIP_STORED:
                 return np.frombuffer(archive.read(info), dtype, count)
             # The extra field of a local header may be longer than that in the zip directory.
@@ -142,7 +121,7 @@ def _read_zip(file: pathlib.Path) -> Any:
             start = info.header_offset + _LOCAL_HEADER + name_length + extra_length
             return mapped[start : start + count * dtype.itemsize].view(dtype)
 
-        return _Unpickler(io.BytesIO(archive.read(pickles[0])), storage).load()
+        return TensorUnpickler(io.BytesIO(archive.read(pickles[0])), storage).load()
 
 
 def _read_legacy(file: pathlib.Path) -> Any:
@@ -155,110 +134,25 @@ def _read_legacy(file: pathlib.Path) -> Any:
 
     with file.open("rb") as stream:
         if (head := stream.read(12))[:1] != b"\x80":
-            raise _Refused(f"expected a torch file, got a file that starts with {head!r}")
+            raise Refused(f"expected a torch file, got a file that starts with {head!r}")
         stream.seek(0)
-        if any(_Unpickler(stream, record_size).load() != number for number in (_LEGACY_MAGIC, _LEGACY_PROTOCOL)):
-            raise _Refused("expected a torch file, got another pickle")
-        _Unpickler(stream, record_size).load()  # sizes of C types on the machine that wrote the file
+        if any(TensorUnpickler(stream, record_size).load() != number for number in (_LEGACY_MAGIC, _LEGACY_PROTOCOL)):
+            raise Refused("expected a torch file, got another pickle")
+        TensorUnpickler(stream, record_size).load()  # sizes of C types on the machine that wrote the file
         start_of_object = stream.tell()
-        _Unpickler(stream, record_size).load()  # the object, for the sizes of its storages, which follow it
-        keys = _Unpickler(stream, record_size).load()
+        TensorUnpickler(stream, record_size).load()  # the object, for the sizes of its storages, which follow it
+        keys = TensorUnpickler(stream, record_size).load()
         mapped, end = np.memmap(file, np.uint8, "r"), stream.tell()
         for key in keys:
             dtype, count = sizes[key]
             head, start, end = end, end + 8, end + 8 + count * dtype.itemsize
             if end > len(mapped) or struct.unpack("<q", mapped[head:start].tobytes()) != (count,):
-                raise _Refused(
+                raise Refused(
                     f"truncated: expected the data of tensor storage {key!r}, got a part of it; copy it again"
                 )
             data[key] = mapped[start:end].view(dtype)
         stream.seek(start_of_object)
-        return _Unpickler(stream, lambda dtype, key, count: data[key]).load()
-
-
-class _Module:
-    """A TorchScript object: its attributes without its code."""
-
-    def __setstate__(self, state: Mapping[str, Any]) -> None:
-        self.__dict__.update(state)
-
-
-@dataclasses.dataclass
-class _StorageType:
-    """torch.HalfStorage and the like. Not the dtype itself, because a pickle can modify its objects."""
-
-    dtype: np.dtype
-
-
-class _Unpickler(pickle.Unpickler):
-    """Pickle reader restricted to tensors and containers."""
-
-    def __init__(self, stream: io.BufferedIOBase, storage: Callable[[np.dtype, str, int], np.ndarray | None]):
-        super().__init__(stream, encoding="utf-8")
-        self._storage = storage  # (dtype, key, count) -> data
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and name in _DTYPES:
-            return _StorageType(np.dtype(_DTYPES[name]))
-        if module.split(".")[0] == "__torch__":
-            return _Module
-        if (module, name) not in _FUNCTIONS:
-            raise _Refused(
-                f"expected a pickle of tensors alone, got {module}.{name}, which could run any program. If you trust"
-                " the file, save its state dict with torch, or as .safetensors"
-            )
-        return _FUNCTIONS[module, name]
-
-    def persistent_load(self, pid: Any) -> np.ndarray | None:
-        if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or not isinstance(pid[1], _StorageType):
-            raise _Refused(f"expected a tensor storage, got {reprlib.repr(pid)}")
-        _, kind, key, _device, count = pid[:5]
-        if not isinstance(count, int) or count < 0 or not isinstance(key, (str, int)):
-            raise _Refused(f"tensor storage {reprlib.repr(key)}: expected a size, got {reprlib.repr(count)}")
-        return self._storage(kind.dtype, str(key), count)
-
-
-def _tensor(storage: np.ndarray | None, offset: int, size: tuple, stride: tuple, *_: Any) -> np.ndarray | None:
-    """Return a view of a storage after a bounds check: the file's strides could point outside it."""
-    if storage is None:
-        return None
-    numbers, shape = (offset, *size, *stride), reprlib.repr(size)
-    if len(size) != len(stride) or not all(isinstance(n, int) and n >= 0 for n in numbers):
-        found = f"{reprlib.repr(stride)} at offset {reprlib.repr(offset)}"
-        raise _Refused(f"a tensor of shape {shape}: expected one stride per axis, none negative, got {found}")
-    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if math.prod(size) and (last >= len(storage) or math.prod(size) > len(storage)):
-        raise _Refused(
-            f"a tensor of shape {shape}: expected a storage that contains it, got one of {len(storage)} elements"
-        )
-    view = storage[offset : last + 1] if math.prod(size) else storage[:0]
-    steps = [step * storage.itemsize for step in stride]
-    return np.lib.stride_tricks.as_strided(view, size, steps, writeable=False)
-
-
-_FUNCTIONS: dict[tuple[str, str], Callable] = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("torch._utils", "_rebuild_tensor"): _tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
-    ("torch", "Size"): tuple,
-    ("torch", "device"): lambda *_: None,
-    # TorchScript annotates its lists with types.
-    ("torch.jit._pickle", "build_intlist"): list,
-    ("torch.jit._pickle", "build_doublelist"): list,
-    ("torch.jit._pickle", "build_boollist"): list,
-    ("torch.jit._pickle", "build_tensorlist"): list,
-    ("torch.jit._pickle", "restore_type_tag"): lambda value, _type: value,
-}
-
-
-def _state_dict(content: Any) -> Any:
-    """Return the model's part of a checkpoint: open_clip and Lightning store it as `state_dict`."""
-    for _ in range(_MAX_DEPTH):
-        if not isinstance(content, Mapping) or any(isinstance(value, np.ndarray) for value in content.values()):
-            break
-        content = next((content[key] for key in ("state_dict", "model", "module") if key in content), content)
-    return content
+        return TensorUnpickler(stream, lambda dtype, key, count: data[key]).load()
 
 
 def _named_tensors(content: Any) -> dict[str, np.ndarray]:
@@ -268,13 +162,14 @@ def _named_tensors(content: Any) -> dict[str, np.ndarray]:
         prefix, value, depth = pending.pop()
         visited += 1
         if depth > _MAX_DEPTH or visited + len(pending) > _MAX_VALUES:
-            raise _Refused(f"expected at most {_MAX_VALUES:,} values in {_MAX_DEPTH} nested containers, got more")
-        value = vars(value) if isinstance(value, _Module) else value
+            raise Refused(f"expected at most {_MAX_VALUES:,} values in {_MAX_DEPTH} nested containers, got more")
+        value = vars(value) if isinstance(value, Module) else value
+        value = dict(enumerate(value)) if isinstance(value, (list, tuple)) else value
         if isinstance(value, np.ndarray):
             tensors[prefix] = value
         elif isinstance(value, Mapping):
             dot = "." if prefix else ""
             pending += [(f"{prefix}{dot}{name}", inner, depth + 1) for name, inner in reversed(value.items())]
     if not tensors:
-        raise _Refused("expected a state dict, a checkpoint or a TorchScript archive, got no tensors")
+        raise Refused("expected a state dict, a checkpoint or a TorchScript archive, got no tensors")
     return tensors

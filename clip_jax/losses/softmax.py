@@ -1,7 +1,9 @@
 """CLIP's loss, symmetric InfoNCE: cross-entropy from images to texts and from texts to images over the global batch.
 
-Source: Radford et al. 2021, figure 3. Several positives share the target probability equally, as in UniCL (Yang et al.
-2022, arXiv:2204.03610).
+Source: Radford et al. 2021, figure 3. Of several positives, the probabilities are summed: any of them is a match, as in
+MIL-NCE (Miech et al. 2020, arXiv:1912.06430) and neighborhood components analysis (Goldberger et al. 2004). Averaging
+their log-probabilities, as UniCL does (Yang et al. 2022, arXiv:2204.03610), changes nothing for equal captions, whose
+logits are equal: in sum over the rows and columns of a caption it is the loss with a single positive.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from clip_jax.losses.tiles import Mask, Scalar, Statistics, Tile, merge_statisti
 class SoftmaxLoss(ContrastiveLoss):
     """Symmetric InfoNCE, in nats, with logits zᵢⱼ = scale · xᵢ·yⱼ of images i and texts j; the bias cancels.
 
-    loss = −1/2B Σᵢ (log softmaxⱼ(zᵢⱼ)[j = i] + log softmaxⱼ(zⱼᵢ)[j = i])
+    loss = −1/2B Σᵢ (log Σⱼ softmaxⱼ(zᵢⱼ) + log Σⱼ softmaxⱼ(zⱼᵢ)), where the sums over j are over the positives of i:
+    j = i, or all pairs of equal ids.
 
     >>> embeddings = jax.numpy.eye(4)
     >>> value, metrics = SoftmaxLoss()(embeddings, embeddings, jax.numpy.float32(1))
@@ -40,23 +43,27 @@ class SoftmaxLoss(ContrastiveLoss):
     def example_loss(
         self, negatives: Statistics, positives: Statistics, axis: int, scale: Scalar
     ) -> tuple[Float[Array, "n"], Statistics]:
-        """Return half the cross-entropy: log-sum-exp of all logits minus the mean logit of the positives."""
+        """Return half of log-sum-exp of all logits minus log-sum-exp of the positives."""
         pairs = merge_statistics(scale, negatives, positives)
-        # Where the positive is the most similar, the difference in parentheses is exactly 0.
-        cross_entropy = scale * (pairs["max"] - positives["similarity_sum"] / positives["count"])
-        cross_entropy += jnp.log(pairs["sum_exp"])
-        residuals = {"max": pairs["max"], "1/sum_exp": 1 / pairs["sum_exp"], "target": 1 / positives["count"]}
-        return cross_entropy / 2, residuals
+        # Where a positive is the most similar, the difference in parentheses is exactly 0.
+        loss = scale * (pairs["max"] - positives["max"]) + jnp.log(pairs["sum_exp"] / positives["sum_exp"])
+        residuals = {"max": pairs["max"], "1/sum_exp": 1 / pairs["sum_exp"]}
+        residuals |= {"positive_max": positives["max"], "1/positive_sum_exp": 1 / positives["sum_exp"]}
+        residuals |= {"count": positives["count"]}
+        return loss / 2, residuals
 
     def tile_gradient(
         self, tile: Tile, matches: Mask, residuals: Statistics, axis: int, scale: Scalar, bias: Scalar
     ) -> Tile:
-        """Return (softmax(logits) − target) / 2."""
+        """Return (softmax(logits) − target) / 2. The target is the softmax over the positives."""
         predicted = jnp.exp(scale * (tile - residuals["max"])) * residuals["1/sum_exp"]
-        return (predicted - jnp.where(matches, residuals["target"], 0)) / 2
+        target = jnp.exp(scale * (tile - residuals["positive_max"])) * residuals["1/positive_sum_exp"]
+        target = jnp.where(residuals["count"] == 1, 1, target)  # without the rounding error of the similarities
+        return (predicted - jnp.where(matches, target, 0)) / 2
 
     def dense(self, image_BE: Array, text_CE: Array, scale: Scalar, bias: Scalar, matches_BC: Mask) -> Scalar:
         """Return the loss from the full logit matrix."""
         logits = scale * (image_BE @ text_CE.T) + bias
-        sides = [-jnp.mean(jnp.mean(jax.nn.log_softmax(logits, axis), axis, where=matches_BC)) for axis in (0, 1)]
-        return sum(sides) / 2
+        positives = jnp.where(matches_BC, logits, -jnp.inf)
+        logsumexp = jax.nn.logsumexp
+        return sum(jnp.mean(logsumexp(logits, axis) - logsumexp(positives, axis)) for axis in (0, 1)) / 2

@@ -101,6 +101,7 @@ def make_model(
     text_capacity: float = 1.0,
     text_groups: int = 1,
     batch_sharding: jax.sharding.Sharding | None = None,
+    frozen: str = "",
 ) -> Model:
     """Return the model's functions.
 
@@ -116,6 +117,7 @@ def make_model(
         padded, as all batches are at 1. Only for towers that support packing.
       text_groups: number of equal groups of the batch that are packed separately, one per batch shard.
       batch_sharding: sharding of activations over the batch; see `Compute`. It must divide the batch size.
+      frozen: regular expression of parameters that are not trained, whose batch norm runs as in inference.
 
     Example:
       >>> from clip_jax.config import MODELS
@@ -127,7 +129,7 @@ def make_model(
       >>> jax.eval_shape(model.encode_image, params, np.zeros((2, 224, 224, 3), np.uint8)).shape
       (2, 512)
     """
-    compute = Compute(jnp.dtype(dtype), remat, unroll, batch_sharding)
+    compute = Compute(jnp.dtype(dtype), remat, unroll, batch_sharding, frozen)
     module = CLIP(architecture, compute, logit_scale_init, logit_bias_init, patch_dropout)
     mean, std = (np.array(channels, np.float32).reshape(1, 1, 1, 3) for channels in (preprocess.mean, preprocess.std))
 

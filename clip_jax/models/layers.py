@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -74,7 +75,7 @@ TRANSFORMER_RULES: Rules = (
 
 
 class Compute(NamedTuple):
-    """How towers compute. No choice changes results beyond rounding.
+    """How towers compute. No choice changes results beyond rounding, except `frozen`.
 
     dtype: dtype of activations. Parameters are float32, or wider if dtype is.
     remat: a key of REMAT_POLICIES.
@@ -82,12 +83,20 @@ class Compute(NamedTuple):
     batch_sharding: sharding of arrays whose first axis is the batch; None: XLA chooses. If parameters are sharded over
       `fsdp`, XLA would shard activations by width and all-reduce them: ViT-B/32 on 16 v4 chips took 20.7 GB per chip
       that way and takes 2.1 GB with the constraint.
+    frozen: regular expression of parameters that are not trained. A batch norm whose gain and bias match runs as in
+      inference: with the running averages, which do not change. Empty: none.
     """
 
     dtype: jnp.dtype = jnp.dtype("float32")
     remat: Literal["none", "dots", "names", "full"] = "none"
     unroll: bool = False
     batch_sharding: jax.sharding.Sharding | None = None
+    frozen: str = ""
+
+    def is_frozen(self, module: nn.Module) -> bool:
+        """Return whether a module's gain and bias are frozen."""
+        paths = ["/".join((*module.path, name)) for name in ("scale", "bias")]
+        return bool(self.frozen) and all(re.search(self.frozen, path) for path in paths)
 
     def constrain(self, x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
         """Constrain activations to the batch sharding."""

@@ -1,4 +1,4 @@
-"""Summary of a run for --dry_run: computed from shapes, without data or a step."""
+"""Summary of a run for --dry_run: computed from shapes, without reading data and without a step."""
 
 from __future__ import annotations
 
@@ -6,13 +6,21 @@ import jax
 from etils import epath
 
 from clip_jax.config import Config, name_of, resolve
+from clip_jax.data import SOURCES
 from clip_jax.devices import sharding
+from clip_jax.interop import hub, reading
 from clip_jax.models import count_parameters
 from clip_jax.training import optim, step
 
 
 def describe(config: Config, workdir: epath.Path) -> str:
-    """Return the summary as aligned text. Raises ValueError if the config does not fit the devices."""
+    """Return the summary as aligned text.
+
+    Raises:
+      ValueError: if the config does not fit the devices, or a file or directory that it names does not exist. Weights
+        on the hub are not looked up.
+    """
+    _check_files(config)
     resolved = resolve(config, devices=jax.device_count(), processes=jax.process_count())
     mesh = sharding.make_mesh(fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
     optimizer = optim.make_optimizer(config.optim, resolved.total_steps, architecture=config.model)
@@ -35,7 +43,7 @@ def describe(config: Config, workdir: epath.Path) -> str:
         "mesh": f"{dict(mesh.shape)} ({mesh.devices.flat[0].device_kind}, {jax.process_count()} process(es))",
         "memory of the state": f"{_format_bytes(sharding.shard_bytes(state))} per device",
         "memory of a batch": f"{_format_bytes(resolved.batch_per_device * bytes_per_pair)} per device, as uint8",
-        "data": f"{config.data.source} {config.data.files}".rstrip(),
+        "data": f"{config.data.source} {config.data.files or _missing_files(config)}".rstrip(),
         "compute": f"{config.train.dtype}, remat {config.train.remat}, {config.train.micro_batches} micro-batch(es)",
         "checkpoints": f"every {config.checkpoint.every_steps:,} steps, the newest {config.checkpoint.keep} are kept",
         "evaluation": ", ".join(config.eval.tasks) or "none",
@@ -43,6 +51,26 @@ def describe(config: Config, workdir: epath.Path) -> str:
     }
     width = max(map(len, rows))
     return "\n".join(f"{name + ':':<{width + 2}}{value}" for name, value in rows.items() if value)
+
+
+def _check_files(config: Config) -> None:
+    if config.data.files and (check_files := getattr(SOURCES[config.data.source], "check_files", None)):
+        check_files(config.data)
+    files = {"tokenizer.path": config.tokenizer.path, "eval.data_dir": config.eval.data_dir}
+    files |= {f"{section}.weights": getattr(config, section).weights for section in ("init", "teacher")}
+    for key, path in files.items():
+        if not path or path.startswith(hub.HUB):
+            continue
+        try:
+            found = hub.locate(reading.split_tower(path)[0]).exists()
+        except FileNotFoundError as error:
+            raise ValueError(f"{key}={path!r}: {error}") from error
+        if not found:
+            raise ValueError(f"{key}={path!r}: expected a file or directory, got none; give another path")
+
+
+def _missing_files(config: Config) -> str:
+    return "(give data.files for training)" if hasattr(SOURCES[config.data.source], "check_files") else ""
 
 
 def _format_bytes(n: int) -> str:

@@ -6,14 +6,12 @@ import logging
 import time
 from collections.abc import Callable, Container
 
-import jax
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
 from clip_jax.config import WeightsConfig
-from clip_jax.devices import distributed, sharding
-from clip_jax.training import optim, step
+from clip_jax.devices import distributed
+from clip_jax.training import run_weights
 from clip_jax.training.checkpoint import Checkpoints
 from clip_jax.training.workdir import stored_config
 from clip_jax.typing import Params
@@ -22,7 +20,6 @@ log = logging.getLogger(__name__)
 
 REPORT = "report.json"  # a run writes it when it has finished
 NONE = -1
-_TOTAL_STEPS = 2**31  # the state has the same shapes for any number of steps
 
 
 def follow(
@@ -44,13 +41,12 @@ def follow(
     config = stored_config(workdir)
     if config is None:
         raise ValueError(f"{workdir}: expected the --workdir of a run, which has a config.json, and found none")
-    optimizer = optim.make_optimizer(config.optim, _TOTAL_STEPS, architecture=config.model)
-    abstract_state = step.abstract_state(step.model_from_config(config, mesh), optimizer, config, mesh)
-    weights = WeightsConfig(config.model, config.tokenizer, config.preprocess, source=f"clip_jax run {workdir.name}")
+    abstract_state = run_weights.abstract_state(config, mesh)
+    weights = run_weights.weights_config(config, f"clip_jax run {workdir.name}")
     newest = NONE
     while True:
         finished = (workdir / REPORT).exists()  # read before the steps: then all checkpoints of the run are listed
-        checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+        checkpoints = Checkpoints(workdir / run_weights.CHECKPOINTS, read_only=True)
         new = [at for at in checkpoints.steps() if at > newest and at not in evaluated]
         # Hosts may see different states of a network file system, and must take the same branch.
         at, finished = distributed.from_main_process(min(new, default=NONE), finished)
@@ -58,8 +54,7 @@ def follow(
             newest = at
             if (restored := checkpoints.restore(abstract_state, at)) is not None:
                 log.info("evaluating step %d", at)
-                params = sharding.gather(restored[0].eval_params, mesh)
-                evaluate(at, weights, jax.tree.map(np.asarray, params))
+                evaluate(at, weights, run_weights.eval_params(restored[0], mesh))
         elif finished:
             return
         else:

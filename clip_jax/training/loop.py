@@ -20,7 +20,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from clip_jax import data, provenance
-from clip_jax.config import Config, WeightsConfig, check_local_paths, name_of, resolve
+from clip_jax.config import Config, WeightsConfig, check_local_paths, data_notes, name_of, resolve
 from clip_jax.devices import chips, distributed, sharding
 from clip_jax.devices.distributed import Preempted, PreemptionMonitor
 from clip_jax.evals.embed import CachedEmbedder, ModelEmbedder
@@ -122,6 +122,8 @@ def prepare(config: Config, directory: epath.Path, export: str | None = None) ->
     optimizer = optim.make_optimizer(config.optim, total_steps, architecture=architecture, seed=seed)
     model = step.model_from_config(config, mesh)
     if distributed.is_main_process():
+        for note in data_notes(config, total_steps, len(source)):
+            log.info(note)
         dtype, capacity = config.train.dtype, config.train.text_capacity
         attention = attention_implementations(config.model, mesh, dtype=dtype, text_capacity=capacity)
         for tower, implementation in attention.items():

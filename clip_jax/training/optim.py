@@ -24,6 +24,10 @@ from clip_jax.training.rounding import round_nearest, stochastic_round
 from clip_jax.typing import ArrayLike, Params
 
 _NEVER_DECAYED = r"(^|[/_])(bias|scale\d?)$"
+# Values of `no_weight_decay` by name. open_clip: the parameters that its models list in `no_weight_decay()`, for the
+# optimizers of timm. Its own AdamW excludes vectors (`open_clip_train/main.py`), of which only 'class_embedding' is
+# neither a gain nor a bias.
+NO_WEIGHT_DECAY = {"open_clip": r"^(image|text)/(class|positional)_embedding$"}
 _ALWAYS_FLOAT32 = r"^logit_(scale|bias)$"
 
 _HALF = (jnp.bfloat16, jnp.float16)
@@ -39,13 +43,23 @@ _SMALLEST_FACTORED = 64
 
 
 def make_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
-    """Return step -> learning rate: linear from 0 over `warmup_steps`, then a cosine to 0 at `total_steps`.
+    """Return step -> learning rate: linear to the peak over `warmup_steps`, then a cosine to 0 at `total_steps`.
+
+    The step counts from 0, and the first has the rate peak / warmup_steps, as in open_clip
+    (`open_clip_train/scheduler.py`). The paper does not state it. `optax.warmup_cosine_decay_schedule` and big_vision
+    begin at 0: a first step that changes nothing, and each later one a step behind.
 
     >>> schedule = make_schedule(OptimConfig(learning_rate=1e-3, warmup_steps=10), 100)
-    >>> [round(float(schedule(step)), 6) for step in (0, 5, 10, 55, 100)]
-    [0.0, 0.0005, 0.001, 0.0005, 0.0]
+    >>> [round(float(schedule(step)), 6) for step in (0, 4, 9, 10, 55, 100)]
+    [0.0001, 0.0005, 0.001, 0.001, 0.0005, 0.0]
     """
-    return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.warmup_steps, total_steps)
+    decay = optax.cosine_decay_schedule(config.learning_rate, total_steps - config.warmup_steps)
+
+    def schedule(step: ArrayLike | int) -> ArrayLike:
+        warmup = config.learning_rate * (step + 1) / max(config.warmup_steps, 1)
+        return jnp.where(step < config.warmup_steps, warmup, decay(step - config.warmup_steps))
+
+    return schedule
 
 
 def make_optimizer(
@@ -232,9 +246,18 @@ def layer_decay_factors(params: Params, decay: float, architecture: Architecture
 
 
 def weight_decay_mask(params: Params, no_weight_decay: str = "") -> PyTree[bool]:
-    """Return True for parameters with weight decay: no gains and biases, and none whose path matches `no_weight_decay`.
+    """Return True for parameters with weight decay: no gains and biases, and none that `no_weight_decay` matches.
 
     Gains and biases are recognized by name: parameters stacked over layers have another number of axes.
+
+    Args:
+      no_weight_decay: regular expression of parameter paths, or a key of NO_WEIGHT_DECAY.
+
+    Raises:
+      ValueError: if `no_weight_decay` matches no parameter.
     """
-    never, excluded = _match_paths(params, _NEVER_DECAYED), _match_paths(params, no_weight_decay)
+    pattern = NO_WEIGHT_DECAY.get(no_weight_decay, no_weight_decay)
+    never, excluded = _match_paths(params, _NEVER_DECAYED), _match_paths(params, pattern)
+    if pattern and not any(jax.tree.leaves(excluded)):
+        raise ValueError(_match_error("no_weight_decay", no_weight_decay, "no parameter", params))
     return jax.tree.map(lambda *no_decay: not any(no_decay), never, excluded)

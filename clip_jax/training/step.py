@@ -82,6 +82,7 @@ def model_from_config(config: Config, mesh: Mesh) -> Model:
         logit_scale_init=config.loss.logit_scale_init,
         logit_bias_init=config.loss.logit_bias_init,
         patch_dropout=config.train.patch_dropout,
+        frozen=config.optim.freeze,
         **_compute_options(config.train, mesh),
     )
 
@@ -179,7 +180,7 @@ def make_train_step(
 
 def make_gradient(model: Model, config: Config, mesh: Mesh, teacher: Model | None = None) -> Gradient:
     """Return loss and gradient of the global batch as a function of params, batch_stats, batch, key, teacher_params."""
-    embed, loss = make_embed(model, config.optim.freeze), _make_loss(config, mesh, distill=teacher is not None)
+    embed, loss = make_embed(model, config.optim.freeze), make_loss(config, mesh, distill=teacher is not None)
     compute_gradient = full_batch_gradient
     if config.train.micro_batches > 1:
         split, join = sharding.micro_batches(mesh, config.train.micro_batches)
@@ -278,7 +279,7 @@ def make_embed(model: Model, freeze: str) -> Embed:
     return embed
 
 
-def _make_loss(config: Config, mesh: Mesh, *, distill: bool) -> Callable[..., tuple[Float[Array, ""], Metrics]]:
+def make_loss(config: Config, mesh: Mesh, *, distill: bool) -> Callable[..., tuple[Float[Array, ""], Metrics]]:
     """Return (embeddings, logit_params, text_BL, teacher_params) -> (loss, metrics) over a batch that is sharded."""
     loss = distilled(config.loss, config.teacher.weight) if distill else config.loss
     sharded_loss = jax.shard_map(

@@ -7,7 +7,7 @@ import json
 from etils import epath
 
 from clip_jax.config import Config, differences, from_json, to_json
-from clip_jax.paths import write_atomically
+from clip_jax.paths import check_output, write_atomically
 from clip_jax.provenance import versions
 
 CONFIG_FILE = "config.json"
@@ -39,6 +39,7 @@ def check_outputs(workdir: epath.Path, export: str | None) -> None:
             raise ValueError(
                 f"--export={export}: expected a file, got a directory; give e.g. {file / 'params.msgpack'}"
             )
+        check_output("--export", file)
         outputs.append(("--export", file, file.parent))
     for flag, path, directory in outputs:
         try:

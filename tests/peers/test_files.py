@@ -1,7 +1,10 @@
 """Files written by torch in all common forms, read without torch."""
 
+import argparse
 import collections
+import datetime
 import json
+import pathlib
 
 import clip
 import clip.model
@@ -65,6 +68,19 @@ FORMS = {
         },
         0.0,
     ),
+    "model and its average": (lambda sd: {"model": sd, "ema": {k: v * 0 for k, v in sd.items()}}, 0.0),
+    "list": (lambda sd: [sd, 3], 0.0),
+    **{
+        f"with a {type(value).__module__}.{type(value).__name__}": (
+            lambda sd, value=value: {"epoch": 3, "state_dict": sd, "value": value},
+            0.0,
+        )
+        for value in (
+            *(torch.get_rng_state(), torch.tensor(0.3), torch.float16, torch.device("cpu"), torch.strided),
+            *(argparse.Namespace(lr=1), np.float64(0.5), np.arange(3), np.random.default_rng(0), pathlib.Path("x")),
+            *({1, 2}, collections.defaultdict(list), datetime.date(2024, 1, 2)),
+        )
+    },
 }
 
 
@@ -73,7 +89,16 @@ FORMS = {
 def test_torch_files_are_read(state_dict, form, legacy, tmp_path):
     make, tolerance = FORMS[form]
     torch.save(make(state_dict), tmp_path / "w.pt", _use_new_zipfile_serialization=not legacy)
-    _assert_read(tmp_path / "w.pt", tolerance, activation="quick_gelu")
+    _assert_read(tmp_path / "w.pt", tolerance, activation="quick_gelu", heads=(2, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("file", ["w.pt", "w.safetensors"])
+def test_float8_tensors_are_read(state_dict, dtype, file, tmp_path):
+    projection = state_dict["text_projection"].to(dtype)
+    (torch.save if file == "w.pt" else save_file)(state_dict | {"text_projection": projection}, tmp_path / file)
+    found = reading.read(tmp_path / file, activation="quick_gelu", heads=(2, 1))
+    np.testing.assert_array_equal(found.params["text"]["projection"], projection.float().numpy())
 
 
 def test_views_of_one_storage_are_read(tmp_path):
@@ -110,7 +135,7 @@ def test_torchscript_archives_of_openai_are_read(state_dict, tmp_path, half):
 
 def test_safetensors_written_by_torch_are_read(state_dict, tmp_path):
     save_file({k: v.bfloat16() for k, v in state_dict.items()}, tmp_path / "w.safetensors")
-    found = reading.read(tmp_path / "w.safetensors", activation="quick_gelu")
+    found = reading.read(tmp_path / "w.safetensors", activation="quick_gelu", heads=(2, 1))
     _assert_params(found.params, BRAIN)
 
 

@@ -70,6 +70,11 @@ class TFRecordSource:
         return cls(expand_files(config.files), config.captions, config.cache_dir)
 
     @classmethod
+    def check_files(cls, config: DataConfig) -> None:
+        """Raise ValueError if a pattern of `data.files` matches no file; reads no shard."""
+        expand_files(config.files)
+
+    @classmethod
     def tiny_config(cls, folder: Path) -> DataConfig:
         """Write three shards of 20 records and return a config for tests."""
         records = [SyntheticSource(60).read(index) for index in range(60)]

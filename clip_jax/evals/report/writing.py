@@ -62,8 +62,10 @@ def write_report(
 
 
 def weights_name(weights: str) -> str:
-    """Return a short name for weights: the name of their file, directory, run or model."""
+    """Return a short name for weights: of their file, directory, run or model; for a checkpoint '<run>-<step>'."""
     path = pathlib.Path(weights).expanduser()
+    if path.absolute().parent.name == "checkpoints":
+        return f"{path.absolute().parents[1].name}-{path.name}"
     stem = path.stem if path.suffix in SUFFIXES else path.name
     return path.absolute().parent.name or stem if stem in GENERIC_NAMES else stem or path.resolve().name
 

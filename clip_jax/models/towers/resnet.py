@@ -150,7 +150,7 @@ class BatchNorm(nn.Module):
         x = self.compute.constrain(x)
         x_float32 = upcast(x)
         mean, var = running_mean.value, running_var.value
-        if train:
+        if train and not self.compute.is_frozen(self):
             mean, var = jnp.mean(x_float32, (0, 1, 2)), jnp.var(x_float32, (0, 1, 2))
             if not self.is_initializing():
                 count = x.size // x.shape[-1]

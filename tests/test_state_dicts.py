@@ -1,0 +1,99 @@
+"""State dicts: sizes by shapes, the attention heads that no shape shows, and parameters that are no numbers."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from clip_jax.config import MODELS, WeightsConfig, with_activation
+from clip_jax.interop import (
+    conversion,
+    directory,
+    infer_architecture,
+    msgpack,
+    name_tables,
+    naming,
+    npz,
+    reading,
+    torch_file,
+)
+from tests import tiny_models
+
+VIT = tiny_models.ARCHITECTURES["vit"]
+GIVEN = {"activation": "quick_gelu", "heads": (2, 1)}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["rn50", "rn50x4", "vit_b32", "vit_l14_336", "vit_h14", "vit_bigg14", "siglip_so400m14", "siglip_so400m14_384"],
+)
+def test_architecture_is_inferred_from_shapes(name):
+    """The tensors are broadcast scalars, so the large models need no memory."""
+    model = MODELS[name]
+    kind = next(n for n in naming.NAMINGS if n.title == ("open_clip SigLIP" if model.logit_bias else "OpenAI"))
+    tensors = {}
+    for path, (shape, layers) in conversion.parameter_shapes(model).items():
+        source = kind.table[path]
+        for layer in range(layers) if layers else (0,):
+            empty = np.broadcast_to(np.float32(0), conversion.tensor_shape(path, shape, source))
+            tensors[source.name.format(layer + source.first_layer)] = empty
+    found = infer_architecture.architecture(tensors, kind, "f", infer_architecture.Heads())
+    found = with_activation(found, model.text.activation)
+    assert dataclasses.replace(found, text=model.text, image=model.image) == model
+    text = dataclasses.replace(found.text, mlp_ratio=model.text.mlp_ratio)
+    image = found.image if name.startswith("rn") else dataclasses.replace(found.image, mlp_ratio=model.image.mlp_ratio)
+    assert (image, text) == (model.image, model.text)
+    assert int(found.text.width * found.text.mlp_ratio) == int(model.text.width * model.text.mlp_ratio)
+
+
+def test_attention_heads_are_those_of_a_preset_or_given(tmp_path):
+    """A wrong number of heads changes features by 0.1, and no shape shows it."""
+    model = dataclasses.replace(VIT, image=dataclasses.replace(VIT.image, heads=4))
+    torch_file.write(
+        tmp_path / "w.pt", dict(conversion.LazyTensors(model, tiny_models.params(model), name_tables.OPENAI))
+    )
+    with pytest.raises(ValueError, match=r"w\.pt: expected the attention heads of the .* tower .*, got none"):
+        reading.read(tmp_path / "w.pt", activation="quick_gelu")
+    found = reading.read(tmp_path / "w.pt", activation="quick_gelu", heads=(4, 1)).config.model
+    assert found == model == reading.read(tmp_path / "w.pt", activation="quick_gelu", like=model).config.model
+    for heads, message in (
+        ((5, 1), "heads of the image tower: expected a divisor of the width 128, got 5"),
+        ((4,), r"heads: expected two numbers, of the image and of the text tower, got \(4,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            reading.read(tmp_path / "w.pt", activation="quick_gelu", heads=heads)
+    directory.write(tmp_path / "dir", tiny_models.params(VIT), WeightsConfig(VIT))
+    msgpack.write(tmp_path / "w.msgpack", tiny_models.params(VIT), WeightsConfig(VIT))
+    for path in ("dir", "w.msgpack"):
+        with pytest.raises(ValueError, match=r"heads=\(4, 1\): expected no heads, as .* omit heads"):
+            reading.read(tmp_path / path, heads=(4, 1))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("file", ["w.pt", "w.msgpack", "w.npz", "dir"])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, file, value):
+    params = tiny_models.params(VIT)
+    params["text"]["projection"][3, 4] = value
+    if file == "w.pt":
+        torch_file.write(tmp_path / file, conversion.LazyTensors(VIT, params, name_tables.OPENAI))
+    else:
+        module = {"w.msgpack": msgpack, "w.npz": npz, "dir": directory}[file]
+        module.write(tmp_path / file, params, WeightsConfig(VIT))
+    with pytest.raises(ValueError, match=f"{file}: parameter text/projection: expected finite numbers, got NaN or inf"):
+        reading.read(tmp_path / file, **(GIVEN if file == "w.pt" else {}))
+
+
+def test_logit_scale_has_to_be_a_logarithm_and_may_have_an_axis(tmp_path):
+    tensors = dict(conversion.LazyTensors(VIT, tiny_models.params(VIT), name_tables.OPENAI))
+    for stored, expected in ((np.float32([4.5]), 4.5), (np.array([[2.5]], "f4"), 2.5)):
+        torch_file.write(tmp_path / "w.pt", tensors | {"logit_scale": stored})
+        scale = reading.read(tmp_path / "w.pt", **GIVEN).params["logit_scale"]
+        assert scale.shape == () and scale == expected
+    torch_file.write(tmp_path / "w.pt", tensors | {"logit_scale": np.array(100.0)})
+    message = r"w\.pt: tensor logit_scale: expected the natural logarithm .* got 100; replace it by .*, 4\.60517"
+    with pytest.raises(ValueError, match=message):
+        reading.read(tmp_path / "w.pt", **GIVEN)
+    del tensors["logit_scale"]
+    torch_file.write(tmp_path / "w.pt", tensors)
+    with pytest.raises(ValueError, match=r"w\.pt: expected a tensor 'logit_scale' for logit_scale, got none"):
+        reading.read(tmp_path / "w.pt", **GIVEN)
