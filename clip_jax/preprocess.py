@@ -22,15 +22,17 @@ import io
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import BinaryIO
 
+import jax
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
 from clip_jax.config import Preprocess
 
-# Encoded image, path, PIL image, or uint8[H W], [H W 3] or [H W 4].
-ImageLike = Image.Image | bytes | str | os.PathLike[str] | np.ndarray
+# Encoded image, path, file opened for reading, PIL image, or uint8[H W], [H W 3] or [H W 4].
+ImageLike = Image.Image | bytes | str | os.PathLike[str] | BinaryIO | np.ndarray | jax.Array
 
 _SIXTEEN_BIT = {"I;16": "<u2", "I;16L": "<u2", "I;16B": ">u2"}
 # A 1 × 10,000 image resized to 224 px on its shorter side would have 500 Mpx, 1.5 GB.
@@ -50,6 +52,7 @@ def preprocess(image: ImageLike, size: int, spec: Preprocess) -> UInt8[np.ndarra
 
     Raises:
       ValueError: if the image can't be decoded, or if it would have more than 100 Mpx after resizing.
+      TypeError: if it is no image.
       FileNotFoundError: if the path does not exist.
     """
     opened = _BEFORE_RESIZE[spec.implementation](_open(image))
@@ -75,15 +78,16 @@ def preprocess_many(
       first: number of the first image in error messages, for chunks of a larger sequence.
 
     Raises:
-      ValueError: as `preprocess`, with the number of the image, from 0.
+      ValueError, TypeError: as `preprocess`, with the number of the image, from 0.
     """
     result = np.empty((len(images), size, size, 3), np.uint8)
 
     def fill_row(row: int) -> None:
         try:
             result[row] = preprocess(images[row], size, spec)
-        except ValueError as error:
-            raise ValueError(f"image {first + row}: {error}") from error
+        except (ValueError, TypeError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"image {first + row}: {error}") from error
 
     with concurrent.futures.ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         list(pool.map(fill_row, range(len(images))))  # raises the threads' errors
@@ -91,19 +95,23 @@ def preprocess_many(
 
 
 def _open(image: ImageLike) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return image
-    if isinstance(image, np.ndarray):
+    if hasattr(image, "__array__") and not isinstance(image, Image.Image):  # of NumPy, JAX or torch
+        image = np.asarray(image)
         if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))):
             raise ValueError(
                 "pixels: expected uint8 of [H W], [H W 3] or [H W 4], 0 to 255, got"
                 f" {image.dtype}{list(image.shape)}; for floats in 0 to 1: (x * 255).round().astype('uint8')"
             )
         return Image.fromarray(image)
-    source = io.BytesIO(image) if isinstance(image, bytes) else pathlib.Path(image).expanduser()
-    name = f"{len(image):,} bytes" if isinstance(image, bytes) else os.fspath(image)
+    if not isinstance(image, (Image.Image, bytes, str, os.PathLike)) and not hasattr(image, "read"):
+        raise TypeError(f"expected a PIL image, a path, bytes, a file or a uint8 array, got {type(image).__name__}")
+    if isinstance(image, (str, os.PathLike)):
+        source, name = pathlib.Path(image).expanduser(), os.fspath(image)
+    else:
+        source = io.BytesIO(image) if isinstance(image, bytes) else image
+        name = f"{len(image):,} bytes" if isinstance(image, bytes) else type(image).__name__
     try:
-        opened = Image.open(source)
+        opened = source if isinstance(source, Image.Image) else Image.open(source)
         opened.load()
     except FileNotFoundError:
         raise

@@ -1,6 +1,9 @@
 """Inference with loaded weights: embeddings, batching, zero-shot, errors; no TensorFlow import."""
 
+import copy
 import dataclasses
+import io
+import pickle
 import subprocess
 import sys
 
@@ -238,3 +241,51 @@ def test_logit_bias_is_added(params, images, tmp_path):
     loaded = load(tmp_path / "w.msgpack")
     cosines = loaded.encode_image(images) @ loaded.encode_text(TEXTS).T
     np.testing.assert_allclose(loaded.logits(images, TEXTS), loaded.scale * cosines - 3, atol=1e-4)
+
+
+def test_zero_shot_of_a_sigmoid_model_is_the_sigmoid_of_its_logits(model, params, images, tmp_path):
+    biased = dataclasses.replace(TINY, logit_bias=True)
+    msgpack.write(tmp_path / "w.msgpack", params | {"logit_bias": np.float32(-3)}, WeightsConfig(biased))
+    loaded, classes = load(tmp_path / "w.msgpack"), ["dog", "cat"]
+    logits = np.float64(loaded.logits(images, [f"a {name}" for name in classes]))
+    softmax = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    sigmoid = 1 / (1 + np.exp(-logits))
+    np.testing.assert_allclose(loaded.zero_shot(images, classes, ["a {}"]), sigmoid, atol=100 * ROUNDING)
+    for probabilities, expected in (("sigmoid", sigmoid), ("softmax", softmax)):
+        found = loaded.zero_shot(images, classes, ["a {}"], probabilities=probabilities)
+        np.testing.assert_allclose(found, expected, atol=100 * ROUNDING)
+    np.testing.assert_allclose(model.zero_shot(images, classes).sum(axis=1), 1, atol=ROUNDING)
+    with pytest.raises(ValueError, match="probabilities.*did you mean 'sigmoid'"):
+        model.zero_shot(images, classes, probabilities="sigmoids")
+
+
+def test_pickled_and_copied_models_encode_as_the_original(model, images):
+    expected = model.encode_image(images), model.encode_text(TEXTS)
+    for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model), copy.copy(model)):
+        assert other.config == model.config
+        np.testing.assert_allclose(other.encode_image(images), expected[0], atol=ROUNDING)
+        np.testing.assert_allclose(other.encode_text(TEXTS), expected[1], atol=ROUNDING)
+
+
+def test_items_that_are_no_texts_or_images_are_errors_with_their_index(model, images):
+    for wrong in (None, b"a cat", 3):
+        with pytest.raises(TypeError, match=rf"text 66: expected a str, got {type(wrong).__name__}"):
+            model.encode_text(["a"] * 66 + [wrong])
+    for wrong in (None, 3):
+        with pytest.raises(TypeError, match=rf"image 1: expected a PIL image, .* got {type(wrong).__name__}"):
+            model.encode_image([images[0], wrong])
+
+
+def test_files_jax_arrays_and_lazily_opened_images_are_images(model, images):
+    encoded = io.BytesIO()
+    images[0].save(encoded, "PNG")
+    lazy, content = Image.open(io.BytesIO(encoded.getvalue())), jax.numpy.asarray(np.array(images[0]))
+    rows = model.encode_image([images[0], io.BytesIO(encoded.getvalue()), lazy, content])
+    np.testing.assert_allclose(rows, np.repeat(rows[:1], 4, axis=0), atol=ROUNDING)
+    np.testing.assert_allclose(model.encode_image(jax.numpy.stack([content] * 2)), rows[:2], atol=ROUNDING)
+    with pytest.raises(TypeError, match="a list with one image"):
+        model.encode_image(content)
+    truncated = encoded.getvalue()[:-200]
+    for broken in (Image.open(io.BytesIO(truncated)), io.BytesIO(truncated)):
+        with pytest.raises(ValueError, match="image 1: .*expected an image, got .*truncated"):
+            model.encode_image([images[0], broken])

@@ -3,11 +3,13 @@
 Several files define a tokenizer: tokenizer.json, or vocab.json and merges.txt, or a SentencePiece model; the class and
 settings in tokenizer_config.json; more tokens in special_tokens_map.json and added_tokens.json. Weights carry one file,
 so the others are merged into a tokenizer.json: added tokens, the side of padding and truncation, and the normalizer of
-classes that replace the file's. Files with OpenAI's vocabulary become `clip_bpe`, which needs no library.
+classes that replace the file's. OpenAI's vocabulary becomes
+`clip_bpe`, which needs no library.
 
 Source: transformers 5 `tokenization_utils_base.py` (`_from_pretrained`), `tokenization_utils_tokenizers.py`,
-`tokenization_auto.py`, and the classes in `_REBUILT`. Deviations: OpenAI's vocabulary gets OpenAI's cleaning and
-padding, and `do_lower_case` of GemmaTokenizer is obeyed: SigLIP 2's repositories set it, and its training lower-cases.
+`tokenization_auto.py`, and the classes of tokenizer_classes.py. Deviations: OpenAI's vocabulary has OpenAI's cleaning
+and padding, and `do_lower_case` of GemmaTokenizer is obeyed: SigLIP 2's repositories set it, and its training
+lower-cases.
 """
 
 from __future__ import annotations
@@ -15,11 +17,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from clip_jax import config as configs
 from clip_jax.config import Architecture, TokenizerConfig
+from clip_jax.interop.tokenizer_classes import CLIP_PARTS, REBUILT
 from clip_jax.tokenizers import ClipBPE, fairseq_vocab_size
 from clip_jax.tokenizers.base import read_file
 from clip_jax.tokenizers.bpe import END, MAX_VOCAB_SIZE, START
@@ -95,7 +98,7 @@ class _Declared:
 
     file: pathlib.Path
     settings: Mapping[str, Any]
-    added: Mapping[int, Mapping[str, Any]] | None  # None: those of tokenizer.json
+    added: Mapping[int, Mapping[str, Any]]  # added tokens by id, with those of tokenizer.json
     cls: str  # without 'Fast'; '' if no file names a class
     is_empty: bool  # there is no tokenizer_config.json
 
@@ -111,22 +114,21 @@ class _Declared:
         is_bpe = stored.get("model", {}).get("type") == "BPE" if stored else (folder / "vocab.json").is_file()
         if not cls and is_bpe and (config.get("model_type") == "clip" or not stored):
             cls = "CLIPTokenizer"
-        added = None
         if "added_tokens_decoder" in settings:
             added = {int(number): token for number, token in settings["added_tokens_decoder"].items()}
         else:
             settings |= _json(folder / "special_tokens_map.json")
             special = {_content(settings[key]) for key in _NAMED if settings.get(key)}
-            if more := _json(folder / "added_tokens.json"):
-                added = {
-                    number: _token(text, special=text in special, normalized=text not in special)
-                    for text, number in more.items()
-                }
+            added = {
+                number: _token(text, special=text in special, normalized=text not in special)
+                for text, number in _json(folder / "added_tokens.json").items()
+            }
+            added |= {token["id"]: token for token in stored.get("added_tokens", [])}
         return _Declared(file, settings, added, cls.removesuffix("Fast"), not file.is_file())
 
     def check(self, model: Architecture) -> None:
         """Raise ValueError for a setting that would be ignored."""
-        known = [*sorted(_AS_STORED - {""}), *_REBUILT, "SiglipTokenizer"]
+        known = [*sorted(_AS_STORED - {""}), *REBUILT, "SiglipTokenizer"]
         if self.cls not in (*known, ""):
             raise self.error("tokenizer_class", f"one of {', '.join(known)} for clip_jax", self.cls)
         if self.settings.get("split_special_tokens"):
@@ -149,7 +151,7 @@ class _Declared:
 
     def special_tokens(self) -> dict[str, str]:
         """Return the named special tokens, with the defaults of the class."""
-        defaults = _REBUILT[self.cls].tokens if self.cls in _REBUILT else {}
+        defaults = REBUILT[self.cls].tokens if self.cls in REBUILT else {}
         given = {key: _content(self.settings[key]) for key in self.settings if self._is_token(key)}
         return {key: {**defaults, **given}[key] for key in [*_NAMED, *given] if key in {**defaults, **given}}
 
@@ -202,124 +204,13 @@ def _stored(folder: pathlib.Path, declared: _Declared) -> dict[str, Any] | None:
     return _EMPTY | {"version": "1.0", "model": {"type": "BPE", "vocab": _json(vocabulary), "merges": pairs}}
 
 
-# ---------------------------------------------------------------------------------------------- tokenizer classes
-
-
-def _sequence(kind: str, *members: Mapping[str, Any]) -> dict[str, Any]:
-    return {"type": "Sequence", kind: list(members)}
-
-
-def _split(pattern: Mapping[str, str], behavior: str, invert: bool) -> dict[str, Any]:
-    return {"type": "Split", "pattern": dict(pattern), "behavior": behavior, "invert": invert}
-
-
-_SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-_LOWERCASE = {"type": "Lowercase"}
-# OpenAI's pattern, without the flag for upper case: the text is in lower case.
-_CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-_CLIP_PARTS = {
-    "normalizer": _sequence(
-        "normalizers", {"type": "NFC"}, {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "}, _LOWERCASE
-    ),
-    "pre_tokenizer": _sequence("pretokenizers", _split({"Regex": _CLIP_WORDS}, "Removed", True), _BYTE_LEVEL),
-}
-_GEMMA_PARTS = {
-    "normalizer": _SPACES,
-    "pre_tokenizer": _split({"String": " "}, "MergedWithPrevious", False),
-}
-
-
-def _words_with_marker(file: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parts of XLM-R's and T5's classes: the file's character map, words, and "▁" before each."""
-    normalizer = file["normalizer"] or {}
-    charsmap = [part for part in normalizer.get("normalizers", [normalizer]) if part.get("type") == "Precompiled"]
-    scheme = "always" if settings.get("add_prefix_space", True) else "never"
-    marker = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": True}
-    return {
-        "normalizer": charsmap[0] if charsmap else None,
-        "pre_tokenizer": _sequence("pretokenizers", {"type": "WhitespaceSplit"}, marker),
-    }
-
-
-def _bert(file: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    normalizer = {"type": "BertNormalizer", "clean_text": True, "strip_accents": settings.get("strip_accents")}
-    normalizer |= {"handle_chinese_chars": settings.get("tokenize_chinese_chars", True)}
-    normalizer |= {"lowercase": settings.get("do_lower_case", True)}
-    return {"normalizer": normalizer, "pre_tokenizer": {"type": "BertPreTokenizer"}}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Class:
-    """A tokenizer class that takes vocabulary and merges from tokenizer.json and defines the rest."""
-
-    model: str  # type of the model
-    tokens: Mapping[str, str]  # default special tokens
-    parts: Callable[[Mapping[str, Any], Mapping[str, Any]], Mapping[str, Any]]  # of (file, settings)
-    options: Mapping[str, Any]  # of the model; `unk_token` is the special token
-    template: tuple[str, ...] | None  # special tokens around the text, '' for the text; None: the file's
-    padding_side: str = "right"
-
-
-def _named(text: str) -> dict[str, str]:
-    return {f"{key}_token": token for key, token in (pair.split("=") for pair in text.split())}
-
-
-_BPE_OPTIONS = {"dropout": None, "ignore_merges": False}
-_CLIP_OPTIONS = {"continuing_subword_prefix": "", "end_of_word_suffix": "</w>", "fuse_unk": False}
-_GEMMA = _Class(
-    "BPE",
-    _named("bos=<bos> eos=<eos> unk=<unk> pad=<pad> mask=<mask>"),
-    lambda file, settings: _GEMMA_PARTS,
-    _BPE_OPTIONS
-    | {"continuing_subword_prefix": None, "end_of_word_suffix": None}
-    | {"fuse_unk": True, "byte_fallback": True},
-    None,
-    "left",
-)
-_XLM_ROBERTA = "bos=<s> eos=</s> unk=<unk> sep=</s> pad=<pad> cls=<s> mask=<mask>"
-_REBUILT: Mapping[str, _Class] = {
-    "CLIPTokenizer": _Class(
-        "BPE",
-        _named(f"bos={START} eos={END} unk={END} pad={END}"),
-        lambda file, settings: _CLIP_PARTS,
-        _BPE_OPTIONS | _CLIP_OPTIONS | {"byte_fallback": False},
-        ("bos_token", "", "eos_token"),
-    ),
-    "GemmaTokenizer": _GEMMA,
-    "Siglip2Tokenizer": dataclasses.replace(
-        _GEMMA,
-        parts=lambda file, settings: _GEMMA_PARTS | {"normalizer": _sequence("normalizers", _LOWERCASE, _SPACES)},
-    ),
-    "XLMRobertaTokenizer": _Class(
-        *("Unigram", _named(_XLM_ROBERTA), _words_with_marker),
-        {"unk_id": 3, "byte_fallback": False},
-        ("bos_token", "", "eos_token"),
-    ),
-    "T5Tokenizer": _Class(
-        "Unigram",
-        _named("eos=</s> unk=<unk> pad=<pad>"),
-        lambda file, settings: _words_with_marker(file, {}),
-        {"unk_id": 2, "byte_fallback": False},
-        ("", "eos_token"),
-    ),
-    "BertTokenizer": _Class(
-        "WordPiece",
-        _named("unk=[UNK] sep=[SEP] pad=[PAD] cls=[CLS] mask=[MASK]"),
-        _bert,
-        {"continuing_subword_prefix": "##", "max_input_chars_per_word": 100},
-        ("cls_token", "", "sep_token"),
-    ),
-}
-
-
 # ------------------------------------------------------------------------------------------------- tokenizer.json
 
 
 def _merged(stored: dict[str, Any], declared: _Declared) -> tuple[dict[str, Any], int | None]:
     """Return a tokenizer.json with everything that the other files declare, and the padding id if they name one."""
     settings, special = declared.settings, declared.special_tokens()
-    rebuilt, file, padding = _REBUILT.get(declared.cls), dict(stored), stored.get("padding") or {}
+    rebuilt, file, padding = REBUILT.get(declared.cls), dict(stored), stored.get("padding") or {}
     if rebuilt:
         if (kind := file["model"].get("type", rebuilt.model)) != rebuilt.model:
             raise declared.error("tokenizer_class", f"a class for the {kind} model of tokenizer.json", declared.cls)
@@ -328,9 +219,7 @@ def _merged(stored: dict[str, Any], declared: _Declared) -> tuple[dict[str, Any]
         file |= rebuilt.parts(stored, settings)
     elif settings.get("do_lower_case") and not _lowers(file["normalizer"]):
         raise declared.error("do_lower_case", "false for a tokenizer.json that does not lower-case", True)
-    decoder = [(token["id"], token) for token in stored.get("added_tokens", [])]
-    decoder = decoder if declared.added is None else [*declared.added.items()]
-    tokens = [_token(token) for _, token in sorted(decoder, key=lambda item: item[0])]
+    tokens = [_token(declared.added[number]) for number in sorted(declared.added)]
     named = [_token(settings.get(key, token), special=True) for key, token in special.items()]
     extra = [_token(token) for token in declared.extra_tokens()]
     template = rebuilt.template if rebuilt else None
@@ -399,7 +288,7 @@ def _is_published(file: Mapping[str, Any]) -> bool:
         model["vocab"] | {token["content"]: token["id"] for token in added} == vocabulary
         and {token["content"] for token in added} <= {START, END}
         and [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges", [])] == merges
-        and all(file[key] == part for key, part in _CLIP_PARTS.items())
+        and all(file[key] == part for key, part in CLIP_PARTS.items())
         and (post == _template([START, "", END], vocabulary) or {key: post.get(key) for key in ends} == ends)
         and not file["padding"]
         and not file["truncation"]
@@ -436,7 +325,7 @@ def _sentencepiece(path: pathlib.Path, declared: _Declared, default: TokenizerCo
     special = declared.special_tokens()
     added = [
         *special.values(),
-        *map(_content, (declared.added or {}).values()),
+        *map(_content, declared.added.values()),
         *map(_content, declared.extra_tokens()),
     ]
     if unknown := [token for token in added if token not in ids]:

@@ -1,12 +1,10 @@
 """Random tokenizer directories: the ids of transformers' AutoTokenizer, or a refusal with the file and the key."""
 
-import dataclasses
 import json
 import random
 
-import pytest
 import transformers
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from clip_jax.config import Architecture, TextTransformer, ViT
 from clip_jax.interop import tokenizer_files
