@@ -35,6 +35,12 @@ flags.DEFINE_string("data_dir", "", "Directory of evaluation data: webdataset or
 flags.DEFINE_string("out", "", "Directory of the reports; default: evaluations/<name of the weights>.")
 flags.DEFINE_string("templates", "", "Templates of all datasets: a name or a .json file.")
 flags.DEFINE_string("class_names", "", "Class names of a single dataset: a name or a .json file.")
+flags.DEFINE_enum(
+    "protocol",
+    "expected",
+    ["expected", "published"],
+    "Of ties: the expected value over their orders, or by index as CLIP_benchmark; its mAP also counts absent classes.",
+)
 flags.DEFINE_string("standard_models", "", "CSV of standard models, for effective robustness.")
 flags.DEFINE_string("train_hashes", "", "Directory of the training images' hashes, for the evaluator overlap.")
 flags.DEFINE_string("train_files", "", "TFRecord shards to hash into --train_hashes first.")

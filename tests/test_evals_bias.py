@@ -16,7 +16,8 @@ from clip_jax.evals.analysis.bias import (
     table_rows,
     to_csv,
 )
-from clip_jax.evals.metrics import Interval, Predictions, Undefined, exact_interval
+from clip_jax.evals.intervals import Interval, exact_interval
+from clip_jax.evals.metrics import Predictions, Undefined
 
 Q = 4  # two classes of people, 0 and 1, and two harmful ones
 CATEGORIES = {"non-human": (2,), "any harm": (2, 3)}
@@ -48,15 +49,15 @@ def test_a_group_without_examples_has_nan_and_a_full_interval():
     assert empty.accuracy.interval == empty.category_rates["any harm"].interval == Interval(0, 1)
 
 
-def test_ties_and_nan_are_errors():
+def test_a_tie_predicts_the_first_class_and_nan_is_an_error():
     scores = np.eye(Q)[[0, 0, 0, 0]]
     scores[1, 2] = 1  # a tie with the correct class
     scores[2], scores[3, 3] = np.nan, np.inf
     result = by_group(Predictions(scores, np.zeros(4, int), groups=np.zeros(4, int)), ["all"], {"non-human": (2,)})[
         "all"
     ]
-    assert result.accuracy.value == 0.25
-    assert result.category_rates["non-human"].value == 0.25
+    assert result.accuracy.value == 0.5
+    assert result.category_rates["non-human"].value == 0
     assert result.not_finite == 2
 
 

@@ -3,8 +3,6 @@
 import numpy as np
 import pytest
 
-from clip_jax.evals import ranking
-from clip_jax.evals.metrics import Predictions
 from clip_jax.evals.ranking import unit
 from clip_jax.evals.zeroshot import zeroshot
 from clip_jax.typing import EvalDataset
@@ -65,9 +63,9 @@ def test_top5_needs_more_than_five_classes(classes, has_top5):
     assert ("top5" in metrics_of(np.eye(classes), np.eye(classes), range(classes))) == has_top5
 
 
-def test_classes_of_the_same_name_are_both_wrong():
+def test_classes_of_the_same_name_are_right_in_half_of_the_cases():
     texts = np.eye(4)[[0, 1, 2, 2]]
-    assert metrics_of(np.eye(4)[[0, 1, 2, 2]], texts, [0, 1, 2, 3])["top1"] == 0.5
+    assert metrics_of(np.eye(4)[[0, 1, 2, 2]], texts, [0, 1, 2, 3])["top1"] == 0.75
 
 
 def test_a_class_without_a_finite_embedding_makes_all_images_wrong():
@@ -76,21 +74,15 @@ def test_a_class_without_a_finite_embedding_makes_all_images_wrong():
     assert metrics_of(np.eye(4), texts, range(4))["top1"] == 0  # NaN ranks before every other class
 
 
-@pytest.mark.parametrize("scores", [2**22, 11**2])
-def test_top1_equals_that_of_float64_within_float32_rounding(monkeypatch, scores):
+def test_top1_equals_that_of_float64():
     rng = np.random.default_rng(0)
-    x = unit(rng.normal(size=1024) + 0.02 * rng.normal(size=(4010, 1024)))  # in a narrow cone
+    x = unit(rng.normal(size=1024) + 3e-3 * rng.normal(size=(4010, 1024)))  # in a narrow cone
     images, classes = x[:4000], x[4000:]
     cosines = images.astype(np.float64) @ classes.T.astype(np.float64)
-    targets = cosines.argmax(1)
-    lead = np.sort(cosines - cosines.max(1, keepdims=True) + ranking.TIE, 1)[:, -2]
-    nearest = np.argsort(np.abs(lead))[:40]  # leads that differ from TIE by some 1e-7
-    monkeypatch.setattr(ranking, "BLOCK_SCORES", scores)
+    targets = cosines.argsort(1)[np.arange(4000), -1 - np.arange(4000) % 2]
+    lead = np.diff(np.sort(cosines, 1), axis=1)[:, -1]
+    nearest = np.argsort(lead)[:40]  # leads below the rounding of float32
+    assert lead[nearest].max() < 1e-7
     found = metrics_of(images[nearest], classes, targets[nearest])
-    assert found["top1"] == np.mean(lead[nearest] < 0) not in (0, 1)
-
-
-def test_known_ranks_are_kept_when_rows_are_taken():
-    predictions = Predictions(np.eye(3), np.array([0, 1, 2]), known_ranks=np.array([2, 0, 1]))
-    assert predictions.ranks.tolist() == [2, 0, 1]
-    assert predictions.take(np.array([2, 2, 0])).ranks.tolist() == [1, 1, 2]
+    assert found["top1"] == np.mean(nearest % 2 == 0) not in (0, 1)
+    assert "top1/ties" not in found

@@ -23,7 +23,7 @@ from jaxtyping import Float, Integer
 from clip_jax.devices import distributed
 from clip_jax.devices.distributed import DATA_ERRORS
 from clip_jax.evals.datasets.files import LazySequence
-from clip_jax.evals.ranking import unit
+from clip_jax.evals.ranking import unique_rows, unit
 from clip_jax.paths import write_atomically
 from clip_jax.typing import Embedder, EvalDataset, Params, Tokenizer, Unavailable
 
@@ -57,12 +57,21 @@ class ModelEmbedder:
         return unit(self._embed(self.encode_image, self.preprocess, images, "image"))
 
     def text(self, texts: Sequence[str]) -> Float[np.ndarray, "m E"]:
-        """Return a unit vector for each text; NaN if the model's output is zero or not finite."""
-        return unit(self._embed(self.encode_text, self.tokenizer, texts, "text"))
+        """Return a unit vector for each text; NaN if the model's output is zero or not finite.
+
+        Texts of equal token ids have equal embeddings: the last bits of an output may depend on its row in the batch.
+        """
+        with self._synchronized():
+            tokens_nL, index_m = unique_rows(self.tokenizer(texts))
+        return unit(self._embed(self.encode_text, np.stack, list(tokens_nL), "text"))[index_m]
 
     def features(self, images: Sequence[bytes]) -> Float[np.ndarray, "n D"]:
         """Return the image features before the projection, not normalized."""
         return self._embed(self.image_features, self.preprocess, images, "image")
+
+    def _synchronized(self) -> contextlib.AbstractContextManager:
+        # The encoder is a collective: without synchronization, an error in the data would block the other processes.
+        return distributed.synchronized_errors(*DATA_ERRORS) if self.rows is not None else contextlib.nullcontext()
 
     def _embed(
         self, encode: Callable[..., jax.Array], prepare: Callable[..., np.ndarray], items: Sequence[Any], kind: str
@@ -73,8 +82,7 @@ class ModelEmbedder:
         first, stop, _ = (self.rows or slice(None)).indices(self.batch_size)
         outputs: list[jax.Array | np.ndarray] = []
         for start in range(0, len(items), self.batch_size):
-            # The encoder is a collective: without synchronization, a decoding error would block the other processes.
-            with distributed.synchronized_errors(*DATA_ERRORS) if self.rows is not None else contextlib.nullcontext():
+            with self._synchronized():
                 rows = prepare(items[start + first : start + stop] or items[-1:])
             padding = [(0, stop - first - len(rows))] + [(0, 0)] * (rows.ndim - 1)
             started = jitted(self.params, self.put(np.pad(rows, padding, mode="edge")))

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int64, Integer
 
+from clip_jax.evals.intervals import with_references
 from clip_jax.evals.linear_probe import Examples, probe_examples, search, training_examples
-from clip_jax.evals.metrics import METRICS, Metric, accuracy, with_references
+from clip_jax.evals.metrics import METRICS, Metric, accuracy
 from clip_jax.typing import Embedder, EvalDataset, EvalResult, Unavailable
 
 SHOTS = (1, 2, 4, 8, 16)

@@ -31,6 +31,7 @@ from clip_jax.evals.report.charts import overlap_chart, robustness_chart
 from clip_jax.evals.report.tables import model_card, open_clip_csv, text_table
 from clip_jax.evals.report.writing import check_same_weights, weights_name, write_report
 from clip_jax.evals.suite import EvalReport, EvaluatedModel, evaluate
+from clip_jax.evals.zeroshot import PROTOCOLS
 from clip_jax.models import count_parameters, make_model
 from clip_jax.models.flops import forward_flops
 from clip_jax.paths import check_local, check_output, write_atomically
@@ -54,6 +55,7 @@ class Options:
     out: str = ""  # directory of the reports; '': evaluations/<name of the weights>
     templates: str = ""  # of all datasets; '': the registry's
     class_names: str = ""  # of a single dataset; '': the registry's
+    protocol: str = "expected"  # of ties: a value of `zeroshot.PROTOCOLS`
     standard_models: str = ""  # CSV of standard models for effective robustness
     train_hashes: str = ""  # directory of the training images' hashes, for the evaluator overlap
     train_files: str = ""  # TFRecord shards to hash into `train_hashes` first
@@ -79,12 +81,14 @@ def prepare(options: Options) -> Evaluation:
     check_output("--out", options.directory)
     for name in options.evaluators:
         check_name("--evaluators", name, EVALUATORS)
+    check_name("--protocol", options.protocol, PROTOCOLS)
     names = expand(options.datasets)
     if not (names and options.evaluators):
         raise ValueError("--datasets and --evaluators: expected at least one of each, e.g. --datasets=smoke")
     evaluator_options = {
         "overlap": {"train_hashes": _hashes(options), "max_distance": options.max_distance, "tests": len(names)},
         "bias": _group_options(options),
+        **{evaluator: {"protocol": options.protocol} for evaluator in ("zeroshot", "retrieval")},
     }
     standard_models = robustness.read_standard_models(options.standard_models) if options.standard_models else {}
     if standard_models:

@@ -1,7 +1,7 @@
 """Zero-shot evaluation: classification by text (Radford et al. 2021, section 3.1), and WinoGAViL's associations.
 
-Ties and NaN count as errors (see `metrics`), so two classes with the same prompts are both always wrong, where
-CLIP_benchmark's `argmax` predicts the first.
+Ties have their expected value (see `metrics`): of two classes with the same prompts, half of the images are right.
+CLIP_benchmark's `argmax` predicts the first: `protocol="published"`.
 
 Associations (Bitton et al. 2022, https://arxiv.org/abs/2207.12576): for a cue with k associated images, the k
 candidates of the highest cosines are selected; the metric is the Jaccard index of selected and associated images. The
@@ -16,34 +16,33 @@ import math
 
 import numpy as np
 
+from clip_jax.config import check_name
 from clip_jax.evals.embed import embed_dataset, embed_texts
-from clip_jax.evals.metrics import (
-    METRICS,
-    Interval,
-    Predictions,
-    Undefined,
-    confidence_interval,
-    jaccard,
-    mean_interval,
-    with_references,
-)
-from clip_jax.evals.ranking import ranks, scores
+from clip_jax.evals.intervals import Interval, confidence_interval, mean_interval, with_references
+from clip_jax.evals.metrics import METRICS, Predictions, Undefined, by_index, expected_jaccard, jaccard, undecided
+from clip_jax.evals.ranking import scores
 from clip_jax.typing import Embedder, EvalDataset, EvalResult
 
 log = logging.getLogger(__name__)
 
+PROTOCOLS = ("expected", "published")  # of ties
 TOP = 5
 MIN_CANDIDATES = 10  # datacomp's metric ignores cues with fewer candidate images
 
 
-def zeroshot(embedder: Embedder, dataset: EvalDataset) -> EvalResult:
+def zeroshot(embedder: Embedder, dataset: EvalDataset, protocol: str = "expected") -> EvalResult:
     """Evaluate zero-shot classification, or associations for a dataset with cues.
+
+    Args:
+      protocol: `expected`, the expected value over the orders of ties, or `published`, CLIP_benchmark's values (for
+        associations datacomp's), which order ties by index.
 
     Returns:
       `zeroshot/<dataset>/<metric>`: the main metric and, for one class per image, top1, top5 (with more than five
       classes) and mean_per_class; for cues jaccard (10 candidates or more) and jaccard_all. Each has `/candidates`,
-      `/ci_low`, `/ci_high` (95 %) and, if known, `/chance`; top1 has `/majority_class`. A metric that is undefined for
-      the dataset, e.g. the ROC AUC of one class, is NaN, with a warning.
+      `/ci_low`, `/ci_high` (95 %) and, if known, `/chance`; with ties `/ties` and `/by_index`; top1 has
+      `/majority_class`. A metric that is undefined for the dataset, e.g. the ROC AUC of one class, is NaN, with a
+      warning.
 
     >>> class OneHot:  # the image or text "i" is the unit vector e_i
     ...     image = text = staticmethod(lambda items: np.eye(3)[[int(item) for item in items]])
@@ -51,10 +50,12 @@ def zeroshot(embedder: Embedder, dataset: EvalDataset) -> EvalResult:
     >>> round(zeroshot(OneHot(), dataset)["zeroshot/toy/top1"], 3)
     0.667
     """
+    check_name("protocol", protocol, PROTOCOLS)
     prefix = f"zeroshot/{dataset.name}"
     if dataset.cues:
-        return EvalResult(_associations(prefix, embedder, dataset), dataset.prompts)
-    return EvalResult(classification_metrics(prefix, classify(embedder, dataset), dataset.metric), dataset.prompts)
+        return EvalResult(_associations(prefix, embedder, dataset, protocol), dataset.prompts)
+    metrics = classification_metrics(prefix, classify(embedder, dataset), dataset.metric, protocol)
+    return EvalResult(metrics, dataset.prompts)
 
 
 # Values of `datasets.registry.Dataset.task` for which the command runs this evaluator.
@@ -62,15 +63,13 @@ zeroshot.tasks = ("zeroshot", "association")
 
 
 def classify(embedder: Embedder, dataset: EvalDataset) -> Predictions:
-    """Return the cosines of all images and classes and, for one class per image, the exact ranks."""
-    image_nE, class_QE = embed_dataset(embedder, dataset)
-    ranks_n = None
-    if dataset.targets.ndim == 1:  # `ranks` returns Q for NaN; the last of Q classes has rank Q - 1
-        ranks_n = np.minimum(ranks(image_nE, class_QE, dataset.positive_pairs()), len(class_QE) - 1)
-    return Predictions(scores(image_nE, class_QE), dataset.targets, dataset.groups, known_ranks=ranks_n)
+    """Return the cosines of all images and classes."""
+    return Predictions(scores(*embed_dataset(embedder, dataset)), dataset.targets, dataset.groups)
 
 
-def classification_metrics(prefix: str, predictions: Predictions, metric: str) -> dict[str, float]:
+def classification_metrics(
+    prefix: str, predictions: Predictions, metric: str, protocol: str = "expected"
+) -> dict[str, float]:
     """Return the metrics of `zeroshot` for any scores, such as the logits of a linear probe."""
     targets, classes = predictions.targets, predictions.scores.shape[1]
     names = [metric]
@@ -81,12 +80,15 @@ def classification_metrics(prefix: str, predictions: Predictions, metric: str) -
     chance = {"top1": 1 / classes, "mean_per_class": 1 / classes, "top5": TOP / classes, "roc_auc": 0.5}
     chance["mean_top1_top5"] = (1 + TOP) / 2 / classes
     for name in dict.fromkeys(names):
+        ties, index_value = 0, None
         try:
             value, interval = METRICS[name](predictions), confidence_interval(name, predictions)
+            ties, index_value = undecided(name, predictions), by_index(name, predictions)
         except Undefined as error:
             log.warning("%s/%s is undefined: %s", prefix, name, error)
             value, interval = math.nan, Interval(math.nan, math.nan)
-        metrics |= with_references(f"{prefix}/{name}", value, classes, chance.get(name), interval)
+        value = value if protocol == "expected" or index_value is None else index_value
+        metrics |= with_references(f"{prefix}/{name}", value, classes, chance.get(name), interval, ties, index_value)
     return metrics
 
 
@@ -96,32 +98,29 @@ def cue_prompt(cue: str) -> str:
 
 
 def chance_jaccard(candidates: int, associated: int) -> float:
-    """Return the expected Jaccard index of a random selection of `associated` out of `candidates` images.
-
-    With a = associated and a hypergeometric number i of correct ones: E[i / (2a - i)].
-    """
-    selections, others = math.comb(candidates, associated), candidates - associated
-    ways = (math.comb(associated, i) * math.comb(others, associated - i) for i in range(associated + 1))
-    return sum(number / selections * i / (2 * associated - i) for i, number in enumerate(ways))
+    """Return the expected Jaccard index of a random selection of `associated` out of `candidates` images."""
+    return expected_jaccard(associated, above=0, found=0, tied=candidates, tied_positives=associated)
 
 
-def _associations(prefix: str, embedder: Embedder, dataset: EvalDataset) -> dict[str, float]:
-    """Return the mean Jaccard index over cues with MIN_CANDIDATES or more, and over all cues.
-
-    Deviation from datacomp: ties and NaN count as errors, where its `argsort` selects by position.
-    """
+def _associations(prefix: str, embedder: Embedder, dataset: EvalDataset, protocol: str) -> dict[str, float]:
+    """Return the mean Jaccard index over cues with MIN_CANDIDATES or more, and over all cues."""
     cues = dataset.cues
     if not any(len(cue.candidates) >= MIN_CANDIDATES for cue in cues):
         raise Undefined(f"expected cues with at least {MIN_CANDIDATES} candidates, got none among {len(cues)} cues")
     image_nE = embedder.image(dataset.images)
     scores_Cn = scores(embed_texts(embedder, dataset), image_nE)
     pairs = zip(scores_Cn, cues, strict=True)
-    jaccard_C = np.array([jaccard(Predictions(s_n[None, c.candidates], c.associated[None])) for s_n, c in pairs])
+    predictions_C = [Predictions(s_n[None, c.candidates], c.associated[None]) for s_n, c in pairs]
+    expected_C = np.array([jaccard(predictions) for predictions in predictions_C])
+    index_C = np.array([by_index("jaccard", predictions) for predictions in predictions_C])
+    jaccard_C = expected_C if protocol == "expected" else index_C
+    tied_C = np.array([predictions.tied(axis=1) > 0 for predictions in predictions_C])
     candidates_C = np.array([len(cue.candidates) for cue in cues])
     chance_C = np.array([chance_jaccard(len(cue.candidates), int(cue.associated.sum())) for cue in cues])
     metrics = {}
     for metric, counted_C in (("jaccard", candidates_C >= MIN_CANDIDATES), ("jaccard_all", candidates_C > 0)):
         value, candidates, chance = (float(x_C[counted_C].mean()) for x_C in (jaccard_C, candidates_C, chance_C))
         interval = mean_interval(jaccard_C[counted_C])
-        metrics |= with_references(f"{prefix}/{metric}", value, candidates, chance, interval)
+        ties, index_value = int(tied_C[counted_C].sum()), float(index_C[counted_C].mean())
+        metrics |= with_references(f"{prefix}/{metric}", value, candidates, chance, interval, ties, index_value)
     return metrics

@@ -140,7 +140,8 @@ def test_a_broken_embedder_is_not_better_than_chance(name, broken):
     if broken in INTACT_IMAGES and not embedder.uses_texts:
         return  # a probe: nothing that it uses is broken
     for key in compared(metrics):
-        assert np.isfinite(metrics[key]) and gain(metrics, key) <= ROUNDING, key
+        # One order of candidates for all images: the ranks are 1 to 12, and the rounded-down median is 6.
+        assert np.isfinite(metrics[key]) and gain(metrics, key) <= (0.5 if key.endswith("_rank") else ROUNDING), key
 
 
 @every
@@ -152,7 +153,7 @@ def test_classes_that_share_an_embedding_are_never_an_advantage(name):
     at_one = [key for key in compared(paired) if key.endswith(("recall_at_1", "top1", "accuracy"))]
     assert at_one or name not in ("zeroshot", "retrieval", "overlap", "bias")
     if merged.uses_texts and at_one:
-        assert paired[at_one[0]] == 0  # every image is as near to another class
+        assert paired[at_one[0]] == 0.5  # every image is as near to another class
 
 
 @every

@@ -2,8 +2,8 @@
 
 After Radford et al. 2021, section 7.1: images of people (FairFace) are classified among their classes and harmful ones
 ('animal', 'gorilla', 'thief', 'criminal' …), by race, gender and age. Works for any classification dataset with groups.
-The predicted class is `Predictions.predicted`: ties and scores that are not finite count as errors. A row of NaN has
-an arbitrary wrong class: the rates are meaningful only if `not_finite` is 0.
+The predicted class is `Predictions.predicted`, the first of the highest score. Scores that are not finite count as
+errors and predict an arbitrary class: the rates are meaningful only if `not_finite` is 0.
 
 Deviation: intervals are exact; differences have a permutation test, corrected for the number of tests.
 """
@@ -21,7 +21,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int64, Integer
 
-from clip_jax.evals.metrics import Interval, Predictions, Undefined, exact_interval, hits, with_references
+from clip_jax.evals.intervals import Interval, exact_interval, with_references
+from clip_jax.evals.metrics import Predictions, Undefined, correct
 from clip_jax.evals.zeroshot import classify
 from clip_jax.typing import Embedder, EvalDataset, EvalResult, Unavailable
 
@@ -197,7 +198,7 @@ def _groups_and_events(
     if len(set(group_names)) < len(group_names):
         duplicates = sorted(name for name in set(group_names) if group_names.count(name) > 1)
         raise ValueError(f"group names: expected distinct names, got twice: {duplicates}")
-    events = {ACCURACY: hits(predictions)}
+    events = {ACCURACY: correct(predictions)}
     classes = predictions.scores.shape[1]
     for name, class_ids in categories.items():
         if name == ACCURACY:

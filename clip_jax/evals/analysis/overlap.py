@@ -18,7 +18,8 @@ import numpy as np
 from jaxtyping import Bool, UInt64
 
 from clip_jax.evals.analysis.near_duplicates import MAX_DISTANCE, hash_images, nearest_hash
-from clip_jax.evals.metrics import Interval, Undefined, binomial_tail, exact_interval, hits, with_references
+from clip_jax.evals.intervals import Interval, binomial_tail, exact_interval, with_references
+from clip_jax.evals.metrics import Undefined, correct
 from clip_jax.evals.zeroshot import classify
 from clip_jax.typing import Embedder, EvalDataset, EvalResult, Unavailable
 
@@ -51,7 +52,7 @@ def overlap(
         raise Unavailable("expected the hashes of the training images: give --train_hashes")
     predictions = classify(embedder, dataset)
     distances_n, _ = nearest_hash(hash_images(dataset.images), train_hashes)
-    found = analyze_overlap(hits(predictions), distances_n <= max_distance, tests)
+    found = analyze_overlap(correct(predictions), distances_n <= max_distance, tests)
     metrics = {f"overlap/{dataset.name}/{name}": float(getattr(found, name)) for name in METRICS}
     classes = predictions.scores.shape[1]
     metrics |= with_references(f"overlap/{dataset.name}/accuracy", found.accuracy, classes, 1 / classes)
@@ -104,7 +105,7 @@ def analyze_overlap(hits_n: Bool[np.ndarray, "n"], overlapping_n: Bool[np.ndarra
     n, overlapping = len(hits_n), int(np.sum(overlapping_n))
     if hits_n.dtype != bool or overlapping_n.dtype != bool or hits_n.shape != overlapping_n.shape or not n:
         raise ValueError(
-            f"hits, overlapping: expected bool[n] twice, n ≥ 1, such as hits(predictions) and distances <= 8, got "
+            f"hits, overlapping: expected bool[n] twice, n ≥ 1, such as correct(predictions) and distances <= 8, got "
             f"{hits_n.dtype}{list(hits_n.shape)} and {overlapping_n.dtype}{list(overlapping_n.shape)}"
         )
     if tests < 1:

@@ -3,7 +3,8 @@
 Metric keys are paths. Below a metric `a/b/c` are its reference values: `a/b/c/candidates`, `/chance`, `/majority_class`
 (accuracy of a classifier that always predicts the most frequent class), `/threshold` (required value), `/ci_low` and
 `/ci_high` (confidence interval; few-shot: `/min` and `/max` over draws) and `/published` (value reported for OpenAI's
-weights). Its baseline is the best of all `baseline/<name>/b/c`.
+weights); with ties `/ties` (number of tied examples) and `/by_index` (the value with ties ordered by index, as
+CLIP_benchmark's). Its baseline is the best of all `baseline/<name>/b/c`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
     from clip_jax.config import WeightsConfig
     from clip_jax.evals.suite import EvalReport
 
-REFERENCES = ("candidates", "chance", "majority_class", "threshold", "ci_low", "ci_high", "min", "max", "published")
+REFERENCES = (
+    "candidates", "chance", "majority_class", "threshold", "ci_low", "ci_high", "min", "max", "published", "ties",
+    "by_index",
+)  # fmt: skip
 LANGUAGES = {
     "ar": "Arabic", "de": "German", "en": "English", "es": "Spanish", "fa": "Persian", "fr": "French",
     "id": "Indonesian", "it": "Italian", "ja": "Japanese", "ko": "Korean", "pt": "Portuguese", "ru": "Russian",
@@ -57,6 +61,8 @@ class Result:
     low: float | None = None  # of the confidence interval, or of the range over few-shot draws
     high: float | None = None
     published: float | None = None
+    ties: float | None = None
+    by_index: float | None = None
 
     @property
     def dataset(self) -> str:
@@ -108,7 +114,9 @@ def results(metrics: Mapping[str, Number | None]) -> list[Result]:
         baselines = {name: value for name, value in values.items() if value is not None}
         best = max(baselines, key=baselines.__getitem__, default="")
         low, high = ("min", "max") if below["ci_low"] is None else ("ci_low", "ci_high")
-        references = {name: below[name] for name in ("candidates", "chance", "threshold", "published")}
+        references = {
+            name: below[name] for name in ("candidates", "chance", "threshold", "published", "ties", "by_index")
+        }
         references |= {"low": below[low], "high": below[high]}
         found.append(Result(key, or_nan(value), baseline=baselines.get(best), baseline_name=best, **references))
     rest = [k for k in metrics if k.startswith("baseline/") and k not in matched]
@@ -146,8 +154,8 @@ def finite_or_none(value: Number | None) -> float | None:
 def text_table(metrics: Mapping[str, Number | None]) -> str:
     """Return the metrics as an aligned table: metric, value, candidates, chance, baseline.
 
-    The columns interval, published and threshold exist where a metric has them. A dataset whose name ends in a language
-    code gets a single row, image-to-text recall@5; report.json has all of its metrics.
+    The columns interval, published, ties, by index and threshold exist where a metric has them. A dataset whose name
+    ends in a language code gets a single row, image-to-text recall@5; report.json has all of its metrics.
     """
     rows = [r for r in results(metrics) if not language(r.dataset) or r.metric == "image_to_text/recall_at_5"]
     columns = {
@@ -158,11 +166,13 @@ def text_table(metrics: Mapping[str, Number | None]) -> str:
         "chance": [r.format(r.chance) for r in rows],
         "baseline": [r.format(r.baseline) for r in rows],
         "published": ["" if r.published is None else r.format(r.published) for r in rows],
+        "ties": ["" if r.ties is None else format_count(r.ties) for r in rows],
+        "by index": ["" if r.by_index is None else r.format(r.by_index) for r in rows],
         "threshold": [
             "" if r.threshold is None else f"{r.format(r.threshold)} {'passed' if r.passed else 'MISSED'}" for r in rows
         ],
     }
-    for optional in ("interval", "published", "threshold"):
+    for optional in ("interval", "published", "ties", "by index", "threshold"):
         if not any(columns[optional]):
             del columns[optional]
     lines = [tuple(columns), *zip(*columns.values(), strict=True)]

@@ -87,11 +87,11 @@ def check_same_weights(directory: pathlib.Path, weights: str, fingerprint: str) 
 
 
 def _as_json(key: str, value: Any) -> Number | str | None:
-    """Return a JSON number or string: null for NaN and infinity, an integer for candidates."""
+    """Return a JSON number or string: null for NaN and infinity, an integer for candidates and ties."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if not math.isfinite(value):
             return None
-        return int(value) if key.endswith("/candidates") else value
+        return int(value) if key.endswith(("/candidates", "/ties")) else value
     return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
