@@ -247,3 +247,19 @@ def test_siglip2_lower_cases_by_its_class_and_canonicalizes_by_open_clip(tmp_pat
     for key in (("GemmaTokenizer", True), ("Siglip2Tokenizer", False)):
         assert [row[:2] for row in rows[key]] == [[letter, point], [letter, point], [letter, 1]]
     assert [row[:2] for row in rows["open_clip"]] == [[letter, 1]] * 3
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "content"),
+    [
+        (TokenizerConfig("sentencepiece", clean="lower", pad_id=0), tiny_tokenizers.siglip_model),
+        (TokenizerConfig("sentencepiece", clean="canonicalize", pad_id=1), tiny_tokenizers.siglip_model),
+        (TokenizerConfig("xlm_roberta", clean="whitespace", pad_id=1), sentencepiece_model),
+    ],
+)
+def test_directory_keeps_sentencepiece_models_with_their_padding_and_cleaning(tmp_path, tokenizer, content):
+    architecture = tiny_models.ARCHITECTURES["siglip"]
+    config = reading.WeightsConfig(architecture, tokenizer, tokenizer_file=content())
+    write(tmp_path / "dir", tiny_models.params(architecture), config)
+    found = reading.read(tmp_path / "dir").config
+    assert found.tokenizer_file == content() and dataclasses.replace(found.tokenizer, path="") == tokenizer

@@ -25,8 +25,9 @@ from clip_jax.config import ResNet, TextTransformer, ViT, WeightsConfig
 from clip_jax.interop import conversion, huggingface, name_tables, open_clip, safetensors, torch_file
 from clip_jax.interop.msgpack import tokenizer_content
 from clip_jax.paths import check_local, errors_naming
-from clip_jax.tokenizers import ClipBPE, HuggingFace
+from clip_jax.tokenizers import ClipBPE, HuggingFace, SentencePiece, XlmRoberta
 from clip_jax.tokenizers.bpe import END, START
+from clip_jax.tokenizers.file_tokenizer import piece_ids
 from clip_jax.typing import Params
 
 # In order of preference, which is open_clip's: its own files first.
@@ -150,6 +151,13 @@ _LIBRARIES: dict[str, tuple[Callable[[pathlib.Path, Params, WeightsConfig], None
 }
 
 
+# `tokenizer.name` -> class, file and class in transformers.
+_SENTENCEPIECE = {
+    "sentencepiece": (SentencePiece, "spiece.model", "SiglipTokenizer"),
+    "xlm_roberta": (XlmRoberta, "sentencepiece.bpe.model", "XLMRobertaTokenizer"),
+}
+
+
 def _write_tokenizer(folder: pathlib.Path, config: WeightsConfig) -> None:
     """Write the tokenizer for transformers; open_clip also reads it if it is not CLIP's own."""
     text, content = config.model.text, tokenizer_content(config)
@@ -163,9 +171,15 @@ def _write_tokenizer(folder: pathlib.Path, config: WeightsConfig) -> None:
         settings |= {"do_lower_case": True}
     elif not content:
         return
-    elif config.tokenizer.name == "sentencepiece":
-        (folder / "spiece.model").write_bytes(content)
-        special, name = {"pad_token": "</s>", "eos_token": "</s>", "unk_token": "<unk>"}, "SiglipTokenizer"
+    elif config.tokenizer.name in _SENTENCEPIECE:
+        cls, file, name = _SENTENCEPIECE[config.tokenizer.name]
+        (folder / file).write_bytes(content)
+        tokenizer = cls(content, text.context_length, pad_id=config.tokenizer.pad_id)
+        pieces = list(piece_ids(content, config.tokenizer.name))
+        special = {"pad_token": pieces[tokenizer.pad_id], "eos_token": pieces[tokenizer.eos_id], "unk_token": "<unk>"}
+        # SiglipTokenizer removes punctuation.
+        if name == "SiglipTokenizer" and config.tokenizer.clean not in ("canonicalize", "no_punctuation"):
+            name, settings = "T5Tokenizer", settings | {"extra_ids": 0}
     else:
         (folder / "tokenizer.json").write_bytes(content)
         tokenizer = HuggingFace(content, text.context_length, pad_id=config.tokenizer.pad_id)
