@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 from clip_jax.config import ResNet, TextTransformer, ViT, WeightsConfig
-from clip_jax.interop import conversion, huggingface, name_tables, open_clip, safetensors, torch_file
+from clip_jax.interop import conversion, huggingface, name_tables, open_clip, safetensors, tokenizer_files, torch_file
 from clip_jax.interop.msgpack import tokenizer_content
 from clip_jax.paths import check_local, errors_naming
 from clip_jax.tokenizers import ClipBPE, HuggingFace, SentencePiece, XlmRoberta
@@ -185,6 +185,8 @@ def _write_tokenizer(folder: pathlib.Path, config: WeightsConfig) -> None:
         tokenizer = HuggingFace(content, text.context_length, pad_id=config.tokenizer.pad_id)
         end, padding = tokenizer.token(tokenizer.eos_id), tokenizer.token(tokenizer.pad_id)
         special, name = {"pad_token": padding, "eos_token": end, "sep_token": end}, "PreTrainedTokenizerFast"
+    own = {key: getattr(config.tokenizer, key) for key in tokenizer_files.OWN_SETTINGS}
+    settings |= {} if config.tokenizer.name == "clip_bpe" else {"clip_jax": own}  # transformers ignores it
     _write_json(folder / "special_tokens_map.json", special)
     _write_json(folder / "tokenizer_config.json", {"tokenizer_class": name} | settings | special)
 

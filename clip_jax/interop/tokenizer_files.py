@@ -28,6 +28,8 @@ from clip_jax.tokenizers.base import read_file
 from clip_jax.tokenizers.bpe import END, MAX_VOCAB_SIZE, START
 from clip_jax.tokenizers.file_tokenizer import added_token, load_tokenizer_json, piece_ids
 
+# Fields of TokenizerConfig that clip_jax writes into tokenizer_config.json, under the key 'clip_jax'.
+OWN_SETTINGS = ("clean", "pad_id", "keep_end")
 _SENTENCEPIECE = {"spiece.model", "tokenizer.model", "sentencepiece.bpe.model"}
 _AS_STORED = {"PreTrainedTokenizer", "TokenizersBackend", ""}  # classes that use tokenizer.json as it is
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -66,10 +68,12 @@ def read(folder: pathlib.Path, model: Architecture, settings: TokenizerConfig | 
     declared = _Declared.read(folder)
     declared.check(model)
     default = settings or (configs.tokenizer_of(model) if declared.is_empty else TokenizerConfig())
+    own = declared.settings.get("clip_jax") or {}
     spm = next((name for name in sorted(_SENTENCEPIECE) if (folder / name).is_file()), "")
     stored = _stored(folder, declared)
     if spm and (stored is None or declared.cls in ("SiglipTokenizer", "")):
-        return _sentencepiece(folder / spm, declared, default, settings is not None)
+        config, content = _sentencepiece(folder / spm, declared, default, settings is not None)
+        return dataclasses.replace(config, **own), content
     if stored is None:
         return _without_vocabulary(folder, model)
     file, pad_id = _merged(stored, declared)
@@ -84,6 +88,7 @@ def read(folder: pathlib.Path, model: Architecture, settings: TokenizerConfig | 
     clean = "lower" if declared.lowers_gemma and default.clean == "none" else default.clean
     pad_id = default.pad_id if pad_id is None else pad_id
     config = dataclasses.replace(default, name="huggingface", path="tokenizer.json", clean=clean, pad_id=pad_id)
+    config = dataclasses.replace(config, **own)
     path = folder / "tokenizer.json"
     unchanged = path.is_file() and json.loads(path.read_bytes()) == file
     return config, path.read_bytes() if unchanged else json.dumps(file, ensure_ascii=False).encode()
