@@ -85,11 +85,7 @@ class Clip:
           ValueError: for a text that exceeds the context length, unless the model was loaded with `truncate=True`.
           TypeError: for a single text instead of a sequence, or for an item that is no text, with its index.
         """
-        texts = _as_list(texts, "text")
-        for index, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise TypeError(f"text {index}: expected a str, got {type(text).__name__}")
-        return self._encode(self._encode_text, lambda batch, first: self.tokenizer(batch), texts)
+        return self._encode(self._encode_text, lambda batch, first: self.tokenizer(batch), _as_texts(texts))
 
     def logits(self, images: Images, texts: Sequence[str]) -> Float[np.ndarray, "n m"]:
         """Return `scale * cosine + logit_bias` for every pair of image and text; models without a bias have 0."""
@@ -250,6 +246,15 @@ class _MissingTokenizer:
             f"tokenizer: expected one of {self.vocab_size:,} tokens with the weights, got none; load its file, e.g."
             " load(…, tokenizer='/data/c4_en.model')"
         )
+
+
+def _as_texts(items: Any) -> list[str]:
+    """Return texts as a list. An item that is no text is an error with its index."""
+    texts = _as_list(items, "text")
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"text {index}: expected a str, got {type(text).__name__}")
+    return texts
 
 
 def _as_list(items: Any, kind: str) -> list[Any]:

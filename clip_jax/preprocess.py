@@ -22,7 +22,7 @@ import io
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import BinaryIO
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,7 +32,7 @@ from PIL import Image
 from clip_jax.config import Preprocess
 
 # Encoded image, path, file opened for reading, PIL image, or uint8[H W], [H W 3] or [H W 4].
-ImageLike = Image.Image | bytes | str | os.PathLike[str] | BinaryIO | np.ndarray | jax.Array
+ImageLike = Image.Image | bytes | str | os.PathLike[str] | io.BufferedIOBase | np.ndarray | jax.Array
 
 _SIXTEEN_BIT = {"I;16": "<u2", "I;16L": "<u2", "I;16B": ">u2"}
 # A 1 × 10,000 image resized to 224 px on its shorter side would have 500 Mpx, 1.5 GB.
@@ -55,7 +55,7 @@ def preprocess(image: ImageLike, size: int, spec: Preprocess) -> UInt8[np.ndarra
       TypeError: if it is no image.
       FileNotFoundError: if the path does not exist.
     """
-    opened = _BEFORE_RESIZE[spec.implementation](_open(image))
+    opened = _BEFORE_RESIZE[spec.implementation](open_image(image))
     resampling = Image.Resampling[spec.interpolation.upper()]
     if spec.resize == "squash":
         return np.array(opened.resize((size, size), resampling).convert("RGB"))
@@ -94,7 +94,8 @@ def preprocess_many(
     return result
 
 
-def _open(image: ImageLike) -> Image.Image:
+def open_image(image: Any) -> Image.Image:
+    """Return a decoded PIL image. Raises ValueError or TypeError as `preprocess`."""
     if hasattr(image, "__array__") and not isinstance(image, Image.Image):  # of NumPy, JAX or torch
         image = np.asarray(image)
         if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))):

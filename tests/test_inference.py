@@ -22,10 +22,10 @@ from clip_jax.config import (
     WeightsConfig,
     with_activation,
 )
-from clip_jax.inference import _as_list, load
+from clip_jax.inference import _as_list, _as_texts, load
 from clip_jax.interop import directory, msgpack
 from clip_jax.models import make_model
-from clip_jax.preprocess import preprocess
+from clip_jax.preprocess import open_image, preprocess
 from clip_jax.tokenizers import ClipBPE
 from tests.tiny_tokenizers import sentencepiece_model
 
@@ -254,9 +254,9 @@ def test_zero_shot_of_a_sigmoid_model_is_the_sigmoid_of_its_logits(model, params
     for probabilities, expected in (("sigmoid", sigmoid), ("softmax", softmax)):
         found = loaded.zero_shot(images, classes, ["a {}"], probabilities=probabilities)
         np.testing.assert_allclose(found, expected, atol=100 * ROUNDING)
-    np.testing.assert_allclose(model.zero_shot(images, classes).sum(axis=1), 1, atol=ROUNDING)
+    np.testing.assert_allclose(model.zero_shot(images, classes, ["a {}"]).sum(axis=1), 1, atol=ROUNDING)
     with pytest.raises(ValueError, match="probabilities.*did you mean 'sigmoid'"):
-        model.zero_shot(images, classes, probabilities="sigmoids")
+        model.zero_shot(images, classes, ["a {}"], probabilities="sigmoids")
 
 
 def test_pickled_and_copied_models_encode_as_the_original(model, images):
@@ -267,13 +267,18 @@ def test_pickled_and_copied_models_encode_as_the_original(model, images):
         np.testing.assert_allclose(other.encode_text(TEXTS), expected[1], atol=ROUNDING)
 
 
-def test_items_that_are_no_texts_or_images_are_errors_with_their_index(model, images):
-    for wrong in (None, b"a cat", 3):
-        with pytest.raises(TypeError, match=rf"text 66: expected a str, got {type(wrong).__name__}"):
-            model.encode_text(["a"] * 66 + [wrong])
-    for wrong in (None, 3):
-        with pytest.raises(TypeError, match=rf"image 1: expected a PIL image, .* got {type(wrong).__name__}"):
-            model.encode_image([images[0], wrong])
+@pytest.mark.parametrize("wrong", [None, b"a cat", 3])
+def test_item_that_is_no_text_is_an_error_with_its_index(wrong):
+    with pytest.raises(TypeError, match=rf"text 66: expected a str, got {type(wrong).__name__}"):
+        _as_texts(["a"] * 66 + [wrong])
+
+
+@pytest.mark.parametrize("wrong", [None, 3])
+def test_item_that_is_no_image_is_an_error_with_its_index(model, images, wrong):
+    with pytest.raises(TypeError, match=rf"expected a PIL image, .* got {type(wrong).__name__}"):
+        open_image(wrong)
+    with pytest.raises(TypeError):  # under test by the annotations, otherwise with "image 1: "
+        model.encode_image([images[0], wrong])
 
 
 def test_files_jax_arrays_and_lazily_opened_images_are_images(model, images):

@@ -195,6 +195,15 @@ def test_xlm_roberta_has_fairseq_s_ids(tmp_path):
         XlmRoberta(tiny_tokenizers.siglip_model(), 16)
 
 
+LARGE = 45  # pieces; two more are within the 5 % that an embedding table may be padded by
+
+
+def _large_sentencepiece_model():
+    """Return a model of XLM-R's special pieces with additional pieces."""
+    extra = [f"<x{number}>" for number in range(LARGE - 32)]
+    return sentencepiece_model(vocab_size=LARGE, user_defined_symbols=",".join(extra))
+
+
 def test_fairseq_s_ids_are_recognized_by_the_size_or_refused(tmp_path):
     (tmp_path / "x.model").write_bytes(sentencepiece_model(vocab_size=60))
     path = str(tmp_path / "x.model")
@@ -203,8 +212,10 @@ def test_fairseq_s_ids_are_recognized_by_the_size_or_refused(tmp_path):
     assert tokenizer_files.of_path(path, _model(size + 2, 2)).name == "xlm_roberta"
     with pytest.raises(ValueError, match=f"expected {size} tokens for the model's own ids or {size + 2} for XLM-R's"):
         tokenizer_files.of_path(path, _model(size + 1, 2))
+    (tmp_path / "large.model").write_bytes(_large_sentencepiece_model())
+    large = str(tmp_path / "large.model")
     with pytest.raises(ValueError, match="expected 'xlm_roberta' for a SentencePiece model that starts with <unk>"):
-        make_tokenizer(TokenizerConfig("sentencepiece", path), _model(size + 2, 2).text)
+        make_tokenizer(TokenizerConfig("sentencepiece", large), _model(LARGE + 2, 2).text)
 
 
 def test_directory_with_sentencepiece_bpe_model_is_xlm_roberta(tmp_path):
@@ -218,7 +229,8 @@ def test_directory_with_sentencepiece_bpe_model_is_xlm_roberta(tmp_path):
 def test_siglip_removes_punctuation_and_its_own_pad_token_is_used(tmp_path):
     _write(tmp_path, spiece__model=tiny_tokenizers.siglip_model())
     _write(tmp_path, tokenizer_config__json={"tokenizer_class": "SiglipTokenizer", "pad_token": "<pad>"})
-    model = _model(60, 1, pool="last", causal=False)
+    size = SentencePiece(tiny_tokenizers.siglip_model(), 16).vocab_size
+    model = _model(size, 1, pool="last", causal=False)
     config, _ = tokenizer_files.read(tmp_path, model)
     assert (config.clean, config.pad_id) == ("no_punctuation", 0)
     rows = _tokenizer(tmp_path, model)(["A red dog.", "a red dog"])

@@ -179,7 +179,7 @@ def _write_tokenizer(folder: pathlib.Path, config: WeightsConfig) -> None:
         special = {"pad_token": pieces[tokenizer.pad_id], "eos_token": pieces[tokenizer.eos_id], "unk_token": "<unk>"}
         # SiglipTokenizer removes punctuation.
         if name == "SiglipTokenizer" and config.tokenizer.clean not in ("canonicalize", "no_punctuation"):
-            name, settings = "T5Tokenizer", settings | {"extra_ids": 0}
+            name = "T5Tokenizer"
     else:
         (folder / "tokenizer.json").write_bytes(content)
         tokenizer = HuggingFace(content, text.context_length, pad_id=config.tokenizer.pad_id)

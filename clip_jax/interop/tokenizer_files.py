@@ -69,6 +69,7 @@ def read(folder: pathlib.Path, model: Architecture, settings: TokenizerConfig | 
     declared.check(model)
     default = settings or (configs.tokenizer_of(model) if declared.is_empty else TokenizerConfig())
     own = declared.settings.get("clip_jax") or {}
+    own = {key: own[key] for key in OWN_SETTINGS if key in own}
     spm = next((name for name in sorted(_SENTENCEPIECE) if (folder / name).is_file()), "")
     stored = _stored(folder, declared)
     if spm and (stored is None or declared.cls in ("SiglipTokenizer", "")):
@@ -164,11 +165,9 @@ class _Declared:
         return key.endswith("_token") and isinstance(self.settings[key], (str, Mapping))
 
     def extra_tokens(self) -> list[Any]:
-        """Return the additional special tokens. T5's class adds <extra_id_…> if its config does not count them."""
+        """Return the additional special tokens."""
         extra = self.settings.get("extra_special_tokens") or self.settings.get("additional_special_tokens") or []
-        extra = list(extra.values()) if isinstance(extra, Mapping) else list(extra)
-        count = self.settings.get("extra_ids", 100) if self.cls == "T5Tokenizer" else 0
-        return extra + [f"<extra_id_{number}>" for number in range(count)]
+        return list(extra.values()) if isinstance(extra, Mapping) else list(extra)
 
 
 def _content(token: Any) -> str:
