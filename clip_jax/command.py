@@ -26,6 +26,7 @@ _MODULES = flags.DEFINE_list("modules", [], "Python modules to import first, whi
 _WEIGHTS_FLAGS = {
     "model": "Model name, e.g. vit_b32, for weights without a config.",
     "activation": "quick_gelu, gelu or gelu_tanh, for weights without a config.",
+    "preprocess": "Name such as openai, siglip, clipa, or preprocessor_config.json, for weights without a config.",
     "tokenizer": "SentencePiece .model or tokenizer.json, for weights without a tokenizer.",
     "prefix": "Prefix of the model's tensors, for files with several models, e.g. state_dict_ema.",
 }

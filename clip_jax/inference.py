@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int32, UInt8
 
 import clip_jax.training  # noqa: F401 (registers the format of runs)
-from clip_jax.config import MODELS, TokenizerConfig, WeightsConfig, check_name, name_of
+from clip_jax.config import MODELS, Preprocess, TokenizerConfig, WeightsConfig, check_name, name_of
 from clip_jax.evals.embed import average_prompts
 from clip_jax.interop import reading
 from clip_jax.models import make_model
@@ -156,6 +156,7 @@ def load(
     activation: str = "",
     image_size: int = 0,
     context_length: int = 0,
+    preprocess: Preprocess | str = "",
     tokenizer: TokenizerConfig | str = "",
     prefix: str = "",
     heads: Sequence[int] = (),
@@ -173,6 +174,8 @@ def load(
       activation: 'quick_gelu', 'gelu' or 'gelu_tanh', for files without a config. It overrides a config.
       image_size: px; position embeddings are resized to it, as in open_clip. 0: unchanged.
       context_length: tokens, likewise.
+      preprocess: name in `config.PREPROCESS`, path of a preprocessor_config.json, processor_config.json or
+        open_clip_config.json, or a Preprocess, for files without a config. It overrides a config.
       tokenizer: for weights without one: path of a SentencePiece `.model` or a Hugging Face `tokenizer.json`, used with
         the settings of the published models, or a TokenizerConfig.
       prefix: of the model's tensors, for files with several models, e.g. 'state_dict_ema'. It is determined if the file
@@ -196,7 +199,7 @@ def load(
     """
     sizes = {"image_size": image_size, "context_length": context_length}
     described = {"model": model, "activation": activation, "heads": heads, "prefix": prefix}
-    weights = reading.read(path, tokenizer=tokenizer, **described, **sizes)
+    weights = reading.read(path, preprocess=preprocess, tokenizer=tokenizer, **described, **sizes)
     config, params = weights.config, weights.params
     del weights  # `_to_device` frees each NumPy array after its copy
     return _clip(config, _to_device(dict(params)), truncate)

@@ -1,18 +1,22 @@
 """Inference preprocessing with Pillow: uint8 pixels equal to OpenAI's, open_clip's or Hugging Face's.
 
 The shorter side is resized to `size`, the center is cropped, and the result becomes RGB; the model divides by 255 and
-normalizes on the device. Pillow antialiases and rounds to uint8 between its two passes: bicubic resizing of TensorFlow,
-JAX or torch gives other bytes. Pillow 13 resizes the height first if it shrinks more, so images more than twice as high
-as wide differ by a few levels from Pillow 12's. `preprocess.implementation` selects the pipeline:
+normalizes on the device. `preprocess.resize` and `preprocess.resize_size` select other sides and sizes; an image that
+is then smaller than `size` is padded. Pillow antialiases and rounds to uint8 between its two passes: bicubic resizing
+of TensorFlow, JAX or torch gives other bytes. Pillow 13 resizes the height first if it shrinks more, so images more
+than twice as high as wide differ by a few levels from Pillow 12's. `preprocess.implementation` selects the pipeline:
   * openai: resize in the image's own mode (palette: nearest pixel), crop at `round((side - size) / 2)`, half to even,
     then convert to RGB. Alpha is dropped, so the hidden color of transparent pixels shows; 16-bit gray is clipped at
-    255, which makes nearly every such image white. OpenAI's and open_clip's weights were trained with this.
+    255, which makes nearly every such image white. An odd padding has its larger half on the right and at the bottom.
+    OpenAI's and open_clip's weights were trained with this.
   * huggingface: composite on white and convert to RGB, then resize; crop at `(side - size) // 2`, which differs
-    if the margin is odd.
+    if the margin is odd; an odd padding has its larger half on the left and at the top. This is the processor on PIL;
+    the one on torchvision rounds resized pixels differently (by 1 of 255, rarely 2) and pads as openai.
   * clip_jax: as openai, but transparency is composited on white and 16-bit gray keeps its high byte, as in training.
 
 None of them applies EXIF orientation; to apply it, call `PIL.ImageOps.exif_transpose` first. Sources: openai/CLIP
-`clip/clip.py` (`_transform`) with torchvision's Resize and CenterCrop; transformers `CLIPImageProcessor`.
+`clip/clip.py` (`_transform`) with torchvision's Resize and CenterCrop; open_clip `transform.py` (`ResizeKeepRatio`,
+`center_crop_or_pad`); transformers `CLIPImageProcessorPil`.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, ImageOps
 
 from clip_jax.config import Preprocess
 
@@ -48,24 +52,19 @@ def preprocess(image: ImageLike, size: int, spec: Preprocess) -> UInt8[np.ndarra
 
     Args:
       size: height and width of the result, in pixels.
-      spec: interpolation, resize mode and implementation; `mean` and `std` are not applied here.
+      spec: resizing, crop and implementation; `mean` and `std` are not applied here.
 
     Raises:
-      ValueError: if the image can't be decoded, or if it would have more than 100 Mpx after resizing.
+      ValueError: if the image can't be decoded, or if it would have no or more than 100 Mpx after resizing.
       TypeError: if it is no image.
       FileNotFoundError: if the path does not exist.
     """
     opened = _BEFORE_RESIZE[spec.implementation](open_image(image))
-    resampling = Image.Resampling[spec.interpolation.upper()]
-    if spec.resize == "squash":
-        return np.array(opened.resize((size, size), resampling).convert("RGB"))
-    width, height = _resized_shape(opened.size, size)
-    if spec.implementation == "huggingface":
-        left, top = (width - size) // 2, (height - size) // 2
-    else:
-        left, top = int(round((width - size) / 2.0)), int(round((height - size) / 2.0))
-    resized = opened.resize((width, height), resampling)
-    return np.array(resized.crop((left, top, left + size, top + size)).convert("RGB"))
+    shape = _resized_shape(opened.size, spec.resize_size or size, spec.resize)
+    resized = opened.resize(shape, Image.Resampling[spec.interpolation.upper()])
+    if spec.implementation == "clip_jax":  # so that the color of the padding is one of RGB
+        resized = resized.convert("RGB")
+    return np.array(_center(resized, size, spec).convert("RGB"))
 
 
 def preprocess_many(
@@ -133,9 +132,9 @@ def _opaque(image: Image.Image) -> Image.Image:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """Convert to RGBA, composite on white, and convert to RGB, as transformers' `convert_to_rgb`."""
-    if image.mode == "RGB":
-        return image
+    """Convert to RGB, transparency composited on white, as transformers' `convert_to_rgb`."""
+    if "A" not in image.getbands() and image.info.get("transparency") is None:
+        return image.convert("RGB")
     rgba = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
@@ -143,11 +142,27 @@ def _on_white(image: Image.Image) -> Image.Image:
 _BEFORE_RESIZE = {"clip_jax": _opaque, "openai": lambda image: image, "huggingface": _on_white}
 
 
-def _resized_shape(original: tuple[int, int], size: int) -> tuple[int, int]:
-    """Return width and height with the shorter side at `size` px; the longer is rounded down, as in torchvision."""
+def _resized_shape(original: tuple[int, int], size: int, resize: str) -> tuple[int, int]:
+    """Return width and height with the side(s) `resize` at `size` px.
+
+    The longer side is rounded down, as in torchvision; the shorter side to the nearest, as in open_clip.
+    """
     width, height = original
     if not width or not height:
         raise ValueError(f"expected an image with pixels, got {width} × {height} px; remove it")
+    if resize == "none":
+        return original
+    if resize == "squash":
+        return size, size
+    if resize == "longest":
+        ratio = max(width, height) / size
+        shape = round(width / ratio), round(height / ratio)
+        if not min(shape):
+            raise ValueError(
+                f"expected a shorter side of at least one pixel with {size} px on the longer side, got"
+                f" {width} × {height} px; crop it first"
+            )
+        return shape
     longer = int(size * max(width, height) / min(width, height))
     if size * longer > _MAX_RESIZED_PIXELS:
         raise ValueError(
@@ -155,3 +170,22 @@ def _resized_shape(original: tuple[int, int], size: int) -> tuple[int, int]:
             f" from {width} × {height} px; crop it first, or use preprocess.resize='squash'"
         )
     return (size, longer) if width <= height else (longer, size)
+
+
+def _center(image: Image.Image, size: int, spec: Preprocess) -> Image.Image:
+    """Return the center, size × size px; the padding of a smaller image has the fill color in all channels."""
+    left, top = (_offset(side - size, spec.implementation) for side in image.size)
+    right, bottom = left + size, top + size
+    if spec.fill_color and min(image.size) < size:  # Pillow's crop fills with zeros
+        border = (max(-left, 0), max(-top, 0), max(right - image.width, 0), max(bottom - image.height, 0))
+        bands = len(image.getbands())
+        image = ImageOps.expand(image, border, spec.fill_color if bands == 1 else (spec.fill_color,) * bands)
+        left, top = max(left, 0), max(top, 0)
+    return image.crop((left, top, left + size, top + size))
+
+
+def _offset(margin: int, implementation: str) -> int:
+    """Return the first row or column of the crop, for a margin of both sides in px, negative for padding."""
+    if implementation == "huggingface":
+        return margin // 2
+    return round(margin / 2) if margin >= 0 else -(-margin // 2)

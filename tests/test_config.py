@@ -157,6 +157,7 @@ def test_value_that_is_no_number_is_rejected(number, bad):
         ({"model": {"image": {"layers": 3}}}, r"model\.image\.kind=None is none of"),
         ({"train": {"batch_size": 8.0}}, r"train\.batch_size=8\.0 is a float, expected int"),
         ({"data": {"files": ["a"]}}, r"data\.files=\['a'\] is a list, expected str"),
+        ({"preprocess": {"resize": "longer"}}, r"preprocess\.resize='longer' is none of .* did you mean 'longest'"),
         ({"preprocess": {"mean": "0.5"}}, r"preprocess\.mean='0\.5' should be a sequence"),
         ({"data": {"captions": "txt"}}, r"data\.captions='txt' should be a mapping"),
         ({"train": 8}, "train=8 should be a mapping with the keys of TrainConfig"),
@@ -282,6 +283,9 @@ def resolve(devices=8, processes=1, examples=None, train=None, **rest):
             {"model": {"image": {"kind": "resnet", "image_size": 200}}},
             r"image_size=200 is not a multiple of 2\*\*\(1 \+ len\(model\.image\.layers\)\)=32; use 192",
         ),
+        ({"preprocess": {"resize": "longest"}}, "preprocess.resize='longest' .* inference alone.* Use 'shortest'"),
+        ({"preprocess": {"resize_size": 200}}, "resize_size=200 .*a resize_size of 0 or at least 224 px"),
+        ({"preprocess": {"fill_color": 9}}, "fill_color=9 is for inference alone"),
         ({"loss": {"name": "sigmoid"}}, "loss.name='sigmoid' has a bias.*model.logit_bias=True"),
         (
             {"model": {"image": {"kind": "resnet"}}, "train": {"patch_dropout": 0.5}},

@@ -216,6 +216,40 @@ def test_squash_resizes_both_sides_and_crops_nothing():
     np.testing.assert_array_equal(preprocess(image, 48, Preprocess(resize="squash")), expected)
 
 
+def test_a_larger_resized_side_is_cropped():
+    image = make_image(161, 90)
+    larger = reference(np.array(image), 60)
+    found = preprocess(image, 48, Preprocess(resize_size=60))
+    np.testing.assert_array_equal(found, larger[6:54, 6:54])
+    squashed = preprocess(image, 48, Preprocess(resize="squash", resize_size=60))
+    np.testing.assert_array_equal(squashed, resize(np.array(image), 60, 60)[6:54, 6:54])
+
+
+@pytest.mark.parametrize(("implementation", "top"), [("openai", 10), ("clip_jax", 10), ("huggingface", 11)])
+def test_longest_side_is_resized_and_the_rest_padded_with_the_fill_color(implementation, top):
+    image = make_image(160, 90)
+    spec = Preprocess(resize="longest", fill_color=77, implementation=implementation)
+    found = preprocess(image, 48, spec)
+    height = 27  # 90 · 48 / 160; 10.5 px above and below
+    np.testing.assert_array_equal(found[top : top + height], resize(np.array(image), 48, height))
+    assert (np.delete(found, range(top, top + height), axis=0) == 77).all()
+    with pytest.raises(ValueError, match="shorter side of at least one pixel with 48 px .* 9999 × 1 px; crop"):
+        preprocess(Image.new("RGB", (9999, 1)), 48, spec)
+
+
+def test_without_resizing_the_center_is_cropped_or_padded():
+    image = make_image(60, 41)
+    found = preprocess(image, 48, Preprocess(resize="none"))
+    np.testing.assert_array_equal(found[3:44], np.array(image)[:, 6:54])
+    assert not found[:3].any() and not found[44:].any()
+
+
+def test_transparent_color_of_rgb_is_white_for_hugging_face():
+    """transformers composites every image that has an alpha channel or a transparent color."""
+    data = encoded(Image.new("RGB", (40, 40), (10, 10, 10)), transparency=(10, 10, 10))
+    assert (preprocess(data, 32, Preprocess(implementation="huggingface")) == 255).all()
+
+
 def test_image_array_bytes_and_path_give_the_same_pixels(tmp_path):
     image = make_image(61, 40)
     (tmp_path / "image.png").write_bytes(encoded(image))

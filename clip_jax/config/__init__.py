@@ -13,7 +13,16 @@ from clip_jax.config.build import (
     to_json,
     unknown_key,
 )
-from clip_jax.config.models import MODELS, SIGLIP_PREPROCESS, name_of, preprocess_of, siglip_image, tokenizer_of
+from clip_jax.config.models import (
+    MODELS,
+    PREPROCESS,
+    SIGLIP_PREPROCESS,
+    name_of,
+    preprocess_names,
+    preprocess_of,
+    siglip_image,
+    tokenizer_of,
+)
 from clip_jax.config.recipes import paper, runlocal, with_argument
 from clip_jax.config.resolve import Resolved, check_local_paths, data_notes, resolve
 from clip_jax.config.schema import (

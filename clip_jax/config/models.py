@@ -130,12 +130,39 @@ MODELS: dict[str, Architecture] = {
     "emoji": Architecture(EdgeNet(), TextTransformer(20_514, 20, eos_id=20_513, width=96, layers=1, heads=3), 128),
 }
 
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIGLIP_PREPROCESS = Preprocess((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), resize="squash")
+
+# Preprocessing of published weights. Source: open_clip `pretrained.py`.
+PREPROCESS: dict[str, Preprocess] = {
+    "openai": Preprocess(),  # and most of open_clip's
+    "siglip": SIGLIP_PREPROCESS,
+    "clipa": Preprocess(_IMAGENET_MEAN, _IMAGENET_STD, interpolation="bilinear", resize="squash"),
+    "dfn5b": Preprocess(resize="squash"),  # DFN-5B's ViT-H/14, at 224 and 378 px
+    "inception": Preprocess((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # LAION-2B's ViT-L/14
+}
+# Models whose published weights do not have OpenAI's preprocessing alone.
+_PREPROCESS_NAMES = {
+    "vit_l14_gelu": ("openai", "inception"),
+    "vit_h14": ("openai", "dfn5b"),
+    "vit_h14_378": ("dfn5b",),
+}
+
+
+def preprocess_names(model: Architecture) -> tuple[str, ...]:
+    """Return the names in PREPROCESS of a model's published weights; several if these differ."""
+    if model.logit_bias:
+        return ("siglip",)
+    if getattr(model.image, "pool", "") == "mean":
+        return ("clipa",)
+    name = name_of(model)
+    name = name_of(with_activation(model, "gelu")) if name == "custom" else name  # DFN's, with QuickGELU
+    return _PREPROCESS_NAMES.get(name, ("openai",))
 
 
 def preprocess_of(model: Architecture) -> Preprocess:
-    """Return the preprocessing of a model's published weights: SigLIP's or CLIP's."""
-    return SIGLIP_PREPROCESS if model.logit_bias else Preprocess()
+    """Return the preprocessing of a model's published weights, the most common one if these differ."""
+    return PREPROCESS[preprocess_names(model)[0]]
 
 
 def tokenizer_of(model: Architecture) -> TokenizerConfig:

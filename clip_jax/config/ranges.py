@@ -17,6 +17,8 @@ RANGES: dict[str, Range] = {
     "model.embed_dim": COUNT,
     "preprocess.mean": _FRACTION,
     "preprocess.std": (1e-6, 10.0),
+    "preprocess.resize_size": _COUNT_OR_ZERO,
+    "preprocess.fill_color": (0, 255),
     "data.captions.*": (0.0, 1e9),
     "data.augment.min_crop_area": (0.01, 1.0),
     "data.augment.rotate_degrees": (0.0, 180.0),

@@ -70,7 +70,7 @@ def resolve(config: Config, *, devices: int, processes: int = 1, examples: int |
             f" use at most {max(0, steps // 10)}"
         )
     check(config.model)
-    _check_preprocess(config.preprocess)
+    _check_preprocess(config.preprocess, config.model.image.image_size)
     _check_optimizer(config.optim)
     if config.loss.needs_logit_bias and not config.model.logit_bias:
         raise ValueError(f"loss.name={config.loss.name!r} has a bias that the model lacks: set model.logit_bias=True")
@@ -151,12 +151,19 @@ def _total_steps(train: TrainConfig, examples: int | None) -> int:
     return train.total_steps or max(1, total_examples // train.batch_size)
 
 
-def _check_preprocess(preprocess: Preprocess) -> None:
+def _check_preprocess(preprocess: Preprocess, image_size: int) -> None:
+    """Raise ValueError if a channel is missing, or if inference pads: training crops squares without padding."""
     for key in ("mean", "std"):
         if len(value := getattr(preprocess, key)) != 3:
             raise ValueError(
                 f"preprocess.{key}={value}: expected 3 numbers, for red, green and blue, e.g. '(0.5, 0.5, 0.5)'"
             )
+    if preprocess.pads(image_size) or preprocess.fill_color:
+        raise ValueError(
+            f"preprocess.resize={preprocess.resize!r} with resize_size={preprocess.resize_size} and"
+            f" fill_color={preprocess.fill_color} is for inference alone: training images have no padding. Use"
+            f" 'shortest' or 'squash', a resize_size of 0 or at least {image_size} px, and fill_color=0"
+        )
 
 
 def _check_optimizer(optim: OptimConfig) -> None:

@@ -82,6 +82,7 @@ class InitConfig:
     weights: str = ""  # anything that `clip_jax.load` reads, e.g. 'ViT-L-14.pt'; empty: random initialization
     model: str = ""  # architecture of the file, a name in MODELS, if the file does not determine it
     activation: str = ""  # activation of the file, if the file does not determine it
+    preprocess: str = ""  # of the file, a name in PREPROCESS or a JSON file, if the file does not determine it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +95,7 @@ class TeacherConfig:
     weights: str = ""  # anything that `clip_jax.load` reads; empty: no teacher
     model: str = ""  # architecture of the file, a name in MODELS, if the file does not determine it
     activation: str = ""  # activation of the file, if the file does not determine it
+    preprocess: str = ""  # of the file, a name in PREPROCESS or a JSON file, if the file does not determine it
     weight: float = 1.0  # of the cross-entropy with the teacher; the contrastive loss has weight 1
 
 

@@ -200,7 +200,7 @@ def _evaluated_model(
     return EvaluatedModel(
         DiskCachedEmbedder(embedder, FeatureCache(options.cache_dir, fingerprint)),
         name_of(config.model),
-        f"{pixels} px, {spec.resize}, {spec.interpolation} of {spec.implementation}, {options.dtype}",
+        f"{pixels} px, {spec.description} of {spec.implementation}, {options.dtype}",
     )
 
 

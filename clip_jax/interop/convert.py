@@ -18,7 +18,7 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], *, t
     Args:
       source: see `reading.read`.
       to: writable format in `formats.FORMATS`: 'msgpack', 'npz', 'directory' (for other libraries), or one registered.
-      **options: arguments of `reading.read`: model, activation, image_size, context_length, tokenizer,
+      **options: arguments of `reading.read`: model, activation, preprocess, tokenizer, image_size, context_length,
         prefix, heads.
 
     Raises:
@@ -59,7 +59,6 @@ def _summary(config: WeightsConfig, params: Params) -> dict[str, str]:
         "text": f"{text.context_length} tokens of {text.vocab_size:,}, {text.description}",
         "embedding": f"{config.model.embed_dim}",
         "activation": " and ".join(sorted(activations)),
-        "preprocessing": f"{spec.resize}, {spec.interpolation}, mean {spec.mean}, std {spec.std}, "
-        f"as {spec.implementation}",
+        "preprocessing": f"{spec.description}, mean {spec.mean}, std {spec.std}, as {spec.implementation}",
         "tokenizer": config.tokenizer.name + ("" if has_tokenizer else " (none with the weights)"),
     }

@@ -22,7 +22,16 @@ from collections.abc import Callable
 from typing import Any
 
 from clip_jax.config import ResNet, TextTransformer, ViT, WeightsConfig
-from clip_jax.interop import conversion, huggingface, name_tables, open_clip, safetensors, tokenizer_files, torch_file
+from clip_jax.interop import (
+    conversion,
+    huggingface,
+    image_processor,
+    name_tables,
+    open_clip,
+    safetensors,
+    tokenizer_files,
+    torch_file,
+)
 from clip_jax.interop.msgpack import tokenizer_content
 from clip_jax.paths import check_local, errors_naming
 from clip_jax.tokenizers import ClipBPE, HuggingFace, SentencePiece, XlmRoberta
@@ -108,10 +117,10 @@ def _write(target: pathlib.Path, params: Params, config: WeightsConfig) -> dict[
 def _write_transformers(folder: pathlib.Path, params: Params, config: WeightsConfig) -> None:
     model, content = config.model, huggingface.config(config.model)
     siglip = content["model_type"] == "siglip"
+    processor = image_processor.write(config.preprocess, model.image.image_size, siglip)
     table = name_tables.HUGGINGFACE_SIGLIP if siglip else name_tables.HUGGINGFACE
     safetensors.write(folder / "model.safetensors", conversion.LazyTensors(model, params, table))
     _write_json(folder / "config.json", content)
-    processor = huggingface.preprocessor_config(config.preprocess, model.image.image_size, siglip)
     _write_json(folder / "preprocessor_config.json", processor)
 
 

@@ -29,6 +29,7 @@ class Naming:
     markers: tuple[str, ...]  # a file with one of these tensors has this naming
     text_prefix: str = ""  # removed from the names
     activation: str = ""  # of all models with this naming; empty: unknown
+    config_file: str = "open_clip_config.json"  # of this naming, if a directory has several
     siglip: bool = False  # text tower and preprocessing of SigLIP, even without logit bias (LiT)
 
 
@@ -37,9 +38,21 @@ NAMINGS = (
     # open_clip's custom_text adds `text.`
     Naming("OpenAI", name_tables.OPENAI, ("visual.conv1.weight",), text_prefix="text."),
     Naming("open_clip SigLIP", name_tables.OPEN_CLIP_SIGLIP, ("visual.trunk.attn_pool.latent",)),
-    Naming("Hugging Face SigLIP", name_tables.HUGGINGFACE_SIGLIP, ("vision_model.head.probe",)),
-    Naming("Hugging Face", name_tables.HUGGINGFACE, ("vision_model.embeddings.patch_embedding.weight",)),
-    Naming("Hugging Face Flax", name_tables.HUGGINGFACE_FLAX, ("vision_model.embeddings.patch_embedding.kernel",)),
+    Naming(
+        "Hugging Face SigLIP", name_tables.HUGGINGFACE_SIGLIP, ("vision_model.head.probe",), config_file="config.json"
+    ),
+    Naming(
+        "Hugging Face",
+        name_tables.HUGGINGFACE,
+        ("vision_model.embeddings.patch_embedding.weight",),
+        config_file="config.json",
+    ),
+    Naming(
+        "Hugging Face Flax",
+        name_tables.HUGGINGFACE_FLAX,
+        ("vision_model.embeddings.patch_embedding.kernel",),
+        config_file="config.json",
+    ),
     # gelu_tanh is the default of flax.linen.gelu.
     Naming("big_vision", name_tables.BIG_VISION, _BIG_VISION, activation="gelu_tanh", siglip=True),
 )

@@ -28,6 +28,7 @@ _TIMM: dict[str, tuple[int, int, Activation]] = {
     )
     for size in sizes
 }
+_RESIZE_MODES, _INTERPOLATION = ("shortest", "longest", "squash"), ("bicubic", "bilinear")
 
 
 def architecture(config: Mapping[str, Any], file: str) -> Architecture:
@@ -121,22 +122,55 @@ def _check_no_other_keys(
             raise ValueError(f"{file}: {prefix}{key}: expected a key that clip_jax supports, got {value!r}")
 
 
-def preprocess(config: Mapping[str, Any]) -> Preprocess:
-    """Return the preprocessing of a `preprocess_cfg`."""
-    default = Preprocess(implementation="openai")
-    mode, interpolation = config.get("resize_mode", "shortest"), config.get("interpolation", "bicubic")
-    if mode not in ("shortest", "squash") or interpolation not in ("bicubic", "bilinear"):
-        raise ValueError(
-            "preprocess_cfg: expected resize_mode shortest or squash and interpolation bicubic or bilinear, got"
-            f" {mode!r} and {interpolation!r}"
-        )
+def preprocess(config: Mapping[str, Any], file: str) -> Preprocess:
+    """Return the preprocessing of a `preprocess_cfg`; absent keys and null have open_clip's defaults.
+
+    `size` is not used: open_clip replaces it by the image size of the model. Its interpolation 'random' is bicubic
+    outside training. Raises ValueError for a key or value that `clip_jax.preprocess` does not reproduce.
+    """
+    given = {key: value for key, value in config.items() if value is not None}
+    choices = {"mode": ("RGB",), "interpolation": (*_INTERPOLATION, "random"), "resize_mode": _RESIZE_MODES}
+    for key, value in given.items():
+        if key not in ("size", "mean", "std", "fill_color", *choices):
+            raise _unsupported(file, key, "no such key", value)
+        if key in choices and value not in choices[key]:
+            raise _unsupported(file, key, " or ".join(choices[key]), value)
+    mode, interpolation = given.get("resize_mode", "shortest"), given.get("interpolation", "bicubic")
+    fill_color = given.get("fill_color", 0)
+    if type(fill_color) is not int or not 0 <= fill_color <= 255:
+        raise _unsupported(file, "fill_color", "an integer from 0 to 255", fill_color)
     return Preprocess(
-        mean=tuple(map(float, config.get("mean", default.mean))),
-        std=tuple(map(float, config.get("std", default.std))),
-        interpolation=interpolation,
+        mean=_channels(file, "mean", given.get("mean") or Preprocess.mean),
+        std=_channels(file, "std", given.get("std") or Preprocess.std),
+        interpolation="bicubic" if interpolation == "random" else interpolation,
         resize=mode,
         implementation="openai",
+        fill_color=fill_color if mode == "longest" else 0,
     )
+
+
+def _channels(file: str, key: str, value: Any) -> tuple[float, ...]:
+    channels = value if isinstance(value, (list, tuple)) else (value,) * 3
+    if len(channels) != 3 or not all(isinstance(x, (int, float)) for x in channels):
+        raise _unsupported(file, key, "a number, or one for each of three channels", value)
+    return tuple(map(float, channels))
+
+
+def _unsupported(file: str, key: str, expected: str, value: Any) -> ValueError:
+    return ValueError(f"{file}: preprocess_cfg.{key}: expected {expected}, for clip_jax, got {value!r}")
+
+
+def _preprocess_config(spec: Preprocess, image_size: int) -> dict[str, Any]:
+    """Return a `preprocess_cfg`. Raises ValueError if open_clip does not have the preprocessing."""
+    resizes = spec.resize in _RESIZE_MODES and spec.resize_size in (0, image_size)
+    if not resizes or spec.interpolation not in _INTERPOLATION:
+        raise ValueError(
+            f"open_clip has no preprocess.resize={spec.resize!r} with resize_size={spec.resize_size} and"
+            f" interpolation={spec.interpolation!r}; it resizes to the image size, {image_size} px, bicubic or bilinear"
+        )
+    pixels = {"mean": list(spec.mean), "std": list(spec.std)}
+    pixels |= {"interpolation": spec.interpolation, "resize_mode": spec.resize}
+    return pixels | ({"fill_color": spec.fill_color} if spec.fill_color and spec.resize == "longest" else {})
 
 
 def tokenizer(config: Mapping[str, Any], model: Architecture) -> TokenizerConfig | None:
@@ -180,9 +214,7 @@ def config(model: Architecture, spec: Preprocess, tokenizer: TokenizerConfig) ->
         content |= {"quick_gelu": True} if "quick_gelu" in activations else {}
     content |= {"init_logit_bias": -10} if model.logit_bias else {}
     content |= {"vision_cfg": vision, "text_cfg": _text_config(text, tokenizer)}
-    pixels = {"mean": list(spec.mean), "std": list(spec.std)}
-    pixels |= {"interpolation": spec.interpolation, "resize_mode": spec.resize}
-    return {"model_cfg": content, "preprocess_cfg": pixels}
+    return {"model_cfg": content, "preprocess_cfg": _preprocess_config(spec, image.image_size)}
 
 
 def _resnet_config(image: ResNet) -> dict[str, Any]:

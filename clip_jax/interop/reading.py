@@ -10,22 +10,20 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import json
 import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from clip_jax import config as configs
 from clip_jax.config import Architecture, Preprocess, TokenizerConfig, WeightsConfig
 from clip_jax.interop import (
+    config_files,
     conversion,
     directory,
     formats,
-    huggingface,
     infer_architecture,
     open_clip,
     positions,
@@ -56,6 +54,7 @@ def read(
     image_size: int = 0,
     context_length: int = 0,
     tokenizer: TokenizerConfig | str = "",
+    preprocess: Preprocess | str = "",
     prefix: str = "",
     heads: Sequence[int] = (),
     like: Architecture | None = None,
@@ -71,9 +70,11 @@ def read(
         configs.check_name("model", model, configs.MODELS)
     if activation:
         configs.check_name("activation", activation, ("quick_gelu", "gelu", "gelu_tanh"))
-    weights = _read(_existing(path), model, activation, prefix, _known_heads(heads, like), tokenizer)
+    weights = _read(_existing(path), model, activation, prefix, _known_heads(heads, like), preprocess, tokenizer)
     resized, params = positions.resize(weights.config.model, weights.params, image_size, context_length)
-    config = dataclasses.replace(weights.config, model=resized)
+    old_size, new_size = weights.config.model.image.image_size, resized.image.image_size
+    spec = weights.config.preprocess.scaled(old_size, new_size)
+    config = dataclasses.replace(weights.config, model=resized, preprocess=spec)
     if isinstance(tokenizer, str) and tokenizer:
         tokenizer = tokenizer_files.of_path(tokenizer, resized)
     if tokenizer:
@@ -96,6 +97,7 @@ def _read(
     activation: str,
     prefix: str,
     heads: Heads,
+    preprocess: Preprocess | str,
     tokenizer: TokenizerConfig | str,
 ) -> Weights:
     params, stored = formats.read(path)
@@ -106,14 +108,15 @@ def _read(
         if model and configs.MODELS[model] != stored.model:
             raise ValueError(f"model={model!r}: expected the architecture in {path}, got another; omit model")
         _check_shapes(path, params, stored.model)
-        config, kind = stored, f"clip_jax {formats.detect(path)}"
+        spec = config_files.given_preprocess(preprocess, stored.model) if preprocess else stored.preprocess
+        config, kind = dataclasses.replace(stored, preprocess=spec), f"clip_jax {formats.detect(path)}"
     else:
         file = directory.weight_file(path) if path.is_dir() else path
         naming, tensors, found_prefix = detect_naming(params, os.fspath(file), prefix)
-        config = None if model else _config_of_directory(file, tokenizer)
+        config = None if model else _config_of_directory(file, naming, preprocess, tokenizer)
         if config or model:
             _check_no_heads(heads, path)
-        config = config or _config_of_tensors(file, tensors, naming, model, activation, heads, tokenizer)
+        config = config or _config_of_tensors(file, tensors, naming, model, activation, heads, preprocess, tokenizer)
         _check_logit_scale(file, tensors, naming)
         params = conversion.params_from_tensors(config.model, tensors, naming.table, os.fspath(file))
         kind = f"{naming.title} names, {formats.detect(file)}" + (f", below {found_prefix!r}" if found_prefix else "")
@@ -217,27 +220,26 @@ def read_tower(path: str | os.PathLike[str], tower: str, model: Architecture) ->
     return {key: params[key] for key in (tower, *(["batch_stats"] if tower == "image" else [])) if key in params}
 
 
-def _config_of_directory(file: pathlib.Path, tokenizer: TokenizerConfig | str) -> WeightsConfig | None:
+def _config_of_directory(
+    file: pathlib.Path, naming: Naming, given: Preprocess | str, tokenizer: TokenizerConfig | str
+) -> WeightsConfig | None:
     """Return the configuration by the config files in the directory of a weight file; None without one.
 
-    The directory's tokenizer is not read if the caller gives one.
+    The directory's preprocessing and tokenizer are not read if the caller gives others.
     """
-    folder = file.parent
-    if (config := folder / "open_clip_config.json").is_file() and file.name.startswith("open_clip"):
-        content = _json(config)
-        model = open_clip.architecture(content.get("model_cfg", content), os.fspath(config))
-        preprocess = open_clip.preprocess(content.get("preprocess_cfg") or {})
-    elif (config := folder / "config.json").is_file():
-        content, processor = None, folder / "preprocessor_config.json"
-        model = huggingface.architecture(_json(config), os.fspath(config))
-        preprocess = huggingface.preprocess(_json(processor) if processor.is_file() else {}, model)
-    else:
+    config = config_files.find(file.parent, naming.config_file)
+    if config is None:
         return None
+    model = config_files.architecture(config)
+    preprocess = config_files.given_preprocess(given, model) if given else config_files.preprocess(config, model)
+    if preprocess is None:
+        preprocess = dataclasses.replace(configs.preprocess_of(model), implementation="huggingface")
     found, tokenizer_file = TokenizerConfig(), b""
     if not tokenizer:
-        settings = open_clip.tokenizer(content, model) if content is not None else None
-        if content is None or settings:
-            found, tokenizer_file = tokenizer_files.read(folder, model, settings)
+        is_open_clip = config.name == config_files.OPEN_CLIP
+        settings = open_clip.tokenizer(config_files.read_json(config), model) if is_open_clip else None
+        if settings or not is_open_clip:
+            found, tokenizer_file = tokenizer_files.read(file.parent, model, settings)
     return WeightsConfig(model, found, preprocess, tokenizer_file=tokenizer_file)
 
 
@@ -251,11 +253,13 @@ def _config_of_tensors(
     model: str,
     activation: str,
     heads: Heads,
-    tokenizer: TokenizerConfig | str,
+    given_preprocess: Preprocess | str,
+    given_tokenizer: TokenizerConfig | str,
 ) -> WeightsConfig:
     """Return the configuration of the named model, or by the shapes of the tensors."""
     if model:
         architecture = configs.MODELS[model]
+        architecture = configs.with_activation(architecture, activation) if activation else architecture
     else:
         code = torchscript_code(file)  # of archives such as OpenAI's, whose `build_model` has heads of 64
         heads = dataclasses.replace(heads, width=_OPENAI_HEAD_WIDTH) if code else heads
@@ -269,18 +273,26 @@ def _config_of_tensors(
                 " (LAION, DataComp and most others), or the model, e.g. model='vit_b32'"
             )
         architecture = configs.with_activation(architecture, activation)
-    preprocess = configs.SIGLIP_PREPROCESS if architecture.logit_bias or naming.siglip else Preprocess()
-    preprocess = dataclasses.replace(preprocess, implementation="openai")
-    settings = configs.tokenizer_of(architecture)
-    found = (settings, b"") if tokenizer else tokenizer_files.read(file.parent, architecture, settings)
-    return WeightsConfig(architecture, found[0], preprocess, tokenizer_file=found[1])
+    preprocess = _preprocess_of_tensors(file, naming, architecture, given_preprocess)
+    found, tokenizer_file = configs.tokenizer_of(architecture), b""
+    if not given_tokenizer:
+        found, tokenizer_file = tokenizer_files.read(file.parent, architecture, found)
+    return WeightsConfig(architecture, found, preprocess, tokenizer_file=tokenizer_file)
 
 
-def _json(file: pathlib.Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: expected JSON, got {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: expected a JSON object, got {type(content).__name__}")
-    return content
+def _preprocess_of_tensors(
+    file: pathlib.Path, naming: Naming, model: Architecture, given: Preprocess | str
+) -> Preprocess:
+    """Return the given preprocessing, that of a config file in the directory, or that of the published weights."""
+    config = config_files.find(file.parent, naming.config_file)
+    if not given and config is not None and (found := config_files.preprocess(config, model)):
+        return found
+    names = ("siglip",) if naming.siglip else configs.preprocess_names(model)
+    if torchscript_code(file):  # an archive such as OpenAI's
+        names = ("openai",)
+    if not given and len(names) > 1:
+        raise ValueError(
+            f"{file}: expected the preprocessing, in which the published weights of this model differ, got none; give"
+            f" preprocess={' or '.join(map(repr, names))}, or the weights' config file"
+        )
+    return config_files.given_preprocess(given or names[0], model)

@@ -22,6 +22,7 @@ from typing import Any
 
 from clip_jax import config as configs
 from clip_jax.config import Architecture, TokenizerConfig
+from clip_jax.interop import config_files
 from clip_jax.interop.tokenizer_classes import CLIP_PARTS, REBUILT
 from clip_jax.tokenizers import ClipBPE, fairseq_vocab_size
 from clip_jax.tokenizers.base import read_file
@@ -183,15 +184,7 @@ def _token(token: Any, **flags: bool) -> dict[str, Any]:
 
 def _json(file: pathlib.Path) -> dict[str, Any]:
     """Return the content of a JSON object, {} if there is no such file."""
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: expected JSON, got {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: expected a JSON object, got {type(content).__name__}")
-    return content
+    return config_files.read_json(file) if file.is_file() else {}
 
 
 def _stored(folder: pathlib.Path, declared: _Declared) -> dict[str, Any] | None:
@@ -318,9 +311,7 @@ def _sentencepiece(path: pathlib.Path, declared: _Declared, default: TokenizerCo
     if not fairseq and cls not in ("SiglipTokenizer", "T5Tokenizer", ""):
         raise declared.error("tokenizer_class", "a class for a SentencePiece model without tokenizer.json", cls)
     expected = {"padding_side": "right", "truncation_side": "right", "sp_model_kwargs": {}}
-    expected |= (
-        {"do_lower_case": True} if cls == "SiglipTokenizer" else {"extra_ids": 0} if cls == "T5Tokenizer" else {}
-    )
+    expected |= {"do_lower_case": True} if cls == "SiglipTokenizer" else {}
     for key, value in expected.items():
         if settings.get(key, value) != value:
             raise declared.error(key, f"{value!r} with {path.name}", settings[key])

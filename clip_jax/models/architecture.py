@@ -31,9 +31,28 @@ class Preprocess:
 
     mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # per channel, RGB in [0, 1]
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)  # per channel
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # PIL's, antialiased
-    resize: Literal["shortest", "squash"] = "shortest"  # resize the shorter side and center-crop, or resize both sides
+    # PIL's, antialiased except for 'nearest'.
+    interpolation: Literal["bicubic", "bilinear", "nearest", "box", "hamming", "lanczos"] = "bicubic"
+    # Side(s) that are resized to `resize_size`; 'squash': both sides. The center is then cropped, or padded, to the
+    # image size of the model.
+    resize: Literal["shortest", "squash", "longest", "none"] = "shortest"
     implementation: Literal["clip_jax", "openai", "huggingface"] = "clip_jax"
+    resize_size: int = 0  # px; 0: the image size of the model
+    fill_color: int = 0  # of the padding, in all channels, 0 to 255
+
+    def pads(self, image_size: int) -> bool:
+        """Return whether an image can be smaller than the image size (px) after resizing."""
+        return self.resize in ("longest", "none") or 0 < self.resize_size < image_size
+
+    def scaled(self, old: int, new: int) -> Preprocess:
+        """Return the preprocessing for images of `new` px instead of `old`: `resize_size` in the same ratio."""
+        return dataclasses.replace(self, resize_size=round(self.resize_size * new / old))
+
+    @property
+    def description(self) -> str:
+        """Resize mode and interpolation, for reports."""
+        size = f" to {self.resize_size} px" if self.resize_size else ""
+        return f"{self.resize}{size}, {self.interpolation}"
 
 
 def with_activation(model: Architecture, activation: Activation) -> Architecture:

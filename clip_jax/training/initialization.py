@@ -103,10 +103,11 @@ def _read(section: InitConfig | TeacherConfig, config: Config, name: str) -> rea
     """Read the section's weights, resized to the run's image size and context length, for the run's preprocessing."""
     size, length = config.model.image.image_size, config.model.text.context_length
     with _named_errors(name):
-        described = {"model": section.model, "activation": section.activation}
+        described = {key: getattr(section, key) for key in ("model", "activation", "preprocess")}
         weights = reading.read(section.weights, like=config.model, **described)
         model, params = positions.resize(weights.config.model, weights.params, image_size=size, context_length=length)
-    preprocess = dataclasses.replace(weights.config.preprocess, implementation=config.preprocess.implementation)
+    spec = weights.config.preprocess.scaled(weights.config.model.image.image_size, model.image.image_size)
+    preprocess = dataclasses.replace(spec, implementation=config.preprocess.implementation)
     stored = dataclasses.replace(weights.config, model=model, preprocess=preprocess)
     return dataclasses.replace(weights, params=params, config=stored)
 

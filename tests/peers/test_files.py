@@ -169,7 +169,7 @@ def test_configs_of_open_clip_are_supported_or_refused_with_their_names():
             refused[name] = str(error)
             continue
         built.append(name)
-        spec = configs.preprocess({})
+        spec = configs.preprocess({}, name)
         written = configs.config(model, spec, tokenizer_of(model))["model_cfg"]
         assert configs.architecture(written, name) == model
     assert len(built) >= 81 and not {
