@@ -26,7 +26,7 @@ from clip_jax.preprocess import ImageLike, preprocess_many
 from clip_jax.tokenizers import make_tokenizer
 from clip_jax.typing import Params, Tokenizer
 
-Images = Sequence[ImageLike] | UInt8[np.ndarray, "n H W 3"]
+Images = Sequence[ImageLike] | UInt8[np.ndarray, "n H W 3"] | UInt8[jax.Array, "n H W 3"]
 
 _MAX_BATCH = 64  # 64 images of 336 px need about 2 GiB of activations in ViT-L/14
 

@@ -311,7 +311,7 @@ def _sentencepiece(path: pathlib.Path, declared: _Declared, default: TokenizerCo
     if not fairseq and cls not in ("SiglipTokenizer", "T5Tokenizer", ""):
         raise declared.error("tokenizer_class", "a class for a SentencePiece model without tokenizer.json", cls)
     expected = {"padding_side": "right", "truncation_side": "right", "sp_model_kwargs": {}}
-    expected |= {"do_lower_case": True} if cls == "SiglipTokenizer" else {}
+    expected |= {"do_lower_case": True} if cls == "SiglipTokenizer" else {"add_prefix_space": True} if fairseq else {}
     for key, value in expected.items():
         if settings.get(key, value) != value:
             raise declared.error(key, f"{value!r} with {path.name}", settings[key])

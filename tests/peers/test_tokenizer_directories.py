@@ -203,6 +203,8 @@ def _compare(seed, folder):
     rng = _directory(seed, folder)
     texts = TEXTS + ([] if list(folder.glob("*.model")) else SPECIAL_TEXTS)
     peer = transformers.AutoTokenizer.from_pretrained(folder)
+    if peer.pad_token is None:
+        return "transformers does not pad without a pad_token"
     model = _model(peer, rng)
     settings = {"padding": "max_length", "truncation": True, "max_length": model.text.context_length}
     expected = peer(texts, **settings)["input_ids"]
