@@ -88,7 +88,7 @@ EXTRAS = {
         "clip-anytorch==2.6.0",
         "scikit-learn==1.9.1",  # benchmarks/probe.py
         # Not a peer: here because it pins older versions of Pillow and protobuf than the other tests use.
-        "apache-beam>=2.77",
+        "apache-beam==2.77.0",
     ],
     # libtpu. On machines without a TPU it costs 1.5 s and some error lines at every start.
     "tpu": [f"jax[tpu]>={JAX}"],

@@ -14,6 +14,9 @@ _TO = flags.DEFINE_string(
     "to", "msgpack", "Format: msgpack, npz, directory (for other libraries) or another writable one."
 )
 _weights_options = command.define_weights_flags()
+_DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16"], "Of the parameters; default: as stored, else float32."
+)
 _IMAGE_SIZE = flags.DEFINE_integer("image_size", 0, "Image size in px to resize to.", lower_bound=0)
 _CONTEXT_LENGTH = flags.DEFINE_integer("context_length", 0, "Context length in tokens to resize to.", lower_bound=0)
 
@@ -26,7 +29,7 @@ def main(paths: list[str]) -> int:
     if len(paths) != 2:
         raise ValueError(f"expected SRC and DST, e.g. ViT-B-32.pt params.msgpack, got {len(paths)} arguments")
     sizes = {"image_size": _IMAGE_SIZE.value, "context_length": _CONTEXT_LENGTH.value}
-    print(convert(*paths, to=_TO.value, **_weights_options(), **sizes))
+    print(convert(*paths, to=_TO.value, dtype=_DTYPE.value or "", **_weights_options(), **sizes))
     return command.FINISHED
 
 

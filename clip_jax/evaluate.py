@@ -50,7 +50,7 @@ flags.DEFINE_string("groups", "", "CSV with a header and a row per test image, f
 flags.DEFINE_list("group_columns", [], "Columns of --groups to combine; default: all.")
 flags.DEFINE_string("categories", "", 'JSON file: {"crime": ["thief", "criminal"]}, for bias.')
 flags.DEFINE_integer("batch_size", 256, "Images per batch, over all devices.", lower_bound=1)
-flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Computation dtype.")
+flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of parameters and computation.")
 flags.DEFINE_string("cache_dir", "~/.cache/clip_jax/features", "Feature cache; '' for none.")
 _weights_options = command.define_weights_flags()
 
@@ -62,6 +62,7 @@ def main(_: list[str]) -> int:
     from clip_jax.devices import distributed
     from clip_jax.evals.run import Options, prepare
     from clip_jax.interop import reading
+    from clip_jax.interop.conversion import cast
     from clip_jax.training.follow import follow  # its imports register the format of runs
 
     if bool(_WEIGHTS.value) == bool(_FOLLOW.value):
@@ -71,13 +72,13 @@ def main(_: list[str]) -> int:
     values = {name: flags.FLAGS[name].value for name in Options.__dataclass_fields__ if name != "weights"}
     evaluation = prepare(Options(_WEIGHTS.value or _FOLLOW.value, **values))
     if _WEIGHTS.value:
-        weights = reading.read(_WEIGHTS.value, **_weights_options())
+        weights = reading.read(_WEIGHTS.value, dtype=values["dtype"], **_weights_options())
         evaluation.evaluate(weights.config, weights.params)
     else:
         follow(
             epath.Path(_FOLLOW.value).expanduser(),
             evaluation.mesh,
-            lambda step, config, params: evaluation.evaluate(config, params, step),
+            lambda step, config, params: evaluation.evaluate(config, cast(params, values["dtype"]), step),
             evaluation.evaluated_steps,
             _EVERY_SECONDS.value,
         )

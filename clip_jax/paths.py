@@ -8,7 +8,7 @@ import os
 import pathlib
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO
 
 from etils import epath
@@ -46,18 +46,16 @@ def path_kind(path: str | os.PathLike[str]) -> str:
     return next((name for is_kind, name in _KINDS.items() if is_kind(mode)), "a device")
 
 
-def check_output(name: str, path: str | os.PathLike[str]) -> None:
-    """Raise ValueError for a local path where no file or directory can be written. A URL is not checked.
+def check_output(name: str, path: str | os.PathLike[str], kinds: Sequence[str] = ("a file", "a directory")) -> None:
+    """Raise ValueError for a local path where no output of these kinds can be written. A URL is not checked.
 
     >>> check_output("--out", "/tmp/new/report.json")
     """
     if is_url(path):
         return
     local = pathlib.Path(path).expanduser().absolute()
-    if path_kind(local) not in ("", "a file", "a directory"):
-        raise ValueError(
-            f"{name}={os.fspath(path)}: expected a file, a directory or a new path, got {path_kind(local)}"
-        )
+    if (found := path_kind(local)) and found not in kinds:
+        raise ValueError(f"{name}={os.fspath(path)}: expected {' or '.join(kinds)} or a new path, got {found}")
     nearest = next(folder for folder in (local, *local.parents) if path_kind(folder))
     folder = nearest.parent if nearest == local and nearest.is_file() else nearest
     if not folder.is_dir():

@@ -42,14 +42,16 @@ def start(*arguments, process=0, processes=1, port=0, tiny=False):
 
 
 def run(*arguments, processes=1, code=0, tiny=False, second=(), seconds=240):
-    """Return stdout and stderr of each process. second: additional flags of the second process."""
+    """Return stdout and stderr of each process. second: flags that the other processes have instead or in addition."""
+    names = tuple(flag.partition("=")[0] + "=" for flag in second)
+    others = [flag for flag in map(str, arguments) if not flag.startswith(names)] if second else arguments
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     with contextlib.ExitStack() as stack:
         started = [
-            start(*arguments, *second * (i == 1), process=i, processes=processes, port=port, tiny=tiny)
-            for i in range(processes)
+            start(*flags, process=i, processes=processes, port=port, tiny=tiny)
+            for i, flags in enumerate([arguments, *[[*others, *second]] * (processes - 1)])
         ]
         for process in started:
             stack.callback(process.kill)
@@ -62,6 +64,26 @@ def run(*arguments, processes=1, code=0, tiny=False, second=(), seconds=240):
 def report(directory):
     """Return report.json."""
     return json.loads((directory / "report.json").read_text())
+
+
+def flat_image(value, form="PNG"):
+    """Return an encoded image whose red channel has one value, see `value_of`."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (value, 0, 0)).save(file, form)
+    return file.getvalue()
+
+
+def pixels_of(image):
+    return np.asarray(Image.open(io.BytesIO(image)))
+
+
+def value_of(image):
+    return pixels_of(image)[0, 0, 0]
+
+
+def write_text(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
 
 
 def png_image(seed, pixels=24):
@@ -99,3 +121,4 @@ def write_classes(folder, images, class_ids, class_names):
     """Write a test split of images with one class each."""
     samples = [{"png": data, "cls": str(i).encode()} for data, i in zip(images, class_ids, strict=True)]
     write_shards(folder, samples, class_names=class_names)
+    (folder / "zeroshot_classification_templates.txt").write_text("a photo of a {c}.\n")

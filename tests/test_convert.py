@@ -8,7 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from clip_jax.interop import conversion, name_tables, reading, torch_file
+from clip_jax.config import Preprocess, WeightsConfig
+from clip_jax.interop import conversion, msgpack, name_tables, reading, torch_file
+from clip_jax.interop.convert import convert
 from tests import runs, tiny_models
 
 ARCHITECTURE = tiny_models.ARCHITECTURES["vit"]
@@ -44,6 +46,7 @@ def test_torch_to_msgpack_to_npz_to_directory_keeps_all_weights(folder):
     assert _convert(folder, "w.msgpack", "w.npz", "--to=npz").returncode == 0
     result = _convert(folder, "w.npz", "dir", "--to=directory")
     assert "transformers:  AutoModel.from_pretrained('dir')" in result.stdout
+    assert "pixels" not in result.stdout  # OpenAI's preprocessing, which all libraries have
     for file in ("w.msgpack", "w.npz", "dir", "dir/model.safetensors", "dir/open_clip_model.safetensors"):
         found = reading.read(folder / file)
         assert found.config.model == ARCHITECTURE
@@ -57,7 +60,7 @@ def test_torch_to_msgpack_to_npz_to_directory_keeps_all_weights(folder):
         (("openai.pt", "x.msgpack"), "expected the attention heads of the text tower (width 64, no preset)"),
         (("openai.pt", "x.msgpack", "--heads=2,1"), "expected an activation, got none"),
         (("openai.pt", "x.msgpack", "--heads=2"), "--heads: expected two numbers such as 12,8, got 2"),
-        (("openai.pt", "/dev/full"), "target=/dev/full: expected a file, a directory or a new path, got a device"),
+        (("openai.pt", "/dev/full"), "target=/dev/full: expected a file or a directory or a new path, got a device"),
         (("openai.pt", "x.msgpack", "--to=torch"), "--to: expected one of directory, npz, msgpack, got 'torch'"),
         (("nothing.pt", "x.msgpack"), "nothing.pt: expected a file or directory"),
         (
@@ -71,3 +74,21 @@ def test_wrong_input_exits_with_one_line_and_writes_nothing(folder, arguments, m
     assert (result.returncode, result.stdout) == (2, "")
     assert message in result.stderr and len(result.stderr.splitlines()) == 1
     assert not (folder / "x.msgpack").exists()
+
+
+def test_differences_of_pixels_of_a_model_trained_here_are_reported_and_restored(tmp_path):
+    spec = Preprocess()
+    msgpack.write(
+        tmp_path / "w.msgpack", tiny_models.params(ARCHITECTURE), WeightsConfig(ARCHITECTURE, preprocess=spec)
+    )
+    summary = convert(tmp_path / "w.msgpack", tmp_path / "dir", to="directory")
+    for text in (summary, (tmp_path / "dir/README.md").read_text()):
+        assert "composites transparent images on white" in text and "transformers rounds crop offsets down" in text
+    assert spec.implementation == "clip_jax"
+    for file in ("dir", "dir/model.safetensors", "dir/open_clip_model.safetensors"):
+        assert reading.read(tmp_path / file).config.preprocess == spec
+    (tmp_path / "dir/clip_jax_config.json").write_text('{"preprocess": {"implementation": "mine"}}')
+    with pytest.raises(
+        ValueError, match=r"clip_jax_config\.json: expected preprocess\.implementation 'clip_jax' alone"
+    ):
+        reading.read(tmp_path / "dir")

@@ -93,7 +93,7 @@ def test_command_evaluates_every_checkpoint_and_reports_failed_datasets(finished
     run(*flags, code=3, tiny=True)
     lines = [json.loads(line) for line in (tmp_path / "out/evaluations.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == STEPS and all("zeroshot/digits/top1" in line for line in lines)
-    assert "image 1: " in report(tmp_path / "out")["run/failed.zeroshot/cifar10"]
+    assert "image 1 (" in report(tmp_path / "out")["run/failed.zeroshot/cifar10"]
     run(*flags, tiny=True)  # all are evaluated
     assert len((tmp_path / "out/evaluations.jsonl").read_text().splitlines()) == len(lines)
 

@@ -18,7 +18,9 @@ VIT = TINY["vit"]
 
 def _preprocess_of(folder, model=VIT, **files):
     """Return the preprocessing that is read from a Hugging Face directory with these JSON files alone."""
-    directory.write(folder, tiny_models.params(model), WeightsConfig(model))
+    directory.write(
+        folder, tiny_models.params(model), WeightsConfig(model, preprocess=Preprocess(implementation="openai"))
+    )
     for file in ("open_clip_config.json", "open_clip_model.safetensors", "preprocessor_config.json"):
         (folder / file).unlink()
     for name, content in files.items():
@@ -169,7 +171,7 @@ INCEPTION = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear", "
 def exported(tmp_path_factory):
     """A directory with the config files of both libraries, whose preprocessing differs in the resize mode."""
     folder = tmp_path_factory.mktemp("exported") / "dir"
-    directory.write(folder, tiny_models.params(VIT), WeightsConfig(VIT))
+    directory.write(folder, tiny_models.params(VIT), WeightsConfig(VIT, preprocess=Preprocess(implementation="openai")))
     content = json.loads((folder / "open_clip_config.json").read_text())
     (folder / "open_clip_config.json").write_text(json.dumps(content | {"preprocess_cfg": INCEPTION}))
     return folder

@@ -47,7 +47,8 @@ def _config(tower: str, fsdp: int = 1, tensor: int = 1, **changes) -> Config:
     rest = {key: value for key, value in changes.items() if key not in train | loss}
     return Config(
         model=TOWERS[tower],
-        optim=OptimConfig(warmup_steps=2, learning_rate=1e-3, ema_decay=0.9, **rest),
+        # Small first steps: Adam normalizes even the rounding error that is the gradient of a key bias.
+        optim=OptimConfig(warmup_steps=5, learning_rate=1e-3, ema_decay=0.9, **rest),
         loss=LOSSES[loss.get("name", "softmax")](**loss),
         train=TrainConfig(**{"dtype": "float32", "remat": "none", "batch_size": BATCH} | train),
         mesh=MeshConfig(fsdp, tensor),

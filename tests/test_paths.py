@@ -54,7 +54,7 @@ def test_error_of_a_full_disk_names_the_file_and_leaves_nothing(tmp_path):
 
 def test_outputs_are_checked_before_the_work(special, tmp_path, monkeypatch):
     for kind in ("a FIFO", "a socket", "a device"):
-        with pytest.raises(ValueError, match=f"--out=.*: expected a file, a directory or a new path, got {kind}"):
+        with pytest.raises(ValueError, match=f"--out=.*: expected a file or a directory or a new path, got {kind}"):
             paths.check_output("--out", special[kind])
     (tmp_path / "file").touch()
     for path in ("file", "new/file", "folder", "folder/new/file"):
@@ -79,9 +79,11 @@ def test_no_format_replaces_a_device(special, name):
 
 
 def test_outputs_of_the_commands_are_checked_before_they_start(tmp_path):
-    with pytest.raises(ValueError, match="--out=/dev/full: expected a file, a directory or a new path, got a device"):
-        prepare(Options("w.msgpack", out="/dev/full"))
-    with pytest.raises(ValueError, match="--export=/dev/full: expected a file, .* got a device"):
+    (tmp_path / "file").touch()
+    for out, kind in (("/dev/full", "a device"), (f"{tmp_path}/file", "a file")):
+        with pytest.raises(ValueError, match=f"--out={out}: expected a directory or a new path, got {kind}"):
+            prepare(Options("w.msgpack", out=out))
+    with pytest.raises(ValueError, match="--export=/dev/full: expected a file or a new path, got a device"):
         check_outputs(epath.Path(tmp_path / "run"), "/dev/full")
 
 

@@ -55,7 +55,7 @@ def test_command_exits_with_3_if_the_program_does_not_fit():
         (["--topology=v5e-8", "--loss_only", "--search"], "--search compiles steps: it needs --config"),
         (["--topology=v5e-8", "--nosuch"], "Unknown command line flag 'nosuch'"),
         (["--topology=v5e-8", "--config=configs/nope.py"], "there is no config file configs/nope.py"),
-        (["--topology=v5e-8", "--config=configs/vit_b32.py", "--config.train.nosuch=1"], "'nosuch'"),
+        (["--topology=v5e-8", "--config=configs/vit_b32.py", "--config.train.nosuch=1"], "no key 'train.nosuch'"),
         (["--topology=v5e-8", "--config=configs/vit_b32.py", "--config.loss.name=hinge"], "none of softmax, sigmoid"),
         (["--topology=v5e-8", "--config=configs/vit_b32.py", "--global_batch=8"], "use --config.train.batch_size=…"),
         (["--topology=v5e-8", "--config=configs/vit_b32.py", "--loss_only"], "--loss_only has no --config"),
@@ -64,6 +64,7 @@ def test_command_exits_with_3_if_the_program_does_not_fit():
             "expected one compiled program, of a TPU",
         ),
         (["--topology=v5e-8", "--loss_only", "--dump_hlo=/no/such/x"], "there is no such folder"),
+        (["--topology=v5e-8", "--loss_only", "--dump_hlo=/tmp"], "--dump_hlo=/tmp: expected a file, got a directory"),
     ],
 )
 def test_command_reports_invalid_arguments_in_one_line(arguments, message):

@@ -244,7 +244,7 @@ def test_directory_round_trip_is_bit_equal(tmp_path, name):
     bpe = TINY[name].text.eos_id > 1
     tokenizer = TokenizerConfig("clip_bpe" if bpe else "sentencepiece")
     report = directory.write(tmp_path / "dir", tiny_models.params(TINY[name]), WeightsConfig(TINY[name], tokenizer))
-    assert set(report) == {"transformers", "open_clip", "clip.load"}
+    assert set(report) == {"transformers", "open_clip", "clip.load", "pixels"}
     found = reading.read(tmp_path / "dir")
     assert found.config.model == TINY[name]
     _assert_params(found.params, TINY[name])
@@ -317,6 +317,9 @@ def test_empty_directory_is_refused(tmp_path):
 def test_preprocessing_of_hugging_face_configs_is_read(tmp_path):
     spec = Preprocess(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), interpolation="bilinear")
     directory.write(tmp_path / "dir", tiny_models.params(VIT), WeightsConfig(VIT, preprocess=spec))
+    for file in ("model.safetensors", "open_clip_model.safetensors"):
+        assert reading.read(tmp_path / "dir" / file).config.preprocess == spec
+    (tmp_path / "dir/clip_jax_config.json").unlink()
     for file, implementation in (("model.safetensors", "huggingface"), ("open_clip_model.safetensors", "openai")):
         found = reading.read(tmp_path / "dir" / file).config.preprocess
         assert found == dataclasses.replace(spec, implementation=implementation)

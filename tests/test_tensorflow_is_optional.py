@@ -5,10 +5,11 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
-# Modules that read training records.
+# Modules that read training records, or check that they exist.
 NEED_TENSORFLOW = {
     "clip_jax.evals.datasets.emoji",
     "clip_jax.evals.datasets.synthetic",
+    "clip_jax.training.dry_run",
     "clip_jax.training.loop",
 }
 # Imports each module with TensorFlow blocked, and prints the names of the failing modules.

@@ -145,7 +145,7 @@ def test_all_path_keys_of_the_config_are_checked():
     ("export", "message"),
     [
         ("{}/folder", "--export={}/folder: expected a file, got a directory; give e.g. {}/folder/params.msgpack"),
-        ("{}/file/params.msgpack", "--export={}/file/params.msgpack: cannot write to {}/file"),
+        ("{}/file/params.msgpack", "--export={}/file/params.msgpack: expected a directory {}/file, got a file"),
         ("https://host/params.msgpack", "--export=https://host/params.msgpack: expected a local path, gs:// or s3://"),
     ],
 )

@@ -6,6 +6,9 @@ TensorFlow is imported here and nowhere else. To add a source, write a class in 
 * `from_config(config, **options)` opens the source. `config` is the run's DataConfig, `options` is `data.options`.
 * `tiny_config(folder)` returns a DataConfig of about 60 records for tests/contracts/test_sources.py; it may write to
   `folder`.
+
+A source that reads `data.files` may have a third, `check_files(config)`, which raises ValueError for files that do not
+exist, without reading them; --dry_run calls it.
 """
 
 import contextlib

@@ -40,7 +40,7 @@ def retrieval(embedder: Embedder, dataset: EvalDataset, protocol: str = "expecte
     ...     image = text = staticmethod(lambda items: np.eye(3)[[int(item) for item in items]])
     >>> dataset = EvalDataset("toy", [b"0", b"1", b"2"], [("0",), ("1",), ("0",)], np.array([0, 1, 2]))
     >>> round(retrieval(OneHot(), dataset)["retrieval/toy/image_to_text/recall_at_1"], 3)
-    0.333
+    0.611
     """
     check_name("protocol", protocol, PROTOCOLS)
     image_nE, text_ME = embed_dataset(embedder, dataset)

@@ -78,7 +78,7 @@ def prepare(options: Options) -> Evaluation:
     """Check the options, read the files that they name, and initialize the devices. Raises ValueError."""
     for name in ("data_dir", "out", "standard_models", "groups", "categories", "cache_dir"):
         check_local(f"--{name}", getattr(options, name))
-    check_output("--out", options.directory)
+    check_output("--out", options.directory, ("a directory",))
     for name in options.evaluators:
         check_name("--evaluators", name, EVALUATORS)
     check_name("--protocol", options.protocol, PROTOCOLS)

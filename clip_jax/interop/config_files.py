@@ -14,7 +14,7 @@ from typing import Any
 
 from clip_jax import config as configs
 from clip_jax.config import PREPROCESS, Architecture, Preprocess
-from clip_jax.interop import huggingface, image_processor, open_clip
+from clip_jax.interop import huggingface, image_processor, one_tower, open_clip
 
 OPEN_CLIP, HUGGINGFACE = "open_clip_config.json", "config.json"
 _PROCESSOR, _IMAGE_PROCESSOR = "processor_config.json", "preprocessor_config.json"
@@ -31,7 +31,7 @@ def architecture(file: pathlib.Path) -> Architecture:
     content = read_json(file)
     if file.name == OPEN_CLIP:
         return open_clip.architecture(content.get("model_cfg", content), os.fspath(file))
-    return huggingface.architecture(content, os.fspath(file))
+    return huggingface.architecture(one_tower.whole_config(content), os.fspath(file))
 
 
 def preprocess(file: pathlib.Path, model: Architecture) -> Preprocess | None:

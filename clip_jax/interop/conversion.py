@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 import jax
+import ml_dtypes
 import numpy as np
 
 from clip_jax.config import Architecture
@@ -26,11 +27,18 @@ _FLOATING = ("float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "floa
 
 
 def params_from_tensors(
-    model: Architecture, tensors: Mapping[str, np.ndarray], table: Table, file: str, *, tower: str = ""
+    model: Architecture,
+    tensors: Mapping[str, np.ndarray],
+    table: Table,
+    file: str,
+    *,
+    tower: str = "",
+    ignore_others: bool = False,
+    dtype: str = "float32",
 ) -> Params:
-    """Return float32 parameters from a file's tensors: of both towers, or of `tower`, 'image' or 'text', alone.
+    """Return parameters of a dtype from a file's tensors: of both towers, or of `tower`, 'image' or 'text', alone.
 
-    Raises ValueError for a missing or unusable tensor and, if both towers are read, for an additional one.
+    Raises ValueError for a missing or unusable tensor and, unless `ignore_others`, for an additional one.
     """
     used: set[str] = set()
 
@@ -53,7 +61,7 @@ def params_from_tensors(
     def parameter(path: str, shape: tuple[int, ...], layers: int) -> np.ndarray:
         if path not in table:
             raise ValueError(f"{file}: expected a format that stores the parameter {path}, got another; use msgpack")
-        array = _aligned_empty((layers, *shape) if layers else shape)
+        array = _aligned_empty((layers, *shape) if layers else shape, stored_dtype(dtype, shape))
         for layer in range(layers) if layers else (None,):
             _copy(array if layer is None else array[layer], convert(path, shape, layer))
         return array
@@ -62,8 +70,9 @@ def params_from_tensors(
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # NumPy releases the GIL while it copies
         arrays = pool.map(lambda path: parameter(path, *shapes[path]), shapes)
         params = nested(dict(zip(shapes, arrays, strict=True)))
-    unused = sorted(name for name in tensors if name not in used and not name.endswith(_IGNORED))
-    if unused and not tower:
+    scalars = {table[path].name for path in ("logit_scale", "logit_bias") if tower}
+    unused = sorted(name for name in tensors if name not in used | scalars and not name.endswith(_IGNORED))
+    if unused and not ignore_others:
         raise ValueError(f"{file}: expected no other tensors, got {len(unused)} unused: {', '.join(unused[:5])}")
     return params
 
@@ -143,12 +152,24 @@ def _chunk(tensor: np.ndarray, source: Tensor) -> np.ndarray:
     return np.split(tensor, chunks)[number] if chunks > 1 else tensor
 
 
-def _aligned_empty(shape: tuple[int, ...]) -> np.ndarray:
-    """Return an uninitialized float32 array aligned to 64 bytes, which JAX uses on CPU without a copy."""
-    size = 4 * math.prod(shape)
+def stored_dtype(dtype: str, shape: tuple[int, ...]) -> np.dtype:
+    """Return the dtype of a parameter in a model of a dtype: scalars, the logit scale and bias, are always float32."""
+    return np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" and shape else np.float32)
+
+
+def cast(params: Params, dtype: str) -> Params:
+    """Return parameters with the dtypes of `stored_dtype`; unchanged for the dtype ''."""
+    if not dtype:
+        return params
+    return jax.tree.map(lambda x: np.asarray(x).astype(stored_dtype(dtype, np.shape(x)), copy=False), params)
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Return an uninitialized array aligned to 64 bytes, which JAX uses on CPU without a copy."""
+    size = dtype.itemsize * math.prod(shape)
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64
-    return memory[start : start + size].view(np.float32).reshape(shape)
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 _CACHE_LINE = 16  # float32 values in 64 bytes

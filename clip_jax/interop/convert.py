@@ -19,7 +19,7 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], *, t
       source: see `reading.read`.
       to: writable format in `formats.FORMATS`: 'msgpack', 'npz', 'directory' (for other libraries), or one registered.
       **options: arguments of `reading.read`: model, activation, preprocess, tokenizer, image_size, context_length,
-        prefix, heads.
+        prefix, heads, dtype.
 
     Raises:
       FileNotFoundError: if there is no such source.
@@ -37,6 +37,11 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], *, t
     wrote    ...emoji.npz: clip_jax.load('...emoji.npz')
     """
     write = formats.writer(to, target)
+    if to == "directory" and options.get("dtype") == "bfloat16":
+        raise ValueError(
+            "--dtype=bfloat16: expected --to=msgpack or npz, got directory, which is float32; its libraries have"
+            " options of their own, e.g. torch_dtype"
+        )
     weights = reading.read(source, **options)
     config = dataclasses.replace(weights.config, source=os.fspath(source))
     usage = write(target, weights.params, config)

@@ -6,6 +6,8 @@ Each has its own tensor names, so a directory contains the weights up to three t
     special_tokens_map.json                             transformers: AutoModel.from_pretrained(dir)
     open_clip_config.json, open_clip_model.safetensors  open_clip: 'local-dir:' + dir
     clip.pt                                             OpenAI: clip.load(dir + '/clip.pt'), which rounds to float16
+    README.md                                           a model card: how to load it, and differences of the pixels
+    clip_jax_config.json                                the preprocessing that the other libraries do not have
 
 A library that does not have the model is skipped, and the reason is returned. Sources: transformers
 `modeling_utils.py`, `tokenization_clip.py`; open_clip `factory.py`; openai/CLIP `clip/clip.py`.
@@ -13,15 +15,16 @@ A library that does not have the model is skipped, and the reason is returned. S
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from clip_jax.config import ResNet, TextTransformer, ViT, WeightsConfig
+from clip_jax.config import Preprocess, ResNet, TextTransformer, ViT, WeightsConfig, name_of
 from clip_jax.interop import (
     conversion,
     huggingface,
@@ -47,6 +50,12 @@ WEIGHT_FILES = (
 )
 
 
+_CONFIG = "clip_jax_config.json"
+_PIXELS = (
+    "clip_jax composites transparent images on white and rounds crop offsets half to even; open_clip and clip.load drop"
+    " the transparency, transformers rounds crop offsets down. For equal features give them opaque images that have the"
+    " model's size, or use clip_jax.load, which restores the preprocessing"
+)
 SENTENCE_TRANSFORMERS = "[0-9]_CLIPModel"  # subdirectory of the model in the layout of sentence-transformers
 
 
@@ -73,7 +82,8 @@ def write(path: str | os.PathLike[str], params: Params, config: WeightsConfig) -
     """Write a directory atomically. Raises ValueError if it exists and is not empty, or if no library has the model.
 
     Returns:
-      For 'transformers', 'open_clip' and 'clip.load' the call that loads the model, or 'skipped: ' and the reason.
+      For 'transformers', 'open_clip' and 'clip.load' the call that loads the model, or 'skipped: ' and the reason; as
+      'pixels' the differences of their preprocessing from that of a model trained by clip_jax.
     """
     check_local("path", path)
     target = pathlib.Path(path).expanduser()
@@ -101,6 +111,10 @@ def _write(target: pathlib.Path, params: Params, config: WeightsConfig) -> dict[
         if not written:
             raise ValueError("; ".join(f"{library}: {reason}" for library, reason in report.items()))
         _write_tokenizer(unfinished, config)
+        if config.preprocess.implementation == "clip_jax":
+            report["pixels"] = _PIXELS
+            _write_json(unfinished / _CONFIG, {"preprocess": {"implementation": "clip_jax"}})
+        (unfinished / "README.md").write_text(_model_card(report, config), encoding="utf-8")
         unfinished.chmod(0o755)
         if target.exists():
             target.rmdir()
@@ -109,6 +123,33 @@ def _write(target: pathlib.Path, params: Params, config: WeightsConfig) -> dict[
         shutil.rmtree(unfinished)
         raise
     return report
+
+
+def restored(folder: pathlib.Path, spec: Preprocess) -> Preprocess:
+    """Return the preprocessing of a directory with the implementation of the model that `write` got.
+
+    Raises ValueError for another content of clip_jax_config.json than that of `write`.
+    """
+    if not (file := folder / _CONFIG).is_file():
+        return spec
+    content = file.read_text(encoding="utf-8")
+    if "".join(content.split()) != '{"preprocess":{"implementation":"clip_jax"}}':
+        raise ValueError(f"{file}: expected preprocess.implementation 'clip_jax' alone, got {content!r}; remove it")
+    return dataclasses.replace(spec, implementation="clip_jax")
+
+
+def _model_card(report: Mapping[str, str], config: WeightsConfig) -> str:
+    calls = [f"- {library}: {call}" for library, call in report.items() if library != "pixels"]
+    lines = [
+        f"# {name_of(config.model)}",
+        "",
+        f"Weights: {config.source or 'of clip_jax'}. Load them with:",
+        "",
+        *calls,
+    ]
+    lines += ["- clip_jax: `clip_jax.load` of this directory"]
+    lines += ["", "## Preprocessing", "", f"{report['pixels']}."] if "pixels" in report else []
+    return "\n".join(lines) + "\n"
 
 
 # The writers of libraries raise ValueError for a model that the library does not have, before they write a file.

@@ -19,6 +19,7 @@ import numpy as np
 from clip_jax.config import MODELS, Architecture, ResNet, TextTransformer, ViT
 from clip_jax.interop.huggingface import mlp_ratio
 from clip_jax.interop.naming import Naming
+from clip_jax.interop.one_tower import missing_tower
 
 _BLOCKS = "transformer/blocks"
 
@@ -37,16 +38,23 @@ class Heads:
 
 
 def architecture(tensors: Mapping[str, np.ndarray], naming: Naming, file: str, heads: Heads) -> Architecture:
-    """Return the architecture with the default activation.
+    """Return the architecture with the default activation; of one tower alone, see `one_tower.architecture`.
 
     Raises:
       ValueError: for ambiguous or incomplete shapes.
     """
     shapes = _Shapes(tensors, naming, file, heads)
     logit_bias = shapes.has("logit_bias")
-    siglip = logit_bias or naming.siglip
+    missing = missing_tower(tensors, naming.table)
+    text = TextTransformer() if missing == "text" else _text_tower(shapes, logit_bias or naming.siglip)
+    image = ViT() if missing == "image" else _image_tower(shapes)
+    embed_dim = 0 if missing else shapes.of("text/projection")[0 if naming.table["text/projection"].transposed else -1]
+    return Architecture(image, text, embed_dim, logit_bias=logit_bias)
+
+
+def _text_tower(shapes: _Shapes, siglip: bool) -> TextTransformer:
     vocab_size = shapes.of("text/token_embedding/embedding")[0]
-    text = TextTransformer(
+    return TextTransformer(
         vocab_size=vocab_size,
         context_length=shapes.of("text/positional_embedding")[-2],
         eos_id=1 if siglip else vocab_size - 1,  # OpenAI pools at the greatest id
@@ -56,8 +64,6 @@ def architecture(tensors: Mapping[str, np.ndarray], naming: Naming, file: str, h
         projection="bias" if shapes.has("text/projection_bias") else "linear",
         **_transformer(shapes, "text"),
     )
-    embed_dim = shapes.of("text/projection")[0 if naming.table["text/projection"].transposed else -1]
-    return Architecture(_image_tower(shapes), text, embed_dim, logit_bias=logit_bias)
 
 
 def image_size(tensors: Mapping[str, np.ndarray], naming: Naming, file: str) -> int:

@@ -27,35 +27,41 @@ class Naming:
     title: str
     table: Table
     markers: tuple[str, ...]  # a file with one of these tensors has this naming
+    text_markers: tuple[str, ...] = ()  # likewise, of a text tower alone
     text_prefix: str = ""  # removed from the names
     activation: str = ""  # of all models with this naming; empty: unknown
     config_file: str = "open_clip_config.json"  # of this naming, if a directory has several
     siglip: bool = False  # text tower and preprocessing of SigLIP, even without logit bias (LiT)
 
 
+_VISION, _TEXT = "vision_model.embeddings.patch_embedding", "text_model.embeddings.token_embedding"
 _BIG_VISION = ("img/embedding/kernel", "txt/Embed_0/embedding")
 NAMINGS = (
     # open_clip's custom_text adds `text.`
-    Naming("OpenAI", name_tables.OPENAI, ("visual.conv1.weight",), text_prefix="text."),
-    Naming("open_clip SigLIP", name_tables.OPEN_CLIP_SIGLIP, ("visual.trunk.attn_pool.latent",)),
+    Naming("OpenAI", name_tables.OPENAI, ("visual.conv1.weight",), ("token_embedding.weight",), text_prefix="text."),
+    Naming("open_clip SigLIP", name_tables.OPEN_CLIP_SIGLIP, ("visual.trunk.attn_pool.latent",), siglip=True),
     Naming(
-        "Hugging Face SigLIP", name_tables.HUGGINGFACE_SIGLIP, ("vision_model.head.probe",), config_file="config.json"
+        *("Hugging Face SigLIP", name_tables.HUGGINGFACE_SIGLIP, ("vision_model.head.probe",)),
+        text_markers=("text_model.head.weight",),
+        config_file="config.json",
+        siglip=True,
     ),
     Naming(
-        "Hugging Face",
-        name_tables.HUGGINGFACE,
-        ("vision_model.embeddings.patch_embedding.weight",),
+        *("Hugging Face", name_tables.HUGGINGFACE, (f"{_VISION}.weight",), (f"{_TEXT}.weight",)),
         config_file="config.json",
     ),
     Naming(
-        "Hugging Face Flax",
-        name_tables.HUGGINGFACE_FLAX,
-        ("vision_model.embeddings.patch_embedding.kernel",),
+        *("Hugging Face Flax", name_tables.HUGGINGFACE_FLAX, (f"{_VISION}.kernel",), (f"{_TEXT}.embedding",)),
         config_file="config.json",
     ),
     # gelu_tanh is the default of flax.linen.gelu.
     Naming("big_vision", name_tables.BIG_VISION, _BIG_VISION, activation="gelu_tanh", siglip=True),
 )
+# Markers of transformers' classes of one tower, whose names lack that of the tower.
+_WITHOUT_TOWER = {
+    "embeddings.patch_embedding.weight": "vision_model.",
+    "embeddings.token_embedding.weight": "text_model.",
+}
 
 # Modules that torch inserts at any depth: torch.compile, FSDP, activation checkpointing, Lightning Fabric.
 _INSERTED = re.compile(r"(?<![^./])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
@@ -100,7 +106,9 @@ def detect_naming(
     others = tuple(p for p in prefixes if len(p) > len(selected) and p.startswith(selected))
     found = {n[len(selected) :]: t for n, t in names.items() if n.startswith(selected) and not n.startswith(others)}
     _log_ignored(names, selected, file)
-    naming = next(naming for naming in NAMINGS if not found.keys().isdisjoint(naming.markers))
+    tower = next((tower for marker, tower in _WITHOUT_TOWER.items() if marker in found), "")
+    found = {tower + name: tensor for name, tensor in found.items()}
+    naming = next(n for n in NAMINGS if not found.keys().isdisjoint((*n.markers, *n.text_markers)))
     found = {name.removeprefix(naming.text_prefix): tensor for name, tensor in found.items()}
     _check_supported(found, file)
     return naming, found, outer + selected
@@ -118,14 +126,20 @@ def _without_inserted(tensors: Mapping[str, np.ndarray], file: str) -> dict[str,
 
 def _prefixes(names: Iterable[str]) -> list[str]:
     """Return the prefixes of all models among the names, without those of an optimizer's moments."""
-    markers = [marker for naming in NAMINGS for marker in naming.markers]
-    found = {
-        name.removesuffix(marker): None
-        for name in names
-        for marker in markers
-        if name == marker or name.endswith((f".{marker}", f"/{marker}"))
-    }
-    return [prefix for prefix in found if _OPTIMIZERS.isdisjoint(_words(prefix))]
+    image = {marker for naming in NAMINGS for marker in naming.markers}
+    text = {marker for naming in NAMINGS for marker in naming.text_markers}
+    longest_first = sorted(image | text | {*_WITHOUT_TOWER}, key=len, reverse=True)
+    ends = tuple(longest_first)
+    found = {"image": {}, "text": {}}
+    for name in names:
+        if not name.endswith(ends):
+            continue
+        marker = next(marker for marker in longest_first if name.endswith(marker))
+        prefix = name.removesuffix(marker)
+        if not prefix or prefix[-1] in "./":
+            is_image = marker in image or _WITHOUT_TOWER.get(marker) == "vision_model."
+            found["image" if is_image else "text"][prefix] = None
+    return [prefix for prefix in found["image"] or found["text"] if _OPTIMIZERS.isdisjoint(_words(prefix))]
 
 
 def _words(prefix: str) -> list[str]:

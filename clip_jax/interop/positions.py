@@ -32,14 +32,16 @@ def resize(
     if image_size and image_size != model.image.image_size:
         path = "/".join(("image", *_positions_path(model.image, image_size)))
         model = dataclasses.replace(model, image=dataclasses.replace(model.image, image_size=image_size))
-        leaves[path] = _resize_grid(np.asarray(leaves[path]), model.image)
+        resized = _resize_grid(np.asarray(leaves[path], np.float32), model.image)
+        leaves[path] = resized.astype(leaves[path].dtype)
     if context_length and context_length != model.text.context_length:
         if context_length < _MIN_LENGTH:
             raise ValueError(f"context_length: expected at least {_MIN_LENGTH}, got {context_length}; use e.g. 77")
         path = "text/positional_embedding"
         model = dataclasses.replace(model, text=dataclasses.replace(model.text, context_length=context_length))
-        old = np.asarray(leaves[path])
-        leaves[path] = np.asarray(jax.image.resize(old, (context_length, old.shape[1]), "linear", antialias=False))
+        old = np.asarray(leaves[path], np.float32)
+        resized = jax.image.resize(old, (context_length, old.shape[1]), "linear", antialias=False)
+        leaves[path] = np.asarray(resized).astype(leaves[path].dtype)
     return model, conversion.nested(leaves)
 
 

@@ -32,6 +32,8 @@ from clip_jax.interop import (
 from clip_jax.interop.hub import locate
 from clip_jax.interop.infer_architecture import Heads
 from clip_jax.interop.naming import Naming, detect_naming
+from clip_jax.interop.one_tower import architecture as one_tower_architecture
+from clip_jax.interop.one_tower import missing_tower
 from clip_jax.interop.torch_file import torchscript_code
 from clip_jax.paths import path_kind
 from clip_jax.typing import Params
@@ -58,19 +60,32 @@ def read(
     prefix: str = "",
     heads: Sequence[int] = (),
     like: Architecture | None = None,
+    one_tower: bool = False,
+    dtype: str = "",
 ) -> Weights:
     """Read weights of any registered format. Arguments and errors are those of `clip_jax.load`.
 
     Args:
       like: architecture with the attention heads of files without a config whose shapes are equal to it.
+      one_tower: whether weights of one tower alone are read; their parameters lack the other tower and the scalars.
+      dtype: of the parameters, 'float32' or 'bfloat16'; '': as stored in formats of clip_jax, float32 for others.
     """
+    if dtype:
+        configs.check_name("dtype", dtype, ("float32", "bfloat16"))
     if len(heads) not in (0, 2):
         raise ValueError(f"heads: expected two numbers, of the image and of the text tower, got {heads!r}")
     if model:
         configs.check_name("model", model, configs.MODELS)
     if activation:
         configs.check_name("activation", activation, ("quick_gelu", "gelu", "gelu_tanh"))
-    weights = _read(_existing(path), model, activation, prefix, _known_heads(heads, like), preprocess, tokenizer)
+    known = _known_heads(heads, like)
+    weights = _read(_existing(path), model, activation, prefix, known, preprocess, tokenizer, dtype)
+    for tower, size in (("image", image_size), ("text", context_length)):
+        if tower not in weights.params and (size or not one_tower):
+            raise ValueError(
+                f"{path}: expected weights of both towers, got none of the {tower} tower; clip_jax.load reads one tower"
+                " alone, without image_size or context_length of the other"
+            )
     resized, params = positions.resize(weights.config.model, weights.params, image_size, context_length)
     old_size, new_size = weights.config.model.image.image_size, resized.image.image_size
     spec = weights.config.preprocess.scaled(old_size, new_size)
@@ -99,6 +114,7 @@ def _read(
     heads: Heads,
     preprocess: Preprocess | str,
     tokenizer: TokenizerConfig | str,
+    dtype: str,
 ) -> Weights:
     params, stored = formats.read(path)
     if stored is not None:
@@ -110,6 +126,7 @@ def _read(
         _check_shapes(path, params, stored.model)
         spec = config_files.given_preprocess(preprocess, stored.model) if preprocess else stored.preprocess
         config, kind = dataclasses.replace(stored, preprocess=spec), f"clip_jax {formats.detect(path)}"
+        params = conversion.cast(params, dtype)
     else:
         file = directory.weight_file(path) if path.is_dir() else path
         naming, tensors, found_prefix = detect_naming(params, os.fspath(file), prefix)
@@ -118,7 +135,14 @@ def _read(
             _check_no_heads(heads, path)
         config = config or _config_of_tensors(file, tensors, naming, model, activation, heads, preprocess, tokenizer)
         _check_logit_scale(file, tensors, naming)
-        params = conversion.params_from_tensors(config.model, tensors, naming.table, os.fspath(file))
+        tower = ""
+        if missing := missing_tower(tensors, naming.table):
+            tower = "text" if missing == "image" else "image"
+            found = one_tower_architecture(config.model, tensors, naming.table, missing)
+            config = dataclasses.replace(config, model=found)
+        params = conversion.params_from_tensors(
+            config.model, tensors, naming.table, os.fspath(file), tower=tower, dtype=dtype
+        )
         kind = f"{naming.title} names, {formats.detect(file)}" + (f", below {found_prefix!r}" if found_prefix else "")
     _check_finite(path, params)
     architecture = configs.with_activation(config.model, activation) if activation else config.model
@@ -214,7 +238,9 @@ def read_tower(path: str | os.PathLike[str], tower: str, model: Architecture) ->
         else:
             sizes = {"context_length": tensors[naming.table["text/positional_embedding"].name].shape[-2]}
         stored = dataclasses.replace(model, **{tower: dataclasses.replace(expected, **sizes)})
-        params = conversion.params_from_tensors(stored, tensors, naming.table, os.fspath(local), tower=tower)
+        params = conversion.params_from_tensors(
+            stored, tensors, naming.table, os.fspath(local), tower=tower, ignore_others=True
+        )
     size, length = (model.image.image_size, 0) if tower == "image" else (0, model.text.context_length)
     _, params = positions.resize(stored, params, size, length)
     return {key: params[key] for key in (tower, *(["batch_stats"] if tower == "image" else [])) if key in params}
@@ -234,6 +260,7 @@ def _config_of_directory(
     preprocess = config_files.given_preprocess(given, model) if given else config_files.preprocess(config, model)
     if preprocess is None:
         preprocess = dataclasses.replace(configs.preprocess_of(model), implementation="huggingface")
+    preprocess = preprocess if given else directory.restored(file.parent, preprocess)
     found, tokenizer_file = TokenizerConfig(), b""
     if not tokenizer:
         is_open_clip = config.name == config_files.OPEN_CLIP
@@ -286,7 +313,7 @@ def _preprocess_of_tensors(
     """Return the given preprocessing, that of a config file in the directory, or that of the published weights."""
     config = config_files.find(file.parent, naming.config_file)
     if not given and config is not None and (found := config_files.preprocess(config, model)):
-        return found
+        return directory.restored(file.parent, found)
     names = ("siglip",) if naming.siglip else configs.preprocess_names(model)
     if torchscript_code(file):  # an archive such as OpenAI's
         names = ("openai",)

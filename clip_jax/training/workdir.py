@@ -39,7 +39,7 @@ def check_outputs(workdir: epath.Path, export: str | None) -> None:
             raise ValueError(
                 f"--export={export}: expected a file, got a directory; give e.g. {file / 'params.msgpack'}"
             )
-        check_output("--export", file)
+        check_output("--export", file, ("a file",))
         outputs.append(("--export", file, file.parent))
     for flag, path, directory in outputs:
         try:

@@ -3,6 +3,7 @@
 import warnings
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import open_clip
 import pytest
@@ -29,11 +30,14 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("name", ["vit", "resnet"])
-def test_three_steps_match_open_clip_parameters(name, tmp_path):
+def test_three_steps_match_open_clip_parameters(name, tmp_path, monkeypatch):
     architecture = tiny_models.ARCHITECTURES[name]
     params, config = tiny_models.params(architecture), Config(model=architecture, optim=FAMILIES[name])
+    # Adam's first step is the sign of the gradient, which amplifies rounding: its learning rate is 0 here.
+    rates = optim.make_schedule(config.optim, 10)
+    monkeypatch.setattr(optim, "make_schedule", lambda *_: lambda at: jnp.where(at > 0, rates(at - 1), 0.0))
     schedule = optim.make_schedule(config.optim, 10)
-    batches = [tiny_models.inputs(architecture, ROWS, seed) for seed in range(STEPS)]
+    batches = [tiny_models.inputs(architecture, ROWS, seed) for seed in range(STEPS + 1)]
 
     state = _jax_steps(architecture, params, config, batches)
     peer_models.write(tmp_path / name, architecture, params)
