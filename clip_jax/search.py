@@ -5,20 +5,27 @@ Prints one table per query. Exit codes: 0; 2 for wrong flags or input, with a on
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
 import pathlib
+import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from absl import flags
 from jaxtyping import Float, Int64
 
 from clip_jax import command
+from clip_jax.preprocess import preprocess
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+if TYPE_CHECKING:
+    from clip_jax.inference import Clip
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
 _WEIGHTS = flags.DEFINE_string("weights", None, "Weights, e.g. runs/emoji/params.msgpack.")
-_IMAGES = flags.DEFINE_string("images", "", "Folder, searched recursively for PNG, JPEG and WebP. Empty: the emoji.")
+_IMAGES = flags.DEFINE_string("images", "", "Folder, searched recursively for images. Empty: the emoji.")
 _TOP = flags.DEFINE_integer("top", 10, "Number of matches per query.", lower_bound=1)
 _weights_options = command.define_weights_flags()
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the parameters and the computation.")
@@ -33,7 +40,7 @@ def main(queries: list[str]) -> int:
     model, top = load(_WEIGHTS.value, dtype=_DTYPE.value, **_weights_options()), _TOP.value
     text_nE = model.encode_text(queries)  # first, because it is fast and a query may be too long
     images, names = images_in(_IMAGES.value) if _IMAGES.value else _emoji()
-    image_mE = model.encode_image(images)
+    image_mE, names = _encode_readable(model, images, names)
     for query, text_E in zip(queries, text_nE, strict=True):
         order, similarity = ranking(image_mE, text_E)
         print(f"\n{query!r} among {len(names):,} images\n" + table(names, order[:top], similarity[:top]))
@@ -46,9 +53,40 @@ def images_in(folder: str | os.PathLike[str]) -> tuple[list[str], list[str]]:
     if not root.is_dir():
         raise ValueError(f"--images: expected a folder, got {folder}")
     paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    paths = [path for path in paths if not path.name.startswith("._")]  # of macOS's archives
     if not paths:
         raise ValueError(f"--images: expected files with {', '.join(sorted(SUFFIXES))} in {folder}, got none")
     return [str(path) for path in paths], [str(path.relative_to(root)) for path in paths]
+
+
+def _encode_readable(
+    model: Clip, images: Sequence[str | bytes], names: Sequence[str]
+) -> tuple[Float[np.ndarray, "n E"], list[str]]:
+    """Return the embeddings and names of the images that can be decoded; the others are listed on stderr.
+
+    Raises ValueError if there are none.
+    """
+    try:
+        return model.encode_image(images), list(names)
+    except (ValueError, OSError):
+        pass  # find the unreadable images
+
+    def problem(image: str | bytes) -> str:
+        try:
+            preprocess(image, model.config.model.image.image_size, model.config.preprocess)
+        except (ValueError, OSError) as error:
+            return str(error)
+        return ""
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        problems = list(pool.map(problem, images))
+    for number, text in enumerate(problems):
+        if text:
+            print(f"clip_jax.search: image {number} is skipped: {text}", file=sys.stderr)
+    kept = [number for number, text in enumerate(problems) if not text]
+    if not kept:
+        raise ValueError(f"--images: expected images, got {len(problems)} files of which none can be decoded")
+    return model.encode_image([images[number] for number in kept]), [names[number] for number in kept]
 
 
 def ranking(

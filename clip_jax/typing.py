@@ -117,9 +117,9 @@ class DatasetSplit:
     targets: Int64[np.ndarray, "n"] | Bool[np.ndarray, "n Q"] | None
     captions: Sequence[tuple[str, ...]] = ()  # one or more per image; empty for classes
     class_names: tuple[str, ...] = ()  # by class id; empty if not stored with the data
+    class_keys: tuple[str, ...] = ()  # names of the class folders or of TFDS's classes, by class id
     templates: tuple[str, ...] = ()
     metadata: Int64[np.ndarray, "n F"] | None = None  # e.g. region or income group
-    fingerprint: str = ""  # hash of the content, the key of cached features
     cues: Sequence[Cue] = ()  # of association datasets
 
 

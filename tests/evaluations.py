@@ -99,3 +99,4 @@ def write_classes(folder, images, class_ids, class_names):
     """Write a test split of images with one class each."""
     samples = [{"png": data, "cls": str(i).encode()} for data, i in zip(images, class_ids, strict=True)]
     write_shards(folder, samples, class_names=class_names)
+    (folder / "zeroshot_classification_templates.txt").write_text("a photo of a {c}.\n")

@@ -255,6 +255,23 @@ def test_truncation_is_logged_again_with_a_cached_index(shard, tmp_path, caplog)
         assert "is truncated" in caplog.text
 
 
+@pytest.mark.parametrize("damage", [b"", b"other bytes", b"\x93NUMPY"])
+def test_a_damaged_index_is_computed_again(shard, tmp_path, caplog, damage):
+    cache = tmp_path / "cache"
+    expected = tfrecord.TFRecordSource([str(shard)], ["txt"], str(cache)).fingerprint()
+    (index,) = (cache / "tfrecord-index").iterdir()
+    intact = index.read_bytes()
+    index.write_bytes(damage)
+    assert tfrecord.TFRecordSource([str(shard)], ["txt"], str(cache)).fingerprint() == expected
+    assert index.read_bytes() == intact and f"{index}: damaged, indexed again" in caplog.text
+
+
+def test_an_unwritable_index_cache_is_done_without(shard, tmp_path, caplog):
+    (tmp_path / "file").write_text("no folder")
+    source = tfrecord.TFRecordSource([str(shard)], ["txt"], str(tmp_path / "file"))
+    assert len(source) > 0 and "index not cached" in caplog.text
+
+
 def test_fingerprint_depends_on_records_not_on_the_folder(shard, tmp_path):
     moved = tmp_path / "elsewhere" / shard.name
     moved.parent.mkdir()

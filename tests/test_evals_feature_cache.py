@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from clip_jax.evals import embed
-from clip_jax.evals.embed import FeatureCache
+from clip_jax.evals.embed import DiskCachedEmbedder, FeatureCache
 from tests.tiny_dataset import CLASSES, SPLITS, Perfect, evaluate, split
 
 
@@ -33,14 +33,38 @@ def test_features_are_computed_once_per_model_and_split(monkeypatch, tmp_path):
     assert results[0] == results[1] == results[3] == results[5] == results[6]
 
 
-def test_splits_without_a_fingerprint_are_not_cached(monkeypatch, tmp_path):
-    correct, wrong = (split(np.arange(20) % CLASSES, fingerprint=""), split(fingerprint=""))
-    wrong = dataclasses.replace(wrong, targets=correct.targets)  # images of other classes
+def test_replaced_images_are_not_those_of_the_cache(monkeypatch, tmp_path):
+    correct = split(np.arange(20) % CLASSES)
+    wrong = dataclasses.replace(split(), targets=correct.targets)  # images of other classes, and equal sizes
     values = [
         evaluate(monkeypatch, Perfect(), splits={"test": part}, directory=tmp_path).metrics["zeroshot/tiny/top1"]
-        for part in (correct, wrong)
+        for part in (correct, wrong, correct)
     ]
-    assert values[0] == 1 and values[1] < 1
+    assert values[0] == values[2] == 1 and values[1] < 1
+
+
+def test_equal_images_have_the_same_embedding(monkeypatch, tmp_path):
+    class Counting(Perfect):
+        def vectors(self, numbers):  # the embedding depends on the row
+            return super().vectors(numbers) + 1e-4 * np.arange(len(numbers))[:, None]
+
+    embedder = DiskCachedEmbedder(Counting(), FeatureCache(str(tmp_path), "model"))
+    images = [b"1 0", b"2 0", b"1 0", b"3 0", b"2 0"]
+    for _ in range(2):  # computed, read
+        found = embedder.image(images)
+        np.testing.assert_array_equal(found[[0, 1]], found[[2, 4]])
+        assert len(np.unique(found, axis=0)) == 3
+    assert [len(batch) for batch in embedder.embedder.images] == [3]
+
+
+def test_a_damaged_file_is_logged(tmp_path, caplog):
+    cache = FeatureCache(str(tmp_path), "model")
+    cache.get("key", 3, Computed())
+    assert not caplog.records
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(b"")
+    cache.get("key", 3, Computed())
+    assert f"{path}: damaged, computed again" in caplog.text
 
 
 ROWS = np.arange(12, dtype=np.float32).reshape(3, 4)

@@ -212,7 +212,7 @@ def test_the_page_has_numbers_baselines_thresholds_languages_config_and_skipped_
         "German",
     ):
         assert expected in text
-    for expected in ("model.image.widths", "0.10.2", "emoji vendor skipped: npm is missing", "2013441"):
+    for expected in ("model.image.widths", "0.10.2", "emoji vendor skipped: npm is missing", "2,013,441"):
         assert expected in text
     assert "nan" not in text.lower().split()
 

@@ -229,8 +229,9 @@ def test_zeroshot_is_skipped_without_a_name_for_every_class(monkeypatch, names, 
     assert report.metrics["linear_probe/tiny/top1"] == 1  # needs no names
 
 
-def test_prompts_are_the_users_else_the_registrys_else_stored_with_the_data(monkeypatch, tmp_path):
+def test_prompts_are_the_users_else_stored_with_the_data_else_the_registrys(monkeypatch, tmp_path):
     stored = SPLITS | {"test": split(templates=("stored {}",))}
+    unnamed = SPLITS | {"test": split(class_names=(), class_keys=NAMES)}
     registered = dataclasses.replace(ROW, class_names="clip_benchmark:tiny", templates="clip_benchmark:tiny")
     packages = {
         prompts.CLIP_BENCHMARK["class_names"]: {"tiny": [f"registered {n}" for n in range(CLASSES)]},
@@ -240,32 +241,57 @@ def test_prompts_are_the_users_else_the_registrys_else_stored_with_the_data(monk
     file = tmp_path / "own.json"
     file.write_text(json.dumps({"class_names": [f"own {n}" for n in range(CLASSES)], "templates": ["my {}"]}))
 
-    def prompts_of(row, **options):
+    def prompts_of(row, splits, **options):
         embedder = Perfect()
-        report = evaluate(monkeypatch, embedder, row, splits=stored, **options)
+        report = evaluate(monkeypatch, embedder, row, splits=splits, **options)
         assert report.metrics["zeroshot/tiny/top1"] == 1
         return embedder.texts, report.descriptions["zeroshot/tiny"]
 
-    users, users_source = prompts_of(registered, templates=str(file), class_names=str(file))
+    users, users_source = prompts_of(registered, stored, templates=str(file), class_names=str(file))
     assert users == [f"my own {n}" for n in range(CLASSES)] and users_source.count(str(file)) == 2
-    texts, source = prompts_of(registered)
+    texts, source = prompts_of(registered, unnamed)
     assert texts == [f"{which} registered {n}" for n in range(CLASSES) for which in ("one", "two")]
     assert "class names clip_benchmark:tiny, templates clip_benchmark:tiny, 8 prompts" in source
-    texts, stored_source = prompts_of(ROW)
+    texts, stored_source = prompts_of(ROW, stored)
     assert texts == [f"stored {name}" for name in NAMES]
     assert "class names stored with the data, templates stored with the data" in stored_source
-    assert prompts_of(registered, templates="name")[0] == [f"registered {n}" for n in range(CLASSES)]
+    assert prompts_of(registered, unnamed, templates="name")[0] == [f"registered {n}" for n in range(CLASSES)]
+    texts, source = prompts_of(ROW, unnamed)
+    assert texts == [f"a photo of a {name}." for name in NAMES] and "class names of the stored classes" in source
 
     def missing(file):
         raise Unavailable("published prompts come with clip_benchmark, which is not installed")
 
     monkeypatch.setattr(prompts, "_clip_benchmark", missing)
-    texts, source = prompts_of(registered)
+    texts, source = prompts_of(registered, stored)
     assert texts == [f"stored {name}" for name in NAMES] and source == stored_source
     digests = [re.search(r"prompts, ([0-9a-f]{12});", one).group(1) for one in (users_source, source)]
     assert digests[0] != digests[1]
-    report = evaluate(monkeypatch, Perfect(), registered, splits=SPLITS | {"test": split(class_names=())})
-    assert "which is not installed" in report.skipped["zeroshot/tiny"]
+    for part in (split(class_names=()), split(class_names=(), class_keys=NAMES), split()):
+        # Without the package the prompts would be others: the number does not depend on the packages.
+        report = evaluate(monkeypatch, Perfect(), registered, splits=SPLITS | {"test": part})
+        assert "which is not installed; or choose others, e.g. --templates=photo" in report.skipped["zeroshot/tiny"]
+
+
+def test_registered_names_are_matched_with_the_stored_classes_or_refused(monkeypatch):
+    row = dataclasses.replace(ROW, class_names="clip_benchmark:tiny", templates="photo")
+
+    def evaluate_with(registered):
+        packages = {prompts.CLIP_BENCHMARK["class_names"]: {"tiny": registered}}
+        monkeypatch.setattr(prompts, "_clip_benchmark", packages.__getitem__)
+        return evaluate(monkeypatch, Perfect(), row, splits={"test": split(class_names=(), class_keys=NAMES)})
+
+    assert evaluate_with(["thing 3", "Thing_2", "thing 1", "thing 0"]).metrics["zeroshot/tiny/top1"] == 1
+    assert evaluate_with(["object 0", "object 1", "object 2", "thing 3"]).metrics["zeroshot/tiny/top1"] == 1
+    skipped = evaluate_with(["thing 3", "object 1", "object 2", "object 0"]).skipped["zeroshot/tiny"]
+    assert "class 3 is named 'object 0', but stored as 'thing 3', which is the name of class 0" in skipped
+
+
+def test_splits_of_other_classes_are_refused(monkeypatch):
+    train = split(np.arange(40) % CLASSES, first=100, class_names=(), class_keys=("thing 0", "thing 1", "thing 3"))
+    splits = {"test": split(class_names=(), class_keys=NAMES), "train": train}
+    report = evaluate(monkeypatch, Perfect(), splits=splits, evaluators=("linear_probe",))
+    assert "only in train: none; only in test: thing 2" in report.failed["linear_probe/tiny"]
 
 
 def test_prompts_of_the_user_that_do_not_exist_are_an_error(monkeypatch, tmp_path):

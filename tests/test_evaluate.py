@@ -164,7 +164,7 @@ def test_a_damaged_dataset_is_listed_as_failed_and_the_others_evaluated(weights,
     failed = {key.removeprefix("run/failed."): value for key, value in found.items() if key.startswith("run/failed.")}
     assert set(failed) == {"zeroshot/mnist", "zeroshot/cifar10"}
     assert [key for key in found if key.startswith("run/skipped")] == ["run/skipped.zeroshot/dtd"]
-    assert "10" in failed["zeroshot/mnist"] and "image 1: " in failed["zeroshot/cifar10"]
+    assert "10" in failed["zeroshot/mnist"] and "image 1 (" in failed["zeroshot/cifar10"]
     card, page = (out / "MODEL_CARD.md").read_text(), html.unescape((out / "report.html").read_text())
     for key, reason in failed.items():
         assert len(reason.splitlines()) == 1 and f"{key} failed: {reason}" in printed

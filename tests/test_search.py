@@ -54,6 +54,21 @@ def test_images_are_found_recursively_in_sorted_order(image_folder):
     assert paths == [str(image_folder / name) for name in names]
 
 
+def test_unreadable_images_are_listed_and_skipped(weights, tmp_path):
+    for number, name in enumerate(("a.png", "b.png", "c.gif")):
+        Image.new("RGB", (20, 30), (80 * number, 0, 0)).save(tmp_path / name)
+    (tmp_path / "b.png").write_bytes((tmp_path / "b.png").read_bytes()[:60])
+    (tmp_path / "._a.png").write_bytes(b"a leftover of macOS")
+    done = run(f"--weights={weights}", f"--images={tmp_path}", "a dog")
+    assert done.returncode == 0, done.stderr
+    assert "'a dog' among 2 images" in done.stdout and "b.png" not in done.stdout
+    assert f"image 1 is skipped: {tmp_path / 'b.png'}: expected an image" in done.stderr
+    for name in ("a.png", "c.gif"):
+        (tmp_path / name).write_bytes(b"")
+    done = run(f"--weights={weights}", f"--images={tmp_path}", "a dog")
+    assert done.returncode == 2 and "got 3 files of which none can be decoded" in done.stderr
+
+
 def test_ranking_is_by_cosine_and_stable():
     image_nE = np.float32([[0, 1], [1, 0], [0, 1], [0.6, 0.8]])
     order, similarity = search.ranking(image_nE, np.float32([0, 1]))
@@ -79,7 +94,7 @@ def test_command_prints_rank_cosine_and_name(weights, image_folder):
         (["--weights=WEIGHTS"], "expected --weights=FILE and a query"),
         (["--weights=/nowhere", "a dog"], "/nowhere"),
         (["--weights=WEIGHTS", "--images=/nowhere", "a dog"], "--images: expected a folder, got /nowhere"),
-        (["--weights=WEIGHTS", "--images=EMPTY", "a dog"], "--images: expected files with .jpeg, .jpg"),
+        (["--weights=WEIGHTS", "--images=EMPTY", "a dog"], "--images: expected files with .bmp, .gif"),
         (["--weights=WEIGHTS", "dog " * 99], "model.text.context_length=12"),
     ],
 )

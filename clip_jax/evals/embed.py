@@ -83,7 +83,11 @@ class ModelEmbedder:
         outputs: list[jax.Array | np.ndarray] = []
         for start in range(0, len(items), self.batch_size):
             with self._synchronized():
-                rows = prepare(items[start + first : start + stop] or items[-1:])
+                part = items[start + first : start + stop]
+                try:
+                    rows = prepare(part or items[-1:])
+                except ValueError as error:
+                    raise _located(error, prepare, items, range(start + first, start + first + len(part))) from error
             padding = [(0, stop - first - len(rows))] + [(0, 0)] * (rows.ndim - 1)
             started = jitted(self.params, self.put(np.pad(rows, padding, mode="edge")))
             if outputs:  # fetched one batch later, so that the host decodes while the device computes
@@ -92,6 +96,20 @@ class ModelEmbedder:
             if self.on_batch:
                 self.on_batch()
         return np.concatenate(outputs)[: len(items)].astype(np.float32)
+
+
+def _located(
+    error: ValueError, prepare: Callable[..., np.ndarray], items: Sequence[Any], indices: Sequence[int]
+) -> ValueError:
+    """Return an error of a batch with the position and the name of the first item that can't be prepared."""
+    name_of = getattr(items, "name_of", None)
+    for index in indices:
+        try:
+            prepare([items[index]])
+        except ValueError as one:
+            name = f" ({name_of(index)})" if name_of else ""
+            return ValueError(f"image {index}{name}: {one.__cause__ or one}")
+    return error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +185,10 @@ class FeatureCache:
 
 @dataclasses.dataclass(frozen=True)
 class DiskCachedEmbedder:
-    """Embedder that stores embeddings and features of images with a fingerprint, not of texts, in a `FeatureCache`."""
+    """Embedder that stores embeddings and features of images, by their content, not of texts, in a `FeatureCache`.
+
+    Equal images are embedded once: the last bits of an output may depend on its row in the batch.
+    """
 
     embedder: Embedder
     cache: FeatureCache
@@ -182,18 +203,33 @@ class DiskCachedEmbedder:
         return self._get("features", lambda images: features_of(self.embedder, images), images)
 
     def _get(self, kind: str, compute: Callable[[Sequence[bytes]], np.ndarray], images: Sequence[bytes]) -> np.ndarray:
-        fingerprint = getattr(images, "fingerprint", "")
-        if not fingerprint:
-            return compute(images)
-        return self.cache.get(f"{kind}-{fingerprint}", len(images), lambda: compute(images))
+        with distributed.synchronized_errors(*DATA_ERRORS):  # the images are read here; `compute` is a collective
+            first_of, content = {}, hashlib.sha256()
+            row_n = np.empty(len(images), np.int64)
+            for index in range(len(images)):
+                digest = hashlib.blake2b(images[index], digest_size=16).digest()
+                row_n[index] = len(first_of) if digest not in first_of else row_n[first_of[digest]]
+                first_of.setdefault(digest, index)
+                content.update(digest)
+        firsts = list(first_of.values())
+        name_of = getattr(images, "name_of", str)
+        distinct = LazySequence(len(firsts), lambda i: images[firsts[i]], lambda i: name_of(firsts[i]))
+        key = f"{kind}-{content.hexdigest()}"
+        return self.cache.get(key, len(firsts), lambda: compute(distinct))[row_n]
 
 
 def _read(path: pathlib.Path, rows: int) -> np.ndarray | None:
     try:
         array = np.load(path, allow_pickle=False)
-    except Exception:  # noqa: BLE001 (damaged headers raise tokenize's errors too)
+    except FileNotFoundError:
         return None
-    return array if isinstance(array, np.ndarray) and array.ndim == 2 and len(array) == rows else None
+    except Exception as error:  # noqa: BLE001 (damaged headers raise tokenize's errors too)
+        log.warning("%s: damaged, computed again: %s", path, error)
+        return None
+    if isinstance(array, np.ndarray) and array.ndim == 2 and len(array) == rows:
+        return array
+    log.warning("%s: expected an array of %d rows, got %s; computed again", path, rows, np.shape(array))
+    return None
 
 
 def _remove_abandoned(directory: pathlib.Path) -> None:

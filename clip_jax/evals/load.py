@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from clip_jax.devices import distributed
 from clip_jax.devices.distributed import DATA_ERRORS
 from clip_jax.evals import prompts
 from clip_jax.evals.datasets.builtin import read_builtin
-from clip_jax.evals.datasets.files import LazySequence
+from clip_jax.evals.datasets.files import in_class_order
 from clip_jax.evals.datasets.folder import ASSOCIATIONS, CAPTIONS, read_folder
 from clip_jax.evals.datasets.registry import DATASETS, SUITES, Dataset
 from clip_jax.evals.datasets.tfds import read_tfds
@@ -90,9 +90,10 @@ def load_dataset(name: str, options: LoadOptions = LoadOptions()) -> EvalDataset
         if part == "validation" and not (row.validation or row.tfds_validation):
             raise Unavailable(f"{row.name} has no validation split")
         with distributed.synchronized_errors(Unavailable, *DATA_ERRORS):
-            split = load_split(row, part, options.data_dir)
-        images = LazySequence(len(split.images), split.images.__getitem__, split.fingerprint)
-        return dataclasses.replace(split, images=images)
+            found = load_split(row, part, options.data_dir)
+            if part != "test" and found.class_keys and found.class_keys != split.class_keys:
+                raise ValueError(_other_classes(row.split(part), found.class_keys, row.test, split.class_keys))
+        return found
 
     if row.generate is not None:
         with distributed.synchronized_errors(Unavailable, *DATA_ERRORS):
@@ -159,14 +160,19 @@ def _captions(row: Dataset, split: DatasetSplit, options: LoadOptions) -> dict:
 def _class_prompts(row: Dataset, split: DatasetSplit, options: LoadOptions) -> dict:
     if split.targets is None:
         raise Unavailable("expected classes, found captions")
-    stored = tuple((name,) for name in split.class_names)
+    stored, keys = (tuple((name,) for name in names) for names in (split.class_names, split.class_keys))
     try:
-        names, names_source = _first_source(prompts.class_names, options.class_names, row.class_names, stored)
-        templates, source = _first_source(prompts.templates, options.templates, row.templates, split.templates)
+        names, names_source = _first_source(prompts.class_names, options.class_names, stored, row.class_names, keys)
+        templates, source = _first_source(prompts.templates, options.templates, split.templates, row.templates, ())
         if not templates:
             templates, source = prompts.templates("photo"), "photo"
         if not names:
             raise Unavailable("no class names: neither stored with the data nor published; give --class_names")
+        if keys:
+            try:
+                names = in_class_order(names, split.class_keys, f"class names {names_source}")
+            except ValueError as error:
+                raise Unavailable(str(error)) from error
         if len(names) != row.classes:
             got = f"{len(names)} ({names_source})"
             raise Unavailable(f"expected {row.classes} class names, got {got}: give --class_names")
@@ -178,17 +184,32 @@ def _class_prompts(row: Dataset, split: DatasetSplit, options: LoadOptions) -> d
     return {"texts": texts, "class_names": names, "prompts": f"{sources}, {numbers}"}
 
 
-def _first_source(read: Callable[[str], tuple], user: str, registered: str, stored: tuple) -> tuple[tuple, str]:
-    """Return class names or templates and their source: the user's, the registry's, or those stored with the data."""
+def _first_source(
+    read: Callable[[str], tuple], user: str, stored: tuple, registered: str, keys: tuple
+) -> tuple[tuple, str]:
+    """Return class names or templates and their source.
+
+    The first of: the user's, those stored in files of the dataset, the registry's, the keys of the stored classes.
+    Raises Unavailable if the registry's are of a package that is not installed: other prompts give another result.
+    """
     if user:
         return read(user), user
-    if registered:
-        try:
-            return read(registered), registered
-        except Unavailable:
-            if not stored:
-                raise
-    return stored, "stored with the data"
+    if stored:
+        return stored, "stored with the data"
+    if not registered:
+        return keys, "of the stored classes"
+    try:
+        return read(registered), registered
+    except Unavailable as error:
+        raise Unavailable(f"{error}; or choose others, e.g. --templates=photo, --class_names=mine.json") from error
+
+
+def _other_classes(part: str, found: Sequence[str], test: str, expected: Sequence[str]) -> str:
+    only = [sorted(set(a) - set(b)) for a, b in ((found, expected), (expected, found))]
+    return (
+        f"expected the same classes in {part} and {test}; only in {part}: {', '.join(only[0]) or 'none'}; only in "
+        f"{test}: {', '.join(only[1]) or 'none'}: add empty folders, so that equal class ids are equal classes"
+    )
 
 
 def _cue_prompts(row: Dataset, split: DatasetSplit, options: LoadOptions) -> dict:

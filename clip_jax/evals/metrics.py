@@ -404,8 +404,9 @@ def undecided(name: str, predictions: Predictions) -> int:
 def by_index(name: str, predictions: Predictions) -> float:
     """Return a metric of METRICS with ties ordered by index: the values of CLIP_benchmark 1.6.2.
 
-    Its top-k accuracies and mean average precision are of `topk` and `sort`, whose order of ties is by index for most
-    sizes. Its mean average precision counts a class without positives as 0.
+    Its mean per class recall is of `argmax`. Its top-k accuracies and average precisions are of `torch.topk` and
+    `torch.sort`, which return tied classes in an arbitrary order: by index is one of their possible values. Its mean
+    average precision counts a class without positives as 0.
     """
     broken = predictions if name == "roc_auc" else predictions.break_ties(axis=AXES.get(name, 0))
     if name == "map":

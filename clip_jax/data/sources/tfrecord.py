@@ -238,17 +238,34 @@ def _index(file, size: int) -> np.ndarray:
     return np.array(offsets, np.int64)
 
 
+def _stored_index(cached: Path, size: int) -> np.ndarray | None:
+    """Return the offsets of a cached index, None if it is missing or damaged."""
+    try:
+        offsets = np.load(cached, allow_pickle=False)
+        if offsets.dtype != np.int64 or offsets.ndim != 1 or not 0 <= offsets[0] <= offsets[-1] <= size:
+            raise ValueError(f"expected offsets up to {size}, got {offsets.dtype}{list(offsets.shape)}")
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # noqa: BLE001 (damaged headers raise tokenize's errors too)
+        log.warning("%s: damaged, indexed again: %s", cached, error)
+        return None
+    return offsets
+
+
 def _cached_index(path: str, cache: Path | None) -> tuple[np.ndarray, int]:
     """Return a shard's offsets and size in bytes; from the cache if size and modification time are unchanged."""
     size, modified = _stat(path)
     name = hashlib.sha256(f"{path if is_url(path) else os.path.abspath(path)} {size} {modified}".encode())
     cached = cache / "tfrecord-index" / f"{name.hexdigest()[:32]}.npy" if cache else None
-    if cached and cached.exists():
-        return np.load(cached), size
+    if cached and (stored := _stored_index(cached, size)) is not None:
+        return stored, size
     with _open(path) as file:
         offsets = _index(file, size)
     if cached:
-        write_atomically(cached, lambda file: np.save(file, offsets))  # other processes may write the same file
+        try:  # other processes may write the same file
+            write_atomically(cached, lambda file: np.save(file, offsets))
+        except OSError as error:  # disk full or read-only
+            log.warning("%s: index not cached: %s", cached, error)
     return offsets, size
 
 

@@ -1,7 +1,9 @@
 """Reads evaluation datasets of images in folders: one folder per class, or images listed in a .jsonl file.
 
-<directory>/<split>/<class>/*.jpg              classification; class ids in the order of the sorted folder names
-<directory>/classnames.txt                     optional: a name per class; default: folder names, `_` as a space
+<directory>/<split>/<class>/**/*.jpg           classification; class ids in the order of the sorted folder names, by
+                                               number if all are integers
+<directory>/classnames.txt                     optional: a name per class, in the order of the folders
+<directory>/zeroshot_classification_templates.txt        optional: one template per line, `{c}` for the class
 <directory>/<split>/captions.jsonl             retrieval: {"image": "a.jpg", "captions": ["a cat", "a sleeping cat"]}
 <directory>/<split>/associations.jsonl         association: {"cue": "wing", "candidates": ["a.jpg", "b.jpg", "c.jpg"],
                                                              "associations": ["b.jpg"]}
@@ -9,21 +11,35 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
-from clip_jax.evals.datasets.files import IMAGE_SUFFIXES, FileRanges, fingerprint, read_lines
+from clip_jax.evals.datasets.files import (
+    IMAGE_SUFFIXES,
+    FileRanges,
+    in_class_order,
+    read_lines,
+    read_templates,
+    read_text,
+)
 from clip_jax.typing import Cue, DatasetSplit
 
 CAPTIONS = "captions.jsonl"
 ASSOCIATIONS = "associations.jsonl"
 CAPTIONS_LINE = '{"image": "a.jpg", "captions": ["a cat", "a sleeping cat"]}'
 ASSOCIATIONS_LINE = '{"cue": "wing", "candidates": ["a.jpg", "b.jpg", "c.jpg"], "associations": ["b.jpg"]}'
+
+FOLDER_SUFFIXES = (*IMAGE_SUFFIXES, "gif", "bmp", "tif", "tiff", "ppm", "pgm")  # formats that Pillow reads
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -37,50 +53,68 @@ def read_folder(directory: str | os.PathLike, split: str) -> DatasetSplit:
     folder = directory / split
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: expected images, in one folder per class or with {CAPTIONS}")
-    targets, names, captions, cues = None, (), (), ()
+    targets, keys, captions, cues = None, (), (), ()
     if (folder / ASSOCIATIONS).is_file():
         paths, cues = _read_associations(folder / ASSOCIATIONS)
-        contents = [""] * len(paths)
     elif (folder / CAPTIONS).is_file():
         paths, captions = _read_captions(folder / CAPTIONS)
-        contents = [json.dumps(texts) for texts in captions]
     else:
-        paths, targets, names = _read_class_folders(directory, folder)
-        contents = [str(target) for target in targets]
+        paths, targets, keys = _read_class_folders(folder)
     sizes = [path.stat().st_size for path in paths]
-    rows = [
-        f"{path.relative_to(folder)} {size} {text}" for path, size, text in zip(paths, sizes, contents, strict=True)
-    ]
     return DatasetSplit(
         images=FileRanges([str(path) for path in paths], range(len(paths)), [0] * len(paths), sizes),
         targets=targets,
         captions=captions,
-        class_names=names,
-        fingerprint=fingerprint([*names, *rows]),
+        class_names=_class_names(directory, keys),
+        class_keys=keys,
+        templates=read_templates(directory) if keys else (),
         cues=cues,
     )
 
 
-def _read_class_folders(directory: Path, folder: Path) -> tuple[list[Path], np.ndarray, tuple[str, ...]]:
-    """Return the paths of the images, their class ids int64[n], and the class names."""
-    classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    names = read_lines(directory / "classnames.txt") or tuple(path.name.replace("_", " ") for path in classes)
-    paths, targets = [], []
+def _class_names(directory: Path, keys: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of classnames.txt by class id, () without the file. Raises ValueError if they do not match."""
+    path = directory / "classnames.txt"
+    names = [(name,) for name in read_lines(path)] if keys else []
+    return tuple(name for (name,) in in_class_order(names, keys, str(path))) if names else ()
+
+
+def _sorted_classes(folder: Path) -> list[Path]:
+    """Return the class folders: by number if all names are integers, else as strings."""
+    classes = [path for path in folder.iterdir() if path.is_dir() and not _is_leftover(path.name)]
+    if not all(re.fullmatch(r"[0-9]+", path.name) for path in classes):
+        return sorted(classes)
+    classes.sort(key=lambda path: int(path.name))
+    for left, right in itertools.pairwise(classes):
+        if int(left.name) == int(right.name):
+            raise ValueError(f"{folder}: expected distinct class numbers, got folders {left.name} and {right.name}")
+    return classes
+
+
+def _is_leftover(name: str) -> bool:
+    """Return whether a file or folder is hidden, or of macOS's archives: `._a.jpg`, `.DS_Store`, `__MACOSX`."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _read_class_folders(folder: Path) -> tuple[list[Path], np.ndarray, tuple[str, ...]]:
+    """Return the paths of the images, their class ids int64[n], and the folder names with spaces."""
+    classes = _sorted_classes(folder)
+    paths, targets, ignored = [], [], []
     for class_id, class_folder in enumerate(classes):
-        entries = sorted(class_folder.iterdir())
-        images = [path for path in entries if path.suffix.lower()[1:] in IMAGE_SUFFIXES and path.is_file()]
-        if entries and not images:
-            raise ValueError(f"{class_folder}: expected images (.jpg, .jpeg, .png, .webp), got {entries[0].name}")
+        found = [path for path in sorted(class_folder.rglob("*")) if path.is_file()]
+        found = [path for path in found if not any(map(_is_leftover, path.relative_to(class_folder).parts))]
+        images = [path for path in found if path.suffix.lower()[1:] in FOLDER_SUFFIXES]
+        ignored += [path for path in found if path.suffix.lower()[1:] not in FOLDER_SUFFIXES]
+        if found and not images:
+            expected = ", ".join(f".{suffix}" for suffix in FOLDER_SUFFIXES)
+            raise ValueError(f"{class_folder}: expected images ({expected}), got {found[0].relative_to(class_folder)}")
         paths += images
         targets += [class_id] * len(images)
     if not paths:
         raise ValueError(f"{folder} has no images: expected {folder}/<class>/*.jpg, or images with {CAPTIONS}")
-    if len(names) != len(classes):
-        raise ValueError(
-            f"{directory / 'classnames.txt'}: expected one line per class folder of {folder}, {len(classes)} from "
-            f"{classes[0].name} to {classes[-1].name} in sorted order, got {len(names)} lines"
-        )
-    return paths, np.array(targets, np.int64), names
+    if ignored:
+        log.warning("%s: %d files are no images and ignored, e.g. %s", folder, len(ignored), ignored[0])
+    return paths, np.array(targets, np.int64), tuple(path.name.replace("_", " ") for path in classes)
 
 
 def _read_captions(path: Path) -> tuple[list[Path], list[tuple[str, ...]]]:
@@ -130,7 +164,7 @@ def _read_associations(path: Path) -> tuple[list[Path], tuple[Cue, ...]]:
 def _json_lines(path: Path, parse: Callable[[dict], T], example: str) -> Iterator[tuple[str, T]]:
     """Yield (file and line number, parsed line) of the lines that are not blank."""
     empty = True
-    for number, line in enumerate(path.read_text("utf-8").split("\n"), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
             where, empty = f"{path}, line {number}", False
             try:

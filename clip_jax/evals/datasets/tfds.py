@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from clip_jax.evals.datasets.files import LazySequence, fingerprint
+from clip_jax.evals.datasets.files import LazySequence
 from clip_jax.typing import DatasetSplit, Unavailable
 
 # VOC's `labels` includes the objects marked as difficult, as in CLIP_benchmark's shards.
@@ -42,15 +42,14 @@ def read_tfds(name: str, split: str, data_dir: str) -> DatasetSplit:
     if split.partition("[")[0] not in builder.info.splits:
         raise ValueError(f"TFDS: {name} has no split {split!r}; its splits: {splits}")
     feature, names = _class_feature(name, builder.info.features)
-    images, targets, sizes = _read_rows(builder, split, feature)
+    images, targets = _read_rows(builder, split, feature)
     if feature == "label":
         targets = np.array(targets, np.int64)
         if (targets < 0).any():
             raise Unavailable(f"TFDS: {name} has no classes for {split!r} (class id -1); its splits: {splits}")
     else:
         targets = np.array([np.isin(np.arange(len(names)), row) for row in targets], bool)
-    parts = [builder.info.full_name, split, feature, *names, str(sizes), str(targets.tolist())]
-    return DatasetSplit(images=images, targets=targets, class_names=names, fingerprint=fingerprint(parts))
+    return DatasetSplit(images=images, targets=targets, class_keys=names)
 
 
 def _class_feature(name: str, features: Any) -> tuple[str, tuple[str, ...]]:
@@ -73,15 +72,15 @@ def _image(rows: Sequence[dict], index: int) -> bytes:
     return rows[index]["image"]
 
 
-def _read_rows(builder: Any, split: str, feature: str) -> tuple[Sequence[bytes], list, list[int]]:
-    """Return the encoded images of a split, their class ids (or lists of class ids), and their sizes in bytes."""
+def _read_rows(builder: Any, split: str, feature: str) -> tuple[Sequence[bytes], list]:
+    """Return the encoded images of a split, and their class ids or lists of class ids."""
     import tensorflow_datasets
 
     decoders = {"image": tensorflow_datasets.decode.SkipDecoding()}
     if builder.info.file_format is tensorflow_datasets.core.FileFormat.ARRAY_RECORD:
         rows = builder.as_data_source(split, decoders=decoders)
         images = LazySequence(len(rows), functools.partial(_image, rows))
-        pairs = ((row["image"], row[feature]) for row in rows)
+        targets = [row[feature] for row in rows]
     else:
         dataset = builder.as_dataset(
             split=split,
@@ -91,6 +90,5 @@ def _read_rows(builder: Any, split: str, feature: str) -> tuple[Sequence[bytes],
             read_config=tensorflow_datasets.ReadConfig(interleave_cycle_length=1, try_autocache=False),
         )
         pairs = [(row["image"], row[feature]) for row in tensorflow_datasets.as_numpy(dataset)]
-        images = [image for image, _ in pairs]
-    targets_and_sizes = [(target, len(image)) for image, target in pairs]
-    return images, [target for target, _ in targets_and_sizes], [size for _, size in targets_and_sizes]
+        images, targets = [image for image, _ in pairs], [target for _, target in pairs]
+    return images, targets

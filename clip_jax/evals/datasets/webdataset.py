@@ -8,7 +8,8 @@
 
 A sample is a run of consecutive members with the same key: an image, and `.cls` (class id), `.npy` (multi-label: 0 or 1
 for each class; otherwise metadata) or `.txt` (captions, one per line). One pass over the headers indexes the images,
-which are read from the shards on access.
+which are read from the shards on access. As in CLIP_benchmark, whose loader decodes them to RGB (`pilrgb`), images of
+other modes become RGB before they are resized: alpha is dropped, palettes are not resized by nearest pixel.
 
 Layout: https://github.com/LAION-AI/CLIP_benchmark (`build_wds_dataset`). Keys: https://github.com/webdataset/webdataset.
 Deviation: unusable data is an error, and nshards.txt is optional.
@@ -25,8 +26,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
-from clip_jax.evals.datasets.files import IMAGE_SUFFIXES, FileRanges, fingerprint, read_lines
+from clip_jax.evals.datasets.files import IMAGE_SUFFIXES, FileRanges, read_lines, read_templates, read_text
 from clip_jax.typing import DatasetSplit
 
 # Members of a sample by dataset type: the first is required, the others are optional.
@@ -59,10 +61,10 @@ def read_webdataset(directory: str | os.PathLike, split: str) -> DatasetSplit:
     """
     directory = Path(directory).expanduser()
     path = directory / "dataset_type.txt"
-    kind = path.read_text("utf-8").strip().lower() if path.is_file() else "classification"
+    kind = read_text(path).strip().lower() if path.is_file() else "classification"
     if kind not in SUFFIXES:
         raise ValueError(f"{path}: expected {', '.join(SUFFIXES)}, got {kind!r}; without the file: classification")
-    names, templates = read_lines(directory / "classnames.txt"), _templates(directory)
+    names, templates = read_lines(directory / "classnames.txt"), read_templates(directory)
     shards = _shard_paths(directory / split)
     samples = [sample for shard in shards for sample in _read_shard(shard, SUFFIXES[kind])]
     if not samples:
@@ -75,28 +77,34 @@ def read_webdataset(directory: str | os.PathLike, split: str) -> DatasetSplit:
     else:
         targets = np.array([_class_id(sample, len(names)) for sample in samples], np.int64)
         metadata = _metadata(samples)
-    parts = [kind, *names, *templates, *(f"{shard.name} {shard.stat().st_size}" for shard in shards)]
-    parts += [f"{s.key} {s.image()} {sorted(s.contents.items())}" for s in samples]
     file_ids = {shard: number for number, shard in enumerate(shards)}
     offsets, sizes = zip(*(sample.image() for sample in samples), strict=True)
     return DatasetSplit(
-        images=FileRanges([str(shard) for shard in shards], [file_ids[s.shard] for s in samples], offsets, sizes),
+        images=RGBRanges([str(shard) for shard in shards], [file_ids[s.shard] for s in samples], offsets, sizes),
         targets=targets,
         captions=captions,
         class_names=names,
         templates=templates,
         metadata=metadata,
-        fingerprint=fingerprint(parts),
     )
 
 
-def _templates(directory: Path) -> tuple[str, ...]:
-    path = directory / "zeroshot_classification_templates.txt"
-    templates = tuple(line.replace("{c}", "{}") for line in read_lines(path))
-    for number, template in enumerate(templates, start=1):
-        if "{}" not in template:
-            raise ValueError(f"{path}, line {number}: expected {{c}} as in 'a photo of a {{c}}.', got {template!r}")
-    return templates
+class RGBRanges(FileRanges):
+    """Encoded images as byte ranges of files; those of other modes than RGB and gray are encoded again, as RGB PNG."""
+
+    def _read_range(self, index: int) -> bytes:
+        data = super()._read_range(index)
+        try:
+            image = Image.open(io.BytesIO(data))  # reads the header
+            if image.mode in ("RGB", "L") and "transparency" not in image.info:
+                return data
+            rgb = image.convert("RGB")
+        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
+            return data  # preprocessing reports the error
+        rgb.info = {}
+        file = io.BytesIO()
+        rgb.save(file, "PNG", compress_level=1)
+        return file.getvalue()
 
 
 def _shard_paths(folder: Path) -> list[Path]:
@@ -125,7 +133,7 @@ def _shard_paths(folder: Path) -> list[Path]:
 def _expected_shards(path: Path) -> int | None:
     if not path.is_file():
         return None
-    text = path.read_text("utf-8").strip()
+    text = read_text(path).strip()
     if not re.fullmatch(r"[1-9]\d*", text):
         raise ValueError(f"{path}: expected the number of shards, such as 4, got {text!r}")
     return int(text)
@@ -195,7 +203,7 @@ def _class_id(sample: Sample, classes: int) -> int:
 
 def _captions(sample: Sample) -> tuple[str, ...]:
     try:
-        lines = sample.contents["txt"].decode().splitlines()
+        lines = sample.contents["txt"].decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{sample}: .txt is not UTF-8: {error}") from error
     captions = tuple(line.strip() for line in lines if line.strip())
