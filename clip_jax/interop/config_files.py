@@ -38,6 +38,8 @@ def preprocess(file: pathlib.Path, model: Architecture) -> Preprocess | None:
     """Return the preprocessing that belongs to a config file; None without one, as transformers has no default."""
     if file.name == OPEN_CLIP:
         return open_clip.preprocess(read_json(file).get("preprocess_cfg") or {}, os.fspath(file))
+    if one_tower.is_text_config(read_json(file)):
+        return None
     # As in transformers 5: an image processor inside processor_config.json has precedence.
     for name in (_PROCESSOR, _IMAGE_PROCESSOR):
         if (processor := file.with_name(name)).is_file():

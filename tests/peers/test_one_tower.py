@@ -50,6 +50,9 @@ def test_one_tower_gives_the_features_of_transformers(name, tmp_path):
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     model.save_pretrained(tmp_path)
+    processor = transformers.SiglipImageProcessor if "Siglip" in name else transformers.CLIPImageProcessor
+    sides = {"height": 32, "width": 32}
+    processor(size=sides if "Siglip" in name else {"shortest_edge": 32}, crop_size=sides).save_pretrained(tmp_path)
     inputs, expected = _features(model, name, np.random.default_rng(0))
     activation = "gelu_tanh" if "Siglip" in name else "quick_gelu"
     for loaded in (
