@@ -42,6 +42,7 @@ TABLES = {
     "huggingface_flax": (name_tables.HUGGINGFACE_FLAX, ["vit", "vit_gelu"]),
     "big_vision": (name_tables.BIG_VISION, ["siglip"]),
 }
+GIVEN = {"activation": "quick_gelu", "heads": (2, 1), "preprocess": "openai"}  # of "vit"
 PAIRS = [(table, name) for table, (_, models) in TABLES.items() for name in models]
 TOKENIZERS = [
     ("siglip", "sentencepiece", tiny_tokenizers.siglip_model),
@@ -113,7 +114,7 @@ def test_transposed_rectangular_matrix_is_an_error():
 def test_safetensors_are_read_in_float32_float16_and_bfloat16(tmp_path):
     for dtype, tolerance in ((np.float32, 0.0), (np.float16, 2**-11), (ml_dtypes.bfloat16, 2**-8)):
         save_file({k: v.astype(dtype) for k, v in _tensors("vit", "openai").items()}, tmp_path / "w.safetensors")
-        found = reading.read(tmp_path / "w.safetensors", activation="quick_gelu", heads=(2, 1))
+        found = reading.read(tmp_path / "w.safetensors", **GIVEN)
         assert found.config.model == VIT and found.format == "OpenAI names, safetensors"
         _assert_params(found.params, VIT, tolerance)
 
@@ -201,7 +202,7 @@ def test_unknown_activation_is_an_error_and_not_guessed(tmp_path):
     with pytest.raises(ValueError, match=r"w\.pt: expected an activation.*'quick_gelu'.*'gelu'.*model='vit_b32'"):
         reading.read(tmp_path / "w.pt", heads=(2, 1))
     for activation in ("quick_gelu", "gelu"):
-        found = reading.read(tmp_path / "w.pt", activation=activation, heads=(2, 1)).config.model
+        found = reading.read(tmp_path / "w.pt", **GIVEN | {"activation": activation}).config.model
         assert found.text.activation == found.image.activation == activation
     with pytest.raises(ValueError, match="activation.*qick_gelu.*did you mean 'quick_gelu'"):
         reading.read(tmp_path / "w.pt", activation="qick_gelu")
@@ -281,10 +282,14 @@ def test_libraries_without_the_model_are_skipped_with_the_reason(tmp_path):
     assert not (tmp_path / "rn/config.json").exists() and (tmp_path / "rn/open_clip_config.json").exists()
     report = directory.write(tmp_path / "gelu", tiny_models.params(TINY["vit_gelu"]), WeightsConfig(TINY["vit_gelu"]))
     assert report["clip.load"].startswith("skipped: OpenAI's code has QuickGELU")
+    report = directory.write(
+        tmp_path / "half", tiny_models.params(VIT), WeightsConfig(VIT, preprocess=SIGLIP_PREPROCESS)
+    )
+    assert report["clip.load"] == "skipped: OpenAI's code has its own preprocessing alone"
     emoji = MODELS["emoji"]
     with pytest.raises(ValueError, match="open_clip has no EdgeNet tower"):
         directory.write(tmp_path / "emoji", tiny_models.params(emoji), WeightsConfig(emoji))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["gelu", "rn"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gelu", "half", "rn"]
 
 
 def test_directory_with_files_is_not_overwritten(tmp_path):
@@ -310,8 +315,50 @@ def test_unsupported_config_keys_are_errors_with_their_names(tmp_path):
 
 
 def test_empty_directory_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"got a directory without open_clip_model\.safetensors"):
+    with pytest.raises(
+        ValueError, match=r"expected a directory with one of open_clip_model\.safetensors.*, got an empty one"
+    ):
         reading.read(tmp_path)
+
+
+def test_adapter_without_its_model_is_refused_with_the_call_that_merges_it(tmp_path):
+    save_file({"base_model.model.q_proj.lora_A.weight": np.ones(2, "f4")}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "openai/clip-vit-base-patch32"}')
+    with pytest.raises(
+        ValueError, match=r"got an adapter of PEFT, .* merge .*PeftModel.from_pretrained\(model, '.*'\)"
+    ):
+        reading.read(tmp_path)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_variant_of_the_weights_is_read_by_its_name(tmp_path, sharded):
+    """`save_pretrained(folder, variant="fp16")` of transformers; the name of an index is that of transformers 5."""
+    directory.write(tmp_path / "dir", tiny_models.params(VIT), WeightsConfig(VIT))
+    (tmp_path / "fp16").mkdir()
+    for file in ("config.json", "preprocessor_config.json", "merges.txt", "vocab.json", "tokenizer_config.json"):
+        shutil.copy(tmp_path / "dir" / file, tmp_path / "fp16")
+    name = "model.fp16-00001-of-00001.safetensors" if sharded else "model.fp16.safetensors"
+    shutil.copy(tmp_path / "dir/model.safetensors", tmp_path / "fp16" / name)
+    if sharded:
+        weight_map = dict.fromkeys(_tensors("vit", "huggingface"), name)
+        name = "model.safetensors.index.fp16.json"
+        (tmp_path / "fp16" / name).write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(
+        ValueError, match=rf"expected a directory with one of .*, got {name}; give the file, e\.g\. .*{name}"
+    ):
+        reading.read(tmp_path / "fp16")
+    assert reading.read(tmp_path / "fp16" / name).config.model == VIT
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json", "spiece.model"])
+def test_git_lfs_pointers_are_refused_by_name(tmp_path, file):
+    directory.write(tmp_path / "dir", tiny_models.params(VIT), WeightsConfig(VIT))
+    for other in ("open_clip_model.safetensors", "open_clip_config.json", "vocab.json", "tokenizer_config.json"):
+        (tmp_path / "dir" / other).unlink()
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    (tmp_path / "dir" / file).write_text(pointer)
+    with pytest.raises(ValueError, match=f"dir/{file}: expected the file, got its Git LFS pointer; .* git lfs pull"):
+        reading.read(tmp_path / "dir")
 
 
 def test_preprocessing_of_hugging_face_configs_is_read(tmp_path):

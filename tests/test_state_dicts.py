@@ -20,7 +20,7 @@ from clip_jax.interop import (
 from tests import tiny_models
 
 VIT = tiny_models.ARCHITECTURES["vit"]
-GIVEN = {"activation": "quick_gelu", "heads": (2, 1)}
+GIVEN = {"activation": "quick_gelu", "heads": (2, 1), "preprocess": "openai"}
 
 
 @pytest.mark.parametrize(
@@ -54,8 +54,12 @@ def test_attention_heads_are_those_of_a_preset_or_given(tmp_path):
     )
     with pytest.raises(ValueError, match=r"w\.pt: expected the attention heads of the .* tower .*, got none"):
         reading.read(tmp_path / "w.pt", activation="quick_gelu")
-    found = reading.read(tmp_path / "w.pt", activation="quick_gelu", heads=(4, 1)).config.model
-    assert found == model == reading.read(tmp_path / "w.pt", activation="quick_gelu", like=model).config.model
+    found = reading.read(tmp_path / "w.pt", activation="quick_gelu", heads=(4, 1), preprocess="openai").config.model
+    assert (
+        found
+        == model
+        == reading.read(tmp_path / "w.pt", activation="quick_gelu", like=model, preprocess="openai").config.model
+    )
     for heads, message in (
         ((5, 1), "heads of the image tower: expected a divisor of the width 128, got 5"),
         ((4,), r"heads: expected two numbers, of the image and of the text tower, got \(4,\)"),

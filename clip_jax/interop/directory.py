@@ -19,18 +19,20 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from clip_jax.config import Preprocess, ResNet, TextTransformer, ViT, WeightsConfig, name_of
+from clip_jax.config import PREPROCESS, Preprocess, ResNet, TextTransformer, ViT, WeightsConfig, name_of
 from clip_jax.interop import (
     conversion,
     huggingface,
     image_processor,
     name_tables,
     open_clip,
+    pixel_differences,
     safetensors,
     tokenizer_files,
     torch_file,
@@ -56,6 +58,7 @@ _PIXELS = (
     " the transparency, transformers rounds crop offsets down. For equal features give them opaque images that have the"
     " model's size, or use clip_jax.load, which restores the preprocessing"
 )
+_IMPLEMENTATIONS = {"transformers": "huggingface", "open_clip": "openai", "clip.load": "openai"}
 SENTENCE_TRANSFORMERS = "[0-9]_CLIPModel"  # subdirectory of the model in the layout of sentence-transformers
 
 
@@ -70,6 +73,24 @@ def weight_file(folder: pathlib.Path) -> pathlib.Path:
         if (folder / name).is_file():
             return folder / name
     raise ValueError(f"{folder}: expected a directory with one of {', '.join(WEIGHT_FILES)}, got none; name the file")
+
+
+_OTHER_WEIGHTS = re.compile(r".*(?<!training_args)\.(safetensors|bin|pt|pth|msgpack|npz|index\.\w+\.json)")
+_SHARD = re.compile(r".*-\d+-of-\d+\.\w+")
+
+
+def without_weights(files: Sequence[str], folder: str | os.PathLike[str]) -> str:
+    """Return the message for a directory with these files, none of which is in `WEIGHT_FILES`, and what to do."""
+    expected = f"expected a directory with one of {', '.join(WEIGHT_FILES)}"
+    if "adapter_config.json" in files:
+        return (
+            "expected the weights of a model, got an adapter of PEFT, which changes those of another; merge them with"
+            f" PeftModel.from_pretrained(model, {os.fspath(folder)!r}).merge_and_unload().save_pretrained(NEW)"
+        )
+    others = [file for file in sorted(files) if _OTHER_WEIGHTS.fullmatch(file) and not _SHARD.fullmatch(file)]
+    if others:
+        return f"{expected}, got {', '.join(others)}; give the file, e.g. {os.path.join(folder, others[0])}"
+    return f"{expected}, got {', '.join(sorted(files)[:8]) or 'an empty one'}; give another"
 
 
 def model_folder(folder: pathlib.Path) -> pathlib.Path:
@@ -112,7 +133,7 @@ def _write(target: pathlib.Path, params: Params, config: WeightsConfig) -> dict[
             raise ValueError("; ".join(f"{library}: {reason}" for library, reason in report.items()))
         _write_tokenizer(unfinished, config)
         if config.preprocess.implementation == "clip_jax":
-            report["pixels"] = _PIXELS
+            report["pixels"] = f"{_PIXELS}. {_measured(params, config, report)}"
             _write_json(unfinished / _CONFIG, {"preprocess": {"implementation": "clip_jax"}})
         (unfinished / "README.md").write_text(_model_card(report, config), encoding="utf-8")
         unfinished.chmod(0o755)
@@ -123,6 +144,17 @@ def _write(target: pathlib.Path, params: Params, config: WeightsConfig) -> dict[
         shutil.rmtree(unfinished)
         raise
     return report
+
+
+def _measured(params: Params, config: WeightsConfig, report: Mapping[str, str]) -> str:
+    """Return the effect of the libraries' preprocessing on the embeddings, for the libraries that have the model."""
+    cosines, count = pixel_differences.lowest_cosines(params, config), pixel_differences.IMAGES
+    written = [library for library in _IMPLEMENTATIONS if not report[library].startswith("skipped")]
+    values = ["{} {:.4f} and {:.4f}".format(library, *cosines[_IMPLEMENTATIONS[library]]) for library in written]
+    return (
+        f"Lowest cosine between the features of clip_jax and those from their pixels, over {count} opaque and"
+        f" {count} transparent synthetic images of other sizes: {', '.join(values)}"
+    )
 
 
 def restored(folder: pathlib.Path, spec: Preprocess) -> Preprocess:
@@ -179,6 +211,8 @@ def _write_clip(folder: pathlib.Path, params: Params, config: WeightsConfig) -> 
     towers = [model.image, model.text]
     if [_OPENAI_TOWERS.get(type(tower), lambda _: None)(tower) for tower in towers] != towers or model.logit_bias:
         raise ValueError("OpenAI's code has QuickGELU, heads of 64, a class token and CLIP's vocabulary alone")
+    if dataclasses.replace(config.preprocess, implementation="clip_jax") != PREPROCESS["openai"]:
+        raise ValueError("OpenAI's code has its own preprocessing alone")
     torch_file.write(folder / "clip.pt", conversion.LazyTensors(model, params, name_tables.OPENAI))
 
 

@@ -284,11 +284,11 @@ def _config_of_tensors(
     given_tokenizer: TokenizerConfig | str,
 ) -> WeightsConfig:
     """Return the configuration of the named model, or by the shapes of the tensors."""
+    code = torchscript_code(file)  # of archives such as OpenAI's, whose `build_model` has heads of 64
     if model:
         architecture = configs.MODELS[model]
         architecture = configs.with_activation(architecture, activation) if activation else architecture
     else:
-        code = torchscript_code(file)  # of archives such as OpenAI's, whose `build_model` has heads of 64
         heads = dataclasses.replace(heads, width=_OPENAI_HEAD_WIDTH) if code else heads
         architecture = infer_architecture.architecture(tensors, naming, os.fspath(file), heads)
         in_code = "quick_gelu" if "QuickGELU" in code or "1.702" in code else ""
@@ -300,7 +300,10 @@ def _config_of_tensors(
                 " (LAION, DataComp and most others), or the model, e.g. model='vit_b32'"
             )
         architecture = configs.with_activation(architecture, activation)
-    preprocess = _preprocess_of_tensors(file, naming, architecture, given_preprocess)
+    if not given_preprocess and missing_tower(tensors, naming.table) == "image":
+        preprocess = Preprocess()
+    else:
+        preprocess = _preprocess_of_tensors(file, naming, architecture, given_preprocess, archive=bool(code))
     found, tokenizer_file = configs.tokenizer_of(architecture), b""
     if not given_tokenizer:
         found, tokenizer_file = tokenizer_files.read(file.parent, architecture, found)
@@ -308,18 +311,19 @@ def _config_of_tensors(
 
 
 def _preprocess_of_tensors(
-    file: pathlib.Path, naming: Naming, model: Architecture, given: Preprocess | str
+    file: pathlib.Path, naming: Naming, model: Architecture, given: Preprocess | str, archive: bool = False
 ) -> Preprocess:
     """Return the given preprocessing, that of a config file in the directory, or that of the published weights."""
     config = config_files.find(file.parent, naming.config_file)
     if not given and config is not None and (found := config_files.preprocess(config, model)):
         return directory.restored(file.parent, found)
     names = ("siglip",) if naming.siglip else configs.preprocess_names(model)
-    if torchscript_code(file):  # an archive such as OpenAI's
-        names = ("openai",)
-    if not given and len(names) > 1:
+    names = ("openai",) if archive else names
+    if not given and len(names) != 1:
+        reason = "in which the published weights of this model differ" if names else "of an image tower without preset"
+        listed = ", ".join(map(repr, names or configs.PREPROCESS))
         raise ValueError(
-            f"{file}: expected the preprocessing, in which the published weights of this model differ, got none; give"
-            f" preprocess={' or '.join(map(repr, names))}, or the weights' config file"
+            f"{file}: expected the preprocessing, {reason}, got none; give preprocess=, one of {listed}, or the"
+            " weights' config file"
         )
     return config_files.given_preprocess(given or names[0], model)

@@ -306,7 +306,7 @@ def _is_clip_bpe(file: Mapping[str, Any], merges: bytes) -> bool:
 
 def _sentencepiece(path: pathlib.Path, declared: _Declared, default: TokenizerConfig, open_clip: bool) -> _Found:
     """Return the tokenizer of a SentencePiece model."""
-    content, settings, cls = path.read_bytes(), declared.settings, declared.cls
+    content, settings, cls = read_file(path), declared.settings, declared.cls
     fairseq = cls == "XLMRobertaTokenizer" or (not cls and path.name == "sentencepiece.bpe.model")
     if not fairseq and cls not in ("SiglipTokenizer", "T5Tokenizer", ""):
         raise declared.error("tokenizer_class", "a class for a SentencePiece model without tokenizer.json", cls)

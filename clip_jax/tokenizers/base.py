@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from jaxtyping import Int32, Integer
 
+from clip_jax.paths import check_not_pointer
+
 
 class RowTokenizer:
     """Texts to rows of ids. Thread-safe. Subclasses set the ids and implement `_encode` and `_decode`."""
@@ -60,11 +62,15 @@ class RowTokenizer:
 
 
 def read_file(path: str | os.PathLike[str], example: str = "/data/c4_en.model") -> bytes:
-    """Return the content of a tokenizer's file. Raises ValueError, with a path as example, if it is missing."""
+    """Return the content of a tokenizer's file.
+
+    Raises ValueError if it is missing, with a path as example, or a Git LFS pointer.
+    """
     file = pathlib.Path(path).expanduser()
     if not file.is_file():
         raise ValueError(
             f"tokenizer.path={os.fspath(path)!r}: expected a file, got none; give e.g."
             f" --config.tokenizer.path={example}"
         )
+    check_not_pointer(file)
     return file.read_bytes()

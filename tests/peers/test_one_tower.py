@@ -74,7 +74,7 @@ def _alone(folder, activation):
     target = folder / "alone"
     target.mkdir()
     (target / "w.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
-    return clip_jax.load(target / "w.safetensors", activation=activation, heads=(2, 2))
+    return clip_jax.load(target / "w.safetensors", activation=activation, heads=(2, 2), preprocess="openai")
 
 
 def test_half_a_state_dict_is_read(tmp_path):
