@@ -62,7 +62,7 @@ def preprocess(image: ImageLike, size: int, spec: Preprocess) -> UInt8[np.ndarra
     """
     opened = _BEFORE_RESIZE[spec.implementation](open_image(image))
     shape = _resized_shape(opened.size, spec.resize_size or size, spec.resize)
-    resized = opened.resize(shape, Image.Resampling[spec.interpolation.upper()])
+    resized = _resized(opened, shape, Image.Resampling[spec.interpolation.upper()])
     if spec.implementation == "clip_jax":  # so that the color of the padding is one of RGB
         resized = resized.convert("RGB")
     return np.array(_center(resized, size, spec).convert("RGB"))
@@ -140,7 +140,18 @@ def _on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
 
+_PREMULTIPLIED = {"RGBA": "RGBa", "LA": "La"}
 _BEFORE_RESIZE = {"clip_jax": _opaque, "openai": lambda image: image, "huggingface": _on_white}
+
+
+def _resized(image: Image.Image, shape: tuple[int, int], resample: Image.Resampling) -> Image.Image:
+    """Resize the width first, in colors multiplied by their opacity, as Pillow 12 does."""
+    if shape == image.size:
+        return image
+    mode = image.mode if resample == Image.Resampling.NEAREST else _PREMULTIPLIED.get(image.mode, image.mode)
+    source = image if mode == image.mode else image.convert(mode)
+    resized = source.resize((shape[0], image.height), resample).resize(shape, resample)
+    return resized if mode == image.mode else resized.convert(image.mode)
 
 
 def _resized_shape(original: tuple[int, int], size: int, resize: str) -> tuple[int, int]:

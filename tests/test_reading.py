@@ -147,7 +147,7 @@ def test_decompression_bomb_is_refused(tmp_path):
 def test_sharded_weights_are_merged_and_bad_indexes_are_refused(tmp_path):
     directory.write(tmp_path / "dir", tiny_models.params(VIT), WeightsConfig(VIT))
     tensors = _tensors("vit", "huggingface")
-    halves = {"model-1.safetensors": list(tensors)[::2], "model-2.safetensors": list(tensors)[1::2]}
+    halves = {f"model-0000{n + 1}-of-00002.safetensors": list(tensors)[n::2] for n in range(2)}
     (tmp_path / "sharded").mkdir()
     shutil.copy(tmp_path / "dir/config.json", tmp_path / "sharded")
     for file, keys in halves.items():
@@ -157,8 +157,10 @@ def test_sharded_weights_are_merged_and_bad_indexes_are_refused(tmp_path):
     found = reading.read(tmp_path / "sharded")
     assert found.config.model == VIT and found.format == "Hugging Face names, shards"
     _assert_params(found.params, VIT)
-    (tmp_path / "sharded/model-2.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"expected the shard model-2\.safetensors, got no such file"):
+    with pytest.raises(ValueError, match="got one shard; give its index"):
+        reading.read(tmp_path / "sharded/model-00001-of-00002.safetensors")
+    (tmp_path / "sharded/model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"expected the shard model-00002-of-00002\.safetensors, got no such file"):
         reading.read(tmp_path / "sharded")
     for outside in ("../../etc/passwd", index.name, 5):
         index.write_text(json.dumps({"weight_map": {"x": outside}}))
@@ -337,7 +339,7 @@ def test_variant_of_the_weights_is_read_by_its_name(tmp_path, sharded):
     (tmp_path / "fp16").mkdir()
     for file in ("config.json", "preprocessor_config.json", "merges.txt", "vocab.json", "tokenizer_config.json"):
         shutil.copy(tmp_path / "dir" / file, tmp_path / "fp16")
-    name = "model.fp16-00001-of-00001.safetensors" if sharded else "model.fp16.safetensors"
+    name = "model.fp16-00001-of-00002.safetensors" if sharded else "model.fp16.safetensors"
     shutil.copy(tmp_path / "dir/model.safetensors", tmp_path / "fp16" / name)
     if sharded:
         weight_map = dict.fromkeys(_tensors("vit", "huggingface"), name)

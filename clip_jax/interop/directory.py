@@ -76,7 +76,13 @@ def weight_file(folder: pathlib.Path) -> pathlib.Path:
 
 
 _OTHER_WEIGHTS = re.compile(r".*(?<!training_args)\.(safetensors|bin|pt|pth|msgpack|npz|index\.\w+\.json)")
-_SHARD = re.compile(r".*-\d+-of-\d+\.\w+")
+_SHARD = re.compile(r".*-\d+-of-(?!0*1\.)\d+\.\w+")
+
+
+def check_whole(file: pathlib.Path) -> None:
+    """Raise ValueError for one of several shards, by its name."""
+    if _SHARD.fullmatch(file.name):
+        raise ValueError(f"{file}: expected all weights, got one shard; give its index, *.index.json, or the directory")
 
 
 def without_weights(files: Sequence[str], folder: str | os.PathLike[str]) -> str:

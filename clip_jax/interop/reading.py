@@ -116,6 +116,7 @@ def _read(
     tokenizer: TokenizerConfig | str,
     dtype: str,
 ) -> Weights:
+    directory.check_whole(path)
     params, stored = formats.read(path)
     if stored is not None:
         _check_no_heads(heads, path)
