@@ -3,16 +3,17 @@
 The shorter side is resized to `size`, the center is cropped, and the result becomes RGB; the model divides by 255 and
 normalizes on the device. `preprocess.resize` and `preprocess.resize_size` select other sides and sizes; an image that
 is then smaller than `size` is padded. Pillow antialiases and rounds to uint8 between its two passes: bicubic resizing
-of TensorFlow, JAX or torch gives other bytes. Pillow 13 resizes the height first if it shrinks more, so images more
-than twice as high as wide differ by a few levels from Pillow 12's. `preprocess.implementation` selects the pipeline:
+of TensorFlow, JAX or torch gives other bytes. The width is resized first, as in the code that published models were
+trained with, whatever Pillow is installed: Pillow 13 resizes the height of images more than twice as high as wide
+first, which changes a few levels. `preprocess.implementation` selects the pipeline:
   * openai: resize in the image's own mode (palette: nearest pixel), crop at `round((side - size) / 2)`, half to even,
     then convert to RGB. Alpha is dropped, so the hidden color of transparent pixels shows; 16-bit gray is clipped at
     255, which makes nearly every such image white. An odd padding has its larger half on the right and at the bottom.
     OpenAI's and open_clip's weights were trained with this.
   * huggingface: composite on white and convert to RGB, then resize; crop at `(side - size) // 2`, which differs
     if the margin is odd; an odd padding has its larger half on the left and at the top. This is the processor on PIL.
-    The one on torchvision pads as openai, and resizes the width first: mostly 0 or 1 of 255 apart, but up to 21 were
-    measured on noise that is higher than wide (Pillow 13).
+    The one on torchvision is at most 2 of 255 apart and pads as openai; with resample 0 (nearest) it has the other
+    neighbor where a pixel's center is exactly between two.
   * clip_jax: as openai, but transparency is composited on white and 16-bit gray keeps its high byte, as in training.
 
 None of them applies EXIF orientation; to apply it, call `PIL.ImageOps.exif_transpose` first. Sources: openai/CLIP
@@ -145,9 +146,14 @@ _BEFORE_RESIZE = {"clip_jax": _opaque, "openai": lambda image: image, "huggingfa
 
 
 def _resized(image: Image.Image, shape: tuple[int, int], resample: Image.Resampling) -> Image.Image:
-    """Resize the width first, in colors multiplied by their opacity, as Pillow 12 does."""
+    """Resize the width first, in colors multiplied by their opacity, as Pillow before version 13."""
     if shape == image.size:
         return image
+    if shape[0] * image.height > _MAX_RESIZED_PIXELS:
+        raise ValueError(
+            f"expected at most {_MAX_RESIZED_PIXELS:,} pixels with a width of {shape[0]} px, got"
+            f" {shape[0] * image.height:,} from {image.width} × {image.height} px; crop it first"
+        )
     mode = image.mode if resample == Image.Resampling.NEAREST else _PREMULTIPLIED.get(image.mode, image.mode)
     source = image if mode == image.mode else image.convert(mode)
     resized = source.resize((shape[0], image.height), resample).resize(shape, resample)

@@ -151,6 +151,21 @@ def test_crop_margin_is_rounded_half_to_even():
     assert preprocess(ramp, 224, OPENAI)[0, 0, 0] == 56
 
 
+@pytest.mark.parametrize(("mode", "premultiplied"), [("RGB", "RGB"), ("RGBA", "RGBa"), ("LA", "La")])
+def test_high_images_are_resized_width_first_with_every_pillow(mode, premultiplied):
+    """Pillow 13 resizes the height first. Pillow multiplies colors by their opacity before resizing."""
+    image = make_image(20, 70, mode)
+    colors = image.convert(premultiplied)
+    pixels = np.frombuffer(colors.tobytes(), np.uint8).reshape(70, 20, -1)
+    expected = Image.frombytes(premultiplied, (32, 32), resize(pixels, 32, 32).tobytes()).convert(mode).convert("RGB")
+    found = preprocess(image, 32, Preprocess(resize="squash", implementation="openai"))
+    np.testing.assert_array_equal(found, np.array(expected))
+    with pytest.raises(
+        ValueError, match="at most 100,000,000 pixels with a width of 48 px, got 144,000,000 .* crop it"
+    ):
+        preprocess(Image.new(mode, (1, 3_000_000)), 48, Preprocess(resize="squash", implementation="openai"))
+
+
 def test_exif_orientation_is_not_applied():
     image = make_image(60, 40)
     exif = Image.Exif()
