@@ -42,6 +42,7 @@ TABLES = {
     "huggingface_flax": (name_tables.HUGGINGFACE_FLAX, ["vit", "vit_gelu"]),
     "big_vision": (name_tables.BIG_VISION, ["siglip"]),
 }
+OPENAI = Preprocess(implementation="openai")
 GIVEN = {"activation": "quick_gelu", "heads": (2, 1), "preprocess": "openai"}  # of "vit"
 PAIRS = [(table, name) for table, (_, models) in TABLES.items() for name in models]
 TOKENIZERS = [
@@ -246,8 +247,10 @@ def test_stored_config_needs_no_model_and_another_model_is_an_error(tmp_path):
 def test_directory_round_trip_is_bit_equal(tmp_path, name):
     bpe = TINY[name].text.eos_id > 1
     tokenizer = TokenizerConfig("clip_bpe" if bpe else "sentencepiece")
-    report = directory.write(tmp_path / "dir", tiny_models.params(TINY[name]), WeightsConfig(TINY[name], tokenizer))
-    assert set(report) == {"transformers", "open_clip", "clip.load", "pixels"}
+    report = directory.write(
+        tmp_path / "dir", tiny_models.params(TINY[name]), WeightsConfig(TINY[name], tokenizer, OPENAI)
+    )
+    assert set(report) == {"transformers", "open_clip", "clip.load"}
     found = reading.read(tmp_path / "dir")
     assert found.config.model == TINY[name]
     _assert_params(found.params, TINY[name])
@@ -256,7 +259,7 @@ def test_directory_round_trip_is_bit_equal(tmp_path, name):
 @pytest.mark.parametrize(("model", "kind", "content"), TOKENIZERS)
 def test_directory_keeps_the_tokenizer_and_its_settings(tmp_path, model, kind, content):
     expected = dataclasses.replace(tokenizer_of(TINY[model]), name=kind, path="some/where")
-    config = WeightsConfig(TINY[model], expected, tokenizer_file=content())
+    config = WeightsConfig(TINY[model], expected, OPENAI, tokenizer_file=content())
     directory.write(tmp_path / "dir", tiny_models.params(TINY[model]), config)
     found = reading.read(tmp_path / "dir").config
     assert found.tokenizer_file == content()
@@ -265,7 +268,7 @@ def test_directory_keeps_the_tokenizer_and_its_settings(tmp_path, model, kind, c
 
 @pytest.mark.parametrize(("name", "is_local"), [("vit", False), ("vit_gelu", True)])
 def test_open_clip_config_names_a_local_tokenizer_for_another_vocabulary(tmp_path, name, is_local):
-    directory.write(tmp_path / "dir", tiny_models.params(TINY[name]), WeightsConfig(TINY[name]))
+    directory.write(tmp_path / "dir", tiny_models.params(TINY[name]), WeightsConfig(TINY[name], preprocess=OPENAI))
     content = json.loads((tmp_path / "dir/open_clip_config.json").read_text())
     assert ("hf_tokenizer_name" in content["model_cfg"]["text_cfg"]) == is_local
     assert reading.read(tmp_path / "dir").config.tokenizer.name == "clip_bpe"
@@ -274,23 +277,24 @@ def test_open_clip_config_names_a_local_tokenizer_for_another_vocabulary(tmp_pat
 def test_open_clip_config_keeps_epsilon_and_activation_of_both_towers(tmp_path):
     towers = [dataclasses.replace(x, norm_epsilon=1e-6, activation="gelu_tanh") for x in (VIT.image, VIT.text)]
     model = dataclasses.replace(VIT, image=towers[0], text=towers[1])
-    directory.write(tmp_path / "dir", tiny_models.params(model), WeightsConfig(model))
+    directory.write(tmp_path / "dir", tiny_models.params(model), WeightsConfig(model, preprocess=OPENAI))
     assert reading.read(tmp_path / "dir/open_clip_model.safetensors").config.model == model
 
 
+def _report(folder, model, spec=OPENAI):
+    return directory.write(folder, tiny_models.params(model), WeightsConfig(model, preprocess=spec))
+
+
 def test_libraries_without_the_model_are_skipped_with_the_reason(tmp_path):
-    report = directory.write(tmp_path / "rn", tiny_models.params(TINY["resnet"]), WeightsConfig(TINY["resnet"]))
+    report = _report(tmp_path / "rn", TINY["resnet"])
     assert report["transformers"].startswith("skipped: transformers has no such model")
     assert not (tmp_path / "rn/config.json").exists() and (tmp_path / "rn/open_clip_config.json").exists()
-    report = directory.write(tmp_path / "gelu", tiny_models.params(TINY["vit_gelu"]), WeightsConfig(TINY["vit_gelu"]))
+    report = _report(tmp_path / "gelu", TINY["vit_gelu"])
     assert report["clip.load"].startswith("skipped: OpenAI's code has QuickGELU")
-    report = directory.write(
-        tmp_path / "half", tiny_models.params(VIT), WeightsConfig(VIT, preprocess=SIGLIP_PREPROCESS)
-    )
+    report = _report(tmp_path / "half", VIT, dataclasses.replace(SIGLIP_PREPROCESS, implementation="openai"))
     assert report["clip.load"] == "skipped: OpenAI's code has its own preprocessing alone"
-    emoji = MODELS["emoji"]
     with pytest.raises(ValueError, match="open_clip has no EdgeNet tower"):
-        directory.write(tmp_path / "emoji", tiny_models.params(emoji), WeightsConfig(emoji))
+        _report(tmp_path / "emoji", MODELS["emoji"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gelu", "half", "rn"]
 
 
