@@ -106,7 +106,7 @@ def test_pixels_of_random_image_processors_equal_transformers_or_are_refused(kin
         context = (case, config, image.mode, image.size)
         _assert_close(_normalized(image, spec), expected.transpose(1, 2, 0), spec, context, tolerance)
         compared += 1
-    assert compared >= CASES / 3 and refused, (compared, refused)
+    assert compared >= CASES / (3 if backend == "pil" else 10) and refused, (compared, refused)
 
 
 @pytest.mark.parametrize(("width", "height"), [(50, 31), (20, 18), (427, 640), (97, 41), (41, 97), (300, 1000)])
