@@ -28,6 +28,7 @@ from clip_jax.interop import (
     npz,
     positions,
     reading,
+    tokenizer_files,
     torch_file,
 )
 from clip_jax.tokenizers import ClipBPE
@@ -218,7 +219,7 @@ def test_one_tower_alone_is_refused_by_default(tmp_path):
 def test_merges_in_another_order_are_not_clip_s(tmp_path, change):
     lines = ClipBPE().as_huggingface()[1]
     (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *change(list(lines)), ""]))
-    found, content = reading._tokenizer(MODELS["vit_b32"], tmp_path)
+    found, content = tokenizer_files.read(tmp_path, MODELS["vit_b32"])
     assert (found == TokenizerConfig() and not content) == (change(list(lines)) == lines)
 
 
@@ -347,46 +348,6 @@ def test_empty_directory_is_refused(tmp_path):
         ValueError, match=r"expected a directory with one of open_clip_model\.safetensors.*, got an empty one"
     ):
         reading.read(tmp_path)
-
-
-def test_adapter_without_its_model_is_refused_with_the_call_that_merges_it(tmp_path):
-    save_file({"base_model.model.q_proj.lora_A.weight": np.ones(2, "f4")}, tmp_path / "adapter_model.safetensors")
-    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "openai/clip-vit-base-patch32"}')
-    with pytest.raises(
-        ValueError, match=r"got an adapter of PEFT, .* merge .*PeftModel.from_pretrained\(model, '.*'\)"
-    ):
-        reading.read(tmp_path)
-
-
-@pytest.mark.parametrize("sharded", [False, True])
-def test_variant_of_the_weights_is_read_by_its_name(tmp_path, sharded):
-    """`save_pretrained(folder, variant="fp16")` of transformers; the name of an index is that of transformers 5."""
-    directory.write(tmp_path / "dir", tiny_models.params(VIT), WeightsConfig(VIT))
-    (tmp_path / "fp16").mkdir()
-    for file in ("config.json", "preprocessor_config.json", "merges.txt", "vocab.json", "tokenizer_config.json"):
-        shutil.copy(tmp_path / "dir" / file, tmp_path / "fp16")
-    name = "model.fp16-00001-of-00002.safetensors" if sharded else "model.fp16.safetensors"
-    shutil.copy(tmp_path / "dir/model.safetensors", tmp_path / "fp16" / name)
-    if sharded:
-        weight_map = dict.fromkeys(_tensors("vit", "huggingface"), name)
-        name = "model.safetensors.index.fp16.json"
-        (tmp_path / "fp16" / name).write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(
-        ValueError, match=rf"expected a directory with one of .*, got {name}; give the file, e\.g\. .*{name}"
-    ):
-        reading.read(tmp_path / "fp16")
-    assert reading.read(tmp_path / "fp16" / name).config.model == VIT
-
-
-@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json", "spiece.model"])
-def test_git_lfs_pointers_are_refused_by_name(tmp_path, file):
-    directory.write(tmp_path / "dir", tiny_models.params(VIT), WeightsConfig(VIT))
-    for other in ("open_clip_model.safetensors", "open_clip_config.json", "vocab.json", "tokenizer_config.json"):
-        (tmp_path / "dir" / other).unlink()
-    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
-    (tmp_path / "dir" / file).write_text(pointer)
-    with pytest.raises(ValueError, match=f"dir/{file}: expected the file, got its Git LFS pointer; .* git lfs pull"):
-        reading.read(tmp_path / "dir")
 
 
 def test_preprocessing_of_hugging_face_configs_is_read(tmp_path):
