@@ -288,7 +288,7 @@ def test_files_jax_arrays_and_lazily_opened_images_are_images(model, images):
     rows = model.encode_image([images[0], io.BytesIO(encoded.getvalue()), lazy, content])
     np.testing.assert_allclose(rows, np.repeat(rows[:1], 4, axis=0), atol=ROUNDING)
     np.testing.assert_allclose(model.encode_image(jax.numpy.stack([content] * 2)), rows[:2], atol=ROUNDING)
-    with pytest.raises(TypeError, match="a list with one image"):
+    with pytest.raises(TypeError, match=r"a list with one image|Actual value: u8\[20,30,3\]"):  # with type checks
         model.encode_image(content)
     truncated = encoded.getvalue()[:-200]
     for broken in (Image.open(io.BytesIO(truncated)), io.BytesIO(truncated)):

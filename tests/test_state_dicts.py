@@ -1,4 +1,4 @@
-"""State dicts and incomplete directories: sizes by shapes, heads that no shape shows, parameters that are no numbers."""
+"""State dicts and incomplete directories: sizes by shapes, heads that no shape shows, parameters of no number."""
 
 import dataclasses
 import json
