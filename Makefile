@@ -3,6 +3,7 @@
 # make test-all      `make test`, then the tests marked slow
 # make test-lowest   all tests with the lowest versions that setup.py allows
 # make test-peers    features, gradients, files and inputs against open_clip, transformers and OpenAI's code
+# make mutate        mutation testing of a sample, MUTANTS=240 SEED=0: two hours on 2 cores (docs/testing.md)
 # make bench-tokenizer  the speed of the CLIP tokenizer against open_clip's, the ratio in the last line
 # make bench-train      a training step of ViT-B/32 against open_clip's on torch, the ratio in the last line
 # make bench-loss       the losses against their dense form: seconds and memory
@@ -20,13 +21,15 @@ VENV ?= .venv
 LOWEST ?= .venv-lowest
 PEERS ?= .venv-peers
 DEMO ?= runs/emoji
+MUTANTS ?= 240
+SEED ?= 0
 BIN := $(VENV)/bin
 
 # The test extra installs the TPU compiler, which makes JAX search for a TPU and log that there is none.
 export JAX_PLATFORMS ?= cpu
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all test-lowest test-peers bench-tokenizer bench-train bench-loss bench-loading bench-probe \
+.PHONY: demo test test-all test-lowest test-peers mutate bench-tokenizer bench-train bench-loss bench-loading bench-probe \
 	bench-truth accelerator plan-all clean
 .DELETE_ON_ERROR:
 
@@ -48,6 +51,9 @@ test-lowest: $(LOWEST)/.installed-test
 
 test-peers: $(PEERS)/.installed-peers
 	$(PEERS)/bin/python -m pytest tests/peers
+
+mutate: $(VENV)/.installed-test $(VENV)/.installed-mutate
+	@$(BIN)/python tests/mutate.py --mutants=$(MUTANTS) --seed=$(SEED)
 
 bench-tokenizer: $(PEERS)/.installed-peers
 	@$(PEERS)/bin/python benchmarks/tokenizer.py

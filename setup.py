@@ -90,6 +90,8 @@ EXTRAS = {
         # Not a peer: here because it pins older versions of Pillow and protobuf than the other tests use.
         "apache-beam==2.77.0",
     ],
+    # Mutation testing: `make mutate`.
+    "mutate": ["cosmic-ray>=8.7"],
     # libtpu. On machines without a TPU it costs 1.5 s and some error lines at every start.
     "tpu": [f"jax[tpu]>={JAX}"],
     # CUDA 13, which needs driver 580 or newer. For an older driver: pip install "jax[cuda12]", and no extra.

@@ -18,6 +18,7 @@ SIGLIP, RESNET = tiny_models.ARCHITECTURES["siglip"], tiny_models.ARCHITECTURES[
 @pytest.mark.parametrize("half", [False, True])
 def test_siglip_npz_of_big_vision_is_read(tmp_path, stacked, half):
     tensors = dict(conversion.LazyTensors(SIGLIP, tiny_models.params(SIGLIP), name_tables.BIG_VISION))
+    assert tensors["t"].shape == tensors["b"].shape == (1,) and tensors["img/MAPHead_0/probe"].shape == (1, 1, 128)
     if stacked:  # layout with a scan over layers
         layers = {name: x for name, x in tensors.items() if "encoderblock_0" in name}
         for name in layers:
@@ -62,6 +63,22 @@ def test_lit_npz_of_big_vision_is_read(tmp_path, form):
     assert found.config.model == architecture
     assert found.config.preprocess == dataclasses.replace(SIGLIP_PREPROCESS, implementation="openai")
     jax.tree.map(np.testing.assert_array_equal, found.params, params)
+
+
+def test_heads_of_big_vision_are_those_of_the_file(tmp_path):
+    np.savez(tmp_path / "w.npz", **conversion.LazyTensors(SIGLIP, tiny_models.params(SIGLIP), name_tables.BIG_VISION))
+    heads = SIGLIP.image.heads, SIGLIP.text.heads
+    assert reading.read(tmp_path / "w.npz", heads=heads).config.model == SIGLIP
+    message = rf"heads of the image tower: expected {heads[0]}, got {2 * heads[0]}"
+    with pytest.raises(ValueError, match=message):
+        reading.read(tmp_path / "w.npz", heads=(2 * heads[0], heads[1]))
+
+
+def test_archive_behind_other_bytes_is_not_npz(tmp_path):
+    np.savez(tmp_path / "w.npz", x=np.ones(3))
+    (tmp_path / "w.npz").write_bytes(b"ZZ" + (tmp_path / "w.npz").read_bytes())
+    with pytest.raises(ValueError, match="expected one of the formats"):
+        reading.read(tmp_path / "w.npz")
 
 
 @pytest.mark.parametrize(

@@ -228,6 +228,26 @@ def test_fingerprint_depends_on_the_position_of_every_element():
     assert int(fingerprint(one)) != int(fingerprint(other))
 
 
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float16])
+def test_fingerprint_depends_on_the_order_of_opposite_numbers(dtype):
+    """A number and its negative differ in the highest bit, which linear checksums multiply by even differences."""
+    x = np.arange(1, 65).repeat(2) * np.tile([1, -1], 64)
+    prints = [
+        int(fingerprint({"x": x[_swapped(128, first, second)].astype(dtype)}))
+        for first, second in ((0, 0), (0, 1), (2, 3), (2, 19), (64, 127))
+    ]
+    assert len(set(prints)) == len(prints)
+
+
+def test_checkpoint_of_another_version_is_refused_and_kept(checkpoints):
+    _save(checkpoints, 1)
+    path = checkpoints.directory / "1" / "info" / "metadata"
+    path.write_text(path.read_text().replace('"version": 2', '"version": 1'))
+    with pytest.raises(ValueError, match="expected a checkpoint of version 2, got 1; finish the run"):
+        checkpoints.restore(_abstract(_state()))
+    assert checkpoints.steps() == [1]
+
+
 def _swapped(count, first, second):
     order = np.arange(count)
     order[[first, second]] = second, first

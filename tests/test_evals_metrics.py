@@ -253,7 +253,9 @@ def test_targets_of_the_wrong_kind_are_refused(name, predictions, message):
         ({"targets": np.array([0, 1, 2])}, r"of scores\[2, 3\], got \[3\]"),
         ({"targets": np.array([0, 3])}, "class ids from 0 to 2, got 0 to 3"),
         ({"targets": np.array([-1, 2])}, "got -1 to 2"),
+        ({"scores": np.zeros(2)}, "class ids from 0 to 1, got 0 to 2"),
         ({"groups": np.zeros(3, int)}, r"groups: expected int\[2\], one per example, got shape \[3\]"),
+        ({"groups": np.zeros(1, int)}, r"groups: expected int\[2\], one per example, got shape \[1\]"),
         ({"ignored": np.zeros((2, 3), bool)}, r"multi-label targets bool\[2, 3\]"),
     ],
 )
@@ -316,15 +318,25 @@ def test_every_metric_is_inside_its_interval_which_the_seed_determines(name):
     )
     assert 0 <= first.low < first.high <= 1 and first.low <= METRICS[name](predictions) <= first.high
     assert first == again
+    assert bootstrap_metric(METRICS[name], predictions, resamples=9) == bootstrap_metric(
+        METRICS[name], predictions, resamples=9, seed=0
+    )
     assert set(others) != {first}  # another seed may give the same interval of a discrete metric
 
 
 def test_the_seed_determines_the_interval_of_a_mean():
     values = example("map").scores[:, 0]
     assert bootstrap_interval(values, seed=5) == bootstrap_interval(values, seed=5) != bootstrap_interval(values)
+    assert bootstrap_interval(values, seed=0) == bootstrap_interval(values)
     assert bootstrap_interval(values) == pytest.approx(
         values.mean() + np.array([-1.96, 1.96]) * values.std() / N**0.5, abs=0.01
     )
+
+
+def test_a_mean_of_equal_hits_has_the_exact_interval():
+    for value in (0, 1):
+        assert intervals.mean_interval(np.full(30, value, float)) == exact_interval(30 * value, 30)
+    assert intervals.mean_interval(np.full(30, 0.5)) == (0.5, 0.5)
 
 
 def test_strata_keep_their_sizes():

@@ -202,6 +202,17 @@ def test_map_by_index_equals_clip_benchmarks():
     assert METRICS["map"](Predictions(scores, targets)) == pytest.approx(((1 + 1 / 2) / 2 + 2 / 3) / 2)
 
 
+def test_tied_positives_alone_have_an_average_precision_of_1():
+    scores, targets = np.array([[1.0], [1], [0]]), np.array([[True], [True], [False]])
+    assert METRICS["map"](Predictions(scores, targets)) == 1
+
+
+def test_a_positive_without_a_finite_score_is_last_also_by_index():
+    candidates = np.array([[1.0, 0], [0, 1], [np.nan, 0]], np.float32)
+    found = ranking.ranks(candidates[:1], candidates, (np.array([0]), np.array([2])))
+    assert [x.tolist() for x in found] == [[2], [0], [0], [1]]
+
+
 @pytest.mark.parametrize("difference, rank", [(0, None), (1e-9, 0), (-1e-9, 1)])
 def test_float64_decides_who_is_first(difference, rank):
     """Cosines that differ by 1e-9 are no tie, and no float32 distinguishes them."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from clip_jax import config as configs
-from clip_jax.losses import LOSSES, ContrastiveLoss, SigmoidLoss, SoftmaxLoss
+from clip_jax.losses import LOSSES, ContrastiveLoss, SigmoidLoss, SoftmaxLoss, ring
 
 SOFTMAX = SoftmaxLoss()
 
@@ -48,6 +48,12 @@ def test_equal_embeddings_have_the_logarithm_of_the_batch_size_as_loss():
     rows = jnp.tile(jnp.eye(1, 4), (32, 1))
     loss, _ = SOFTMAX(rows, rows, jnp.float32(100))
     np.testing.assert_allclose(loss, np.log(32), rtol=1e-6)
+
+
+def test_groups_are_the_largest_divisor_that_fits():
+    fitting = [ring.group_size(8, ring.BLOCK_BYTES // parts) for parts in (8, 7, 4, 3, 2, 1)]
+    assert fitting == [8, 4, 4, 2, 2, 1]
+    assert ring.group_size(6, ring.BLOCK_BYTES // 5) == 3 and ring.group_size(8, 2 * ring.BLOCK_BYTES) == 1
 
 
 def test_equal_embeddings_have_accuracy_0():

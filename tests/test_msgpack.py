@@ -161,6 +161,15 @@ def test_newer_version_is_refused(file):
         msgpack.read(file)
 
 
+def test_older_version_is_refused(file):
+    content = serialization.msgpack_restore(file.read_bytes())
+    content["version"] = 0
+    content["sha256"] = msgpack._checksum(content)
+    file.write_bytes(serialization.msgpack_serialize(content))
+    with pytest.raises(ValueError, match="damaged"):
+        msgpack.read(file)
+
+
 def test_unknown_config_key_is_an_error_with_its_name(file):
     """The checksum is recomputed, so only the key is wrong."""
     content = serialization.msgpack_restore(file.read_bytes())

@@ -226,6 +226,29 @@ def test_adafactor_state_is_at_most_3_percent_larger_than_the_parameters():
     assert total < sum(leaf.size for leaf in jax.tree.leaves(state)) < 1.03 * total
 
 
+def test_moments_in_float16_have_the_documented_units():
+    """The gradient 1 has moments of (1 - b1) and (1 - b2); the second is stored as its root."""
+    params = {"x": jnp.ones((2, 2))}
+    config = {
+        "warmup_steps": 0,
+        "moment_dtype": "float16",
+        "stochastic_rounding": False,
+        "max_grad_norm": 0.0,
+        "b1": 0.75,
+        "b2": 0.9375,
+    }
+    for name, expected in (("adamw", {"mu": 0.25 * 2**12, "nu": 0.25 * 2**12}), ("adafactor", {"ema": 0.25})):
+        _, state = _updates(OptimConfig(name, **config), [params], params)
+        found = {
+            path[-2].name: x.astype(np.float32)
+            for path, x in jax.tree.leaves_with_path(state)
+            if x.dtype == jnp.float16
+        }
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            np.testing.assert_allclose(found[key], value, rtol=2**-10)
+
+
 HALVES = [("float32", ""), ("bfloat16", "^text/"), ("float16", "^text/")]
 
 

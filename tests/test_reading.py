@@ -30,6 +30,7 @@ from clip_jax.interop import (
     reading,
     torch_file,
 )
+from clip_jax.tokenizers import ClipBPE
 from tests import tiny_models, tiny_tokenizers
 
 TINY = {name: model for name, model in tiny_models.ARCHITECTURES.items() if name != "siglip_timm"}
@@ -103,6 +104,7 @@ def test_wrong_shapes_and_dtypes_are_errors_with_the_tensor_name(table, name):
 
 def test_transposed_rectangular_matrix_is_an_error():
     tensors = _tensors("vit", "openai")
+    assert all(x.ctypes.data % 64 == 0 for x in jax.tree.leaves(_from_tensors("vit", tensors, "openai")))  # for JAX
     with pytest.raises(ValueError, match=r"text_projection: expected shape \(64, 32\) for .*, got \(32, 64\)"):
         _from_tensors("vit", tensors | {"text_projection": tensors["text_projection"].T}, "openai")
 
@@ -177,7 +179,9 @@ def test_truncated_safetensors_are_refused(tmp_path, kept):
         reading.read(tmp_path / "w.safetensors", activation="gelu")
 
 
-@pytest.mark.parametrize("content", [b"GIF89a....................", b"<html>not found</html>....", b"{}"])
+@pytest.mark.parametrize(
+    "content", [b"GIF89a....................", b"P6 2 2 255 ............", b"<html>not found</html>....", b"{}"]
+)
 def test_unknown_files_are_refused_with_the_known_formats(tmp_path, content):
     (tmp_path / "w").write_bytes(content)
     with pytest.raises(ValueError, match="w: expected one of the formats flax, torch, safetensors.*, got a file that"):
@@ -194,6 +198,24 @@ def test_unsupported_towers_are_refused_with_a_tensor_name(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------- configuration
+
+
+def test_one_tower_alone_is_refused_by_default(tmp_path):
+    tensors = {name: x for name, x in _tensors("vit", "openai").items() if not name.startswith("visual.")}
+    save_file(tensors, tmp_path / "text.safetensors")
+    given = {"activation": "quick_gelu", "heads": (2, 1)}
+    with pytest.raises(ValueError, match="expected weights of both towers, got none of the image tower"):
+        reading.read(tmp_path / "text.safetensors", **given)
+    found = reading.read(tmp_path / "text.safetensors", one_tower=True, **given)
+    jax.tree.map(np.testing.assert_array_equal, found.params["text"], tiny_models.params(VIT)["text"])
+
+
+@pytest.mark.parametrize("change", [sorted, lambda lines: sorted(lines, reverse=True), lambda lines: lines])
+def test_merges_in_another_order_are_not_clip_s(tmp_path, change):
+    lines = ClipBPE().as_huggingface()[1]
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *change(list(lines)), ""]))
+    found, content = reading._tokenizer(MODELS["vit_b32"], tmp_path)
+    assert (found == TokenizerConfig() and not content) == (change(list(lines)) == lines)
 
 
 def test_unknown_activation_is_an_error_and_not_guessed(tmp_path):
@@ -350,6 +372,7 @@ def test_position_embeddings_are_resized_as_in_open_clip():
     # The center of position 16 of 33 is that of position 38 of 77.
     np.testing.assert_allclose(resized["text"]["positional_embedding"][16], text[38], atol=1e-5)
     assert positions.resize(VIT, params) == (VIT, params)
+    assert positions.resize(VIT, params, context_length=3)[1]["text"]["positional_embedding"].shape == (3, 64)
 
 
 @pytest.mark.parametrize(

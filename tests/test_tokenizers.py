@@ -133,7 +133,7 @@ def test_shortcut_for_complete_words_equals_merging(bpe):
 def test_both_merge_algorithms_give_the_same_ids(bpe):
     rng = random.Random(0)
     for length in range(1, 130):
-        ids = [256 * (place == length - 1) + rng.choice(range(64, 90)) for place in range(length)]
+        ids = [256 * (place == length - 1) + rng.choice([0, *range(64, 90)]) for place in range(length)]
         assert bpe_module._merge(list(ids), bpe._merges) == list(bpe_module._merge_long(list(ids), bpe._merges))
 
 
@@ -205,6 +205,10 @@ def test_sentencepiece_without_start_and_padding_pads_with_the_end_token():
     row = tokenizer(["a red dog"])[0]
     assert row[0] != 1 and row[-1] == tokenizer.pad_id == tokenizer.eos_id == 1
     assert tokenizer.decode(row) == "a red dog"
+
+
+def test_sentencepiece_may_have_end_token_0():
+    assert SentencePiece(sentencepiece_model(eos_id=0, unk_id=2), length=24)(["a red dog"])[0, -1] == 0
 
 
 def test_sentencepiece_truncates_before_the_end_token_or_raises():

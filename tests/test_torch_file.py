@@ -21,6 +21,7 @@ TENSORS = {
     "a.weight": np.arange(12, dtype=np.float32).reshape(3, 4),
     "b": np.float32([7.5]),
     "scalar": np.array(2.5, "f4"),
+    "empty": np.zeros((0, 3), "f4"),
 }
 
 
@@ -36,6 +37,8 @@ def test_round_trip(file):
     for name, array in TENSORS.items():
         assert found[name].shape == array.shape and found[name].dtype == np.float32
         np.testing.assert_array_equal(found[name], array)
+    with zipfile.ZipFile(file) as archive:  # zip64, for tensors above 2 GiB
+        assert all(member.extract_version == 45 for member in archive.infolist() if "/data/" in member.filename)
 
 
 def test_tensors_are_read_only_views_of_the_file(file):
@@ -182,7 +185,7 @@ def test_damaged_pickle_raises_only_value_errors(file, tmp_path):
     ("content", "message"),
     [
         (b"", "expected a torch file"),
-        (b"hello world, this is text", "expected a torch file, got a file that starts with b'hello world,"),
+        (b"hello world, this is text", "expected a torch file, got a file that starts with b'hello world,'"),
         (pickle.dumps({"a": 1}, 2), "expected a torch file, got another pickle"),
     ],
 )
@@ -275,5 +278,27 @@ def _doubled_at_each_level():
 )
 def test_pickle_that_contains_itself_is_refused(tmp_path, content):
     path = _archive(tmp_path / "w.pt", pickle.dumps(content, 2))
-    with pytest.raises(ValueError, match=r"w\.pt: expected .* containers, got more"):
+    message = r"w\.pt: expected at most 1,048,576 values in 64 nested containers, got more"
+    with pytest.raises(ValueError, match=message):
         torch_file.read(path)
+
+
+def test_limits_of_containers_are_exact(monkeypatch):
+    monkeypatch.setattr(torch_file, "_MAX_VALUES", 10)
+    assert len(torch_file._named_tensors({str(i): np.ones(1) for i in range(9)})) == 9  # and the dict
+    with pytest.raises(torch_file.Refused, match="at most 10 values"):
+        torch_file._named_tensors({str(i): np.ones(1) for i in range(10)})
+    monkeypatch.undo()
+    nested = np.ones(1)
+    for _ in range(64):
+        nested = {"a": nested}
+    assert len(torch_file._named_tensors(nested)) == 1
+    with pytest.raises(torch_file.Refused, match="in 64 nested containers"):
+        torch_file._named_tensors({"a": nested})
+
+
+def test_archive_without_a_pickle_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "w.pt", "w") as archive:
+        archive.writestr("archive/version", "3")
+    with pytest.raises(ValueError, match=r"expected a torch zip archive with one data\.pkl, got 0"):
+        torch_file.read(tmp_path / "w.pt")

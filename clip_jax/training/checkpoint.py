@@ -27,10 +27,12 @@ from orbax.checkpoint import checkpoint_managers
 from clip_jax.devices import distributed
 from clip_jax.models import tree_path
 from clip_jax.paths import is_url
-from clip_jax.training.rounding import element_index
+from clip_jax.training.rounding import element_index, mix
 from clip_jax.training.workdir import check_writable
 
 log = logging.getLogger(__name__)
+
+VERSION = 2  # of a checkpoint; 1 had another fingerprint
 
 
 class SaveFailed(RuntimeError):
@@ -81,7 +83,7 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
-        info = info | {"arrays": _describe(state), "fingerprint": int(fingerprint(state))}
+        info = info | {"arrays": _describe(state), "fingerprint": int(fingerprint(state)), "version": VERSION}
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), info=ocp.args.JsonSave(info))
         with _save_errors(self.directory, f"the checkpoint of step {step}"):
             if not self._manager.save(step, args=items, force=True):
@@ -144,7 +146,13 @@ class Checkpoints:
         with _read_errors():
             info = self._manager.restore(step, args=ocp.args.Composite(info=ocp.args.JsonRestore())).info
             found = info["arrays"]
-        _check_same_arrays(found, _describe(abstract_state), f"{self.directory}/{step}")
+        where = f"{self.directory}/{step}"
+        if (version := info.get("version", 1)) != VERSION:
+            raise ValueError(
+                f"{where}: expected a checkpoint of version {VERSION}, got {version}; finish the run with the"
+                " clip_jax that wrote it, or start another from its weights (init.weights)"
+            )
+        _check_same_arrays(found, _describe(abstract_state), where)
         with _read_errors():
             items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
             state = self._manager.restore(step, args=items).state
@@ -166,9 +174,10 @@ class Checkpoints:
 
 @jax.jit
 def fingerprint(tree: PyTree) -> UInt32[Array, ""]:
-    """Return a checksum of all arrays, Σ bits(x_i)·(2i+1) mod 2³² per leaf, independent of the sharding.
+    """Return a checksum of all arrays, Σ mix(bits(x_i) + 0x9E3779B9·i) mod 2³² per leaf, independent of the sharding.
 
-    Odd factors are invertible modulo 2³², so a change of one element always changes the checksum.
+    `mix` and odd factors are invertible modulo 2³², so a change of one element always changes the checksum. Any other
+    change is missed with probability 2⁻³²: sums that are linear in the bits missed swaps of neighbors x and −x.
     """
     total = jnp.uint32(0)
     for position, leaf in enumerate(jax.tree.leaves(tree)):
@@ -181,7 +190,7 @@ def _leaf_fingerprint(x: Array) -> UInt32[Array, ""]:
         x = x.astype(jnp.uint8)
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
     bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-    return jnp.sum(bits * (2 * element_index(bits.shape) + 1), dtype=jnp.uint32)
+    return jnp.sum(mix(bits + element_index(bits.shape) * jnp.uint32(0x9E3779B9)), dtype=jnp.uint32)
 
 
 class _Damaged(Exception):
