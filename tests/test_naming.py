@@ -1,6 +1,8 @@
 """Detection of a model among the tensors of a checkpoint: prefixes, averages, tensors of other modules."""
 
+import json
 import logging
+import pathlib
 import re
 
 import numpy as np
@@ -105,6 +107,25 @@ def test_adapter_alone_is_refused_by_name():
     name = "base_model.model.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight"
     with pytest.raises(ValueError, match=f"f: tensor {name}: expected the plain weights of a model, got adapters"):
         naming.detect_naming({name: ONE}, "f")
+
+
+def _shapes():
+    """Return name and shape of every tensor of a small model in every naming."""
+    models = {"OpenAI": ("vit", "resnet"), "Hugging Face": ("vit",), "Hugging Face Flax": ("vit",)}
+    return {
+        f"{known.title} {name}": conversion.LazyTensors(tiny_models.ARCHITECTURES[name], {}, known.table).shapes
+        for known in naming.NAMINGS
+        for name in models.get(known.title, ("siglip",))
+    }
+
+
+def test_names_and_shapes_of_tensors_are_those_that_the_libraries_read():
+    """Recorded from `_shapes` when tests/peers/test_files.py passed, which loads them with the libraries."""
+    recorded = json.loads((pathlib.Path(__file__).parent / "golden/tensor_shapes.json").read_text())
+    found = {title: {name: list(shape) for name, shape in shapes.items()} for title, shapes in _shapes().items()}
+    assert found.keys() == recorded.keys()
+    for title, shapes in found.items():
+        assert shapes == recorded[title], title
 
 
 @pytest.mark.parametrize("prefix", ["state_dict.module.", "ema.", "model.clip."])

@@ -22,6 +22,7 @@ from clip_jax.config import (
 from clip_jax.interop import (
     conversion,
     directory,
+    formats,
     hub,
     msgpack,
     name_tables,
@@ -415,6 +416,10 @@ def test_openai_model_names_are_found_in_the_cache_of_openai_code(tmp_path, monk
     file.touch()
     assert hub.locate("rn50") == file
     assert hub.locate("~/x.msgpack") == tmp_path / "x.msgpack"
+
+
+def test_formats_of_clip_jax_alone_are_written_to_urls():
+    assert {name for name, entry in formats.FORMATS.items() if entry.writes_urls} == {"npz", "msgpack"}
 
 
 def test_url_is_refused():

@@ -4,6 +4,10 @@ import sys
 import types
 import warnings
 
+import jax
+
+jax.config.update("jax_disable_most_optimizations", False)  # the program that users run
+
 
 def _import_peers() -> None:
     import torch
