@@ -49,6 +49,13 @@ def test_draws_are_uniform_and_depend_on_every_word():
         assert abs(np.corrcoef(u, v)[0, 1]) < CORRELATION_BOUND
 
 
+def test_the_finalizer_is_that_of_splitmix64():
+    """The first numbers of SplitMix64 from state 0: the finalizer of multiples of its increment."""
+    with np.errstate(over="ignore"):
+        found = order._mix(np.arange(1, 4, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    assert found.tolist() == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+
+
 def test_draws_depend_on_the_order_of_words():
     assert order.draw(order.FEATURE, 1, 2)[0] != order.draw(order.FEATURE, 2, 1)[0]
 

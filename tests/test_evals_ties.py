@@ -183,6 +183,16 @@ def test_zeroshot_by_index_equals_argmax():
     assert metrics["zeroshot/toy/top1"] == pytest.approx(np.mean(right * share))
 
 
+def test_random_orders_predict_each_of_the_tied_classes_equally_often():
+    scores = np.array([[1.0, 1, 1, 0], [0, 1, 0, 1], [0, 0, 1, 0]])
+    predictions, rng = Predictions(scores, np.array([1, 0, 2])), np.random.default_rng(0)
+    predicted = np.stack([predictions.break_ties(rng).predicted for _ in range(2000)])
+    frequencies = np.mean(predicted[:, :, None] == np.arange(4), 0)
+    expected = np.array([[1 / 3, 1 / 3, 1 / 3, 0], [0, 1 / 2, 0, 1 / 2], [0, 0, 1, 0]])
+    np.testing.assert_array_equal(frequencies > 0, expected > 0)
+    np.testing.assert_allclose(frequencies, expected, atol=5 * (0.25 / 2000) ** 0.5)
+
+
 def test_two_pairs_of_equal_names_cost_a_perfect_model_half_of_their_images():
     """ImageNet's: missile and sunglasses occur twice. 998 classes are certain, four are right in half of the cases."""
     width = 1000
@@ -205,6 +215,11 @@ def test_map_by_index_equals_clip_benchmarks():
 def test_tied_positives_alone_have_an_average_precision_of_1():
     scores, targets = np.array([[1.0], [1], [0]]), np.array([[True], [True], [False]])
     assert METRICS["map"](Predictions(scores, targets)) == 1
+
+
+def test_rows_without_a_length_are_nan():
+    assert np.isnan(ranking.unit(np.array([[0.0, 0], [1e-200, 0], [np.inf, 1]]))).all()  # the second underflows
+    np.testing.assert_array_equal(ranking.unit(np.array([[3.0, 4]])), np.float32([[0.6, 0.8]]))
 
 
 def test_a_positive_without_a_finite_score_is_last_also_by_index():

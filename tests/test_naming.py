@@ -1,6 +1,8 @@
 """Detection of a model among the tensors of a checkpoint: prefixes, averages, tensors of other modules."""
 
+import json
 import logging
+import pathlib
 import re
 
 import numpy as np
@@ -107,6 +109,25 @@ def test_adapter_alone_is_refused_by_name():
         naming.detect_naming({name: ONE}, "f")
 
 
+def _shapes():
+    """Return name and shape of every tensor of a small model in every naming."""
+    models = {"OpenAI": ("vit", "resnet"), "Hugging Face": ("vit",), "Hugging Face Flax": ("vit",)}
+    return {
+        f"{known.title} {name}": conversion.LazyTensors(tiny_models.ARCHITECTURES[name], {}, known.table).shapes
+        for known in naming.NAMINGS
+        for name in models.get(known.title, ("siglip",))
+    }
+
+
+def test_names_and_shapes_of_tensors_are_those_that_the_libraries_read():
+    """Recorded from `_shapes` when tests/peers/test_files.py passed, which loads them with the libraries."""
+    recorded = json.loads((pathlib.Path(__file__).parent / "golden/tensor_shapes.json").read_text())
+    found = {title: {name: list(shape) for name, shape in shapes.items()} for title, shapes in _shapes().items()}
+    assert found.keys() == recorded.keys()
+    for title, shapes in found.items():
+        assert shapes == recorded[title], title
+
+
 @pytest.mark.parametrize("prefix", ["state_dict.module.", "ema.", "model.clip."])
 def test_wrapped_weights_are_read_from_files(tmp_path, prefix):
     expected = tiny_models.params(MODEL)
@@ -115,7 +136,7 @@ def test_wrapped_weights_are_read_from_files(tmp_path, prefix):
     torch_file.write(tmp_path / "w.pt", wrapped)
     save_file({name: np.ascontiguousarray(tensor) for name, tensor in wrapped.items()}, tmp_path / "w.safetensors")
     for file, kind in (("w.pt", "torch"), ("w.safetensors", "safetensors")):
-        found = reading.read(tmp_path / file, activation="gelu", prefix=prefix, heads=(2, 1))
+        found = reading.read(tmp_path / file, activation="gelu", prefix=prefix, heads=(2, 1), preprocess="openai")
         assert found.format == f"OpenAI names, {kind}, below {prefix!r}" and found.config.model == MODEL
         for name, array in conversion.flat(expected).items():
             np.testing.assert_array_equal(conversion.flat(found.params)[name], array)

@@ -208,6 +208,12 @@ def test_one_pair_has_a_finite_loss_and_unequal_numbers_need_ids(name):
         _loss(name)(image, np.concatenate([text, text]), jnp.float32(SCALE))
 
 
+def test_a_loss_that_depends_on_the_bias_needs_one(name):
+    inputs = (*_embeddings(), jnp.float32(SCALE))
+    depends = float(_loss(name)(*inputs, 0.0)) != float(_loss(name)(*inputs, 1.0))
+    assert LOSSES[name].needs_logit_bias == depends
+
+
 def test_the_order_of_the_pairs_does_not_matter(name):
     image, text = _embeddings()
     order = np.random.default_rng(2).permutation(BATCH)
