@@ -1,13 +1,12 @@
 """Runs CLIP_benchmark's command and clip_jax's on the same weights and data.
 
-CLIP_benchmark 1.6.2 does not run as it is: its `accuracy` raises TypeError with NumPy 2.4, and its linear probe needs
-CUDA. `main` replaces the former by the same formula and lets the latter run on the CPU; the rest is its own code.
+CLIP_benchmark 1.6.2 does not run as it is: its `accuracy` raises TypeError with NumPy 2.4. `main` replaces it by the
+same formula; the rest is its own code.
 """
 
 import importlib
 import io
 import json
-import math
 import os
 import pathlib
 import subprocess
@@ -25,11 +24,6 @@ METRICS = {  # names in CLIP_benchmark's reports by task, and ours
         f"{retrieved}_retrieval_recall@{k}": f"retrieval/{{}}/{way}/recall_at_{k}"
         for way, retrieved in (("image_to_text", "text"), ("text_to_image", "image"))
         for k in (1, 5, 10)
-    },
-    "linear_probe": {
-        "lp_acc1": "linear_probe/{}/top1",
-        "lp_acc5": "linear_probe/{}/top5",
-        "lp_mean_per_class_recall": "linear_probe/{}/mean_per_class",
     },
 }
 
@@ -51,16 +45,16 @@ def write_split(folder: pathlib.Path, split: str, images, targets, *, class_name
                 tar.addfile(member, io.BytesIO(content))
 
 
-def clip_benchmark(weights: pathlib.Path, data: pathlib.Path, datasets, task: str = "auto") -> dict[str, float]:
+def clip_benchmark(weights: pathlib.Path, data: pathlib.Path, datasets) -> dict[str, float]:
     """Return the metrics of CLIP_benchmark's command on `<data>/wds_<dataset>`, by our names."""
-    command = [sys.executable, "-O", __file__, "eval", "--no_amp", "--quiet"]
-    command += [f"--model=local-dir:{weights}", "--pretrained=none", "--num_workers=0", f"--task={task}"]
+    command = [sys.executable, __file__, "eval", "--no_amp", "--quiet"]
+    command += [f"--model=local-dir:{weights}", "--pretrained=none", "--num_workers=0"]
     command += [f"--dataset_root={data}/wds_{{dataset}}", f"--output={data}/{{dataset}}-{{task}}.json"]
-    command += [f"--feature_root={data}", "--recall_k", "1", "5", "10", "--dataset", *(f"wds/{d}" for d in datasets)]
-    _run([*command, *(["--train_split=kept", "--val_split=validation"] if task == "linear_probe" else [])])
+    command += ["--recall_k", "1", "5", "10", "--dataset", *(f"wds/{d}" for d in datasets)]
+    _run(command)
     metrics = {}
     for dataset in datasets:
-        for path in data.glob(f"{dataset}-{task if task != 'auto' else 'zeroshot_*'}.json"):
+        for path in data.glob(f"{dataset}-*.json"):
             found = json.loads(path.read_text())
             names = METRICS[found["task"]]
             metrics |= {name.format(dataset): found["metrics"][theirs] for theirs, name in names.items()}
@@ -74,31 +68,6 @@ def clip_jax(weights: pathlib.Path, data: pathlib.Path, datasets, *evaluators: s
     command += [f"--datasets={','.join(datasets)}", f"--evaluators={','.join(evaluators)}", "--cache_dir="]
     _run([*command, "--protocol=published"])
     return json.loads((data / "evaluation/report.json").read_text())
-
-
-def scikit_learn_probe(model, transform, train, test, report, dataset: str) -> float:
-    """Return the accuracy of scikit-learn's probe with the l2 of clip_jax's report, on open_clip's features.
-
-    The features are those before the projection. train, test: images and class ids.
-    """
-    import torch
-    from PIL import Image
-    from sklearn.linear_model import LogisticRegression
-
-    def features(images):
-        pixels = [transform(Image.open(io.BytesIO(image)).convert("RGB")) for image in images]
-        with torch.no_grad():
-            return torch.cat(
-                [model.encode_image(torch.stack(pixels[i : i + 256])) for i in range(0, len(pixels), 256)]
-            ).numpy()
-
-    l2 = float(report[f"run/descriptions.linear_probe/{dataset}"].partition("l2=")[2].split()[0])
-    l2 = 10 ** (round(8 * math.log10(l2)) / 8)  # the report rounds the value of the search, 8 per decade
-    projection, model.visual.proj = model.visual.proj, None
-    fitted = LogisticRegression(C=1 / l2, tol=1e-6, max_iter=10_000).fit(features(train[0]), train[1])
-    score = fitted.score(features(test[0]), test[1])
-    model.visual.proj = projection
-    return score
 
 
 def _run(command: list[str]) -> None:
@@ -118,12 +87,10 @@ def main() -> None:
     """Run CLIP_benchmark's command."""
     importlib.import_module("conftest")  # imports torchvision without CUDA
 
-    import torch
     from clip_benchmark import cli
-    from clip_benchmark.metrics import linear_probe, zeroshot_classification
+    from clip_benchmark.metrics import zeroshot_classification
 
-    zeroshot_classification.accuracy = linear_probe.accuracy = accuracy
-    torch.nn.Module.cuda = torch.Tensor.cuda = lambda self: self  # `python -O` ignores `assert device == "cuda"`
+    zeroshot_classification.accuracy = accuracy
     sys.exit(cli.main())
 
 

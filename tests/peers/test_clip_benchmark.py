@@ -1,7 +1,6 @@
 """Zero-shot classification and retrieval against CLIP_benchmark, with open_clip's model of the same weights.
 
-Its command `clip_benchmark eval` against `clip_jax.evaluate`, and the functions behind it. At scale, and for linear
-probes: benchmarks/published.py.
+Its command `clip_benchmark eval` against `clip_jax.evaluate`, and the functions behind it.
 """
 
 import io
