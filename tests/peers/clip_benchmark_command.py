@@ -14,7 +14,7 @@ import sys
 import tarfile
 
 ROOT = pathlib.Path(__file__).parents[2]
-METRICS = {  # names in CLIP_benchmark's reports by task, and ours
+METRICS = {  # by task: names in CLIP_benchmark's reports and in clip_jax's
     "zeroshot_classification": {
         "acc1": "zeroshot/{}/top1",
         "acc5": "zeroshot/{}/top5",
@@ -46,7 +46,7 @@ def write_split(folder: pathlib.Path, split: str, images, targets, *, class_name
 
 
 def clip_benchmark(weights: pathlib.Path, data: pathlib.Path, datasets) -> dict[str, float]:
-    """Return the metrics of CLIP_benchmark's command on `<data>/wds_<dataset>`, by our names."""
+    """Return the metrics of CLIP_benchmark's command on `<data>/wds_<dataset>`, by clip_jax's names."""
     command = [sys.executable, __file__, "eval", "--no_amp", "--quiet"]
     command += [f"--model=local-dir:{weights}", "--pretrained=none", "--num_workers=0"]
     command += [f"--dataset_root={data}/wds_{{dataset}}", f"--output={data}/{{dataset}}-{{task}}.json"]
@@ -57,7 +57,7 @@ def clip_benchmark(weights: pathlib.Path, data: pathlib.Path, datasets) -> dict[
         for path in data.glob(f"{dataset}-*.json"):
             found = json.loads(path.read_text())
             names = METRICS[found["task"]]
-            metrics |= {name.format(dataset): found["metrics"][theirs] for theirs, name in names.items()}
+            metrics |= {name.format(dataset): found["metrics"][source] for source, name in names.items()}
     return metrics
 
 
