@@ -107,12 +107,16 @@ $(LOWEST)/.installed-test: setup.py tests/lowest.txt | $(LOWEST)/bin/pip
 	@$(LOWEST)/bin/pip install -qq --no-deps $(PROMPTS)
 	@touch $@
 
+# CLIP_benchmark's command imports these, without their dependencies.
+CLIP_BENCHMARK := webdataset==1.0.2 braceexpand==0.1.7 pycocoevalcap==1.2
+
 # torch first, by itself: a CPU build where there is one. torchvision's wheel needs CUDA; only its Python code is used.
 $(PEERS)/.installed-peers: setup.py | $(PEERS)/bin/pip
 	@echo "installing the peers, torch included, into $(PEERS); the first time takes some minutes"
 	@$(PEERS)/bin/pip install -qq torch==2.13.0
 	@$(PEERS)/bin/pip install -qq --no-deps torchvision==0.28.0
 	@$(PEERS)/bin/pip install -qq -e '.[test,peers]'
+	@$(PEERS)/bin/pip install -qq --no-deps $(PROMPTS) $(CLIP_BENCHMARK)
 	@touch $@
 
 $(VENV)/bin/pip $(LOWEST)/bin/pip $(PEERS)/bin/pip:

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int32, UInt8
 
 import clip_jax.training  # noqa: F401 (registers the format of runs)
-from clip_jax.config import MODELS, Preprocess, TokenizerConfig, WeightsConfig, name_of
+from clip_jax.config import MODELS, Preprocess, TokenizerConfig, WeightsConfig, check_name, name_of
 from clip_jax.evals.embed import average_prompts
 from clip_jax.interop import reading
 from clip_jax.models import make_model
@@ -26,14 +26,17 @@ from clip_jax.preprocess import ImageLike, preprocess_many
 from clip_jax.tokenizers import make_tokenizer
 from clip_jax.typing import Params, Tokenizer
 
-Images = Sequence[ImageLike] | UInt8[np.ndarray, "n H W 3"]
+Images = Sequence[ImageLike] | UInt8[np.ndarray, "n H W 3"] | UInt8[jax.Array, "n H W 3"]
 
 _MAX_BATCH = 64  # 64 images of 336 px need about 2 GiB of activations in ViT-L/14
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Clip:
-    """A CLIP model with its parameters. Images are PIL images, paths, encoded bytes, or uint8 arrays [H W 3].
+    """A CLIP model with its parameters. Images are PIL images, paths, encoded bytes, files, or uint8 arrays [H W 3].
+
+    A model can be pickled and copied, e.g. for worker processes; a copy compiles its functions again. Start processes
+    with 'spawn' or 'forkserver': a process that was forked after JAX started hangs.
 
     >>> model, images = random_model("emoji"), np.zeros((1, 48, 48, 3), np.uint8)
     >>> model.encode_image(images).shape, model.encode_text(["a dog", "a cat"]).shape
@@ -53,6 +56,10 @@ class Clip:
     _encode_image: Callable[..., jax.Array]
     _encode_text: Callable[..., jax.Array]
 
+    def __reduce__(self) -> tuple[Callable[..., Clip], tuple[Any, ...]]:
+        """Pickle without the compiled functions, which are made again from the configuration."""
+        return _from_parts, (self.config, self.params, self.tokenizer)
+
     def __repr__(self) -> str:
         size = self.config.model.image.image_size
         return f"<Clip {name_of(self.config.model)}: {count_parameters(self.params):,} parameters, {size} px images>"
@@ -62,7 +69,7 @@ class Clip:
 
         Raises:
           ValueError: if an image can't be decoded, with its index.
-          TypeError: for a single image instead of a sequence.
+          TypeError: for a single image instead of a sequence, or for an item that is no image, with its index.
         """
         self._check_parameters("image")
         size = self.config.model.image.image_size
@@ -77,27 +84,38 @@ class Clip:
 
         Raises:
           ValueError: for a text that exceeds the context length, unless the model was loaded with `truncate=True`.
-          TypeError: for a single text instead of a sequence.
+          TypeError: for a single text instead of a sequence, or for an item that is no text, with its index.
         """
         self._check_parameters("text")
-        return self._encode(self._encode_text, lambda batch, first: self.tokenizer(batch), _as_list(texts, "text"))
+        return self._encode(self._encode_text, lambda batch, first: self.tokenizer(batch), _as_texts(texts))
 
     def logits(self, images: Images, texts: Sequence[str]) -> Float[np.ndarray, "n m"]:
         """Return `scale * cosine + logit_bias` for every pair of image and text; models without a bias have 0."""
-        bias = np.asarray(self.params.get("logit_bias", 0.0), np.float32)
+        bias = np.float32(0.0) if self._logit_bias is None else self._logit_bias
         return self.scale * self.encode_image(images) @ self.encode_text(texts).T + bias
 
     def zero_shot(
-        self, images: Images, classes: Sequence[str], templates: Sequence[str] = ("a photo of a {}.",)
+        self,
+        images: Images,
+        classes: Sequence[str],
+        templates: Sequence[str] = ("a photo of a {}.",),
+        *,
+        probabilities: str = "",
     ) -> Float[np.ndarray, "n Q"]:
-        """Return class probabilities: softmax over classes of the scaled cosine with each class embedding.
+        """Return class probabilities, of the logits of each image with each class embedding.
 
         Args:
           templates: prompts with `{}` for the class name. A class embedding is the normalized mean over the prompts.
+          probabilities: 'softmax', which sums to 1 over the classes, or 'sigmoid', which is independent of the other
+            classes: `1 / (1 + exp(-logit))`, with the model's logit bias. By default that of the model's loss: sigmoid
+            for models with a logit bias (SigLIP), as in transformers' zero-shot-image-classification pipeline.
 
         Raises:
-          ValueError: for a template without `{}`.
+          ValueError: for a template without `{}`, or other `probabilities`.
         """
+        default = "softmax" if self._logit_bias is None else "sigmoid"
+        probabilities = probabilities or default
+        check_name("probabilities", probabilities, ("softmax", "sigmoid"))
         templates = _as_list(templates, "template")
         if wrong := [template for template in templates if "{}" not in template]:
             raise ValueError(
@@ -106,6 +124,9 @@ class Clip:
         prompts = [template.replace("{}", name) for name in _as_list(classes, "class") for template in templates]
         class_QE = average_prompts(self.encode_text(prompts), np.full(len(classes), len(templates)))
         logits_nQ = self.scale * self.encode_image(images) @ class_QE.T
+        if probabilities == "sigmoid":
+            logits_nQ = logits_nQ + (0.0 if self._logit_bias is None else self._logit_bias)
+            return 0.5 * (1 + np.tanh(0.5 * logits_nQ))  # 1 / (1 + exp(-logits)), without overflow
         exp_nQ = np.exp(logits_nQ - logits_nQ.max(axis=1, keepdims=True))
         return exp_nQ / exp_nQ.sum(axis=1, keepdims=True)
 
@@ -114,6 +135,10 @@ class Clip:
         """The factor between cosines and logits, `exp(logit_scale)`."""
         self._check_parameters("logit_scale")
         return np.exp(np.asarray(self.params["logit_scale"], np.float32))
+
+    @property
+    def _logit_bias(self) -> np.float32 | None:
+        return np.asarray(self.params["logit_bias"], np.float32)[()] if "logit_bias" in self.params else None
 
     def _check_parameters(self, name: str) -> None:
         if name not in self.params:
@@ -206,11 +231,16 @@ def random_model(name: str, seed: int = 0) -> Clip:
 
 
 def _clip(config: WeightsConfig, params: Params, truncate: bool) -> Clip:
-    text, functions = config.model.text, make_model(config.model, config.preprocess, dtype=_computation_dtype(params))
+    text = config.model.text
     if config.tokenizer.name != "clip_bpe" and not (config.tokenizer.path or config.tokenizer_file):
         tokenizer = _MissingTokenizer(text.vocab_size, text.context_length, 0, text.eos_id)
     else:
         tokenizer = make_tokenizer(config.tokenizer, text, truncate=truncate, tokenizer_file=config.tokenizer_file)
+    return _from_parts(config, params, tokenizer)
+
+
+def _from_parts(config: WeightsConfig, params: Params, tokenizer: Tokenizer) -> Clip:
+    functions = make_model(config.model, config.preprocess, dtype=_computation_dtype(params))
     encoders = (functions.encode_image, functions.encode_text)
     if "logit_scale" not in params:  # one tower alone; no tower uses the scale, but the module has it
         encoders = [_with_logit_scale(encode) for encode in encoders]
@@ -253,9 +283,18 @@ class _MissingTokenizer:
         )
 
 
+def _as_texts(items: Any) -> list[str]:
+    """Return texts as a list. An item that is no text is an error with its index."""
+    texts = _as_list(items, "text")
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"text {index}: expected a str, got {type(text).__name__}")
+    return texts
+
+
 def _as_list(items: Any, kind: str) -> list[Any]:
     """Return a sequence as a list. A single item is an error: strings and arrays are sequences of letters and rows."""
-    single_array = isinstance(items, np.ndarray) and items.ndim < 4
+    single_array = isinstance(items, (np.ndarray, jax.Array)) and items.ndim < 4
     if isinstance(items, (str, bytes, os.PathLike)) or single_array or not hasattr(items, "__len__"):
         raise TypeError(f"expected a sequence, e.g. a list with one {kind}, got one {type(items).__name__}")
     return list(items)

@@ -31,6 +31,24 @@ def check_local(name: str, path: str | os.PathLike[str]) -> None:
         )
 
 
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def check_not_pointer(path: str | os.PathLike[str]) -> None:
+    """Raise ValueError for a Git LFS pointer, a text of three lines that a clone without git-lfs has for large files.
+
+    Source: git-lfs `docs/spec.md`.
+
+    >>> check_not_pointer("/dev/null")
+    """
+    with open(path, "rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise ValueError(
+                f"{os.fspath(path)}: expected the file, got its Git LFS pointer; fetch it with git lfs pull, or the"
+                " repository with hf download"
+            )
+
+
 _KINDS = {stat.S_ISREG: "a file", stat.S_ISDIR: "a directory", stat.S_ISFIFO: "a FIFO", stat.S_ISSOCK: "a socket"}
 
 

@@ -3,16 +3,17 @@
 The shorter side is resized to `size`, the center is cropped, and the result becomes RGB; the model divides by 255 and
 normalizes on the device. `preprocess.resize` and `preprocess.resize_size` select other sides and sizes; an image that
 is then smaller than `size` is padded. Pillow antialiases and rounds to uint8 between its two passes: bicubic resizing
-of TensorFlow, JAX or torch gives other bytes. Pillow 13 resizes the height first if it shrinks more, so images more
-than twice as high as wide differ by a few levels from Pillow 12's. `preprocess.implementation` selects the pipeline:
+of TensorFlow, JAX or torch gives other bytes. The width is resized first, as in the code that published models were
+trained with, whatever Pillow is installed: Pillow 13 resizes the height of images more than twice as high as wide
+first, which changes a few levels. `preprocess.implementation` selects the pipeline:
   * openai: resize in the image's own mode (palette: nearest pixel), crop at `round((side - size) / 2)`, half to even,
     then convert to RGB. Alpha is dropped, so the hidden color of transparent pixels shows; 16-bit gray is clipped at
     255, which makes nearly every such image white. An odd padding has its larger half on the right and at the bottom.
     OpenAI's and open_clip's weights were trained with this.
   * huggingface: composite on white and convert to RGB, then resize; crop at `(side - size) // 2`, which differs
     if the margin is odd; an odd padding has its larger half on the left and at the top. This is the processor on PIL.
-    The one on torchvision pads as openai, and resizes the width first: mostly 0 or 1 of 255 apart, but up to 21 were
-    measured on noise that is higher than wide (Pillow 13).
+    The one on torchvision is at most 2 of 255 apart and pads as openai; with resample 0 (nearest) it has the other
+    neighbor where a pixel's center is exactly between two.
   * clip_jax: as openai, but transparency is composited on white and 16-bit gray keeps its high byte, as in training.
 
 None of them applies EXIF orientation; to apply it, call `PIL.ImageOps.exif_transpose` first. Sources: openai/CLIP
@@ -27,15 +28,17 @@ import io
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 from clip_jax.config import Preprocess
 
-# Encoded image, path, PIL image, or uint8[H W], [H W 3] or [H W 4].
-ImageLike = Image.Image | bytes | str | os.PathLike[str] | np.ndarray
+# Encoded image, path, file opened for reading, PIL image, or uint8[H W], [H W 3] or [H W 4].
+ImageLike = Image.Image | bytes | str | os.PathLike[str] | io.BufferedIOBase | np.ndarray | jax.Array
 
 _SIXTEEN_BIT = {"I;16": "<u2", "I;16L": "<u2", "I;16B": ">u2"}
 # A 1 × 10,000 image resized to 224 px on its shorter side would have 500 Mpx, 1.5 GB.
@@ -55,11 +58,12 @@ def preprocess(image: ImageLike, size: int, spec: Preprocess) -> UInt8[np.ndarra
 
     Raises:
       ValueError: if the image can't be decoded, or if it would have no or more than 100 Mpx after resizing.
+      TypeError: if it is no image.
       FileNotFoundError: if the path does not exist.
     """
-    opened = _BEFORE_RESIZE[spec.implementation](_open(image))
+    opened = _BEFORE_RESIZE[spec.implementation](open_image(image))
     shape = _resized_shape(opened.size, spec.resize_size or size, spec.resize)
-    resized = opened.resize(shape, Image.Resampling[spec.interpolation.upper()])
+    resized = _resized(opened, shape, Image.Resampling[spec.interpolation.upper()])
     if spec.implementation == "clip_jax":  # so that the color of the padding is one of RGB
         resized = resized.convert("RGB")
     return np.array(_center(resized, size, spec).convert("RGB"))
@@ -75,35 +79,41 @@ def preprocess_many(
       first: number of the first image in error messages, for chunks of a larger sequence.
 
     Raises:
-      ValueError: as `preprocess`, with the number of the image, from 0.
+      ValueError, TypeError: as `preprocess`, with the number of the image, from 0.
     """
     result = np.empty((len(images), size, size, 3), np.uint8)
 
     def fill_row(row: int) -> None:
         try:
             result[row] = preprocess(images[row], size, spec)
-        except ValueError as error:
-            raise ValueError(f"image {first + row}: {error}") from error
+        except (ValueError, TypeError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"image {first + row}: {error}") from error
 
     with concurrent.futures.ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         list(pool.map(fill_row, range(len(images))))  # raises the threads' errors
     return result
 
 
-def _open(image: ImageLike) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return image
-    if isinstance(image, np.ndarray):
+def open_image(image: Any) -> Image.Image:
+    """Return a decoded PIL image. Raises ValueError or TypeError as `preprocess`."""
+    if hasattr(image, "__array__") and not isinstance(image, Image.Image):  # of NumPy, JAX or torch
+        image = np.asarray(image)
         if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))):
             raise ValueError(
                 "pixels: expected uint8 of [H W], [H W 3] or [H W 4], 0 to 255, got"
                 f" {image.dtype}{list(image.shape)}; for floats in 0 to 1: (x * 255).round().astype('uint8')"
             )
         return Image.fromarray(image)
-    source = io.BytesIO(image) if isinstance(image, bytes) else pathlib.Path(image).expanduser()
-    name = f"{len(image):,} bytes" if isinstance(image, bytes) else os.fspath(image)
+    if not isinstance(image, (Image.Image, bytes, str, os.PathLike)) and not hasattr(image, "read"):
+        raise TypeError(f"expected a PIL image, a path, bytes, a file or a uint8 array, got {type(image).__name__}")
+    if isinstance(image, (str, os.PathLike)):
+        source, name = pathlib.Path(image).expanduser(), os.fspath(image)
+    else:
+        source = io.BytesIO(image) if isinstance(image, bytes) else image
+        name = f"{len(image):,} bytes" if isinstance(image, bytes) else type(image).__name__
     try:
-        opened = Image.open(source)
+        opened = source if isinstance(source, Image.Image) else Image.open(source)
         opened.load()
     except FileNotFoundError:
         raise
@@ -131,7 +141,23 @@ def _on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
 
+_PREMULTIPLIED = {"RGBA": "RGBa", "LA": "La"}
 _BEFORE_RESIZE = {"clip_jax": _opaque, "openai": lambda image: image, "huggingface": _on_white}
+
+
+def _resized(image: Image.Image, shape: tuple[int, int], resample: Image.Resampling) -> Image.Image:
+    """Resize the width first, in colors multiplied by their opacity, as Pillow before version 13."""
+    if shape == image.size:
+        return image
+    if shape[0] * image.height > _MAX_RESIZED_PIXELS:
+        raise ValueError(
+            f"expected at most {_MAX_RESIZED_PIXELS:,} pixels with a width of {shape[0]} px, got"
+            f" {shape[0] * image.height:,} from {image.width} × {image.height} px; crop it first"
+        )
+    mode = image.mode if resample == Image.Resampling.NEAREST else _PREMULTIPLIED.get(image.mode, image.mode)
+    source = image if mode == image.mode else image.convert(mode)
+    resized = source.resize((shape[0], image.height), resample).resize(shape, resample)
+    return resized if mode == image.mode else resized.convert(image.mode)
 
 
 def _resized_shape(original: tuple[int, int], size: int, resize: str) -> tuple[int, int]:

@@ -1,4 +1,8 @@
-"""Eight CPU devices, warnings as errors, shape annotations executed: before anything imports JAX."""
+"""Eight CPU devices, warnings as errors, shape annotations executed: before anything imports JAX.
+
+Most of the time of the tests is compilation, and half of it the code generator's optimizations for the CPU: without
+them here; with them in commands with their own processes, in the demo, in tests/peers and by the fixture `optimized`.
+"""
 
 import os
 
@@ -13,6 +17,7 @@ install_import_hook("clip_jax", "beartype.beartype")
 import jax  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_disable_most_optimizations", True)
 
 import ctypes  # noqa: E402
 import gc  # noqa: E402
@@ -35,6 +40,14 @@ def clear_caches():
     """Free a file's compiled programs at its end: no other file uses them."""
     yield
     _free_programs()
+
+
+@pytest.fixture
+def optimized():
+    """Compile as users do, for comparisons close to the rounding of float32."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(autouse=True)

@@ -95,6 +95,7 @@ TESTS = {
     "clip_jax/interop/torch_": (
         "test_torch_file.py",
         "test_reading.py::test_unknown_files_are_refused_with_the_known_formats",
+        "test_naming.py::test_wrapped_weights_are_read_from_files",
     ),
 }
 # Tests that are marked slow, for the mutants that survive the others.

@@ -29,7 +29,7 @@ def half_files(tmp_path_factory):
 
 
 def _given(file):
-    return {"activation": "quick_gelu", "heads": (2, 4)} if file.suffix == ".pt" else {}
+    return {"activation": "quick_gelu", "heads": (2, 4), "preprocess": "openai"} if file.suffix == ".pt" else {}
 
 
 @pytest.mark.parametrize("index", [0, 1])

@@ -1,6 +1,8 @@
 """The command `python -m clip_jax.convert`."""
 
+import dataclasses
 import os
+import re
 import subprocess
 import sys
 
@@ -9,10 +11,12 @@ import numpy as np
 import pytest
 
 from clip_jax.config import Preprocess, WeightsConfig
-from clip_jax.interop import conversion, msgpack, name_tables, reading, torch_file
+from clip_jax.inference import load
+from clip_jax.interop import conversion, msgpack, name_tables, pixel_differences, reading, torch_file
 from clip_jax.interop.convert import convert
 from tests import runs, tiny_models
 
+GIVEN = ("--activation=quick_gelu", "--heads=2,1", "--preprocess=openai")  # of "vit"
 ARCHITECTURE = tiny_models.ARCHITECTURES["vit"]
 
 
@@ -31,7 +35,7 @@ def folder(tmp_path_factory):
 
 
 def test_torch_to_msgpack_to_npz_to_directory_keeps_all_weights(folder):
-    result = _convert(folder, "openai.pt", "w.msgpack", "--activation=quick_gelu", "--heads=2,1")
+    result = _convert(folder, "openai.pt", "w.msgpack", *GIVEN)
     assert result.returncode == 0, result.stderr
     for line in (
         "found    openai.pt: OpenAI names, torch",
@@ -59,12 +63,16 @@ def test_torch_to_msgpack_to_npz_to_directory_keeps_all_weights(folder):
         (("openai.pt",), "expected SRC and DST"),
         (("openai.pt", "x.msgpack"), "expected the attention heads of the text tower (width 64, no preset)"),
         (("openai.pt", "x.msgpack", "--heads=2,1"), "expected an activation, got none"),
+        (
+            ("openai.pt", "x.msgpack", *GIVEN[:2]),
+            "expected the preprocessing, of an image tower without preset, got none",
+        ),
         (("openai.pt", "x.msgpack", "--heads=2"), "--heads: expected two numbers such as 12,8, got 2"),
         (("openai.pt", "/dev/full"), "target=/dev/full: expected a file or a directory or a new path, got a device"),
         (("openai.pt", "x.msgpack", "--to=torch"), "--to: expected one of directory, npz, msgpack, got 'torch'"),
         (("nothing.pt", "x.msgpack"), "nothing.pt: expected a file or directory"),
         (
-            ("openai.pt", "x.msgpack", "--activation=gelu", "--heads=2,1", "--image_size=50"),
+            ("openai.pt", "x.msgpack", *GIVEN, "--image_size=50"),
             "multiple of 16, got 50; use 48",
         ),
     ],
@@ -85,6 +93,15 @@ def test_differences_of_pixels_of_a_model_trained_here_are_reported_and_restored
     for text in (summary, (tmp_path / "dir/README.md").read_text()):
         assert "composites transparent images on white" in text and "transformers rounds crop offsets down" in text
     assert spec.implementation == "clip_jax"
+    images = pixel_differences.synthetic_images(64, spec)
+    own_nE, found = load(tmp_path / "dir").encode_image(images), {}
+    for implementation in ("huggingface", "openai"):
+        other = load(tmp_path / "dir", preprocess=dataclasses.replace(spec, implementation=implementation))
+        cosines = (own_nE * other.encode_image(images)).sum(axis=1)
+        found[implementation] = " and ".join(f"{half.min():.4f}" for half in (cosines[:2], cosines[2:]))
+    printed = "transformers {huggingface}, open_clip {openai}, clip.load {openai}".format(**found)
+    assert printed in summary and printed in (tmp_path / "dir/README.md").read_text()
+    assert found["openai"].startswith("1.0000 and 0.") and re.match(r"0\..* and 0\.", found["huggingface"])
     for file in ("dir", "dir/model.safetensors", "dir/open_clip_model.safetensors"):
         assert reading.read(tmp_path / file).config.preprocess == spec
     (tmp_path / "dir/clip_jax_config.json").write_text('{"preprocess": {"implementation": "mine"}}')

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clip_jax.evals.embed import CachedEmbedder, ModelEmbedder
+from clip_jax.evals.datasets.files import LazySequence
+from clip_jax.evals.embed import CachedEmbedder, DiskCachedEmbedder, FeatureCache, ModelEmbedder
 
 # The batch size may change the order of summation.
 FLOAT32_ROUNDING = 1e-6
@@ -136,3 +137,26 @@ def test_the_cache_embeds_every_input_once_and_preserves_the_order():
     assert cached.text(["xy", "x", "xy"])[:, 0].tolist() == [2, 1, 2]
     assert cached.text(["x"]).tolist() == [[1, 1]]
     assert counting.calls == [[b"b", b"a"], [b"c"], ["xy", "x"]]
+
+
+@pytest.mark.parametrize("cached", [CachedEmbedder, lambda e: DiskCachedEmbedder(e, FeatureCache("", ""))])
+def test_a_cache_keeps_the_names_of_the_images(cached):
+    """In messages about an image that can't be decoded."""
+
+    class Named(Counting):
+        def image(self, images):
+            self.names = [images.name_of(index) for index in range(len(images))]
+            return super().image(images)
+
+    named, content = Named(), [b"b", b"b", b"a"]
+    cached(named).image(LazySequence(3, content.__getitem__, lambda index: f"{index}.jpg"))
+    assert named.names == ["0.jpg", "2.jpg"]
+
+
+@pytest.mark.parametrize("cached", [CachedEmbedder, lambda e: DiskCachedEmbedder(e, FeatureCache("", ""))])
+def test_an_image_that_cannot_be_read_is_an_error_and_not_the_end(cached):
+    def read(index):
+        return [b"a", b"b"][index]
+
+    with pytest.raises(IndexError):
+        cached(Counting()).image(LazySequence(3, read))

@@ -196,3 +196,13 @@ def test_a_read_only_directory_disables_the_cache_only(tmp_path):
     (tmp_path / "file").write_text("not a directory")
     cache = FeatureCache(str(tmp_path / "file" / "features"), "model")
     np.testing.assert_array_equal(cache.get("key", 3, Computed()), ROWS)
+
+
+def test_a_folder_in_place_of_a_file_is_done_without(tmp_path, caplog):
+    cache = FeatureCache(str(tmp_path), "model")
+    cache.get("key", 3, Computed())
+    (path,) = tmp_path.iterdir()
+    path.unlink()
+    path.mkdir()
+    np.testing.assert_array_equal(cache.get("key", 3, Computed()), ROWS)
+    assert "features not cached" in caplog.text

@@ -184,11 +184,11 @@ def test_zeroshot_by_index_equals_argmax():
 
 
 def test_random_orders_predict_each_of_the_tied_classes_equally_often():
-    scores = np.array([[1.0, 1, 1, 0], [0, 1, 0, 1], [0, 0, 1, 0]])
-    predictions, rng = Predictions(scores, np.array([1, 0, 2])), np.random.default_rng(0)
+    scores = np.array([[1.0, 1, 1, 0], [0, 1, 0, 1], [0, 0, 1, 0], [1, 0, 0, 0]])
+    predictions, rng = Predictions(scores, np.array([1, 0, 2, 0])), np.random.default_rng(0)
     predicted = np.stack([predictions.break_ties(rng).predicted for _ in range(2000)])
     frequencies = np.mean(predicted[:, :, None] == np.arange(4), 0)
-    expected = np.array([[1 / 3, 1 / 3, 1 / 3, 0], [0, 1 / 2, 0, 1 / 2], [0, 0, 1, 0]])
+    expected = np.array([[1 / 3, 1 / 3, 1 / 3, 0], [0, 1 / 2, 0, 1 / 2], [0, 0, 1, 0], [1, 0, 0, 0]])
     np.testing.assert_array_equal(frequencies > 0, expected > 0)
     np.testing.assert_allclose(frequencies, expected, atol=5 * (0.25 / 2000) ** 0.5)
 

@@ -181,7 +181,7 @@ def test_data_that_one_process_cannot_read_has_failed_on_all(weights, data, tmp_
     second = (f"--data_dir={other}",)
     output = run(*flags, f"--data_dir={data}", f"--out={out}", processes=2, second=second, code=3, tiny=True)
     found = report(out)
-    assert found["run/failed.zeroshot/cifar10"].startswith("process 1: ")
+    assert "in: images (processes 1)" in found["run/failed.zeroshot/cifar10"]  # the bytes of one image differ
     assert found["run/skipped.zeroshot/svhn"].startswith("process 1: ")
     assert "without metrics: zeroshot/cifar10" in output[0][1] and "without metrics" not in output[1][1]
     run(*flags[:1], "--datasets=mnist", f"--data_dir={data}", f"--out={tmp_path / 'alone'}", "--cache_dir=", tiny=True)

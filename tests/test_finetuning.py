@@ -43,7 +43,7 @@ def test_initial_params_from_any_format(tmp_path):
     msgpack.write(tmp_path / "w.msgpack", params, WeightsConfig(VIT))
     directory.write(tmp_path / "dir", params, WeightsConfig(VIT))
     for config in (
-        _config(tmp_path / "w.pt", activation="gelu"),
+        _config(tmp_path / "w.pt", activation="gelu", preprocess="openai"),
         _config(tmp_path / "w.msgpack"),
         _config(tmp_path / "dir"),
     ):

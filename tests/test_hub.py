@@ -43,7 +43,9 @@ def test_sentence_transformers_layout_needs_the_files_of_its_model():
 
 
 def test_repository_without_weights_is_refused():
-    with pytest.raises(ValueError, match=r"hf-hub:a/b: expected a repository with one of open_clip_model\.safetensors"):
+    with pytest.raises(
+        ValueError, match="hf-hub:a/b: .*, got adapter_model.safetensors; .*hf download a/b --local-dir"
+    ):
         hub.needed_files(["config.json", "adapter_model.safetensors"], "hf-hub:a/b")
 
 

@@ -7,8 +7,18 @@ import shutil
 import numpy as np
 import pytest
 
-from clip_jax.config import MODELS, PREPROCESS, Preprocess, TokenizerConfig, WeightsConfig, with_activation
-from clip_jax.interop import directory, huggingface, image_processor, msgpack, open_clip, reading
+from clip_jax.config import MODELS, PREPROCESS, Preprocess, TokenizerConfig, ViT, WeightsConfig, with_activation
+from clip_jax.interop import (
+    conversion,
+    directory,
+    huggingface,
+    image_processor,
+    msgpack,
+    name_tables,
+    open_clip,
+    reading,
+    torch_file,
+)
 from clip_jax.interop.naming import NAMINGS
 from tests import tiny_models
 
@@ -221,14 +231,34 @@ def test_named_models_have_the_preprocessing_of_their_published_weights(tmp_path
             found = reading._preprocess_of_tensors(file, naming, model, "")
             assert found == dataclasses.replace(PREPROCESS[expected[0]], implementation="openai")
         else:
-            choices = " or ".join(map(repr, expected))
+            choices = ", ".join(map(repr, expected))
             with pytest.raises(
-                ValueError, match=f"w.pt: expected the preprocessing.* got none; give preprocess={choices}"
+                ValueError, match=f"w.pt: expected the preprocessing.* got none; give preprocess=, one of {choices}, or"
             ):
                 reading._preprocess_of_tensors(file, naming, model, "")
         for given in expected:
             found = reading._preprocess_of_tensors(file, naming, model, given)
             assert found == dataclasses.replace(PREPROCESS[given], implementation="openai")
+
+
+def test_preprocessing_of_a_lone_file_follows_from_its_image_tower_or_is_an_argument(tmp_path):
+    """Text towers and loss do not decide; a file without image tower has none; OpenAI's archives have OpenAI's."""
+    file, naming = tmp_path / "w.pt", NAMINGS[0]
+    file.write_bytes(b"x")
+    for changes in ({"text": VIT.text}, {"logit_bias": True}, {"image": dataclasses.replace(ViT(), projection=False)}):
+        model = dataclasses.replace(MODELS["vit_b32_gelu"], **changes)
+        assert reading._preprocess_of_tensors(file, naming, model, "") == Preprocess(implementation="openai")
+    wider = dataclasses.replace(MODELS["vit_b32"], image=dataclasses.replace(ViT(), image_size=256 + 32))
+    for model in (VIT, wider, dataclasses.replace(VIT, logit_bias=True)):
+        with pytest.raises(
+            ValueError, match="expected the preprocessing, of an image tower without preset, got none; .*'openai', 'sig"
+        ):
+            reading._preprocess_of_tensors(file, naming, model, "")
+        assert reading._preprocess_of_tensors(file, naming, model, "siglip").resize == "squash"
+        assert reading._preprocess_of_tensors(file, naming, model, "", archive=True).resize == "shortest"
+    tensors = dict(conversion.LazyTensors(VIT, tiny_models.params(VIT), name_tables.OPENAI))
+    torch_file.write(file, {name: x for name, x in tensors.items() if not name.startswith("visual.")})
+    assert reading.read(file, activation="gelu", heads=(2, 1), one_tower=True).config.preprocess == Preprocess()
 
 
 def test_preprocessing_is_given_by_name_file_or_object(exported, tmp_path):

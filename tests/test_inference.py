@@ -1,6 +1,9 @@
 """Inference with loaded weights: embeddings, batching, zero-shot, errors; no TensorFlow import."""
 
+import copy
 import dataclasses
+import io
+import pickle
 import subprocess
 import sys
 
@@ -19,10 +22,10 @@ from clip_jax.config import (
     WeightsConfig,
     with_activation,
 )
-from clip_jax.inference import _as_list, load
+from clip_jax.inference import _as_list, _as_texts, load
 from clip_jax.interop import directory, msgpack
 from clip_jax.models import make_model
-from clip_jax.preprocess import preprocess
+from clip_jax.preprocess import open_image, preprocess
 from clip_jax.tokenizers import ClipBPE
 from tests.tiny_tokenizers import sentencepiece_model
 
@@ -238,3 +241,56 @@ def test_logit_bias_is_added(params, images, tmp_path):
     loaded = load(tmp_path / "w.msgpack")
     cosines = loaded.encode_image(images) @ loaded.encode_text(TEXTS).T
     np.testing.assert_allclose(loaded.logits(images, TEXTS), loaded.scale * cosines - 3, atol=1e-4)
+
+
+def test_zero_shot_of_a_sigmoid_model_is_the_sigmoid_of_its_logits(model, params, images, tmp_path):
+    biased = dataclasses.replace(TINY, logit_bias=True)
+    msgpack.write(tmp_path / "w.msgpack", params | {"logit_bias": np.float32(-3)}, WeightsConfig(biased))
+    loaded, classes = load(tmp_path / "w.msgpack"), ["dog", "cat"]
+    logits = np.float64(loaded.logits(images, [f"a {name}" for name in classes]))
+    softmax = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    sigmoid = 1 / (1 + np.exp(-logits))
+    np.testing.assert_allclose(loaded.zero_shot(images, classes, ["a {}"]), sigmoid, atol=100 * ROUNDING)
+    for probabilities, expected in (("sigmoid", sigmoid), ("softmax", softmax)):
+        found = loaded.zero_shot(images, classes, ["a {}"], probabilities=probabilities)
+        np.testing.assert_allclose(found, expected, atol=100 * ROUNDING)
+    np.testing.assert_allclose(model.zero_shot(images, classes, ["a {}"]).sum(axis=1), 1, atol=ROUNDING)
+    with pytest.raises(ValueError, match="probabilities.*did you mean 'sigmoid'"):
+        model.zero_shot(images, classes, ["a {}"], probabilities="sigmoids")
+
+
+def test_pickled_and_copied_models_encode_as_the_original(model, images):
+    expected = model.encode_image(images), model.encode_text(TEXTS)
+    for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model), copy.copy(model)):
+        assert other.config == model.config
+        np.testing.assert_allclose(other.encode_image(images), expected[0], atol=ROUNDING)
+        np.testing.assert_allclose(other.encode_text(TEXTS), expected[1], atol=ROUNDING)
+
+
+@pytest.mark.parametrize("wrong", [None, b"a cat", 3])
+def test_item_that_is_no_text_is_an_error_with_its_index(wrong):
+    with pytest.raises(TypeError, match=rf"text 66: expected a str, got {type(wrong).__name__}"):
+        _as_texts(["a"] * 66 + [wrong])
+
+
+@pytest.mark.parametrize("wrong", [None, 3])
+def test_item_that_is_no_image_is_an_error_with_its_index(model, images, wrong):
+    with pytest.raises(TypeError, match=rf"expected a PIL image, .* got {type(wrong).__name__}"):
+        open_image(wrong)
+    with pytest.raises(TypeError):  # under test by the annotations, otherwise with "image 1: "
+        model.encode_image([images[0], wrong])
+
+
+def test_files_jax_arrays_and_lazily_opened_images_are_images(model, images):
+    encoded = io.BytesIO()
+    images[0].save(encoded, "PNG")
+    lazy, content = Image.open(io.BytesIO(encoded.getvalue())), jax.numpy.asarray(np.array(images[0]))
+    rows = model.encode_image([images[0], io.BytesIO(encoded.getvalue()), lazy, content])
+    np.testing.assert_allclose(rows, np.repeat(rows[:1], 4, axis=0), atol=ROUNDING)
+    np.testing.assert_allclose(model.encode_image(jax.numpy.stack([content] * 2)), rows[:2], atol=ROUNDING)
+    with pytest.raises(TypeError, match=r"a list with one image|Actual value: u8\[20,30,3\]"):  # with type checks
+        model.encode_image(content)
+    truncated = encoded.getvalue()[:-200]
+    for broken in (Image.open(io.BytesIO(truncated)), io.BytesIO(truncated)):
+        with pytest.raises(ValueError, match="image 1: .*expected an image, got .*truncated"):
+            model.encode_image([images[0], broken])

@@ -198,6 +198,13 @@ def test_checksum_depends_on_shapes_dtypes_names_config_and_tokenizer():
 # ------------------------------------------------------------------------------------------------------- writing
 
 
+def test_large_arrays_are_written_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(msgpack, "_MAX_PIECE", 64)
+    params = {"w": np.arange(100, dtype=np.float32).reshape(4, 25)}
+    msgpack.write(tmp_path / "w", params, CONFIG)
+    np.testing.assert_array_equal(msgpack.read(tmp_path / "w")[0]["w"], params["w"])
+
+
 def test_failed_write_keeps_the_old_file_and_leaves_no_other(file, monkeypatch):
     before = file.read_bytes()
 

@@ -136,7 +136,7 @@ def test_wrapped_weights_are_read_from_files(tmp_path, prefix):
     torch_file.write(tmp_path / "w.pt", wrapped)
     save_file({name: np.ascontiguousarray(tensor) for name, tensor in wrapped.items()}, tmp_path / "w.safetensors")
     for file, kind in (("w.pt", "torch"), ("w.safetensors", "safetensors")):
-        found = reading.read(tmp_path / file, activation="gelu", prefix=prefix, heads=(2, 1))
+        found = reading.read(tmp_path / file, activation="gelu", prefix=prefix, heads=(2, 1), preprocess="openai")
         assert found.format == f"OpenAI names, {kind}, below {prefix!r}" and found.config.model == MODEL
         for name, array in conversion.flat(expected).items():
             np.testing.assert_array_equal(conversion.flat(found.params)[name], array)

@@ -42,6 +42,7 @@ LENGTHS = {
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_packed_captions_have_the_embeddings_and_gradients_of_padded_ones(lengths, groups):

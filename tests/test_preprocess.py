@@ -5,7 +5,6 @@ import itertools
 import pathlib
 
 import numpy as np
-import PIL
 import pytest
 from PIL import Image
 
@@ -16,7 +15,6 @@ OPENAI = Preprocess()
 # Wide, high, square, odd margins on either side, upscaled, one pixel, already of the right size.
 SIZES = [(640, 427), (427, 640), (499, 400), (300, 300), (225, 224), (224, 225), (227, 224), (224, 227), (224, 224)]
 SIZES += [(50, 31), (31, 50), (17, 17), (1, 1), (1, 9), (1000, 40), (40, 1000), (231, 448), (300, 900), (900, 300)]
-PILLOW = int(PIL.__version__.split(".")[0])
 ROUNDING_BITS = 22  # Pillow's fixed point: 32 bits less 8 of the sample and 2 of headroom
 
 
@@ -67,13 +65,8 @@ def resize_axis0(pixels, size, kernel, support):
 
 
 def resize(pixels, width, height, kernel=cubic, support=2.0):
-    """Compute both passes, rounded to uint8 between them: width first; from Pillow 13, height first if it shrinks more.
-
-    The rule is inferred from 1,500 sizes. It applies to images more than twice as high as wide.
-    """
-    rows, columns = pixels.shape[:2]
-    height_first = PILLOW >= 13 and rows > height and rows - height > 2 * (columns - width)
-    for axis in (0, 1) if height_first else (1, 0):
+    """Compute both passes, rounded to uint8 between them, width first: the order of Pillow before version 13."""
+    for axis in (1, 0):
         size = (height, width)[axis]
         if pixels.shape[axis] != size:
             pixels = resize_axis0(pixels.swapaxes(0, axis), size, kernel, support).swapaxes(0, axis)
@@ -156,6 +149,21 @@ def test_crop_margin_is_rounded_half_to_even():
     """640 × 427 at 224 becomes 335 × 224: the margin is 55.5; Hugging Face's 111 // 2 = 55 differs."""
     ramp = np.repeat(np.arange(335, dtype=np.uint8)[None, :, None] % 251, 224, axis=0).repeat(3, axis=2)
     assert preprocess(ramp, 224, OPENAI)[0, 0, 0] == 56
+
+
+@pytest.mark.parametrize(("mode", "premultiplied"), [("RGB", "RGB"), ("RGBA", "RGBa"), ("LA", "La")])
+def test_high_images_are_resized_width_first_with_every_pillow(mode, premultiplied):
+    """Pillow 13 resizes the height first. Pillow multiplies colors by their opacity before resizing."""
+    image = make_image(20, 70, mode)
+    colors = image.convert(premultiplied)
+    pixels = np.frombuffer(colors.tobytes(), np.uint8).reshape(70, 20, -1)
+    expected = Image.frombytes(premultiplied, (32, 32), resize(pixels, 32, 32).tobytes()).convert(mode).convert("RGB")
+    found = preprocess(image, 32, Preprocess(resize="squash", implementation="openai"))
+    np.testing.assert_array_equal(found, np.array(expected))
+    with pytest.raises(
+        ValueError, match="at most 100,000,000 pixels with a width of 48 px, got 144,000,000 .* crop it"
+    ):
+        preprocess(Image.new(mode, (1, 3_000_000)), 48, Preprocess(resize="squash", implementation="openai"))
 
 
 def test_exif_orientation_is_not_applied():

@@ -29,6 +29,7 @@ from clip_jax.interop import (
     npz,
     positions,
     reading,
+    tokenizer_files,
     torch_file,
 )
 from clip_jax.tokenizers import ClipBPE
@@ -44,6 +45,8 @@ TABLES = {
     "huggingface_flax": (name_tables.HUGGINGFACE_FLAX, ["vit", "vit_gelu"]),
     "big_vision": (name_tables.BIG_VISION, ["siglip"]),
 }
+OPENAI = Preprocess(implementation="openai")
+GIVEN = {"activation": "quick_gelu", "heads": (2, 1), "preprocess": "openai"}  # of "vit"
 PAIRS = [(table, name) for table, (_, models) in TABLES.items() for name in models]
 TOKENIZERS = [
     ("siglip", "sentencepiece", tiny_tokenizers.siglip_model),
@@ -116,7 +119,7 @@ def test_transposed_rectangular_matrix_is_an_error():
 def test_safetensors_are_read_in_float32_float16_and_bfloat16(tmp_path):
     for dtype, tolerance in ((np.float32, 0.0), (np.float16, 2**-11), (ml_dtypes.bfloat16, 2**-8)):
         save_file({k: v.astype(dtype) for k, v in _tensors("vit", "openai").items()}, tmp_path / "w.safetensors")
-        found = reading.read(tmp_path / "w.safetensors", activation="quick_gelu", heads=(2, 1))
+        found = reading.read(tmp_path / "w.safetensors", **GIVEN)
         assert found.config.model == VIT and found.format == "OpenAI names, safetensors"
         _assert_params(found.params, VIT, tolerance)
 
@@ -149,7 +152,7 @@ def test_decompression_bomb_is_refused(tmp_path):
 def test_sharded_weights_are_merged_and_bad_indexes_are_refused(tmp_path):
     directory.write(tmp_path / "dir", tiny_models.params(VIT), WeightsConfig(VIT))
     tensors = _tensors("vit", "huggingface")
-    halves = {"model-1.safetensors": list(tensors)[::2], "model-2.safetensors": list(tensors)[1::2]}
+    halves = {f"model-0000{n + 1}-of-00002.safetensors": list(tensors)[n::2] for n in range(2)}
     (tmp_path / "sharded").mkdir()
     shutil.copy(tmp_path / "dir/config.json", tmp_path / "sharded")
     for file, keys in halves.items():
@@ -159,8 +162,10 @@ def test_sharded_weights_are_merged_and_bad_indexes_are_refused(tmp_path):
     found = reading.read(tmp_path / "sharded")
     assert found.config.model == VIT and found.format == "Hugging Face names, shards"
     _assert_params(found.params, VIT)
-    (tmp_path / "sharded/model-2.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"expected the shard model-2\.safetensors, got no such file"):
+    with pytest.raises(ValueError, match="got one shard; give its index"):
+        reading.read(tmp_path / "sharded/model-00001-of-00002.safetensors")
+    (tmp_path / "sharded/model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"expected the shard model-00002-of-00002\.safetensors, got no such file"):
         reading.read(tmp_path / "sharded")
     for outside in ("../../etc/passwd", index.name, 5):
         index.write_text(json.dumps({"weight_map": {"x": outside}}))
@@ -215,7 +220,7 @@ def test_one_tower_alone_is_refused_by_default(tmp_path):
 def test_merges_in_another_order_are_not_clip_s(tmp_path, change):
     lines = ClipBPE().as_huggingface()[1]
     (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *change(list(lines)), ""]))
-    found, content = reading._tokenizer(MODELS["vit_b32"], tmp_path)
+    found, content = tokenizer_files.read(tmp_path, MODELS["vit_b32"])
     assert (found == TokenizerConfig() and not content) == (change(list(lines)) == lines)
 
 
@@ -224,7 +229,7 @@ def test_unknown_activation_is_an_error_and_not_guessed(tmp_path):
     with pytest.raises(ValueError, match=r"w\.pt: expected an activation.*'quick_gelu'.*'gelu'.*model='vit_b32'"):
         reading.read(tmp_path / "w.pt", heads=(2, 1))
     for activation in ("quick_gelu", "gelu"):
-        found = reading.read(tmp_path / "w.pt", activation=activation, heads=(2, 1)).config.model
+        found = reading.read(tmp_path / "w.pt", **GIVEN | {"activation": activation}).config.model
         assert found.text.activation == found.image.activation == activation
     with pytest.raises(ValueError, match="activation.*qick_gelu.*did you mean 'quick_gelu'"):
         reading.read(tmp_path / "w.pt", activation="qick_gelu")
@@ -266,8 +271,10 @@ def test_stored_config_needs_no_model_and_another_model_is_an_error(tmp_path):
 def test_directory_round_trip_is_bit_equal(tmp_path, name):
     bpe = TINY[name].text.eos_id > 1
     tokenizer = TokenizerConfig("clip_bpe" if bpe else "sentencepiece")
-    report = directory.write(tmp_path / "dir", tiny_models.params(TINY[name]), WeightsConfig(TINY[name], tokenizer))
-    assert set(report) == {"transformers", "open_clip", "clip.load", "pixels"}
+    report = directory.write(
+        tmp_path / "dir", tiny_models.params(TINY[name]), WeightsConfig(TINY[name], tokenizer, OPENAI)
+    )
+    assert set(report) == {"transformers", "open_clip", "clip.load"}
     found = reading.read(tmp_path / "dir")
     assert found.config.model == TINY[name]
     _assert_params(found.params, TINY[name])
@@ -276,7 +283,7 @@ def test_directory_round_trip_is_bit_equal(tmp_path, name):
 @pytest.mark.parametrize(("model", "kind", "content"), TOKENIZERS)
 def test_directory_keeps_the_tokenizer_and_its_settings(tmp_path, model, kind, content):
     expected = dataclasses.replace(tokenizer_of(TINY[model]), name=kind, path="some/where")
-    config = WeightsConfig(TINY[model], expected, tokenizer_file=content())
+    config = WeightsConfig(TINY[model], expected, OPENAI, tokenizer_file=content())
     directory.write(tmp_path / "dir", tiny_models.params(TINY[model]), config)
     found = reading.read(tmp_path / "dir").config
     assert found.tokenizer_file == content()
@@ -285,7 +292,7 @@ def test_directory_keeps_the_tokenizer_and_its_settings(tmp_path, model, kind, c
 
 @pytest.mark.parametrize(("name", "is_local"), [("vit", False), ("vit_gelu", True)])
 def test_open_clip_config_names_a_local_tokenizer_for_another_vocabulary(tmp_path, name, is_local):
-    directory.write(tmp_path / "dir", tiny_models.params(TINY[name]), WeightsConfig(TINY[name]))
+    directory.write(tmp_path / "dir", tiny_models.params(TINY[name]), WeightsConfig(TINY[name], preprocess=OPENAI))
     content = json.loads((tmp_path / "dir/open_clip_config.json").read_text())
     assert ("hf_tokenizer_name" in content["model_cfg"]["text_cfg"]) == is_local
     assert reading.read(tmp_path / "dir").config.tokenizer.name == "clip_bpe"
@@ -294,20 +301,25 @@ def test_open_clip_config_names_a_local_tokenizer_for_another_vocabulary(tmp_pat
 def test_open_clip_config_keeps_epsilon_and_activation_of_both_towers(tmp_path):
     towers = [dataclasses.replace(x, norm_epsilon=1e-6, activation="gelu_tanh") for x in (VIT.image, VIT.text)]
     model = dataclasses.replace(VIT, image=towers[0], text=towers[1])
-    directory.write(tmp_path / "dir", tiny_models.params(model), WeightsConfig(model))
+    directory.write(tmp_path / "dir", tiny_models.params(model), WeightsConfig(model, preprocess=OPENAI))
     assert reading.read(tmp_path / "dir/open_clip_model.safetensors").config.model == model
 
 
+def _report(folder, model, spec=OPENAI):
+    return directory.write(folder, tiny_models.params(model), WeightsConfig(model, preprocess=spec))
+
+
 def test_libraries_without_the_model_are_skipped_with_the_reason(tmp_path):
-    report = directory.write(tmp_path / "rn", tiny_models.params(TINY["resnet"]), WeightsConfig(TINY["resnet"]))
+    report = _report(tmp_path / "rn", TINY["resnet"])
     assert report["transformers"].startswith("skipped: transformers has no such model")
     assert not (tmp_path / "rn/config.json").exists() and (tmp_path / "rn/open_clip_config.json").exists()
-    report = directory.write(tmp_path / "gelu", tiny_models.params(TINY["vit_gelu"]), WeightsConfig(TINY["vit_gelu"]))
+    report = _report(tmp_path / "gelu", TINY["vit_gelu"])
     assert report["clip.load"].startswith("skipped: OpenAI's code has QuickGELU")
-    emoji = MODELS["emoji"]
+    report = _report(tmp_path / "half", VIT, dataclasses.replace(SIGLIP_PREPROCESS, implementation="openai"))
+    assert report["clip.load"] == "skipped: OpenAI's code has its own preprocessing alone"
     with pytest.raises(ValueError, match="open_clip has no EdgeNet tower"):
-        directory.write(tmp_path / "emoji", tiny_models.params(emoji), WeightsConfig(emoji))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["gelu", "rn"]
+        _report(tmp_path / "emoji", MODELS["emoji"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gelu", "half", "rn"]
 
 
 def test_directory_with_files_is_not_overwritten(tmp_path):
@@ -333,7 +345,9 @@ def test_unsupported_config_keys_are_errors_with_their_names(tmp_path):
 
 
 def test_empty_directory_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"got a directory without open_clip_model\.safetensors"):
+    with pytest.raises(
+        ValueError, match=r"expected a directory with one of open_clip_model\.safetensors.*, got an empty one"
+    ):
         reading.read(tmp_path)
 
 

@@ -1,9 +1,12 @@
-"""State dicts: sizes by shapes, the attention heads that no shape shows, and parameters that are no numbers."""
+"""State dicts and incomplete directories: sizes by shapes, heads that no shape shows, parameters of no number."""
 
 import dataclasses
+import json
+import shutil
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from clip_jax.config import MODELS, WeightsConfig, with_activation
 from clip_jax.interop import (
@@ -20,7 +23,7 @@ from clip_jax.interop import (
 from tests import tiny_models
 
 VIT = tiny_models.ARCHITECTURES["vit"]
-GIVEN = {"activation": "quick_gelu", "heads": (2, 1)}
+GIVEN = {"activation": "quick_gelu", "heads": (2, 1), "preprocess": "openai"}
 
 
 @pytest.mark.parametrize(
@@ -54,8 +57,12 @@ def test_attention_heads_are_those_of_a_preset_or_given(tmp_path):
     )
     with pytest.raises(ValueError, match=r"w\.pt: expected the attention heads of the .* tower .*, got none"):
         reading.read(tmp_path / "w.pt", activation="quick_gelu")
-    found = reading.read(tmp_path / "w.pt", activation="quick_gelu", heads=(4, 1)).config.model
-    assert found == model == reading.read(tmp_path / "w.pt", activation="quick_gelu", like=model).config.model
+    found = reading.read(tmp_path / "w.pt", activation="quick_gelu", heads=(4, 1), preprocess="openai").config.model
+    assert (
+        found
+        == model
+        == reading.read(tmp_path / "w.pt", activation="quick_gelu", like=model, preprocess="openai").config.model
+    )
     for heads, message in (
         ((5, 1), "heads of the image tower: expected a divisor of the width 128, got 5"),
         ((4,), r"heads: expected two numbers, of the image and of the text tower, got \(4,\)"),
@@ -97,3 +104,46 @@ def test_logit_scale_has_to_be_a_logarithm_and_may_have_an_axis(tmp_path):
     torch_file.write(tmp_path / "w.pt", tensors)
     with pytest.raises(ValueError, match=r"w\.pt: expected a tensor 'logit_scale' for logit_scale, got none"):
         reading.read(tmp_path / "w.pt", **GIVEN)
+
+
+# ------------------------------------------------------------------------------------------- incomplete directories
+
+
+def test_adapter_without_its_model_is_refused_with_the_call_that_merges_it(tmp_path):
+    save_file({"base_model.model.q_proj.lora_A.weight": np.ones(2, "f4")}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "openai/clip-vit-base-patch32"}')
+    with pytest.raises(
+        ValueError, match=r"got an adapter of PEFT, .* merge .*PeftModel.from_pretrained\(model, '.*'\)"
+    ):
+        reading.read(tmp_path)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_variant_of_the_weights_is_read_by_its_name(tmp_path, sharded):
+    """`save_pretrained(folder, variant="fp16")` of transformers; the name of an index is that of transformers 5."""
+    directory.write(tmp_path / "dir", tiny_models.params(VIT), WeightsConfig(VIT))
+    (tmp_path / "fp16").mkdir()
+    for file in ("config.json", "preprocessor_config.json", "merges.txt", "vocab.json", "tokenizer_config.json"):
+        shutil.copy(tmp_path / "dir" / file, tmp_path / "fp16")
+    name = "model.fp16-00001-of-00002.safetensors" if sharded else "model.fp16.safetensors"
+    shutil.copy(tmp_path / "dir/model.safetensors", tmp_path / "fp16" / name)
+    if sharded:
+        weight_map = dict.fromkeys(conversion.LazyTensors(VIT, tiny_models.params(VIT), name_tables.HUGGINGFACE), name)
+        name = "model.safetensors.index.fp16.json"
+        (tmp_path / "fp16" / name).write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(
+        ValueError, match=rf"expected a directory with one of .*, got {name}; give the file, e\.g\. .*{name}"
+    ):
+        reading.read(tmp_path / "fp16")
+    assert reading.read(tmp_path / "fp16" / name).config.model == VIT
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json", "spiece.model"])
+def test_git_lfs_pointers_are_refused_by_name(tmp_path, file):
+    directory.write(tmp_path / "dir", tiny_models.params(VIT), WeightsConfig(VIT))
+    for other in ("open_clip_model.safetensors", "open_clip_config.json", "vocab.json", "tokenizer_config.json"):
+        (tmp_path / "dir" / other).unlink()
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    (tmp_path / "dir" / file).write_text(pointer)
+    with pytest.raises(ValueError, match=f"dir/{file}: expected the file, got its Git LFS pointer; .* git lfs pull"):
+        reading.read(tmp_path / "dir")

@@ -11,7 +11,7 @@ import dataclasses
 from clip_jax.config.schema import TokenizerConfig
 from clip_jax.models.architecture import Architecture, Preprocess, with_activation
 from clip_jax.models.layers import Activation
-from clip_jax.models.towers import EdgeNet, ResNet, TextTransformer, ViT
+from clip_jax.models.towers import EdgeNet, ImageTower, ResNet, TextTransformer, ViT
 
 _SIGLIP2_VOCABULARY = 256_000  # Gemma's
 
@@ -150,19 +150,28 @@ _PREPROCESS_NAMES = {
 
 
 def preprocess_names(model: Architecture) -> tuple[str, ...]:
-    """Return the names in PREPROCESS of a model's published weights; several if these differ."""
-    if model.logit_bias:
-        return ("siglip",)
-    if getattr(model.image, "pool", "") == "mean":
-        return ("clipa",)
-    name = name_of(model)
-    name = name_of(with_activation(model, "gelu")) if name == "custom" else name  # DFN's, with QuickGELU
-    return _PREPROCESS_NAMES.get(name, ("openai",))
+    """Return the names in PREPROCESS of the published weights with a model's image tower.
+
+    Several if these differ; none if there are no such weights in MODELS.
+    """
+    pool = getattr(model.image, "pool", "")
+    if pool in ("attention", "mean"):
+        return ("siglip",) if pool == "attention" else ("clipa",)
+    towers = {name: known.image for name, known in MODELS.items()}
+    equal = [name for name, tower in towers.items() if tower == model.image]
+    # DFN's weights have QuickGELU, and an image tower alone may have no projection.
+    similar = [name for name, tower in towers.items() if _plain(tower) == _plain(model.image)]
+    found = [name for model_name in equal or similar for name in _PREPROCESS_NAMES.get(model_name, ("openai",))]
+    return tuple(dict.fromkeys(found))
+
+
+def _plain(tower: ImageTower) -> ImageTower:
+    return dataclasses.replace(tower, activation="gelu", projection=True) if isinstance(tower, ViT) else tower
 
 
 def preprocess_of(model: Architecture) -> Preprocess:
-    """Return the preprocessing of a model's published weights, the most common one if these differ."""
-    return PREPROCESS[preprocess_names(model)[0]]
+    """Return the preprocessing of a model's published weights, the most common one if these differ; else OpenAI's."""
+    return PREPROCESS[(*preprocess_names(model), "openai")[0]]
 
 
 def tokenizer_of(model: Architecture) -> TokenizerConfig:

@@ -12,14 +12,16 @@ from clip_jax.models.architecture import Architecture, Preprocess
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """Tokenizer. All fields after `path` are for "sentencepiece" and "huggingface", whose files do not contain them."""
+    """Tokenizer. The fields after `path` are for all except "clip_bpe": their files do not contain them."""
 
-    name: Literal["clip_bpe", "sentencepiece", "huggingface"] = "clip_bpe"
-    # clip_bpe: merge table, empty for the published one; sentencepiece: `.model` file; huggingface: tokenizer.json.
+    # "xlm_roberta" is a SentencePiece model with the ids of fairseq, as in XLM-R, XLM-V and MetaCLIP 2.
+    name: Literal["clip_bpe", "sentencepiece", "xlm_roberta", "huggingface"] = "clip_bpe"
+    # clip_bpe: merge table, empty for the published one; sentencepiece, xlm_roberta: `.model` file; huggingface:
+    # tokenizer.json.
     path: str = ""
     # 'whitespace': fix mojibake, unescape HTML, collapse white space. 'canonicalize': also remove punctuation and
-    # lowercase.
-    clean: Literal["none", "lower", "whitespace", "canonicalize"] = "none"
+    # lowercase. 'no_punctuation': remove punctuation and lowercase, without the repair: SigLIP's in transformers.
+    clean: Literal["none", "lower", "whitespace", "canonicalize", "no_punctuation"] = "none"
     pad_id: int = -1  # id after the end token; -1: the file's own, or the end token if it has none
     keep_end: bool = True  # False: replace the end token by padding
 

@@ -128,8 +128,8 @@ def format_error(error: Exception) -> str:
     return text if text and isinstance(error, (ValueError, RuntimeError)) else f"{type(error).__name__}: {text}"
 
 
-def check_equal_on_all_processes(values: Mapping[str, str]) -> None:
-    """Raise RuntimeError on every process, with the names of the values in which processes differ from process 0."""
+def check_equal_on_all_processes(values: Mapping[str, str], kind: type[Exception] = RuntimeError) -> None:
+    """Raise an error of `kind` on every process, with the names of the values that differ from those of process 0."""
     digests = [hashlib.sha256(f"{name}={value}".encode()).digest()[:8] for name, value in values.items()]
     local = np.frombuffer(b"".join(digests), np.uint32).reshape(len(values), 2)
     gathered = multihost_utils.process_allgather(local).reshape(jax.process_count(), len(values), 2)
@@ -139,7 +139,7 @@ def check_equal_on_all_processes(values: Mapping[str, str]) -> None:
         if processes.size:
             differing[name] = ", ".join(map(str, processes))
     if differing:
-        raise RuntimeError(
+        raise kind(
             "hosts disagree with process 0 in: "
             + "; ".join(f"{name} (processes {processes})" for name, processes in differing.items())
             + f". Here, in process {jax.process_index()}: "

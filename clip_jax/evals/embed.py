@@ -140,17 +140,27 @@ def features_of(embedder: Embedder, images: Sequence[bytes]) -> Float[np.ndarray
 def _embed_new(
     embed: Callable[[Sequence[Any]], np.ndarray], cache: dict[bytes, np.ndarray], items: Sequence[Any]
 ) -> np.ndarray:
-    encoded = (item if isinstance(item, bytes) else item.encode() for item in items)
-    keys = [hashlib.blake2b(item, digest_size=16).digest() for item in encoded]  # the cache does not hold the images
-    new: dict[bytes, int] = {}  # the first index of each key
-    for index, key in enumerate(keys):
-        if key not in cache:
-            new.setdefault(key, index)
-    if new:
-        indices = list(new.values())
-        embedded = embed(LazySequence(len(indices), lambda i: items[indices[i]]))
-        cache.update(zip(new, embedded, strict=True))
-    return np.stack([cache[key] for key in keys])
+    digests, first_of = _digests(items)
+    if new := {digest: index for digest, index in first_of.items() if digest not in cache}:
+        cache.update(zip(new, embed(_select(items, list(new.values()))), strict=True))
+    return np.stack([cache[digest] for digest in digests])
+
+
+def _digests(items: Sequence[bytes] | Sequence[str]) -> tuple[list[bytes], dict[bytes, int]]:
+    """Return the hash of each item, which replaces it in memory, and the index of the first item of each hash."""
+    digests: list[bytes] = []
+    first_of: dict[bytes, int] = {}
+    for index in range(len(items)):  # not `for item in items`, which would end at an IndexError of reading one
+        item = items[index]
+        digests.append(hashlib.blake2b(item if isinstance(item, bytes) else item.encode(), digest_size=16).digest())
+        first_of.setdefault(digests[-1], index)
+    return digests, first_of
+
+
+def _select(items: Sequence[Any], indices: Sequence[int]) -> LazySequence:
+    """Return some of the items, read on access, with their names in messages."""
+    name_of = getattr(items, "name_of", str)
+    return LazySequence(len(indices), lambda i: items[indices[i]], lambda i: name_of(indices[i]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +188,7 @@ class FeatureCache:
             try:
                 _remove_abandoned(path.parent)
                 write_atomically(path, lambda file: np.save(file, computed))
-            except OSError as error:  # disk full or read-only: the evaluation goes on without the cache
+            except (OSError, ValueError) as error:  # disk full or read-only; a folder of that name
                 log.warning("%s: features not cached: %s", path, error)
         return computed
 
@@ -187,7 +197,8 @@ class FeatureCache:
 class DiskCachedEmbedder:
     """Embedder that stores embeddings and features of images, by their content, not of texts, in a `FeatureCache`.
 
-    Equal images are embedded once: the last bits of an output may depend on its row in the batch.
+    Equal images are embedded once, also without a cache: the last bits of an output may depend on its row in the batch,
+    and copies of an image must be tied. Therefore all images are read and hashed first, on all processes.
     """
 
     embedder: Embedder
@@ -204,27 +215,13 @@ class DiskCachedEmbedder:
 
     def _get(self, kind: str, compute: Callable[[Sequence[bytes]], np.ndarray], images: Sequence[bytes]) -> np.ndarray:
         with distributed.synchronized_errors(*DATA_ERRORS):  # the images are read here; `compute` is a collective
-            first_of, content = {}, hashlib.sha256()
-            row_n = np.empty(len(images), np.int64)
-            for index in range(len(images)):
-                digest = hashlib.blake2b(images[index], digest_size=16).digest()
-                row_n[index] = len(first_of) if digest not in first_of else row_n[first_of[digest]]
-                first_of.setdefault(digest, index)
-                content.update(digest)
-        _check_same_content(content.digest())
-        firsts = list(first_of.values())
-        name_of = getattr(images, "name_of", str)
-        distinct = LazySequence(len(firsts), lambda i: images[firsts[i]], lambda i: name_of(firsts[i]))
-        key = f"{kind}-{content.hexdigest()}"
-        return self.cache.get(key, len(firsts), lambda: compute(distinct))[row_n]
-
-
-def _check_same_content(digest: bytes) -> None:
-    """Raise ValueError on all processes if one has other images: their numbers of batches may differ, a deadlock."""
-    own = tuple(np.frombuffer(digest[:8], np.int32).tolist())
-    with distributed.synchronized_errors(ValueError):
-        if distributed.from_main_process(*own) != own:
-            raise ValueError("the images differ from those of process 0; copy the dataset again")
+            digests, first_of = _digests(images)
+        content = hashlib.sha256(b"".join(digests)).hexdigest()
+        # With other images on one process, the numbers of batches may differ: a deadlock.
+        distributed.check_equal_on_all_processes({"images": content}, ValueError)
+        distinct, row_of = _select(images, list(first_of.values())), {key: row for row, key in enumerate(first_of)}
+        found = self.cache.get(f"{kind}-{content}", len(distinct), lambda: compute(distinct))
+        return found[[row_of[digest] for digest in digests]]
 
 
 def _read(path: pathlib.Path, rows: int) -> np.ndarray | None:

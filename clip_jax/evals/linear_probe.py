@@ -41,8 +41,12 @@ class Examples(NamedTuple):
     targets: np.ndarray
 
 
-def linear_probe(embedder: Embedder, dataset: EvalDataset) -> EvalResult:
+def linear_probe(embedder: Embedder, dataset: EvalDataset, protocol: str = "expected") -> EvalResult:
     """Fit a linear probe to the training split and evaluate it on the test split.
+
+    Args:
+      protocol: of ties, as in `zeroshot`. The method is the paper's: CLIP_benchmark's probe is fitted by ten epochs of
+        AdamW on normalized embeddings, and its numbers are others.
 
     Returns:
       `linear_probe/<dataset>/<metric>`, the metrics and references of `zeroshot`.
@@ -57,7 +61,8 @@ def linear_probe(embedder: Embedder, dataset: EvalDataset) -> EvalResult:
     predictions = Predictions(found.probe.scores(test.features_nD), dataset.targets, dataset.groups)
     images = len(train.targets) + len(validation.targets)
     fitted = f"fitted to {images:,} images, l2={found.l2:.3g} selected on {source}"
-    return EvalResult(classification_metrics(f"linear_probe/{dataset.name}", predictions, dataset.metric), fitted)
+    metrics = classification_metrics(f"linear_probe/{dataset.name}", predictions, dataset.metric, protocol)
+    return EvalResult(metrics, fitted)
 
 
 linear_probe.tasks, linear_probe.needs_train_split = ("zeroshot",), True

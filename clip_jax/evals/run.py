@@ -88,7 +88,7 @@ def prepare(options: Options) -> Evaluation:
     evaluator_options = {
         "overlap": {"train_hashes": _hashes(options), "max_distance": options.max_distance, "tests": len(names)},
         "bias": _group_options(options),
-        **{evaluator: {"protocol": options.protocol} for evaluator in ("zeroshot", "retrieval")},
+        **{evaluator: {"protocol": options.protocol} for evaluator in ("zeroshot", "retrieval", "linear_probe")},
     }
     standard_models = robustness.read_standard_models(options.standard_models) if options.standard_models else {}
     if standard_models:

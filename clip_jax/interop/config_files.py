@@ -15,6 +15,7 @@ from typing import Any
 from clip_jax import config as configs
 from clip_jax.config import PREPROCESS, Architecture, Preprocess
 from clip_jax.interop import huggingface, image_processor, one_tower, open_clip
+from clip_jax.paths import check_not_pointer
 
 OPEN_CLIP, HUGGINGFACE = "open_clip_config.json", "config.json"
 _PROCESSOR, _IMAGE_PROCESSOR = "processor_config.json", "preprocessor_config.json"
@@ -38,6 +39,8 @@ def preprocess(file: pathlib.Path, model: Architecture) -> Preprocess | None:
     """Return the preprocessing that belongs to a config file; None without one, as transformers has no default."""
     if file.name == OPEN_CLIP:
         return open_clip.preprocess(read_json(file).get("preprocess_cfg") or {}, os.fspath(file))
+    if one_tower.is_text_config(read_json(file)):
+        return None
     # As in transformers 5: an image processor inside processor_config.json has precedence.
     for name in (_PROCESSOR, _IMAGE_PROCESSOR):
         if (processor := file.with_name(name)).is_file():
@@ -79,6 +82,7 @@ def _image_processor(content: dict[str, Any], model: Architecture, file: pathlib
 
 def read_json(file: pathlib.Path) -> dict[str, Any]:
     """Return the object in a JSON file. Raises ValueError if there is none."""
+    check_not_pointer(file)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:

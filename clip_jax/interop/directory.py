@@ -19,17 +19,29 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from clip_jax.config import Preprocess, ResNet, TextTransformer, ViT, WeightsConfig, name_of
-from clip_jax.interop import conversion, huggingface, image_processor, name_tables, open_clip, safetensors, torch_file
+from clip_jax.config import PREPROCESS, Preprocess, ResNet, TextTransformer, ViT, WeightsConfig, name_of
+from clip_jax.interop import (
+    conversion,
+    huggingface,
+    image_processor,
+    name_tables,
+    open_clip,
+    pixel_differences,
+    safetensors,
+    tokenizer_files,
+    torch_file,
+)
 from clip_jax.interop.msgpack import tokenizer_content
 from clip_jax.paths import check_local, errors_naming
-from clip_jax.tokenizers import ClipBPE, HuggingFace
+from clip_jax.tokenizers import ClipBPE, HuggingFace, SentencePiece, XlmRoberta
 from clip_jax.tokenizers.bpe import END, START
+from clip_jax.tokenizers.file_tokenizer import piece_ids
 from clip_jax.typing import Params
 
 # In order of preference, which is open_clip's: its own files first.
@@ -46,6 +58,7 @@ _PIXELS = (
     " the transparency, transformers rounds crop offsets down. For equal features give them opaque images that have the"
     " model's size, or use clip_jax.load, which restores the preprocessing"
 )
+_IMPLEMENTATIONS = {"transformers": "huggingface", "open_clip": "openai", "clip.load": "openai"}
 SENTENCE_TRANSFORMERS = "[0-9]_CLIPModel"  # subdirectory of the model in the layout of sentence-transformers
 
 
@@ -60,6 +73,30 @@ def weight_file(folder: pathlib.Path) -> pathlib.Path:
         if (folder / name).is_file():
             return folder / name
     raise ValueError(f"{folder}: expected a directory with one of {', '.join(WEIGHT_FILES)}, got none; name the file")
+
+
+_OTHER_WEIGHTS = re.compile(r".*(?<!training_args)\.(safetensors|bin|pt|pth|msgpack|npz|index\.\w+\.json)")
+_SHARD = re.compile(r".*-\d+-of-(?!0*1\.)\d+\.\w+")
+
+
+def check_whole(file: pathlib.Path) -> None:
+    """Raise ValueError for one of several shards, by its name."""
+    if _SHARD.fullmatch(file.name):
+        raise ValueError(f"{file}: expected all weights, got one shard; give its index, *.index.json, or the directory")
+
+
+def without_weights(files: Sequence[str], folder: str | os.PathLike[str]) -> str:
+    """Return the message for a directory with these files, none of which is in `WEIGHT_FILES`, and what to do."""
+    expected = f"expected a directory with one of {', '.join(WEIGHT_FILES)}"
+    if "adapter_config.json" in files:
+        return (
+            "expected the weights of a model, got an adapter of PEFT, which changes those of another; merge them with"
+            f" PeftModel.from_pretrained(model, {os.fspath(folder)!r}).merge_and_unload().save_pretrained(NEW)"
+        )
+    others = [file for file in sorted(files) if _OTHER_WEIGHTS.fullmatch(file) and not _SHARD.fullmatch(file)]
+    if others:
+        return f"{expected}, got {', '.join(others)}; give the file, e.g. {os.path.join(folder, others[0])}"
+    return f"{expected}, got {', '.join(sorted(files)[:8]) or 'an empty one'}; give another"
 
 
 def model_folder(folder: pathlib.Path) -> pathlib.Path:
@@ -102,7 +139,7 @@ def _write(target: pathlib.Path, params: Params, config: WeightsConfig) -> dict[
             raise ValueError("; ".join(f"{library}: {reason}" for library, reason in report.items()))
         _write_tokenizer(unfinished, config)
         if config.preprocess.implementation == "clip_jax":
-            report["pixels"] = _PIXELS
+            report["pixels"] = f"{_PIXELS}. {_measured(params, config, report)}"
             _write_json(unfinished / _CONFIG, {"preprocess": {"implementation": "clip_jax"}})
         (unfinished / "README.md").write_text(_model_card(report, config), encoding="utf-8")
         unfinished.chmod(0o755)
@@ -113,6 +150,17 @@ def _write(target: pathlib.Path, params: Params, config: WeightsConfig) -> dict[
         shutil.rmtree(unfinished)
         raise
     return report
+
+
+def _measured(params: Params, config: WeightsConfig, report: Mapping[str, str]) -> str:
+    """Return the effect of the libraries' preprocessing on the embeddings, for the libraries that have the model."""
+    cosines, count = pixel_differences.lowest_cosines(params, config), pixel_differences.IMAGES
+    written = [library for library in _IMPLEMENTATIONS if not report[library].startswith("skipped")]
+    values = ["{} {:.4f} and {:.4f}".format(library, *cosines[_IMPLEMENTATIONS[library]]) for library in written]
+    return (
+        f"Lowest cosine between the features of clip_jax and those from their pixels, over {count} opaque and"
+        f" {count} transparent synthetic images of other sizes: {', '.join(values)}"
+    )
 
 
 def restored(folder: pathlib.Path, spec: Preprocess) -> Preprocess:
@@ -169,6 +217,8 @@ def _write_clip(folder: pathlib.Path, params: Params, config: WeightsConfig) -> 
     towers = [model.image, model.text]
     if [_OPENAI_TOWERS.get(type(tower), lambda _: None)(tower) for tower in towers] != towers or model.logit_bias:
         raise ValueError("OpenAI's code has QuickGELU, heads of 64, a class token and CLIP's vocabulary alone")
+    if dataclasses.replace(config.preprocess, implementation="clip_jax") != PREPROCESS["openai"]:
+        raise ValueError("OpenAI's code has its own preprocessing alone")
     torch_file.write(folder / "clip.pt", conversion.LazyTensors(model, params, name_tables.OPENAI))
 
 
@@ -191,6 +241,13 @@ _LIBRARIES: dict[str, tuple[Callable[[pathlib.Path, Params, WeightsConfig], None
 }
 
 
+# `tokenizer.name` -> class, file and class in transformers.
+_SENTENCEPIECE = {
+    "sentencepiece": (SentencePiece, "spiece.model", "SiglipTokenizer"),
+    "xlm_roberta": (XlmRoberta, "sentencepiece.bpe.model", "XLMRobertaTokenizer"),
+}
+
+
 def _write_tokenizer(folder: pathlib.Path, config: WeightsConfig) -> None:
     """Write the tokenizer for transformers; open_clip also reads it if it is not CLIP's own."""
     text, content = config.model.text, tokenizer_content(config)
@@ -204,14 +261,22 @@ def _write_tokenizer(folder: pathlib.Path, config: WeightsConfig) -> None:
         settings |= {"do_lower_case": True}
     elif not content:
         return
-    elif config.tokenizer.name == "sentencepiece":
-        (folder / "spiece.model").write_bytes(content)
-        special, name = {"pad_token": "</s>", "eos_token": "</s>", "unk_token": "<unk>"}, "SiglipTokenizer"
+    elif config.tokenizer.name in _SENTENCEPIECE:
+        cls, file, name = _SENTENCEPIECE[config.tokenizer.name]
+        (folder / file).write_bytes(content)
+        tokenizer = cls(content, text.context_length, pad_id=config.tokenizer.pad_id)
+        pieces = list(piece_ids(content, config.tokenizer.name))
+        special = {"pad_token": pieces[tokenizer.pad_id], "eos_token": pieces[tokenizer.eos_id], "unk_token": "<unk>"}
+        # SiglipTokenizer removes punctuation.
+        if name == "SiglipTokenizer" and config.tokenizer.clean not in ("canonicalize", "no_punctuation"):
+            name = "T5Tokenizer"
     else:
         (folder / "tokenizer.json").write_bytes(content)
         tokenizer = HuggingFace(content, text.context_length, pad_id=config.tokenizer.pad_id)
         end, padding = tokenizer.token(tokenizer.eos_id), tokenizer.token(tokenizer.pad_id)
         special, name = {"pad_token": padding, "eos_token": end, "sep_token": end}, "PreTrainedTokenizerFast"
+    own = {key: getattr(config.tokenizer, key) for key in tokenizer_files.OWN_SETTINGS}
+    settings |= {} if config.tokenizer.name == "clip_bpe" else {"clip_jax": own}  # transformers ignores it
     _write_json(folder / "special_tokens_map.json", special)
     _write_json(folder / "tokenizer_config.json", {"tokenizer_class": name} | settings | special)
 

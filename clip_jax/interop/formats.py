@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,11 +20,11 @@ import numpy as np
 from clip_jax.config import WeightsConfig
 from clip_jax.interop import directory, msgpack, npz, safetensors, torch_file
 from clip_jax.interop.conversion import flat
-from clip_jax.paths import check_local, check_output
+from clip_jax.paths import check_local, check_not_pointer, check_output
 from clip_jax.typing import Params
 
 _HEAD = 16  # bytes
-_INDEX = ".index.json"
+_INDEX = re.compile(r"\.index(\.\w+)?\.json$")  # with the variant, e.g. model.safetensors.index.fp16.json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,7 @@ def detect(path: pathlib.Path) -> str:
     """Return the format of a path: the last entry of `FORMATS` that detects it. Raises ValueError without one."""
     head = b""
     if path.is_file():
+        check_not_pointer(path)
         with path.open("rb") as stream:
             head = stream.read(_HEAD)
         if not head:
@@ -55,8 +57,9 @@ def detect(path: pathlib.Path) -> str:
     for name in reversed(FORMATS):
         if FORMATS[name].detect(path, head):
             return name
-    found = f"a file that starts with {head!r}" if head else f"a directory without {', '.join(directory.WEIGHT_FILES)}"
-    raise ValueError(f"{path}: expected one of the formats {', '.join(FORMATS)}, got {found}")
+    if path.is_dir():
+        raise ValueError(f"{path}: {directory.without_weights([file.name for file in path.iterdir()], path)}")
+    raise ValueError(f"{path}: expected one of the formats {', '.join(FORMATS)}, got a file that starts with {head!r}")
 
 
 def read(path: pathlib.Path) -> tuple[Mapping[str, Any], WeightsConfig | None]:
@@ -98,7 +101,7 @@ def _read_shards(index: pathlib.Path) -> tuple[dict[str, Any], None]:
         raise ValueError(f"{index}: expected JSON with a weight_map from tensors to files, got {error!r}") from error
     tensors: dict[str, Any] = {}
     for name in shards:
-        if not isinstance(name, str) or pathlib.PurePath(name).name != name or name.endswith(_INDEX):
+        if not isinstance(name, str) or pathlib.PurePath(name).name != name or _INDEX.search(name):
             raise ValueError(f"{index}: expected weight files of the same directory, got {name!r}")
         if not (index.parent / name).is_file():
             raise ValueError(f"{index}: expected the shard {name}, got no such file; copy it to {index.parent}")
@@ -112,7 +115,7 @@ FORMATS: dict[str, Format] = {
     "flax": Format(lambda path, head: head[:1] > b"\x80", _read_flax),
     "torch": Format(torch_file.detect, torch_file.read),
     "safetensors": Format(safetensors.detect, safetensors.read),
-    "shards": Format(lambda path, head: path.name.endswith(_INDEX), _read_shards),
+    "shards": Format(lambda path, head: bool(_INDEX.search(path.name)), _read_shards),
     "directory": Format(directory.detect, lambda path: read(directory.weight_file(path)), directory.write),
     "npz": Format(npz.detect, npz.read, npz.write, writes_urls=True),
     "msgpack": Format(msgpack.detect, msgpack.read, msgpack.write, writes_urls=True),

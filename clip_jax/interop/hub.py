@@ -13,7 +13,7 @@ import pathlib
 import re
 from collections.abc import Sequence
 
-from clip_jax.interop.directory import SENTENCE_TRANSFORMERS, WEIGHT_FILES
+from clip_jax.interop.directory import SENTENCE_TRANSFORMERS, WEIGHT_FILES, without_weights
 from clip_jax.paths import check_local
 
 HUB = "hf-hub:"
@@ -90,7 +90,10 @@ def needed_files(listed: Sequence[str], name: str) -> list[str]:
     copies = ((folder, weights) for folder in folders for weights in WEIGHT_FILES if folder + weights in listed)
     folder, weights = next(copies, ("", ""))
     if not weights:
-        raise ValueError(f"{name}: expected a repository with one of {', '.join(WEIGHT_FILES)}, got none of them")
+        repository = name.removeprefix(HUB).partition("@")[0]
+        raise ValueError(
+            f"{name}: {without_weights(listed, 'DIR')}; to get DIR: hf download {repository} --local-dir DIR"
+        )
     stem, ending = re.fullmatch(r"(.*?)(\.\w+)(?:\.index\.json)?", weights).groups()
     shards = re.compile(re.escape(folder + stem) + r"-\d+-of-\d+" + re.escape(ending))
     configs = [file for file in listed if file.endswith(_CONFIGS) and file.rpartition("/")[0] == folder.rstrip("/")]

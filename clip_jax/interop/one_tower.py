@@ -37,6 +37,11 @@ def whole_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"model_type": family, key: dict(config)} if family else config
 
 
+def is_text_config(config: Mapping[str, Any]) -> bool:
+    """Return whether a config.json is that of a text tower alone: an image processor in its directory has no model."""
+    return _MODEL_TYPES.get(config.get("model_type", ""), ("", ""))[1] == "text_config"
+
+
 def architecture(model: Architecture, tensors: Mapping[str, np.ndarray], table: Table, missing: str) -> Architecture:
     """Return the architecture with a placeholder for the missing tower, and the projection that the tensors have."""
     tower = "text" if missing == "image" else "image"

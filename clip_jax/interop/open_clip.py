@@ -173,14 +173,29 @@ def _preprocess_config(spec: Preprocess, image_size: int) -> dict[str, Any]:
     return pixels | ({"fill_color": spec.fill_color} if spec.fill_color and spec.resize == "longest" else {})
 
 
-def tokenizer(found: TokenizerConfig, config: Mapping[str, Any]) -> TokenizerConfig:
-    """Return the tokenizer of a directory with the settings of its `model_cfg`."""
+def tokenizer(config: Mapping[str, Any], model: Architecture) -> TokenizerConfig | None:
+    """Return the cleaning and padding of a `model_cfg` for the tokenizer in its directory.
+
+    None if it names no tokenizer: open_clip then has CLIP's, even if the directory contains another.
+    """
     text = config.get("model_cfg", config)["text_cfg"]
-    settings = text.get("tokenizer_kwargs") or {}
-    clean, supported = settings.get("clean", "whitespace"), ("whitespace", "lower", "canonicalize")
+    settings, named = dict(text.get("tokenizer_kwargs") or {}), text.get("hf_tokenizer_name")
+    if mode := text.get("tokenizer_mode"):
+        raise ValueError(f"text_cfg.tokenizer_mode: expected none for clip_jax, got {mode!r}; give tokenizer=")
+    default = "whitespace" if named else "lower"
+    clean, supported = settings.pop("clean", default), ("whitespace", "lower", "canonicalize")
+    strip = settings.pop("strip_sep_token", False)
     if clean not in supported:
         raise ValueError(f"tokenizer_kwargs.clean: expected one of {', '.join(supported)}, got {clean!r}")
-    return dataclasses.replace(found, clean=clean, keep_end=not settings.get("strip_sep_token", False))
+    _check_no_other_keys("open_clip_config.json", "tokenizer_kwargs.", settings)
+    if not named and model.text.vocab_size == TextTransformer.vocab_size:
+        if clean != default or strip:
+            raise ValueError(
+                f"tokenizer_kwargs: expected none without hf_tokenizer_name, got {text['tokenizer_kwargs']}; give"
+                " tokenizer=TokenizerConfig() for OpenAI's cleaning"
+            )
+        return None
+    return dataclasses.replace(configs.tokenizer_of(model), clean=clean, keep_end=not strip)
 
 
 def config(model: Architecture, spec: Preprocess, tokenizer: TokenizerConfig) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from clip_jax.interop import (
     infer_architecture,
     open_clip,
     positions,
+    tokenizer_files,
 )
 from clip_jax.interop.hub import locate
 from clip_jax.interop.infer_architecture import Heads
@@ -35,8 +36,6 @@ from clip_jax.interop.one_tower import architecture as one_tower_architecture
 from clip_jax.interop.one_tower import missing_tower
 from clip_jax.interop.torch_file import torchscript_code
 from clip_jax.paths import path_kind
-from clip_jax.tokenizers import ClipBPE
-from clip_jax.tokenizers.bpe import MAX_VOCAB_SIZE
 from clip_jax.typing import Params
 
 
@@ -79,7 +78,8 @@ def read(
         configs.check_name("model", model, configs.MODELS)
     if activation:
         configs.check_name("activation", activation, ("quick_gelu", "gelu", "gelu_tanh"))
-    weights = _read(_existing(path), model, activation, prefix, _known_heads(heads, like), preprocess, dtype)
+    known = _known_heads(heads, like)
+    weights = _read(_existing(path), model, activation, prefix, known, preprocess, tokenizer, dtype)
     for tower, size in (("image", image_size), ("text", context_length)):
         if tower not in weights.params and (size or not one_tower):
             raise ValueError(
@@ -91,8 +91,7 @@ def read(
     spec = weights.config.preprocess.scaled(old_size, new_size)
     config = dataclasses.replace(weights.config, model=resized, preprocess=spec)
     if isinstance(tokenizer, str) and tokenizer:
-        name = "huggingface" if tokenizer.endswith(".json") else "sentencepiece"
-        tokenizer = dataclasses.replace(configs.tokenizer_of(resized), name=name, path=tokenizer)
+        tokenizer = tokenizer_files.of_path(tokenizer, resized)
     if tokenizer:
         config = dataclasses.replace(config, tokenizer=tokenizer, tokenizer_file=b"")
     return Weights(params, config, weights.format)
@@ -114,8 +113,10 @@ def _read(
     prefix: str,
     heads: Heads,
     preprocess: Preprocess | str,
+    tokenizer: TokenizerConfig | str,
     dtype: str,
 ) -> Weights:
+    directory.check_whole(path)
     params, stored = formats.read(path)
     if stored is not None:
         _check_no_heads(heads, path)
@@ -130,10 +131,10 @@ def _read(
     else:
         file = directory.weight_file(path) if path.is_dir() else path
         naming, tensors, found_prefix = detect_naming(params, os.fspath(file), prefix)
-        config = None if model else _config_of_directory(file, naming, preprocess)
+        config = None if model else _config_of_directory(file, naming, preprocess, tokenizer)
         if config or model:
             _check_no_heads(heads, path)
-        config = config or _config_of_tensors(file, tensors, naming, model, activation, heads, preprocess)
+        config = config or _config_of_tensors(file, tensors, naming, model, activation, heads, preprocess, tokenizer)
         _check_logit_scale(file, tensors, naming)
         tower = ""
         if missing := missing_tower(tensors, naming.table):
@@ -246,8 +247,13 @@ def read_tower(path: str | os.PathLike[str], tower: str, model: Architecture) ->
     return {key: params[key] for key in (tower, *(["batch_stats"] if tower == "image" else [])) if key in params}
 
 
-def _config_of_directory(file: pathlib.Path, naming: Naming, given: Preprocess | str) -> WeightsConfig | None:
-    """Return the configuration by the config files in the directory of a weight file; None without one."""
+def _config_of_directory(
+    file: pathlib.Path, naming: Naming, given: Preprocess | str, tokenizer: TokenizerConfig | str
+) -> WeightsConfig | None:
+    """Return the configuration by the config files in the directory of a weight file; None without one.
+
+    The directory's preprocessing and tokenizer are not read if the caller gives others.
+    """
     config = config_files.find(file.parent, naming.config_file)
     if config is None:
         return None
@@ -256,10 +262,13 @@ def _config_of_directory(file: pathlib.Path, naming: Naming, given: Preprocess |
     if preprocess is None:
         preprocess = dataclasses.replace(configs.preprocess_of(model), implementation="huggingface")
     preprocess = preprocess if given else directory.restored(file.parent, preprocess)
-    tokenizer, tokenizer_file = _tokenizer(model, file.parent)
-    if config.name == config_files.OPEN_CLIP and tokenizer.name != "clip_bpe":
-        tokenizer = open_clip.tokenizer(tokenizer, config_files.read_json(config))
-    return WeightsConfig(model, tokenizer, preprocess, tokenizer_file=tokenizer_file)
+    found, tokenizer_file = TokenizerConfig(), b""
+    if not tokenizer:
+        is_open_clip = config.name == config_files.OPEN_CLIP
+        settings = open_clip.tokenizer(config_files.read_json(config), model) if is_open_clip else None
+        if settings or not is_open_clip:
+            found, tokenizer_file = tokenizer_files.read(file.parent, model, settings)
+    return WeightsConfig(model, found, preprocess, tokenizer_file=tokenizer_file)
 
 
 _OPENAI_HEAD_WIDTH = 64
@@ -273,13 +282,14 @@ def _config_of_tensors(
     activation: str,
     heads: Heads,
     given_preprocess: Preprocess | str,
+    given_tokenizer: TokenizerConfig | str,
 ) -> WeightsConfig:
     """Return the configuration of the named model, or by the shapes of the tensors."""
+    code = torchscript_code(file)  # of archives such as OpenAI's, whose `build_model` has heads of 64
     if model:
         architecture = configs.MODELS[model]
         architecture = configs.with_activation(architecture, activation) if activation else architecture
     else:
-        code = torchscript_code(file)  # of archives such as OpenAI's, whose `build_model` has heads of 64
         heads = dataclasses.replace(heads, width=_OPENAI_HEAD_WIDTH) if code else heads
         architecture = infer_architecture.architecture(tensors, naming, os.fspath(file), heads)
         in_code = "quick_gelu" if "QuickGELU" in code or "1.702" in code else ""
@@ -291,42 +301,30 @@ def _config_of_tensors(
                 " (LAION, DataComp and most others), or the model, e.g. model='vit_b32'"
             )
         architecture = configs.with_activation(architecture, activation)
-    preprocess = _preprocess_of_tensors(file, naming, architecture, given_preprocess)
-    tokenizer, tokenizer_file = _tokenizer(architecture, file.parent)
-    return WeightsConfig(architecture, tokenizer, preprocess, tokenizer_file=tokenizer_file)
+    if not given_preprocess and missing_tower(tensors, naming.table) == "image":
+        preprocess = Preprocess()
+    else:
+        preprocess = _preprocess_of_tensors(file, naming, architecture, given_preprocess, archive=bool(code))
+    found, tokenizer_file = configs.tokenizer_of(architecture), b""
+    if not given_tokenizer:
+        found, tokenizer_file = tokenizer_files.read(file.parent, architecture, found)
+    return WeightsConfig(architecture, found, preprocess, tokenizer_file=tokenizer_file)
 
 
 def _preprocess_of_tensors(
-    file: pathlib.Path, naming: Naming, model: Architecture, given: Preprocess | str
+    file: pathlib.Path, naming: Naming, model: Architecture, given: Preprocess | str, archive: bool = False
 ) -> Preprocess:
     """Return the given preprocessing, that of a config file in the directory, or that of the published weights."""
     config = config_files.find(file.parent, naming.config_file)
     if not given and config is not None and (found := config_files.preprocess(config, model)):
         return directory.restored(file.parent, found)
     names = ("siglip",) if naming.siglip else configs.preprocess_names(model)
-    if torchscript_code(file):  # an archive such as OpenAI's
-        names = ("openai",)
-    if not given and len(names) > 1:
+    names = ("openai",) if archive else names
+    if not given and len(names) != 1:
+        reason = "in which the published weights of this model differ" if names else "of an image tower without preset"
+        listed = ", ".join(map(repr, names or configs.PREPROCESS))
         raise ValueError(
-            f"{file}: expected the preprocessing, in which the published weights of this model differ, got none; give"
-            f" preprocess={' or '.join(map(repr, names))}, or the weights' config file"
+            f"{file}: expected the preprocessing, {reason}, got none; give preprocess=, one of {listed}, or the"
+            " weights' config file"
         )
     return config_files.given_preprocess(given or names[0], model)
-
-
-def _tokenizer(model: Architecture, folder: pathlib.Path) -> tuple[TokenizerConfig, bytes]:
-    """Return the tokenizer in a directory, and the content of its file unless it is CLIP's published one."""
-    clip_vocabulary = model.text.vocab_size == MAX_VOCAB_SIZE
-    if (folder / "merges.txt").is_file():
-        content = (folder / "merges.txt").read_bytes()
-        lines = content.decode("utf-8", "replace").split("\n")[1:-1]
-        published = clip_vocabulary and lines == ClipBPE().as_huggingface()[1]
-        return (TokenizerConfig(), b"") if published else (TokenizerConfig("clip_bpe", "merges.txt"), content)
-    config = configs.tokenizer_of(model)
-    if config.name == "clip_bpe" and not clip_vocabulary:
-        config = TokenizerConfig("sentencepiece")  # unknown, but not CLIP's
-    files = {"spiece.model": "sentencepiece", "tokenizer.model": "sentencepiece", "tokenizer.json": "huggingface"}
-    for name, kind in files.items() if not clip_vocabulary else ():
-        if (folder / name).is_file():
-            return dataclasses.replace(config, name=kind, path=name), (folder / name).read_bytes()
-    return config, b""

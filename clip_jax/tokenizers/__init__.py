@@ -5,8 +5,15 @@ from __future__ import annotations
 import functools
 
 from clip_jax.config import TextTransformer, TokenizerConfig
+from clip_jax.tokenizers.base import read_file
 from clip_jax.tokenizers.bpe import ClipBPE
-from clip_jax.tokenizers.file_tokenizer import FileTokenizer, HuggingFace, SentencePiece
+from clip_jax.tokenizers.file_tokenizer import (
+    FileTokenizer,
+    HuggingFace,
+    SentencePiece,
+    XlmRoberta,
+    fairseq_vocab_size,
+)
 from clip_jax.typing import Tokenizer
 
 
@@ -28,6 +35,7 @@ def _from_file(
 TOKENIZERS = {
     "clip_bpe": _clip_bpe,
     "sentencepiece": functools.partial(_from_file, SentencePiece),
+    "xlm_roberta": functools.partial(_from_file, XlmRoberta),
     "huggingface": functools.partial(_from_file, HuggingFace),
 }
 
@@ -61,4 +69,11 @@ def make_tokenizer(
                 f"model.text.{field}: expected {expected} by tokenizer.name={config.name!r}, got"
                 f" {getattr(text, field)}; set model.text.{field}={expected}"
             )
+    content = (tokenizer_file or read_file(config.path)) if config.name == "sentencepiece" else b""
+    if content and text.vocab_size == fairseq_vocab_size(content):
+        raise ValueError(
+            "tokenizer.name: expected 'xlm_roberta' for a SentencePiece model that starts with <unk>, <s>, </s> and a"
+            f" text tower with two more tokens, model.text.vocab_size={text.vocab_size}, because fairseq's ids are one"
+            " higher; got 'sentencepiece'; set tokenizer.name='xlm_roberta'"
+        )
     return tokenizer

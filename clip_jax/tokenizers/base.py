@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from jaxtyping import Int32, Integer
 
+from clip_jax.paths import check_not_pointer
+
 
 class RowTokenizer:
     """Texts to rows of ids. Thread-safe. Subclasses set the ids and implement `_encode` and `_decode`."""
@@ -18,6 +20,7 @@ class RowTokenizer:
     pad_id: int
     eos_id: int
     _keep_end: bool = True  # False: padding replaces the end token
+    _pad_left: bool = False  # True: padding before the tokens
 
     def __init__(self, length: int, truncate: bool):
         if length < 3:
@@ -42,7 +45,8 @@ class RowTokenizer:
                         f" start and end, got {len(ids)}; shorten it, or pass truncate=True"
                     )
                 ids = [*ids[: self.length - 1], self.eos_id]
-            row[: len(ids)] = ids
+            start = self.length - len(ids) if self._pad_left else 0
+            row[start : start + len(ids)] = ids
         return rows if self._keep_end else np.where(rows == self.eos_id, np.int32(self.pad_id), rows)
 
     def decode(self, ids: Sequence[int] | Integer[np.ndarray, "L"]) -> str:
@@ -58,11 +62,15 @@ class RowTokenizer:
 
 
 def read_file(path: str | os.PathLike[str], example: str = "/data/c4_en.model") -> bytes:
-    """Return the content of a tokenizer's file. Raises ValueError, with a path as example, if it is missing."""
+    """Return the content of a tokenizer's file.
+
+    Raises ValueError if it is missing, with a path as example, or a Git LFS pointer.
+    """
     file = pathlib.Path(path).expanduser()
     if not file.is_file():
         raise ValueError(
             f"tokenizer.path={os.fspath(path)!r}: expected a file, got none; give e.g."
             f" --config.tokenizer.path={example}"
         )
+    check_not_pointer(file)
     return file.read_bytes()

@@ -20,6 +20,7 @@ import heapq
 import importlib.resources
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import regex
 
@@ -72,6 +73,7 @@ class ClipBPE(RowTokenizer):
           ValueError: if a size is out of range, or the file is no merge table.
         """
         super().__init__(length, truncate)
+        self._arguments = (length, vocab_size, truncate, merges_path)
         table = _read_table(merges_path)
         largest = len(table.symbols) + 2
         if not _BYTE_SYMBOLS + 3 <= vocab_size <= largest:
@@ -85,6 +87,10 @@ class ClipBPE(RowTokenizer):
         self._merges = {pair: merged for merged, pair in enumerate(pairs, start=_BYTE_SYMBOLS)}
         self._words = table.words
         self._recent = functools.lru_cache(_CACHED_WORDS)(self._encode_chunk)
+
+    def __reduce__(self) -> tuple[type[ClipBPE], tuple[Any, ...]]:
+        """Pickle the arguments: the cache of words can't be pickled."""
+        return type(self), self._arguments
 
     def _encode(self, texts: Sequence[str]) -> Iterator[list[int]]:
         return ([self.bos_id, *self.encode(text), self.eos_id] for text in texts)

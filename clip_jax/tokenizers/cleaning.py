@@ -1,7 +1,7 @@
 """Cleaning of texts before tokenization: `tokenizer.clean`.
 
 Sources: openai/CLIP `clip/simple_tokenizer.py`; open_clip `tokenizer.py` (`get_clean_fn`); big_vision
-`evaluators/proj/image_text/prompt_engineering.py` (`_canonicalize_string_py`).
+`evaluators/proj/image_text/prompt_engineering.py` (`_canonicalize_string_py`); transformers `tokenization_siglip.py`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ _UNTOUCHED = re.compile(
     r"\u2190-\u23ff\u2500-\u27bf\u3001-\u30ff\u4e00-\u9fff\uac00-\ud7a3\ufe0f\u200d\U0001f300-\U0001faff]*"
 )
 _NO_PUNCTUATION = str.maketrans("_", " ", string.punctuation.replace("_", ""))
+_DELETE_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def clean(text: str) -> str:
@@ -50,10 +51,20 @@ def _canonicalize(text: str) -> str:
     return " ".join(repair(text).translate(_NO_PUNCTUATION).lower().split())
 
 
-# `tokenizer.clean` -> function. 'lower' is SigLIP 2's in transformers; the last two are open_clip's.
+def _remove_punctuation(text: str) -> str:
+    """Lower-case, remove ASCII punctuation and collapse whitespace, as transformers' SiglipTokenizer.
+
+    It prepends "▁", the marker of a space, before it strips the text, so white space at the start remains as a marker.
+    """
+    collapsed = _WHITESPACE.sub(" ", text.replace("▁", " ").lower().translate(_DELETE_PUNCTUATION))
+    return ("▁" if collapsed.startswith(" ") else "") + collapsed.strip()
+
+
+# `tokenizer.clean` -> function. 'lower' is SigLIP 2's in transformers; 'whitespace' and 'canonicalize' are open_clip's.
 CLEAN: Mapping[str, Callable[[str], str]] = {
     "none": str,
     "lower": str.lower,
     "whitespace": repair,
     "canonicalize": _canonicalize,
+    "no_punctuation": _remove_punctuation,
 }

@@ -1,6 +1,8 @@
 """Contract of every tokenizer in TOKENIZERS: the properties that text towers and the pipeline need."""
 
 import concurrent.futures
+import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ TEXTS = ["a dog", "", " ", "\0", "!", "犬", "😀", "dog " * 1000, "d" * 1000, 
 
 
 # Content of the file that a tokenizer needs; the others need none.
-FILES = {"sentencepiece": sentencepiece_model, "huggingface": tokenizer_json}
+FILES = {"sentencepiece": sentencepiece_model, "xlm_roberta": sentencepiece_model, "huggingface": tokenizer_json}
 
 
 @pytest.fixture(scope="module", params=TOKENIZERS)
@@ -68,3 +70,9 @@ def test_overlong_text_is_truncated_or_raises(make):
 def test_single_string_raises(make):
     with pytest.raises(TypeError, match="sequence of texts"):
         make()("a dog")
+
+
+def test_pickled_and_copied_tokenizers_return_equal_ids(make):
+    tokenizer = make()
+    for other in (pickle.loads(pickle.dumps(tokenizer)), copy.deepcopy(tokenizer)):
+        np.testing.assert_array_equal(other(TEXTS), tokenizer(TEXTS))

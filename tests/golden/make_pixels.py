@@ -4,7 +4,7 @@
     .venv-peers/bin/python tests/golden/make_pixels.py
 
 With open_clip_torch 3.3.0, transformers 5.23.0, Pillow 13.0.0. No image is more than twice as high as wide, because
-Pillow 12 and 13 differ there.
+Pillow 12 and 13 differ there; clip_jax has the pixels of Pillow 12.
 """
 
 import pathlib

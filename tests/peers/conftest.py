@@ -4,6 +4,10 @@ import sys
 import types
 import warnings
 
+import jax
+
+jax.config.update("jax_disable_most_optimizations", False)  # the program that users run
+
 
 def _import_peers() -> None:
     import torch
@@ -17,9 +21,11 @@ def _import_peers() -> None:
         sys.modules["pkg_resources"] = types.SimpleNamespace(packaging=packaging)
     import clip
     import open_clip
-    import transformers
+    import transformers.utils.sentencepiece_model_pb2_new
 
     assert clip and open_clip and transformers
+    # sentencepiece 0.2.3 contains code of protobuf 7, which apache-beam does not accept; transformers has its own copy.
+    sys.modules["sentencepiece.sentencepiece_model_pb2"] = transformers.utils.sentencepiece_model_pb2_new
     torch.set_num_threads(2)
 
 

@@ -89,7 +89,7 @@ FORMS = {
 def test_torch_files_are_read(state_dict, form, legacy, tmp_path):
     make, tolerance = FORMS[form]
     torch.save(make(state_dict), tmp_path / "w.pt", _use_new_zipfile_serialization=not legacy)
-    _assert_read(tmp_path / "w.pt", tolerance, activation="quick_gelu", heads=(2, 1))
+    _assert_read(tmp_path / "w.pt", tolerance, activation="quick_gelu", heads=(2, 1), preprocess="openai")
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
@@ -97,7 +97,7 @@ def test_torch_files_are_read(state_dict, form, legacy, tmp_path):
 def test_float8_tensors_are_read(state_dict, dtype, file, tmp_path):
     projection = state_dict["text_projection"].to(dtype)
     (torch.save if file == "w.pt" else save_file)(state_dict | {"text_projection": projection}, tmp_path / file)
-    found = reading.read(tmp_path / file, activation="quick_gelu", heads=(2, 1))
+    found = reading.read(tmp_path / file, activation="quick_gelu", heads=(2, 1), preprocess="openai")
     np.testing.assert_array_equal(found.params["text"]["projection"], projection.float().numpy())
 
 
@@ -135,7 +135,7 @@ def test_torchscript_archives_of_openai_are_read(state_dict, tmp_path, half):
 
 def test_safetensors_written_by_torch_are_read(state_dict, tmp_path):
     save_file({k: v.bfloat16() for k, v in state_dict.items()}, tmp_path / "w.safetensors")
-    found = reading.read(tmp_path / "w.safetensors", activation="quick_gelu", heads=(2, 1))
+    found = reading.read(tmp_path / "w.safetensors", activation="quick_gelu", heads=(2, 1), preprocess="openai")
     _assert_params(found.params, BRAIN)
 
 

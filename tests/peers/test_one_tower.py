@@ -50,6 +50,9 @@ def test_one_tower_gives_the_features_of_transformers(name, tmp_path):
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     model.save_pretrained(tmp_path)
+    processor = transformers.SiglipImageProcessor if "Siglip" in name else transformers.CLIPImageProcessor
+    sides = {"height": 32, "width": 32}
+    processor(size=sides if "Siglip" in name else {"shortest_edge": 32}, crop_size=sides).save_pretrained(tmp_path)
     inputs, expected = _features(model, name, np.random.default_rng(0))
     activation = "gelu_tanh" if "Siglip" in name else "quick_gelu"
     for loaded in (
@@ -68,25 +71,25 @@ def test_one_tower_gives_the_features_of_transformers(name, tmp_path):
 
 def _alone(folder, activation):
     """Load the weights without the config that is stored alongside them."""
-    target = folder / "alone"
+    target, preprocess = folder / "alone", "siglip" if activation == "gelu_tanh" else "openai"
     target.mkdir()
     (target / "w.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
-    return clip_jax.load(target / "w.safetensors", activation=activation, heads=(2, 2))
+    return clip_jax.load(target / "w.safetensors", activation=activation, heads=(2, 2), preprocess=preprocess)
 
 
 def test_half_a_state_dict_is_read(tmp_path):
     model = tiny_models.ARCHITECTURES["vit"]
-    params = tiny_models.params(model)
+    params, given = tiny_models.params(model), {"activation": "quick_gelu", "heads": (2, 1), "preprocess": "openai"}
     tensors = dict(conversion.LazyTensors(model, params, name_tables.OPENAI))
     for tower in ("image", "text"):
         half = {name: x for name, x in tensors.items() if name.startswith("visual.") == (tower == "image")}
         torch_file.write(tmp_path / "w.pt", half)
-        found = clip_jax.load(tmp_path / "w.pt", activation="quick_gelu", heads=(2, 1))
+        found = clip_jax.load(tmp_path / "w.pt", **given)
         assert getattr(found.config.model, tower) == getattr(model, tower) and found.params.keys() == {tower}
         for name, array in conversion.flat(params[tower]).items():
             np.testing.assert_array_equal(conversion.flat(found.params[tower])[name], array)
         with pytest.raises(ValueError, match="expected weights of both towers, got none of the"):
-            reading.read(tmp_path / "w.pt", activation="quick_gelu", heads=(2, 1))
+            reading.read(tmp_path / "w.pt", **given)
         torch_file.write(tmp_path / "w.pt", half | {"stranger": np.ones(3)})
         with pytest.raises(ValueError, match="expected no other tensors, got 1 unused: stranger"):
-            clip_jax.load(tmp_path / "w.pt", activation="quick_gelu", heads=(2, 1))
+            clip_jax.load(tmp_path / "w.pt", **given)

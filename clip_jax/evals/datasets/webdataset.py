@@ -90,7 +90,7 @@ def read_webdataset(directory: str | os.PathLike, split: str) -> DatasetSplit:
 
 
 class RGBRanges(FileRanges):
-    """Encoded images as byte ranges of files; those of other modes than RGB and gray are encoded again, as RGB PNG."""
+    """Encoded images as byte ranges of files; those of other modes than RGB and gray as PPM, uncompressed RGB."""
 
     def _read_range(self, index: int) -> bytes:
         data = super()._read_range(index)
@@ -101,9 +101,8 @@ class RGBRanges(FileRanges):
             rgb = image.convert("RGB")
         except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
             return data  # preprocessing reports the error
-        rgb.info = {}
         file = io.BytesIO()
-        rgb.save(file, "PNG", compress_level=1)
+        rgb.save(file, "PPM")
         return file.getvalue()
 
 
