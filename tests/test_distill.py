@@ -317,7 +317,7 @@ def test_missing_or_single_tower_teacher_weights_are_refused(weights, message):
 @pytest.mark.parametrize(
     ("teacher", "message"),
     [
-        ({"weight": 2.0}, "teacher.weight=2.0 has no effect without a teacher: set teacher.weights"),
+        ({"weight": 2.0}, "teacher.weight=2.0 has no effect without teacher.weights: set it, or teacher.weight=1.0"),
         ({"weights": "t.pt", "model": "vit_b23"}, "teacher.model='vit_b23' is none of .* did you mean 'vit_b32'"),
     ],
 )

@@ -261,6 +261,7 @@ def test_chance_is_hypergeometric(candidates, positives, k):
     assert chance_recall(candidates, np.array([positives]), k) == pytest.approx(float(exact), abs=ROUNDING)
 
 
+@pytest.mark.slow
 def test_random_embeddings_reach_chance():
     targets = np.repeat(np.arange(8), [1, 1, 2, 2, 3, 3, 4, 4])
     found = []

@@ -66,6 +66,7 @@ def _adam(moments, stochastic, gradients, *, b2=0.999, eps=1e-8, seed=0):
 MEAN_TOLERANCE = 5e-3
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("moments", ["bfloat16", "float16"])
 def test_second_moment_stalls_with_nearest_and_not_with_stochastic_rounding(moments):
     """Gradients drop to a third: the second moment has to drop to a ninth, by 0.1 % per step."""

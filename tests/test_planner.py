@@ -229,6 +229,7 @@ def test_batch_above_the_memory_does_not_fit():
     assert "DOES NOT FIT" in render_page(plan)
 
 
+@pytest.mark.slow
 def test_times_are_work_divided_by_datasheet_rates(vit_plan):
     chip = CHIPS["v4"]
     assert vit_plan.seconds["hbm"] == vit_plan.hbm_bytes_padded / chip.hbm_bytes_per_second
@@ -359,12 +360,14 @@ def test_search_finds_the_largest_batch_for_nonlinear_peaks(fixed, per_row, per_
 # ------------------------------------------------------------------------------------------------------- the report
 
 
+@pytest.mark.slow
 def test_suggested_fsdp_divides_a_mesh_with_tensor_parallelism(vit_plan):
     tensor = dataclasses.replace(vit_plan.config, mesh=MeshConfig(tensor=2))
     text = render_page(dataclasses.replace(vit_plan, config=tensor, fits=False, needed_bytes=1e12))
     assert "--config.mesh.fsdp=8:" in text and "optimizer state, EMA" in text
 
 
+@pytest.mark.slow
 def test_report_suggests_fewer_micro_batches_where_sharded_parameters_leave_room(vit_plan):
     """RN50x64 on v5e: 32 micro-batches of 4 images take 8 % more FLOPs and more time than 8 of 16 with fsdp."""
     config = dataclasses.replace(vit_plan.config, train=dataclasses.replace(vit_plan.config.train, micro_batches=4))
@@ -382,6 +385,7 @@ def test_report_suggests_fewer_micro_batches_where_sharded_parameters_leave_room
     assert "micro_batches=2" not in render_page(dataclasses.replace(tight, config=sharded))
 
 
+@pytest.mark.slow
 def test_report_has_memory_work_speed_and_duration(vit_plan):
     text = render_page(vit_plan)
     for expected in (
