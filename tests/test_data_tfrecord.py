@@ -255,6 +255,22 @@ def test_truncation_is_logged_again_with_a_cached_index(shard, tmp_path, caplog)
         assert "is truncated" in caplog.text
 
 
+def test_a_folder_in_place_of_an_index_is_done_without(shard, tmp_path, caplog):
+    cache = tmp_path / "cache"
+    expected = _open(shard, cache_dir=str(cache)).fingerprint()
+    (index,) = (cache / "tfrecord-index").iterdir()
+    index.unlink()
+    index.mkdir()
+    assert _open(shard, cache_dir=str(cache)).fingerprint() == expected and "index not cached" in caplog.text
+
+
+def test_leftovers_of_macos_are_no_shards(shard):
+    (shard.parent / f"._{shard.name}").write_bytes(b"a leftover")
+    for url in ("", "file://"):
+        found = tfrecord.expand_files(f"{url}{shard.parent}/*.tfrecord")
+        assert [path.rpartition("/")[2] for path in found] == [shard.name]
+
+
 @pytest.mark.parametrize("damage", [b"", b"other bytes", b"\x93NUMPY"])
 def test_a_damaged_index_is_computed_again(shard, tmp_path, caplog, damage):
     cache = tmp_path / "cache"

@@ -9,6 +9,7 @@ The bucket of a family is sha1(family) mod 10: 0 is test, 1 is validation, the r
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import functools
 import hashlib
@@ -28,7 +29,7 @@ from pathlib import Path
 from PIL import Image
 
 from clip_jax.config import DataConfig
-from clip_jax.data.sources.tfrecord import TFRecordSource, write_tfrecord
+from clip_jax.data.sources.tfrecord import TFRecordSource, is_intact, write_tfrecord
 from clip_jax.typing import Unavailable
 
 log = logging.getLogger(__name__)
@@ -263,13 +264,30 @@ def _require_packages() -> list[str]:
 
 
 def _rendered(cache: Path, vendor: str) -> Path:
-    """Return the folder of a vendor's shards, rendering it first if necessary; safe in concurrent processes."""
+    """Return the folder of a vendor's shards, rendering it first if it is missing or damaged.
+
+    Safe in concurrent processes. Without permission to write, the folder is a temporary one of this process.
+    """
     content = "\n".join([f"version {VERSION}", NOTO, *_require_packages()])
     root = cache / f"emoji-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
     folder = root / vendor
     if folder.is_dir():
-        return folder
+        if all(is_intact(folder / f"{vendor}-{split}.tfrecord") for split in SPLITS):
+            return folder
+        log.warning("%s: damaged, rendered again", folder)
+        shutil.rmtree(folder, ignore_errors=True)
     images = VENDORS[vendor]()
+    try:
+        return _render_to(root, vendor, images)
+    except OSError as error:  # disk full or read-only
+        log.warning("%s: rendered emoji not cached: %s", root, error)
+    temporary = Path(tempfile.mkdtemp(prefix="clip_jax-emoji-"))
+    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+    return _render_to(temporary, vendor, images)
+
+
+def _render_to(root: Path, vendor: str, images: Mapping[str, bytes]) -> Path:
+    folder = root / vendor
     root.mkdir(parents=True, exist_ok=True)
     working = Path(tempfile.mkdtemp(prefix=f".{vendor}-", dir=root))
     try:
