@@ -138,6 +138,24 @@ def test_rendered_shards_are_reused(tmp_path, monkeypatch):
     assert emoji._rendered(tmp_path, "twemoji") == folder
 
 
+@pytest.mark.parametrize("damage", ["missing", "truncated", "flipped"])
+def test_damaged_shards_are_rendered_again(tmp_path, monkeypatch, caplog, damage):
+    _use_three_concepts(monkeypatch)
+    shard = emoji._rendered(tmp_path, "twemoji") / "twemoji-train.tfrecord"
+    intact = shard.read_bytes()
+    changed = {"missing": None, "truncated": intact[:-1], "flipped": intact[:99] + b"?" + intact[100:]}[damage]
+    shard.unlink() if changed is None else shard.write_bytes(changed)
+    emoji._rendered(tmp_path, "twemoji")
+    assert shard.read_bytes() == intact and "damaged, rendered again" in caplog.text
+
+
+def test_an_unwritable_cache_is_done_without(tmp_path, monkeypatch, caplog):
+    _use_three_concepts(monkeypatch)
+    (tmp_path / "file").write_text("no folder")
+    folder = emoji._rendered(tmp_path / "file", "twemoji")
+    assert (folder / "twemoji-train.tfrecord").stat().st_size and "not cached" in caplog.text
+
+
 def test_other_package_versions_get_another_folder(tmp_path, monkeypatch):
     _use_three_concepts(monkeypatch)
     folder = emoji._rendered(tmp_path, "twemoji")

@@ -265,6 +265,15 @@ def test_truncation_is_logged_again_with_a_cached_index(shard, tmp_path, caplog)
         assert "is truncated" in caplog.text
 
 
+def test_a_folder_in_place_of_an_index_is_done_without(shard, tmp_path, caplog):
+    cache = tmp_path / "cache"
+    expected = _open(shard, cache_dir=str(cache)).fingerprint()
+    (index,) = (cache / "tfrecord-index").iterdir()
+    index.unlink()
+    index.mkdir()
+    assert _open(shard, cache_dir=str(cache)).fingerprint() == expected and "index not cached" in caplog.text
+
+
 @pytest.mark.parametrize("damage", [b"", b"other bytes", b"\x93NUMPY"])
 def test_a_damaged_index_is_computed_again(shard, tmp_path, caplog, damage):
     cache = tmp_path / "cache"

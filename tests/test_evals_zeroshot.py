@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from clip_jax.evals.metrics import Undefined
 from clip_jax.evals.ranking import unit
 from clip_jax.evals.zeroshot import zeroshot
 from clip_jax.typing import EvalDataset
@@ -86,3 +87,9 @@ def test_top1_equals_that_of_float64():
     found = metrics_of(images[nearest], classes, targets[nearest])
     assert found["top1"] == np.mean(nearest % 2 == 0) not in (0, 1)
     assert "top1/ties" not in found
+
+
+def test_a_dataset_for_which_no_metric_is_defined_is_not_measured():
+    every = EvalDataset("x", [b"0", b"1"], [("0",), ("1",)], np.ones((2, 2), bool), metric="map")
+    with pytest.raises(Undefined, match="no class .* has both a positive and a negative"):
+        zeroshot(Lookup(np.eye(2), np.eye(2)), every)

@@ -70,10 +70,14 @@ def classify(embedder: Embedder, dataset: EvalDataset) -> Predictions:
 def classification_metrics(
     prefix: str, predictions: Predictions, metric: str, protocol: str = "expected"
 ) -> dict[str, float]:
-    """Return the metrics of `zeroshot` for any scores, such as the logits of a linear probe."""
+    """Return the metrics of `zeroshot` for any scores, such as the logits of a linear probe.
+
+    Raises Undefined if all of them are.
+    """
     targets, classes = predictions.targets, predictions.scores.shape[1]
     names = [metric]
     metrics: dict[str, float] = {}
+    undefined = Undefined("no metric is finite")
     if targets.ndim == 1:
         names = ["top1", *["top5"] * (classes > TOP), "mean_per_class", metric]
         metrics[f"{prefix}/top1/majority_class"] = float(np.bincount(targets).max() / len(targets))
@@ -86,9 +90,11 @@ def classification_metrics(
             ties, index_value = undecided(name, predictions), by_index(name, predictions)
         except Undefined as error:
             log.warning("%s/%s is undefined: %s", prefix, name, error)
-            value, interval = math.nan, Interval(math.nan, math.nan)
+            value, interval, undefined = math.nan, Interval(math.nan, math.nan), error
         value = value if protocol == "expected" or index_value is None else index_value
         metrics |= with_references(f"{prefix}/{name}", value, classes, chance.get(name), interval, ties, index_value)
+    if all(math.isnan(metrics[f"{prefix}/{name}"]) for name in names):
+        raise undefined
     return metrics
 
 

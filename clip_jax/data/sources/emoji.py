@@ -28,7 +28,7 @@ from pathlib import Path
 from PIL import Image
 
 from clip_jax.config import DataConfig
-from clip_jax.data.sources.tfrecord import TFRecordSource, write_tfrecord
+from clip_jax.data.sources.tfrecord import TFRecordSource, is_intact, write_tfrecord
 from clip_jax.typing import Unavailable
 
 log = logging.getLogger(__name__)
@@ -279,12 +279,15 @@ def _temporary_folder() -> tempfile.TemporaryDirectory:
 
 
 def _render_shards(cache: Path, vendor: str) -> Path:
-    """Return the folder of a vendor's shards, rendering it first if necessary; safe in concurrent processes."""
+    """Return the folder of a vendor's shards, rendered if missing or damaged; safe in concurrent processes."""
     content = "\n".join([f"version {VERSION}", NOTO, *_require_packages()])
     root = cache / f"emoji-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
     folder = root / vendor
     if folder.is_dir():
-        return folder
+        if all(is_intact(folder / f"{vendor}-{split}.tfrecord") for split in SPLITS):
+            return folder
+        log.warning("%s: damaged, rendered again", folder)
+        shutil.rmtree(folder, ignore_errors=True)
     root.mkdir(parents=True, exist_ok=True)
     working = Path(tempfile.mkdtemp(prefix=f".{vendor}-", dir=root))
     try:

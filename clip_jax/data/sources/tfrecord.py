@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import io
+import itertools
 import logging
 import os
 import re
@@ -170,6 +172,16 @@ def write_tfrecord(path: str | os.PathLike, records: Iterable[Mapping[str, Value
             writer.write(tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString())
 
 
+def is_intact(path: str | os.PathLike) -> bool:
+    """Return whether a local shard exists and has no truncated or damaged record."""
+    if not os.path.isfile(path):
+        return False
+    content = Path(path).read_bytes()
+    offsets = _index(io.BytesIO(content), len(content)).tolist()
+    frames = (content[start + HEADER_BYTES : end] for start, end in itertools.pairwise(offsets))
+    return offsets[-1] == len(content) and all(x[-FOOTER_BYTES:] == _masked_crc(x[:-FOOTER_BYTES]) for x in frames)
+
+
 def _feature(value: Values) -> tf.train.Feature:
     if isinstance(value, int):
         return tf.train.Feature(int64_list=tf.train.Int64List(value=[value]))
@@ -266,7 +278,7 @@ def _cached_index(path: str, cache: Path | None) -> tuple[np.ndarray, int]:
     if cached:
         try:  # other processes may write the same file
             write_atomically(cached, lambda file: np.save(file, offsets))
-        except OSError as error:  # disk full or read-only
+        except (OSError, ValueError) as error:  # disk full or read-only; a folder of that name
             log.warning("%s: index not cached: %s", cached, error)
     return offsets, size
 
