@@ -10,6 +10,7 @@ import gc
 import jax
 import numpy as np
 import pytest
+import scipy.optimize
 
 from clip_jax.evals import logistic
 from clip_jax.evals.few_shot import draw, few_shot_curve
@@ -85,6 +86,28 @@ def test_against_scikit_learn(l2):
 def test_the_default_tolerance_is_reached():
     l2 = 1.0
     assert objective(fit(*TRAIN, CLASSES, l2), TRAIN, l2) < GOLDEN[l2][0] + 1e-5 * len(TRAIN.targets)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_default_tolerance_is_reached_with_correlated_features(seed):
+    """Unit vectors of decaying variances and a small l2, where a single small step left up to 2.1e-5 nats."""
+    rng, l2 = np.random.default_rng(seed), 1e-4
+    targets = rng.integers(0, 8, 300)
+    x = (rng.normal(size=(8, 40))[targets] + rng.normal(size=(300, 40))) / np.sqrt(np.arange(1, 41))
+    x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32).astype(np.float64)
+    probe = fit(x, targets, 8, l2)
+
+    def value_and_gradient(w):
+        weight, bias = w.reshape(41, 8)[:-1], w.reshape(41, 8)[-1:]
+        probabilities, one_hot = softmax(x @ weight + bias), np.eye(8)[targets]
+        error = probabilities - one_hot
+        gradient = np.concatenate([x.T @ error + l2 * weight, error.sum(0, keepdims=True)])
+        return -np.log(probabilities[one_hot > 0]).sum() + l2 / 2 * np.sum(weight**2), gradient.ravel()
+
+    found = np.concatenate([probe.weight_DQ, probe.bias_Q[None]]).astype(np.float64).ravel()
+    options = {"maxiter": 3000, "ftol": 1e-14, "gtol": 1e-8, "maxcor": 30}
+    best = scipy.optimize.minimize(value_and_gradient, found, jac=True, method="L-BFGS-B", options=options)
+    assert value_and_gradient(found)[0] <= best.fun + 1e-5 * len(x)
 
 
 def test_two_classes_against_scikit_learn_which_penalizes_their_difference():
