@@ -1,7 +1,7 @@
 """Eight CPU devices, warnings as errors, shape annotations executed: before anything imports JAX.
 
 Most of the time of the tests is compilation, and half of it the code generator's optimizations for the CPU: without
-them here; with them in commands with their own processes, in the demo, in tests/peers and by the fixture `optimized`.
+them here; with them in whole runs (tests/runs.py), in the demo, in tests/peers and by the fixture `optimized`.
 """
 
 import os

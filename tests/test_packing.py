@@ -1,5 +1,7 @@
 """Packed captions: the embeddings and gradients of padded captions, at a fraction of the positions."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,16 +23,22 @@ def _text(lengths):
     return jnp.asarray(text)
 
 
-def _encode(text, capacity: float, groups: int = 1):
+@functools.cache
+def _functions(capacity: float, groups: int):
+    """Return parameters, and a compiled function of them, texts and weights: objective, outputs and gradient."""
     model = make_model(ARCHITECTURE, text_capacity=capacity, text_groups=groups)
-    params = jax.jit(model.init)(jax.random.key(0))
-    weights = jnp.asarray(np.random.default_rng(1).normal(size=(len(text), 16)), jnp.float32)
 
-    def objective(params):
+    def objective(params, text, weights):
         embeddings, metrics = model.encode_text_train(params, text)
         return jnp.sum(weights * embeddings), (embeddings, metrics)
 
-    (_, (embeddings, metrics)), gradient = jax.jit(jax.value_and_grad(objective, has_aux=True))(params)
+    return jax.jit(model.init)(jax.random.key(0)), jax.jit(jax.value_and_grad(objective, has_aux=True))
+
+
+def _encode(text, capacity: float, groups: int = 1):
+    params, function = _functions(capacity, groups)
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=(len(text), 16)), jnp.float32)
+    (_, (embeddings, metrics)), gradient = function(params, text, weights)
     return embeddings, metrics, gradient["text"]
 
 
