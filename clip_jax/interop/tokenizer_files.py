@@ -3,8 +3,7 @@
 Several files define a tokenizer: tokenizer.json, or vocab.json and merges.txt, or a SentencePiece model; the class and
 settings in tokenizer_config.json; more tokens in special_tokens_map.json and added_tokens.json. Weights carry one file,
 so the others are merged into a tokenizer.json: added tokens, the side of padding and truncation, and the normalizer of
-classes that replace the file's. OpenAI's vocabulary becomes
-`clip_bpe`, which needs no library.
+classes that replace the file's. OpenAI's vocabulary becomes `clip_bpe`, which needs no library.
 
 Source: transformers 5 `tokenization_utils_base.py` (`_from_pretrained`), `tokenization_utils_tokenizers.py`,
 `tokenization_auto.py`, and the classes of tokenizer_classes.py. Deviations: OpenAI's vocabulary has OpenAI's cleaning
@@ -91,9 +90,9 @@ def read(folder: pathlib.Path, model: Architecture, settings: TokenizerConfig | 
     pad_id = default.pad_id if pad_id is None else pad_id
     config = dataclasses.replace(default, name="huggingface", path="tokenizer.json", clean=clean, pad_id=pad_id)
     config = dataclasses.replace(config, **own)
-    path = folder / "tokenizer.json"
-    unchanged = path.is_file() and json.loads(path.read_bytes()) == file
-    return config, path.read_bytes() if unchanged else json.dumps(file, ensure_ascii=False).encode()
+    unchanged = declared.stored == file
+    content = (folder / "tokenizer.json").read_bytes() if unchanged else json.dumps(file, ensure_ascii=False).encode()
+    return config, content
 
 
 _Found = tuple[TokenizerConfig, bytes]
@@ -101,13 +100,14 @@ _Found = tuple[TokenizerConfig, bytes]
 
 @dataclasses.dataclass(frozen=True)
 class _Declared:
-    """Content of tokenizer_config.json, special_tokens_map.json and added_tokens.json."""
+    """Content of tokenizer_config.json, special_tokens_map.json, added_tokens.json and tokenizer.json."""
 
     file: pathlib.Path
     settings: Mapping[str, Any]
     added: Mapping[int, Mapping[str, Any]]  # added tokens by id, with those of tokenizer.json
     cls: str  # without 'Fast'; '' if no file names a class
     is_empty: bool  # there is no tokenizer_config.json
+    stored: Mapping[str, Any]  # tokenizer.json, tens of MB in multilingual models; {} without one
 
     @staticmethod
     def read(folder: pathlib.Path) -> _Declared:
@@ -131,7 +131,7 @@ class _Declared:
                 for text, number in _json(folder / "added_tokens.json").items()
             }
             added |= {token["id"]: token for token in stored.get("added_tokens", [])}
-        return _Declared(file, settings, added, cls.removesuffix("Fast"), not file.is_file())
+        return _Declared(file, settings, added, cls.removesuffix("Fast"), not file.is_file(), stored)
 
     def check(self, model: Architecture) -> None:
         """Raise ValueError for a setting that would be ignored."""
@@ -160,7 +160,8 @@ class _Declared:
         """Return the named special tokens, with the defaults of the class."""
         defaults = REBUILT[self.cls].tokens if self.cls in REBUILT else {}
         given = {key: _content(self.settings[key]) for key in self.settings if self._is_token(key)}
-        return {key: {**defaults, **given}[key] for key in [*_NAMED, *given] if key in {**defaults, **given}}
+        known = {**defaults, **given}
+        return {key: known[key] for key in [*_NAMED, *given] if key in known}
 
     def _is_token(self, key: str) -> bool:
         return key.endswith("_token") and isinstance(self.settings[key], (str, Mapping))
@@ -189,8 +190,8 @@ def _json(file: pathlib.Path) -> dict[str, Any]:
 
 def _stored(folder: pathlib.Path, declared: _Declared) -> dict[str, Any] | None:
     """Return tokenizer.json, or one made of vocab.json and merges.txt; None without both."""
-    if file := _json(folder / "tokenizer.json"):
-        return file
+    if declared.stored:
+        return dict(declared.stored)
     vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
     if not vocabulary.is_file() or not merges.is_file():
         return None
