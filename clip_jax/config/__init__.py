@@ -2,6 +2,7 @@
 
 from clip_jax.config.build import (
     build,
+    check_known_options,
     check_name,
     default_config,
     did_you_mean,

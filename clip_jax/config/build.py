@@ -9,10 +9,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import inspect
 import json
 import math
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import ml_collections
@@ -99,6 +100,17 @@ def check_name(key: str, name: object, names: Iterable[str]) -> None:
             f"{key}={name!r} is none of {', '.join(names)}{did_you_mean(str(name), names)} (names of your own: import"
             " their module first, in commands by --modules)"
         )
+
+
+def check_known_options(owner: str, options: Iterable[str], function: Callable[..., Any], first: int) -> None:
+    """Raise ValueError for an option that `function` has not among its parameters from number `first` on.
+
+    `owner` begins the message: the key of the options, and the source or evaluator that they are for.
+    """
+    known = list(inspect.signature(function).parameters)[first:]
+    for name in options:
+        if name not in known:
+            raise ValueError(f"{owner} has no option {name!r}; its options: {', '.join(known) or 'none'}")
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:

@@ -12,7 +12,6 @@ exist, without reading them; --dry_run calls it. Other sources refuse `data.file
 """
 
 import contextlib
-import inspect
 import os
 import sys
 import tempfile
@@ -47,7 +46,7 @@ with _quiet_stderr():
 tf.config.set_visible_devices([], "GPU")
 tf.config.set_visible_devices([], "TPU")
 
-from clip_jax.config import DataConfig, check_name  # noqa: E402
+from clip_jax.config import DataConfig, check_known_options, check_name  # noqa: E402
 from clip_jax.data.pipeline import batches  # noqa: E402
 from clip_jax.data.sources.emoji import EmojiSource  # noqa: E402
 from clip_jax.data.sources.synthetic import SyntheticSource  # noqa: E402
@@ -79,14 +78,8 @@ def make_source(config: DataConfig) -> DataSource:
 def check_options(config: DataConfig) -> None:
     """Raise ValueError for an unknown source, and for an option or `data.files` that the source does not read."""
     check_name("data.source", config.source, SOURCES)
-    source = SOURCES[config.source]
-    known = list(inspect.signature(source.from_config).parameters)[1:]
-    for name in config.options:
-        if name not in known:
-            raise ValueError(
-                f"data.options: data.source={config.source!r} has no option {name!r};"
-                f" its options: {', '.join(known) or 'none'}"
-            )
+    from_config = SOURCES[config.source].from_config
+    check_known_options(f"data.options: data.source={config.source!r}", config.options, from_config, first=1)
     if config.files and not reads_files(config.source):
         readers = ", ".join(repr(name) for name in SOURCES if reads_files(name))
         raise ValueError(

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from clip_jax.config import DataConfig, EvalConfig, did_you_mean
+from clip_jax.config import DataConfig, EvalConfig, check_known_options, did_you_mean
 from clip_jax.devices import distributed
 from clip_jax.devices.distributed import DATA_ERRORS
 from clip_jax.evals import EVALUATORS
@@ -176,13 +175,8 @@ def load_suite(config: EvalConfig, data: DataConfig) -> Suite:
     tasks: dict[str, LoadedTask] = {}
     skipped: dict[str, str] = {}
     for name, task in config.tasks.items():
-        known = list(inspect.signature(EVALUATORS[task.evaluator]).parameters)[2:]
-        for option in task.options:
-            if option not in known:
-                raise ValueError(
-                    f"eval.tasks.{name}.options: evaluator {task.evaluator!r} has no option {option!r}; its options:"
-                    f" {', '.join(known) or 'none'}"
-                )
+        owner = f"eval.tasks.{name}.options: evaluator {task.evaluator!r}"
+        check_known_options(owner, task.options, EVALUATORS[task.evaluator], first=2)
         try:
             dataset = load_dataset(task.dataset, LoadOptions(config.data_dir, data=data))
         except Unavailable as error:
