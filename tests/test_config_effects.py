@@ -26,7 +26,7 @@ from PIL import Image
 from clip_jax import config as configs
 from clip_jax import data
 from clip_jax.config import TOWERS, Config, ImageTower
-from clip_jax.data import pipeline
+from clip_jax.data import pipeline, storage
 from clip_jax.data.sources.synthetic import SyntheticSource
 from clip_jax.evals.suite import Suite, load_suite
 from clip_jax.interop import msgpack
@@ -132,7 +132,16 @@ def shards(run):
     for cache in caches:
         shutil.rmtree(cache, ignore_errors=True)
     fingerprint = data.make_source(run.config.data).fingerprint()
-    return fingerprint, [len(list(cache.rglob("*.npy"))) for cache in caches]
+    return fingerprint, [len(list(cache.rglob("*.arrow"))) for cache in caches]
+
+
+def outage(run):
+    """How long requests to the storage are tried again."""
+    limits = set()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, "_persistently", lambda request, path, limit: limits.add(limit) or request())
+        data.make_source(run.config.data).read(0)
+    return limits
 
 
 def tokens(run):
@@ -307,6 +316,7 @@ CHANGES = {
     bad_records: {"data.max_bad_fraction": (Refused(0.001), {"data.max_bad_fraction": 0.5})},
     input_graph: {"data.decode_threads": 3, "data.prefetch_batches": 1},
     shards: {"data.files": ("FOLDER/0000[12].tfrecord", _SHARDS), "data.cache_dir": ("FOLDER/other", _SHARDS)},
+    outage: {"data.max_stall_seconds": (1.0, _SHARDS)},
     embedder: {
         "eval.batch_size": 64,
         "preprocess.interpolation": "bilinear",

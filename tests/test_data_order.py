@@ -11,30 +11,31 @@ CORRELATION_BOUND = 0.016
 
 @pytest.mark.parametrize("examples", [1, 2, 3, 7, 1000, 4097])
 def test_every_epoch_is_a_permutation(examples):
-    ids = order.indices(np.arange(3 * examples), examples, seed=5).numpy().reshape(3, examples)
+    ids = order.RecordOrder(examples, seed=5)(np.arange(3 * examples))[1].reshape(3, examples)
     for epoch in ids:
         np.testing.assert_array_equal(np.sort(epoch), np.arange(examples))
 
 
 def test_epochs_and_seeds_have_different_orders():
     n = 1000
-    first, second = order.indices(np.arange(2 * n), n, seed=0).numpy().reshape(2, n)
-    other = order.indices(np.arange(n), n, seed=1).numpy()
+    first, second = order.RecordOrder(n, seed=0)(np.arange(2 * n))[1].reshape(2, n)
+    other = order.RecordOrder(n, seed=1)(np.arange(n))[1]
     assert (first != second).mean() > 0.9
     assert (first != other).mean() > 0.9
 
 
 def test_distant_position_is_independent_of_the_other_positions():
     far = 10**12 + np.arange(64)
-    together = order.indices(far, 12_345, seed=3).numpy()
-    alone = [int(order.indices(far[i : i + 1], 12_345, seed=3)[0]) for i in (0, 13, 63)]
+    ordered = order.RecordOrder(12_345, seed=3)
+    together = ordered(far)[1]
+    alone = [int(ordered(far[i : i + 1])[1][0]) for i in (0, 13, 63)]
     assert alone == together[[0, 13, 63]].tolist()
 
 
 @pytest.mark.parametrize("lag", [1, 2, 3, 64])
 def test_neighbours_in_the_order_are_uncorrelated(lag):
     n = 100_000
-    ids = order.indices(np.arange(n), n, seed=0).numpy()
+    ids = order.RecordOrder(n, seed=0)(np.arange(n))[1]
     assert abs(np.corrcoef(ids[:-lag], ids[lag:])[0, 1]) < CORRELATION_BOUND
 
 
@@ -67,7 +68,65 @@ def test_augmentation_seeds_differ_by_example_and_epoch():
 
 
 def test_replacements_are_in_range_and_vary_with_the_attempt():
-    found = {order.replacement(17, attempt, 1000) for attempt in range(1, 101)}
+    found = {order.RecordOrder(1000, 0).replacement(17, attempt) for attempt in range(1, 101)}
     assert min(found) >= 0 and max(found) < 1000
     assert len(found) > 80
-    assert order.replacement(17, 1, 1) == 0
+    assert order.RecordOrder(1, 0).replacement(17, 1) == 0
+
+
+BLOCKS = {
+    "uneven": ([3, 5, 2, 7], 4, 4, 3),
+    "even": ([10] * 7, 8, 4, 5),
+    "one example": ([1], 4, 2, 10),
+    "fewer examples than lanes": ([1, 1, 1], 8, 8, 2),
+    "many": (np.random.default_rng(0).integers(1, 50, 200).tolist(), 32, 16, 64),
+}
+
+
+@pytest.mark.parametrize("case", BLOCKS)
+def test_block_order_has_every_example_once_an_epoch(case):
+    records, batch, lanes, window = BLOCKS[case]
+    total = sum(records)
+    ordered = order.BlockOrder(np.array(records), 5, batch, lanes, window)
+    epochs, ids = ordered(np.arange((4 * total // batch + 2) * batch))
+    for epoch in range(4):
+        np.testing.assert_array_equal(np.sort(ids[epochs == epoch]), np.arange(total))
+    assert (ids[epochs == 0] != ids[epochs == 1]).any() or total < 3
+    # At any position the lanes are within one example of each other.
+    for end in range(batch, 4 * total, batch):
+        counts = np.bincount(ids[:end], minlength=total)
+        assert counts.max() - counts.min() <= 2
+        assert abs(counts - end / total).sum() <= total + 2 * lanes
+
+
+@pytest.mark.parametrize("case", BLOCKS)
+def test_blocks_of_a_step_are_those_of_its_rows(case):
+    records, batch, lanes, window = BLOCKS[case]
+    ordered = order.BlockOrder(np.array(records), 5, batch, lanes, window)
+    starts = np.cumsum([0, *records])
+    for step in range(0, 60, 7):
+        ids = ordered(np.arange(step * batch, (step + 1) * batch))[1]
+        for rows in (slice(0, batch), slice(batch // 2, batch)):
+            blocks = np.concatenate(ordered.blocks(step, rows))
+            assert np.isin(np.searchsorted(starts, ids[rows], side="right") - 1, blocks).all()
+
+
+def test_block_order_of_two_billion_examples_is_arithmetic():
+    records = np.full(1_000_000, 2000)
+    ordered = order.BlockOrder(records, 0, 32_768, 64, 4000)
+    for step in (0, 1, 300_000, 10**9):
+        positions = step * 32_768 + np.array([0, 511, 512, 32_767])
+        epochs, ids = ordered(positions)
+        assert (epochs == positions // 2_000_000_000).all() and len(set(ids.tolist())) == 4
+        assert [int(ordered(positions[i : i + 1])[1][0]) for i in range(4)] == ids.tolist()
+
+
+def test_block_order_separates_neighbours():
+    """Neighbours in a batch are rarely of one block, and the rank of the block is uncorrelated with the position."""
+    ordered = order.BlockOrder(np.full(2000, 50), 0, 1024, 64, 200)
+    ids = ordered(np.arange(98 * 1024))[1]
+    blocks = ids // 50
+    assert abs(np.corrcoef(np.arange(len(ids)), blocks)[0, 1]) < CORRELATION_BOUND
+    assert abs(np.corrcoef(ids[:-1024], ids[1024:])[0, 1]) < 2 * CORRELATION_BOUND + 0.25
+    distinct = np.mean([len(set(blocks[at : at + 1024].tolist())) for at in range(0, len(blocks), 1024)])
+    assert distinct > 200  # of at most 64 lanes × 4 blocks of a window

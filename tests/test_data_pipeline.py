@@ -150,7 +150,7 @@ def test_every_epoch_has_every_example_once():
 
 def test_step_ten_million_starts_at_its_position_in_the_order():
     (batch,) = take(SyntheticSource(1000), 1, start_step=10_000_000)
-    expected = order.indices(np.arange(80_000_000, 80_000_008), 1000, seed=0)
+    expected = order.RecordOrder(1000, 0)(np.arange(80_000_000, 80_000_008))[1]
     np.testing.assert_array_equal(batch.example_ids, expected)
 
 
@@ -190,7 +190,7 @@ def _with_bad(good=32):
 
 def test_every_kind_of_bad_record_is_counted_logged_and_replaced(caplog):
     source, reasons = _with_bad()
-    expected_ids = order.indices(np.arange(40), 40, seed=0).numpy()
+    expected_ids = order.RecordOrder(40, 0)(np.arange(40))[1]
     with caplog.at_level(logging.WARNING):
         batches = take(source, 5, config=TOLERANT)
     replaced = {r.key: r for b in batches for r in b.replaced}
@@ -237,14 +237,14 @@ def test_replacement_is_augmented_as_in_its_own_row():
             return super().read(index)
 
     (batch,) = take(Shapes(8), 1, config=config)
-    (row,) = (i for i, ordered in enumerate(order.indices(np.arange(8), 8, seed=0).numpy()) if ordered == 3)
+    (row,) = (i for i, ordered in enumerate(order.RecordOrder(8, 0)(np.arange(8))[1]) if ordered == 3)
     twins = np.flatnonzero(batch.example_ids == batch.example_ids[row])
     assert len(twins) == 2
     np.testing.assert_array_equal(batch.batch.image[twins[0]], batch.batch.image[twins[1]])
 
 
 def test_chunk_of_only_bad_records_is_replaced():
-    bad = set(order.indices(np.arange(8), 64, seed=0).numpy().tolist())
+    bad = set(order.RecordOrder(64, 0)(np.arange(8))[1].tolist())
     source = ListSource([BadRecord("gone") if i in bad else _record(i) for i in range(64)])
     (batch,) = take(source, 1, config=TOLERANT)
     assert len(batch.replaced) == 8 and not bad & set(batch.example_ids.tolist())
@@ -259,7 +259,7 @@ def test_too_many_bad_records_raise_with_three_of_their_keys():
 
 
 def test_bad_fraction_is_not_checked_before_a_hundred_reads():
-    bad = int(order.indices(np.arange(1), 200, seed=0)[0])
+    bad = int(order.RecordOrder(200, 0)(np.arange(1))[1][0])
     source = ListSource([BadRecord("gone") if i == bad else _record(i) for i in range(200)])
     batches = take(source, 25, config=DataConfig(max_bad_fraction=0.01, decode_threads=2))
     assert [len(b.replaced) for b in batches] == [1] + [0] * 24
@@ -278,7 +278,7 @@ class Unstable(ListSource):
 
     def __init__(self, position, bad_reads, message="connection reset"):
         super().__init__([_record(i) for i in range(400)])
-        self.index = int(order.indices(np.array([position]), 400, seed=0)[0])
+        self.index = int(order.RecordOrder(400, 0)(np.array([position]))[1][0])
         self.bad_reads, self.message, self.reads = bad_reads, message, 0
 
     def read(self, index):

@@ -71,6 +71,7 @@ class DataConfig:
     options: Mapping[str, object] = dataclasses.field(default_factory=dict)
     cache_dir: str = "~/.cache/clip_jax"  # for rendered images and shard indices
     max_bad_fraction: float = 0.01  # bad records / records read; above it the run stops and lists some of them
+    max_stall_seconds: float = 600.0  # how long a store that does not answer is waited for, before the run stops
     decode_threads: int = 0  # 0: one per core
     prefetch_batches: int = 2
 

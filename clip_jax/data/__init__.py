@@ -47,15 +47,19 @@ tf.config.set_visible_devices([], "GPU")
 tf.config.set_visible_devices([], "TPU")
 
 from clip_jax.config import DataConfig, check_known_options, check_name  # noqa: E402
+from clip_jax.data import index, storage  # noqa: E402
 from clip_jax.data.pipeline import batches  # noqa: E402
 from clip_jax.data.sources.emoji import EmojiSource  # noqa: E402
+from clip_jax.data.sources.shards import ShardSource  # noqa: E402
 from clip_jax.data.sources.synthetic import SyntheticSource  # noqa: E402
+from clip_jax.data.sources.tar import TarSource  # noqa: E402
 from clip_jax.data.sources.tfrecord import TFRecordSource, write_tfrecord  # noqa: E402
 from clip_jax.typing import DataSource  # noqa: E402
 
 # Config key `data.source` -> class
 SOURCES: dict[str, type] = {
     "tfrecord": TFRecordSource,
+    "tar": TarSource,
     "emoji": EmojiSource,
     "synthetic": SyntheticSource,
 }
@@ -73,6 +77,30 @@ def make_source(config: DataConfig) -> DataSource:
     """
     check_options(config)
     return SOURCES[config.source].from_config(config, **config.options)
+
+
+def index_files(files: str, source: str = "") -> str:
+    """Index the shards of `files` in their folder, for all hosts and runs; return a summary.
+
+    Args:
+      files: as `data.files`.
+      source: 'tfrecord' or 'tar'; '' for that of the files' names.
+
+    Raises:
+      ValueError: if a file does not exist, or the source has no shards.
+      OSError: if a shard cannot be read or the index cannot be written.
+    """
+    found = storage.list_files(files)
+    source = source or ("tar" if found[0].path.endswith(".tar") else "tfrecord")
+    indexed = {name: kind for name, kind in SOURCES.items() if issubclass(kind, ShardSource) and name != "emoji"}
+    check_name("--source", source, indexed)
+    built, path = index.write_index(found, indexed[source].format)
+    lost = sum(bool(shard.problem) or not shard.file.size for shard in built.shards)
+    problems = f"; {lost} shards are damaged, truncated or empty" if lost else ""
+    return (
+        f"{path}: {int(built.records.sum()):,} records in {len(found):,} shards ({source}),"
+        f" {len(built.records):,} blocks{problems}"
+    )
 
 
 def check_options(config: DataConfig) -> None:

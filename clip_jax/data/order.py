@@ -1,12 +1,21 @@
 """The order of examples, as a pure function of integers.
 
-Position p of the infinite sequence of examples is offset p % n of epoch p // n; a keyed permutation of [0, n) maps the
-offset to the example. All other randomness of an example (caption, augmentation, replacement of a damaged record) is a
-hash of (seed, epoch, example, purpose) by the finalizer of SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable
-pseudorandom number generators"), so it depends neither on the host nor on the thread.
+Position p of the infinite sequence of examples is row p % B of step p // B, with B pairs in the global batch. An order
+maps positions to epochs and examples, independently of the number of hosts:
+
+* `RecordOrder`, for local files and memory: a keyed permutation of all examples.
+* `BlockOrder`, for object stores: the blocks (contiguous records of a shard) are permuted, dealt to lanes, and shuffled
+  within windows of the lanes, so that every host reads whole blocks, each once per epoch.
+
+All other randomness of an example (caption, augmentation, replacement of a damaged record) is a hash of (seed, epoch,
+example, purpose) by the finalizer of SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
+generators"), so it depends neither on the host nor on the thread.
 """
 
 from __future__ import annotations
+
+import functools
+import math
 
 import numpy as np
 import tensorflow as tf
@@ -17,17 +26,121 @@ import tensorflow as tf
 ROUNDS = 24
 
 # Purposes of draws. The numbers are part of the meaning of a seed: append, never renumber.
-FEATURE, VALUE, AUGMENT, REPLACE, COUNT = range(5)
+FEATURE, VALUE, AUGMENT, REPLACE, COUNT, SHUFFLE = range(6)
+
+BLOCK_ATTEMPTS = 50  # replacements that are searched in the block of a damaged record
 
 
-def indices(positions: np.ndarray | tf.Tensor, examples: int, seed: int) -> tf.Tensor:
-    """Return the example index at each position, int64[n], in the infinite sequence: step × global batch size + row."""
-    positions = tf.cast(positions, tf.int64)
-    epochs, offsets = positions // examples, positions % examples
-    keys = tf.stack([tf.fill(tf.shape(epochs), tf.constant(seed, tf.int64)), epochs, tf.zeros_like(epochs)], axis=1)
-    return tf.raw_ops.RandomIndexShuffle(
-        index=offsets, seed=keys, max_index=tf.constant(examples - 1, tf.int64), rounds=ROUNDS
-    )
+class RecordOrder:
+    """Every epoch is a keyed permutation of the examples."""
+
+    def __init__(self, examples: int, seed: int):
+        self._examples, self._seed = examples, seed
+
+    def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return epoch and example of each position, int64[n] each."""
+        epochs, offsets = np.divmod(positions, self._examples)
+        return epochs, _shuffled(offsets, self._examples, self._seed, epochs)
+
+    def replacement(self, example: int, attempt: int) -> int:
+        """Return the example that replaces a damaged one; `attempt` counts from 1."""
+        return int(draw(REPLACE, example, attempt)[0] % np.uint64(self._examples))
+
+
+class BlockOrder:
+    """Every epoch is a permutation of blocks, which lanes read in sequence and shuffle within windows.
+
+    Row r of a batch belongs to lane r·L // B. The epochs' examples are dealt to the L lanes like cards: number g = o·L
+    + l of the infinite sequence is number o of lane l, in epoch g // N. So lanes begin an epoch within one example of
+    each other, and every example occurs once per epoch. Lane l reads a contiguous part of the epoch's blocks in their
+    permuted order, divided into windows of about `window` records, which are permuted.
+    """
+
+    def __init__(self, block_records: np.ndarray, seed: int, batch_size: int, lanes: int, window: int):
+        """
+        Args:
+          block_records: number of records of each block, int64[n].
+          lanes: a power of two; halved until it divides the batch.
+          window: number of records that a lane shuffles, and a host holds in memory twice.
+        """
+        self._starts = np.concatenate([[0], np.cumsum(block_records)])  # first example of each block, and the end
+        self._examples, self._seed, self._batch_size, self._window = int(self._starts[-1]), seed, batch_size, window
+        self.lanes = math.gcd(batch_size, lanes)
+        self._epoch = functools.lru_cache(maxsize=4)(self._permuted_blocks)
+
+    def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return epoch and example of each position, int64[n] each."""
+        steps, rows = np.divmod(positions, self._batch_size)
+        lane_rows = self._batch_size // self.lanes
+        lanes, rows = np.divmod(rows, lane_rows)
+        offsets = steps * lane_rows + rows  # in the infinite sequence of the lane
+        epochs, first, size, at = self._windows(lanes, offsets)
+        numbers = first + _shuffled(at, size, self._seed, epochs, 1 + lanes, first)  # in the epoch's blocks
+        examples = np.empty_like(numbers)
+        for epoch in np.unique(epochs):
+            blocks, ends = self._epoch(int(epoch))
+            of_epoch = epochs == epoch
+            index = np.searchsorted(ends, numbers[of_epoch], side="right")
+            from_end = ends[index] - numbers[of_epoch]
+            examples[of_epoch] = self._starts[blocks[index] + 1] - from_end
+        return epochs, examples
+
+    def replacement(self, example: int, attempt: int) -> int:
+        """Return the example that replaces a damaged one: of its block, which is in memory, at the first attempts."""
+        block = int(np.searchsorted(self._starts, example, side="right")) - 1
+        first, end = self._starts[block : block + 2] if attempt <= BLOCK_ATTEMPTS else (0, self._examples)
+        return int(first) + int(draw(REPLACE, example, attempt)[0] % np.uint64(end - first))
+
+    def blocks(self, step: int, rows: slice, ahead: int = 1) -> list[np.ndarray]:
+        """Return the blocks that these rows need from a step on, one array for each window.
+
+        First the windows of the step, one per lane of the rows, then their successors, `ahead` times.
+        """
+        lane_rows = self._batch_size // self.lanes
+        lanes = np.arange(rows.start // lane_rows, -(-rows.stop // lane_rows))
+        offsets = np.full(len(lanes), step * lane_rows)
+        found = []
+        for _ in range(1 + ahead):
+            epochs, first, size, at = self._windows(lanes, offsets)
+            for epoch, start, count in zip(epochs.tolist(), first.tolist(), size.tolist(), strict=True):
+                blocks, ends = self._epoch(epoch)
+                begin, last = np.searchsorted(ends, [start, start + count - 1], side="right")
+                found.append(blocks[begin : last + 1])
+            offsets = offsets + size - at
+        return found
+
+    def _windows(self, lanes: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Return of each offset of a lane: the epoch, the window's first number in it and its size, the place in it."""
+        epochs = (offsets * self.lanes + lanes) // self._examples
+        begin, end = (-(-(epoch * self._examples - lanes) // self.lanes) for epoch in (epochs, epochs + 1))
+        count, at = end - begin, offsets - begin
+        windows = np.maximum(1, count // self._window)
+        window = ((at + 1) * windows - 1) // count
+        first = window * count // windows
+        size = (window + 1) * count // windows - first
+        before = self._dealt((epochs + 1) * self._examples, lanes) - self._dealt(epochs * self._examples, lanes)
+        return epochs, before + first, size, at - first
+
+    def _dealt(self, examples: np.ndarray, lanes: np.ndarray) -> np.ndarray:
+        """Return how many of the first examples of the infinite sequence go to the lanes before each lane."""
+        rounds, rest = np.divmod(examples, self.lanes)
+        return rounds * lanes + np.minimum(rest, lanes)
+
+    def _permuted_blocks(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the blocks in the order of an epoch, and how many examples each and those before it have."""
+        count = len(self._starts) - 1
+        blocks = _shuffled(np.arange(count), count, self._seed, epoch)
+        return blocks, np.cumsum(np.diff(self._starts)[blocks])
+
+
+def _shuffled(
+    index: np.ndarray, count: np.ndarray | int, seed: int, epoch: np.ndarray | int, *words: np.ndarray
+) -> np.ndarray:
+    """Return the image of each index under a keyed permutation of [0, count), int64[n]; arguments broadcast."""
+    last = draw(SHUFFLE, *words)[: len(index)].astype(np.int64) if words else 0
+    key = np.stack(np.broadcast_arrays(np.int64(seed), epoch, last, index)[:3], axis=1)
+    count = np.broadcast_to(np.int64(count) - 1, index.shape)
+    return tf.raw_ops.RandomIndexShuffle(index=index, seed=key, max_index=count, rounds=ROUNDS).numpy()
 
 
 def draw(purpose: np.ndarray | int, *words: np.ndarray | int) -> np.ndarray:
@@ -48,11 +161,6 @@ def augmentation_seeds(seed: int, epochs: np.ndarray, example_ids: np.ndarray) -
     """Return int64[n, 2], seeds for TensorFlow's stateless random functions, one per example and epoch."""
     halves = [draw(AUGMENT, seed, epochs, example_ids, half) for half in (0, 1)]
     return np.stack(halves, axis=1).astype(np.int64)
-
-
-def replacement(example: int, attempt: int, examples: int) -> int:
-    """Return the example that replaces a damaged one; `attempt` counts from 1."""
-    return int(draw(REPLACE, example, attempt)[0] % np.uint64(examples))
 
 
 def _mix(state: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """From a source to the host's batches: read, choose a caption, tokenize, decode, augment.
 
 The only state is the number of the next step. Positions of the infinite sequence of examples go through
-`order.indices`; Python reads and tokenizes records in chunks; TensorFlow decodes and augments chunks in parallel, in
+an order; Python reads and tokenizes records in chunks; TensorFlow decodes and augments chunks in parallel, in
 order. A bad record (wrong checksum, undecodable image, no usable caption) becomes a blank row with `ok` False, which
 `_Repair` fills with another record, selected by a hash of the bad record's index and prepared by the same functions.
 """
@@ -35,6 +35,7 @@ UNSTABLE = "failed twice when it was read for the batch, although it was good wh
 # Encoded images as objects [n], tokens int32[n L], ok bool[n], augmentation seeds int64[n 2].
 Fetched = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 Fetch = Callable[[np.ndarray, np.ndarray], Fetched]  # of example ids int64[n] and epochs int64[n]
+Order = order.RecordOrder | order.BlockOrder
 
 
 def batches(
@@ -89,23 +90,27 @@ def batches(
 def _batches(source, tokenizer, config, image_size, batch_size, seed, start_step, first_row, host_batch_size):
     errors: list[BaseException] = []
     with ThreadPoolExecutor(READ_THREADS, "clip_jax-read") as pool:
+        fetch = functools.partial(_fetch, source, tokenizer, config, seed, pool)
+        ordered = source.order(seed, batch_size) if hasattr(source, "order") else order.RecordOrder(len(source), seed)
+        prepare = _prepare_function(image_size, tokenizer.length, config.augment)
+        prefetch = _Prefetch(source, ordered, batch_size, slice(first_row, first_row + host_batch_size))
 
-        def fetch(example_ids: np.ndarray, epochs: np.ndarray) -> Fetched:
+        def fetch_positions(positions: np.ndarray) -> tuple[np.ndarray, ...]:
             try:
-                return _fetch(source, tokenizer, config, seed, pool, example_ids, epochs)
+                epochs, example_ids = ordered(positions)
+                prefetch(int(positions[0]) // batch_size)
+                return example_ids, epochs, *fetch(example_ids, epochs)
             except BaseException as error:
                 errors.append(error)  # TensorFlow propagates only its text
                 raise
 
-        prepare = _prepare_function(image_size, tokenizer.length, config.augment)
         dataset = _positions(start_step, batch_size, first_row, host_batch_size)
-        dataset = dataset.map(_no_autograph(lambda p: (order.indices(p, len(source), seed), p // len(source))))
         dataset = dataset.map(
-            _no_autograph(functools.partial(_fetch_op, fetch, tokenizer.length)), num_parallel_calls=2
+            _no_autograph(functools.partial(_fetch_op, fetch_positions, tokenizer.length)), num_parallel_calls=2
         )
         dataset = dataset.map(_no_autograph(prepare), num_parallel_calls=_threads(config))
         dataset = dataset.rebatch(host_batch_size).prefetch(config.prefetch_batches)
-        repair = _Repair(source, config, fetch, prepare)
+        repair = _Repair(source, ordered, config, fetch, prepare)
         iterator = dataset.with_options(_options(config)).as_numpy_iterator()
         try:
             while True:
@@ -222,11 +227,25 @@ def _clean(text: str) -> str:
     return re.sub("[\0\ufeff]", "", text[:MAX_CAPTION_CHARACTERS]).strip()
 
 
-def _fetch_op(fetch: Fetch, length: int, example_ids: tf.Tensor, epochs: tf.Tensor) -> tuple[tf.Tensor, ...]:
-    types = (tf.string, tf.int32, tf.bool, tf.int64)
-    shapes = ([None], [None, length], [None], [None, 2])
-    fetched = tf.numpy_function(fetch, [example_ids, epochs], types, stateful=False)
-    return example_ids, epochs, *map(tf.ensure_shape, fetched, shapes)
+class _Prefetch:
+    """Lets a source that reads by blocks read those that the next steps need; at each first chunk of a step."""
+
+    def __init__(self, source: DataSource, ordered: Order, batch_size: int, rows: slice):
+        by_blocks = isinstance(ordered, order.BlockOrder)
+        self._source, self._order = (source, ordered) if by_blocks else (None, None)
+        self._batch_size, self._rows, self._step = batch_size, rows, -1
+
+    def __call__(self, step: int) -> None:
+        if self._source is not None and step > self._step:
+            self._step = step
+            self._source.prefetch(np.concatenate(self._order.blocks(step, self._rows)))
+
+
+def _fetch_op(fetch: Callable, length: int, positions: tf.Tensor) -> tuple[tf.Tensor, ...]:
+    types = (tf.int64, tf.int64, tf.string, tf.int32, tf.bool, tf.int64)
+    shapes = ([None], [None], [None], [None, length], [None], [None, 2])
+    fetched = tf.numpy_function(fetch, [positions], types, stateful=False)
+    return tuple(map(tf.ensure_shape, fetched, shapes))
 
 
 @functools.lru_cache(maxsize=16)
@@ -272,8 +291,9 @@ def _decode_chunk(
 class _Repair:
     """Replaces the bad rows of batches; counts and logs bad records, and raises if there are too many."""
 
-    def __init__(self, source: DataSource, config: DataConfig, fetch: Fetch, prepare: Callable):
-        self._source, self._config, self._fetch, self._prepare = source, config, fetch, prepare
+    def __init__(self, source: DataSource, ordered: Order, config: DataConfig, fetch: Fetch, prepare: Callable):
+        self._source, self._order, self._config = source, ordered, config
+        self._fetch, self._prepare = fetch, prepare
         self._reasons: dict[str, str] = {}  # of the bad records found so far, by key
         self._read = self._bad = 0
 
@@ -324,7 +344,7 @@ class _Repair:
     def _replacement(self, example: int, epoch: int) -> tuple[int, np.ndarray, np.ndarray]:
         """Return the first good record that may replace a bad one: example id, image, tokens."""
         for attempt in range(1, MAX_ATTEMPTS + 1):
-            candidate = order.replacement(example, attempt, len(self._source))
+            candidate = self._order.replacement(example, attempt)
             if candidate == example:
                 continue
             if prepared := self._prepare_one(candidate, epoch):

@@ -227,9 +227,9 @@ def _hashes(options: Options) -> tuple[np.ndarray, ...]:
     if not options.train_hashes:
         return ()
     if options.train_files:
-        from clip_jax.data.sources.tfrecord import expand_files  # imports TensorFlow
+        from clip_jax.data.storage import list_files  # imports TensorFlow
 
-        files = expand_files(options.train_files)
+        files = [file.path for file in list_files(options.train_files)]
         near_duplicates.hash_shards(files, options.train_hashes, options.beam_options or None)
     return tuple(near_duplicates.read_hashes(options.train_hashes).values())
 

@@ -1,0 +1,200 @@
+"""Tar shards of WebDataset (https://github.com/webdataset/webdataset): members of equal key are one record.
+
+The key is the member's path up to the first dot of its name, the rest is the field: `a/0001.jpg`, `a/0001.txt`,
+`a/0001.json`. Members of a record follow each other. A caption field is a member of that name, or a value of the JSON
+member. img2dataset writes jpg, txt and json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from clip_jax.config import DataConfig
+from clip_jax.data.index import Read, Scan
+from clip_jax.data.sources.shards import ShardSource
+from clip_jax.data.sources.synthetic import SyntheticSource
+from clip_jax.typing import BadRecord, Record
+
+BLOCK = 512
+IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp", "image", "gif", "bmp", "tif", "tiff", "avif")
+END = bytes(BLOCK)
+
+
+class Member(NamedTuple):
+    """A regular file of an archive."""
+
+    name: str
+    begin: int  # of its headers
+    start: int  # of its data
+    size: int
+
+    @property
+    def end(self) -> int:
+        return self.start + -(-self.size // BLOCK) * BLOCK
+
+    @property
+    def key(self) -> str:
+        folder, _, name = self.name.rpartition("/")
+        return f"{folder}/{name.partition('.')[0]}"
+
+    @property
+    def field(self) -> str:
+        return self.name.rpartition("/")[2].partition(".")[2].lower()
+
+
+class TarFormat:
+    """Records of tar archives: consecutive members of one key."""
+
+    name = "tar"
+
+    def scan(self, read: Read, start: int, stop: int) -> Scan:
+        """Return the complete records between two offsets; names and sizes stand for the content."""
+        offsets, digest, key, end, problem = [start], hashlib.sha256(), None, start, ""
+        try:
+            for member in _members(read, start, stop):
+                if member.key != key:
+                    if key is not None:
+                        offsets.append(member.begin)
+                    key = member.key
+                digest.update(f"{member.name} {member.size}\n".encode("utf-8", "surrogateescape"))
+                end = min(member.end, stop)
+        except tarfile.TarError as error:
+            problem = str(error)
+        if key is not None:
+            offsets.append(end)
+        if problem and key is not None:
+            offsets.pop()  # the last record may lack members
+        return Scan(np.array(offsets, np.int64), digest.hexdigest()[:16], problem)
+
+
+class TarSource(ShardSource):
+    """Records of tar shards."""
+
+    format = TarFormat()
+
+    @classmethod
+    def tiny_config(cls, folder: Path) -> DataConfig:
+        """Write three shards of 20 records and return a config for tests."""
+        for shard in range(3):
+            with tarfile.open(folder / f"{shard:05d}.tar", "w") as archive:
+                for number in range(20 * shard, 20 * shard + 20):
+                    record = SyntheticSource(60).read(number)
+                    for field, content in (("png", record.image), ("txt", record.captions["txt"][0].encode())):
+                        member = tarfile.TarInfo(f"{number:08d}.{field}")
+                        member.size = len(content)
+                        archive.addfile(member, io.BytesIO(content))
+        return DataConfig(source="tar", files=f"{folder}/*.tar", cache_dir=str(folder))
+
+    def parse(self, data: bytes, index: int) -> Record:
+        try:
+            members = list(_members(lambda start, stop: data[start:stop], 0, len(data)))
+        except tarfile.TarError as error:
+            raise BadRecord(str(error)) from error
+        fields = {member.field: data[member.start : member.start + member.size] for member in members}
+        images = [name for name in IMAGE_FIELDS if name in fields]
+        if not images:
+            raise BadRecord(f"no image; members are {', '.join(member.name for member in members)}")
+        if not fields[images[0]]:
+            raise BadRecord("empty image")
+        metadata = _json(fields["json"]) if "json" in fields and not set(self._captions) <= set(fields) else {}
+        captions = {}
+        for name in self._captions:
+            if name in fields:
+                captions[name] = (_text(name, fields[name]),)
+            elif name in metadata:
+                values = metadata[name] if isinstance(metadata[name], list) else [metadata[name]]
+                captions[name] = tuple(str(value) for value in values if value is not None)
+        return Record(members[0].key.lstrip("/"), fields[images[0]], captions)
+
+
+def _members(read: Read, start: int, stop: int) -> Iterator[Member]:
+    """Yield the files of an archive, without macOS's leftovers. Raises tarfile.TarError where it is damaged."""
+    begin = at = start
+    name, size = None, None  # of extended headers, which precede a member
+    while at + BLOCK <= stop:
+        header = read(at, at + BLOCK)
+        if header == END:
+            return
+        kind, own_size = _parse_header(header)
+        length = own_size if kind in b"Lx" or size is None else size
+        data, end = at + BLOCK, at + BLOCK + -(-length // BLOCK) * BLOCK
+        if end > stop and data + length > stop:
+            raise tarfile.ReadError("is truncated")
+        if kind == b"L":  # GNU: long name
+            name = _decode(read(data, data + length).rstrip(b"\0"))
+        elif kind == b"x":  # POSIX: extended attributes
+            attributes = _pax(read(data, data + length))
+            name, size = attributes.get("path", name), int(attributes["size"]) if "size" in attributes else size
+        else:
+            if kind in b"0\0" and not _is_leftover(found := name or _header_name(header)):
+                yield Member(found, begin, data, length)
+            name, size, begin = None, None, end
+        at = end
+    if at < stop:
+        raise tarfile.ReadError("is truncated")
+
+
+def _parse_header(header: bytes) -> tuple[bytes, int]:
+    """Return type and size of a member. Raises tarfile.TarError if the checksum is wrong."""
+    try:
+        expected = int(header[148:156].strip(b" \0") or b"0", 8)
+        size = tarfile.nti(header[124:136])  # octal, or GNU's base 256
+    except ValueError as error:
+        raise tarfile.ReadError("has a damaged header") from error
+    if sum(header) - sum(header[148:156]) + 8 * ord(" ") != expected or size < 0:
+        raise tarfile.ReadError("has a damaged header")
+    return header[156:157], size
+
+
+def _header_name(header: bytes) -> str:
+    name, prefix = header[:100].rstrip(b"\0"), header[345:500].rstrip(b"\0")
+    return _decode(
+        prefix + b"/" + name if prefix and header[257:262] == b"ustar" and header[263:265] == b"00" else name
+    )
+
+
+def _decode(name: bytes) -> str:
+    return name.decode("utf-8", "surrogateescape")
+
+
+def _pax(data: bytes) -> dict[str, str]:
+    """Return the attributes of an extended header: '<length> <name>=<value>' and a line feed, repeatedly."""
+    attributes, at = {}, 0
+    try:
+        while at < len(data.rstrip(b"\0")):
+            length = int(data[at : data.index(b" ", at)])
+            name, _, value = data[data.index(b" ", at) + 1 : at + length - 1].partition(b"=")
+            attributes[_decode(name)] = _decode(value)
+            at += max(1, length)
+    except ValueError as error:
+        raise tarfile.ReadError("has a damaged header") from error
+    return attributes
+
+
+def _is_leftover(name: str) -> bool:
+    base = os.path.basename(name)
+    return base.startswith("._") or base == ".DS_Store" or "__MACOSX/" in name
+
+
+def _text(name: str, data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise BadRecord(f"caption {name!r} is not UTF-8") from error
+
+
+def _json(data: bytes) -> dict:
+    try:
+        found = json.loads(data)
+    except ValueError as error:
+        raise BadRecord(f"damaged JSON: {error}") from error
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,133 @@
+"""Tar shards: every archive that Python's tarfile writes, damaged ones, and the fields of a record."""
+
+import io
+import json
+import tarfile
+
+import pytest
+
+from clip_jax.data.sources.tar import TarFormat, TarSource
+from clip_jax.typing import BadRecord
+
+LONG = "folder/" * 30 + "0" * 120
+IMAGE = b"\xff\xd8 bytes of an image"
+
+
+def _write(path, members, format=tarfile.GNU_FORMAT):
+    with tarfile.open(path, "w", format=format) as archive:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+def _records(count):
+    return [(f"{i:03d}.{field}", content) for i in range(count) for field, content in _fields(i)]
+
+
+def _fields(number):
+    return ("jpg", IMAGE + bytes([number])), ("txt", f"number {number}".encode())
+
+
+def _open(path, captions=("txt", "caption")):
+    return TarSource([str(path)], captions, "")
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_records_of_every_tar_format(tmp_path, format):
+    source = _open(_write(tmp_path / "a.tar", _records(5), format))
+    assert len(source) == 5
+    for number in range(5):
+        record = source.read(number)
+        assert (record.image, record.captions) == (IMAGE + bytes([number]), {"txt": (f"number {number}",)})
+        assert record.key == f"{number:03d}"
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_and_foreign_names(tmp_path, format):
+    members = [(f"{stem}.{field}", content) for stem in (LONG, "写真/犬", "ä.b/c") for field, content in _fields(1)]
+    source = _open(_write(tmp_path / "a.tar", members, format))
+    assert [source.read(index).key for index in range(len(source))] == [LONG, "写真/犬", "ä.b/c"]
+
+
+def test_captions_are_members_or_values_of_the_json_member(tmp_path):
+    values = json.dumps({"caption": ["one", "two", None], "number": 7, "txt": "unused"}).encode()
+    members = [("a.JPG", IMAGE), ("a.txt", b"a dog"), ("a.json", values), ("a.second.txt", b"more")]
+    source = _open(_write(tmp_path / "a.tar", members), captions=("txt", "caption", "number", "second.txt", "absent"))
+    expected = {"txt": ("a dog",), "caption": ("one", "two"), "number": ("7",), "second.txt": ("more",)}
+    assert source.read(0).captions == expected
+
+
+def test_leftovers_of_macos_and_folders_are_no_records(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as archive:
+        for name, content in [
+            ("._a.jpg", b"fork"),
+            ("a.jpg", IMAGE),
+            ("__MACOSX/._a.txt", b"fork"),
+            ("a.txt", b"a dog"),
+            (".DS_Store", b"store"),
+            ("b.jpg", IMAGE),
+            ("b.txt", b"a cat"),
+        ]:
+            folder = tarfile.TarInfo("folder")
+            folder.type = tarfile.DIRTYPE
+            archive.addfile(folder)
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    source = _open(path)
+    assert [source.read(index).captions["txt"][0] for index in range(len(source))] == ["a dog", "a cat"]
+
+
+def test_a_truncated_archive_loses_its_last_record(tmp_path, caplog):
+    path = _write(tmp_path / "a.tar", _records(5))
+    whole = path.read_bytes()
+    begin = whole.index(b"004.jpg")
+    for cut in (begin, begin + 100, begin + 512 + 5, begin + 1024 + 200):
+        path.write_bytes(whole[:cut])
+        caplog.clear()
+        assert len(_open(path)) in (3, 4)
+        assert ("is truncated" in caplog.text) == (cut != begin)
+
+
+def test_a_damaged_header_ends_its_shard(tmp_path, caplog):
+    path = _write(tmp_path / "a.tar", _records(5))
+    content = bytearray(path.read_bytes())
+    content[content.index(b"003.jpg")] ^= 1
+    path.write_bytes(content)
+    source = _open(path)
+    assert [source.read(index).captions["txt"][0] for index in range(len(source))] == ["number 0", "number 1"]
+    assert "has a damaged header" in caplog.text
+
+
+BAD = {
+    "no image; members are 0.txt": [("0.txt", b"a")],
+    "empty image": [("0.jpg", b""), ("0.txt", b"a")],
+    "caption 'txt' is not UTF-8": [("0.jpg", IMAGE), ("0.txt", b"\xff\xfe\xfa")],
+    "damaged JSON": [("0.jpg", IMAGE), ("0.json", b"{")],
+}
+
+
+@pytest.mark.parametrize("reason", BAD)
+def test_unusable_records_raise_with_the_reason(tmp_path, reason):
+    with pytest.raises(BadRecord, match=reason):
+        _open(_write(tmp_path / "a.tar", BAD[reason])).read(0)
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 2000, b"\0" * 2048, b"\x1f\x8b" + b"z" * 2000])
+def test_no_archive_is_refused(tmp_path, content):
+    (tmp_path / "a.tar").write_bytes(content)
+    with pytest.raises(ValueError, match="hold no records|compressed by gzip; .*|is compressed by gzip"):
+        _open(tmp_path / "a.tar")
+
+
+def test_an_extended_header_cannot_name_a_size_beyond_the_archive(tmp_path):
+    path = _write(tmp_path / "a.tar", _records(2), tarfile.PAX_FORMAT)
+    with tarfile.open(path, "a", format=tarfile.PAX_FORMAT) as archive:
+        member = tarfile.TarInfo("x.jpg")
+        member.pax_headers = {"size": str(2**60)}
+        archive.addfile(member)
+    content = path.read_bytes()
+    assert len(TarFormat().scan(lambda a, b: content[a:b], 0, len(content)).offsets) == 2
