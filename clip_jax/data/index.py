@@ -60,6 +60,9 @@ class Format(Protocol):
     def scan(self, read: Read, start: int, stop: int) -> Scan:
         """Return the records between two offsets, of which the first is that of a record."""
 
+    def offsets(self, block: bytes) -> Int64[np.ndarray, "n"] | None:
+        """Return the offsets of a block's records and of its end, without checksums; None if they don't fit."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Shard:

@@ -8,10 +8,11 @@ order. A bad record (wrong checksum, undecodable image, no usable caption) becom
 
 from __future__ import annotations
 
+import bisect
 import functools
+import itertools
 import logging
 import os
-import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -162,11 +163,13 @@ def _fetch(
     epochs: np.ndarray,
 ) -> Fetched:
     """Read records, choose a caption for each and tokenize it; a bad record gets empty bytes and zero tokens."""
-    records = list(pool.map(functools.partial(_read, source), example_ids.tolist()))
+    in_memory = getattr(source, "in_memory", False)
+    read = functools.partial(_read, source)
+    records = list(map(read, example_ids.tolist()) if in_memory else pool.map(read, example_ids.tolist()))
     draws = _caption_draws(config.texts_per_caption, seed, epochs, example_ids)
     captions = [
-        choose_caption(record, config.captions, *row.tolist()) if record else None
-        for record, row in zip(records, draws, strict=True)
+        choose_caption(record, config.captions, *row) if record else None
+        for record, row in zip(records, draws.tolist(), strict=True)
     ]
     ok = np.array([caption is not None for caption in captions])
     tokens = np.zeros((len(records), tokenizer.length), np.int32)
@@ -214,8 +217,8 @@ def choose_caption(
         if not usable:
             break
         names = list(usable)
-        edges = np.cumsum([weights[name] for name in names])
-        name = names[int(np.searchsorted(edges[:-1], u * edges[-1], side="right"))]
+        edges = list(itertools.accumulate(weights[name] for name in names))
+        name = names[bisect.bisect_right(edges, u * edges[-1], hi=len(names) - 1)]
         selected.append(usable[name].pop(int(v * len(usable[name]))))
         if not usable[name]:
             del usable[name]
@@ -224,7 +227,7 @@ def choose_caption(
 
 def _clean(text: str) -> str:
     """Return a caption without NUL, byte order marks (of files from Windows) and surrounding white space."""
-    return re.sub("[\0\ufeff]", "", text[:MAX_CAPTION_CHARACTERS]).strip()
+    return text[:MAX_CAPTION_CHARACTERS].replace("\0", "").replace("\ufeff", "").strip()
 
 
 class _Prefetch:

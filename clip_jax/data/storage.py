@@ -111,7 +111,7 @@ def write_file(url: str, content: bytes) -> None:
     import obstore
 
     store, key = _store_and_key(url)
-    _persistently(lambda: obstore.put(store, key, content), url, 600.0)
+    _persistently(lambda: obstore.put(store, key, content, use_multipart=False), url, 600.0)
 
 
 def stat(path: str, max_stall_seconds: float = 600.0) -> File:
@@ -269,13 +269,13 @@ def _persistently(request: Callable[[], Result], path: str, max_stall_seconds: f
 
 
 def is_transient(error: Exception) -> bool:
-    """Return whether an error of a store may pass: no answer, 408, 429 or 5xx; of a file, an error of the network."""
+    """Return whether an error may pass: no answer of a store, or 408, 429, 500, 502 to 504; an error of a mount."""
     if isinstance(error, OSError):
         return error.errno in TRANSIENT
     if type(error).__name__ != "GenericError":  # obstore's others: permissions, names, preconditions
         return False
     status = re.search(r"status code: (\d{3})", str(error))
-    return not status or status[1] in ("408", "429") or status[1][0] == "5"
+    return not status or status[1] in ("408", "429", "500", "502", "503", "504")
 
 
 def _first_line(error: Exception) -> str:

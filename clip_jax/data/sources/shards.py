@@ -73,6 +73,7 @@ class ShardSource:
         self._shard_starts = self._starts[np.searchsorted(self._index.shard_of, np.arange(len(stats)))]
         self._local = not any(is_url(file.path) for file in stats)
         self._by_blocks = order == "blocks" or (not order and not self._local)
+        self.in_memory = self._by_blocks  # a record is read without waiting, once its block is
         self._lanes, self._window_blocks = lanes, window_blocks
         self._offsets: dict[int, np.ndarray] = {}  # of the records of blocks of local files
         self._blocks: dict[int, Future[Block]] = {}
@@ -174,7 +175,10 @@ class ShardSource:
         """Read a block, whose records are checked one by one when they are parsed."""
         start, stop = int(self._index.start[block]), int(self._index.stop[block])
         content = self._reader(block)(start, stop)
-        return content, self._scan(block, lambda first, last: content[first:last], 0, len(content))
+        offsets = self.format.offsets(content)
+        if offsets is None or len(offsets) - 1 != self._index.records[block]:  # damaged, or changed
+            offsets = self._scan(block, lambda first, last: content[first:last], 0, len(content))
+        return content, offsets
 
     def _reader(self, block: int):
         path = self._index.shards[self._index.shard_of[block]].file.path

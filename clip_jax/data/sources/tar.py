@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int64
 
 from clip_jax.config import DataConfig
 from clip_jax.data.index import Read, Scan
@@ -74,6 +75,9 @@ class TarFormat:
         if problem and key is not None:
             offsets.pop()  # the last record may lack members
         return Scan(np.array(offsets, np.int64), digest.hexdigest()[:16], problem)
+
+    def offsets(self, block: bytes) -> Int64[np.ndarray, "n"] | None:
+        return self.scan(lambda start, stop: block[start:stop], 0, len(block)).offsets
 
 
 class TarSource(ShardSource):

@@ -18,6 +18,7 @@ import google_crc32c
 import numpy as np
 import tensorflow as tf
 from google.protobuf.message import DecodeError
+from jaxtyping import Int64
 
 from clip_jax.config import DataConfig
 from clip_jax.data.index import Read, Scan
@@ -54,6 +55,13 @@ class TFRecordFormat:
             offsets.append(at)
         return Scan(np.array(offsets, np.int64), digest.hexdigest()[:16], "is truncated" if at < stop else "")
 
+    def offsets(self, block: bytes) -> Int64[np.ndarray, "n"] | None:
+        offsets, at, last = [0], 0, len(block) - HEADER_BYTES - FOOTER_BYTES
+        while at <= last:
+            at += HEADER_BYTES + struct.unpack_from("<Q", block, at)[0] + FOOTER_BYTES
+            offsets.append(at)
+        return np.array(offsets, np.int64) if at == len(block) else None
+
 
 class TFRecordSource(ShardSource):
     """Records of TFRecord shards."""
@@ -70,11 +78,10 @@ class TFRecordSource(ShardSource):
         return DataConfig(source="tfrecord", files=f"{folder}/*.tfrecord", cache_dir=str(folder))
 
     def parse(self, data: bytes, index: int) -> Record:
-        framed = data[HEADER_BYTES:]
-        data, footer = framed[:-FOOTER_BYTES], framed[-FOOTER_BYTES:]
-        if footer != _masked_crc(data):
+        content = data[HEADER_BYTES:-FOOTER_BYTES]
+        if data[-FOOTER_BYTES:] != _masked_crc(content):
             raise BadRecord("checksum mismatch")
-        return self._parse(data, index)
+        return self._parse(content, index)
 
     def _parse(self, data: bytes, index: int) -> Record:
         try:
