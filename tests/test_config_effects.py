@@ -92,7 +92,7 @@ def pretrained(run):
 
 
 def batches(run):
-    stream = loop._batches(run, 0, lambda seconds: None)
+    stream = loop._batches(run, 0, lambda seconds: None, data.Activity())
     found = [next(stream).batch for _ in range(2)]
     return [(x.image.tobytes(), x.text.tobytes()) for x in found]
 

@@ -98,6 +98,21 @@ def test_a_host_reads_each_block_about_once(config, store):
     assert epoch < store.bytes < 2.2 * epoch and store.requests < 2.2 * blocks + 10
 
 
+def test_rates_are_those_of_the_requests(config, store):
+    activity = data.Activity()
+    batches = data.batches(
+        data.make_source(config),
+        *(Numbers(), config),
+        **{"image_size": 8, "batch_size": BATCH, "seed": 3, "start_step": 0, "rows": slice(0, BATCH)},
+        activity=activity,
+    )
+    next(batches)
+    rates = activity.rates()
+    assert 0 < rates["data/storage"] < 1 and 0 < rates["data/tokenizer"] < 1
+    assert rates["data/requests_per_second"] > 0 and rates["data/megabytes_per_second"] > 0
+    assert activity.rates()["data/failed_requests"] == storage.counters.failures
+
+
 def test_a_store_that_stays_away_ends_the_run_and_is_no_bad_record(config, store):
     source = data.make_source(config)
     store.failure = lambda request: 503
@@ -120,7 +135,10 @@ def test_bad_records_are_replaced_by_records_of_their_block(config, store):
     assert 299 not in numbers and len(numbers) == RECORDS and len(set(numbers.tolist())) == RECORDS - 1
 
 
-def test_the_index_is_read_and_the_shards_are_not(config, store, tmp_path):
+def test_the_index_is_read_and_the_shards_are_not(config, store, caplog):
+    assert "are read to count their records" not in caplog.text
+    data.make_source(config)  # writes the index for all
+    assert "6 of 6 shards have no index: 0.0 GB are read to count their records" in caplog.text
     files = storage.list_files(config.files)
     built, path = index.write_index(files, TFRecordSource.format)
     assert path == "gs://bucket/clip_jax_index.arrow" and built.records.sum() == RECORDS

@@ -342,6 +342,28 @@ def test_rates_are_those_of_the_time_without_pauses(monkeypatch):
     assert meter.flush()["data_wait"] == 0
 
 
+def test_a_long_wait_for_data_names_the_stage(tiny, tmp_path, capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: clock[0])
+    rates = {"data/storage": 0.2, "data/tokenizer": 0.1}
+    log = _log(tmp_path, tiny, data_rates=lambda: rates)
+    found = []
+    for step, waited, storage, tokenizer in (
+        (10, 9.0, 0.9, 0.0),
+        (20, 9.0, 0.1, 0.8),
+        (30, 9.0, 0.2, 0.2),
+        (40, 0.1, 1, 0),
+    ):
+        rates |= {"data/storage": storage, "data/tokenizer": tokenizer}
+        log.wait(waited)
+        clock[0] += 10.0
+        log.add(step, {"loss": jnp.float32(1)}, 0)
+        found.append(capsys.readouterr().err.split("data wait ")[1].split("  ")[0].strip())
+    log.close()
+    assert found == ["90% (storage)", "90% (tokenizer)", "90% (decode)", "1%"]
+    assert metrics.read_lines(epath.Path(tmp_path))[0]["data/storage"] == 0.9
+
+
 def test_meter_continues_a_restored_window():
     whole, first = metrics.Meter(10), metrics.Meter(10)
     for loss in (1.0, 0.1, 0.7):

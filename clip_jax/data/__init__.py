@@ -48,6 +48,7 @@ tf.config.set_visible_devices([], "TPU")
 
 from clip_jax.config import DataConfig, check_known_options, check_name  # noqa: E402
 from clip_jax.data import index, storage  # noqa: E402
+from clip_jax.data.activity import Activity  # noqa: E402
 from clip_jax.data.pipeline import batches  # noqa: E402
 from clip_jax.data.sources.emoji import EmojiSource  # noqa: E402
 from clip_jax.data.sources.shards import ShardSource  # noqa: E402

@@ -3,7 +3,9 @@
 A block is a run of whole records of one shard. The index is an Arrow file, one row per shard, memory-mapped when local:
 
 * `clip_jax_index.arrow` in the folder of the shards, written by `python -m clip_jax.index` for all hosts, or
-* a file of `data.cache_dir`, written at the first start of a run without it.
+* a file of `data.cache_dir`, for local shards and stores that can't be written.
+
+The first run without an index writes one.
 
 Shards of which size or version differ from the index are read again.
 """
@@ -32,6 +34,7 @@ from clip_jax.paths import is_url, write_atomically
 log = logging.getLogger(__name__)
 
 NAME = "clip_jax_index.arrow"
+WRITABLE = ("gs://", "s3://", "az://")
 VERSION = "1"
 SCAN_THREADS = 16
 SHARDS_PER_WRITE = 1000  # of an index that is being built
@@ -98,7 +101,7 @@ class Index:
 
 
 def open_index(files: Sequence[File], format: Format, cache_dir: str, max_stall_seconds: float = 600.0) -> Index:
-    """Return the index of shards, from the file in their folder or the cache; other shards are read, and cached.
+    """Return the index of shards, from the file in their folder or the cache; other shards are read and indexed.
 
     Args:
       files: the shards, in order.
@@ -107,11 +110,14 @@ def open_index(files: Sequence[File], format: Format, cache_dir: str, max_stall_
     folder, cached = _folder(files), _cached(files, cache_dir)
     known = _load(f"{folder}/{NAME}", folder, format) | (_load(str(cached), folder, format) if cached else {})
     index, scanned = build(files, format, known, max_stall_seconds)
-    if scanned and cached:
-        try:
-            _write(str(cached), folder, index, format)
-        except (OSError, ValueError) as error:  # disk full or read-only; a folder of that name
-            log.warning("%s: index not cached: %s", cached, error)
+    if scanned:
+        shared = [f"{folder}/{NAME}"] if folder.startswith(WRITABLE) else []
+        for path in (*shared, *([str(cached)] if cached else [])):
+            try:
+                _write(path, folder, index, format)
+                break
+            except (OSError, ValueError) as error:  # disk full or read-only; a folder of that name
+                log.warning("%s: index not cached: %s", path, error)
     return index
 
 
@@ -187,7 +193,7 @@ def _announce(new: Sequence[File], changed: Sequence[Shard], files: int) -> None
     if remote := [file for file in new if is_url(file.path)]:
         gigabytes = sum(file.size for file in remote) / 1e9
         log.warning(
-            "%d of %d shards have no index: %.1f GB are read to count their records, by every host; once for all hosts:"
+            "%d of %d shards have no index: %.1f GB are read to count their records; in advance:"
             " python -m clip_jax.index DATA",
             len(remote),
             files,
@@ -250,7 +256,7 @@ def _write(path: str, folder: str, index: Index, format: Format) -> None:
     with pa.ipc.new_file(sink, schema) as writer:
         writer.write_table(pa.table(columns, schema))
     content = sink.getvalue()
-    if path.startswith(("gs://", "s3://", "az://")):
+    if path.startswith(WRITABLE):
         storage.write_file(path, content.to_pybytes())
     else:
         write_atomically(path, lambda file: file.write(content))

@@ -22,6 +22,7 @@ import tensorflow as tf
 
 from clip_jax.config import AugmentConfig, DataConfig
 from clip_jax.data import images, order
+from clip_jax.data.activity import THREADS, Activity
 from clip_jax.typing import BadRecord, Batch, DataSource, HostBatch, Record, Replaced, Tokenizer
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ def batches(
     seed: int,
     start_step: int,
     rows: slice,
+    activity: Activity | None = None,
 ) -> Iterator[HostBatch]:
     """Yield this host's rows of the global batches from `start_step` on, indefinitely.
 
@@ -67,6 +69,7 @@ def batches(
       image_size: height and width in pixels.
       batch_size: pairs in the global batch.
       rows: rows of the global batch that belong to this host, e.g. slice(0, batch_size).
+      activity: collects the time of the stages.
 
     Raises:
       ValueError: if the rows are not within the batch, if no caption feature has a weight above 0, if more than
@@ -80,7 +83,10 @@ def batches(
             "data.captions names no feature with a weight above 0, so no record would have a caption;"
             " img2dataset's are {'txt': 1.0, 'caption': 1.0}"
         )
-    generator = _batches(source, tokenizer, config, image_size, batch_size, seed, start_step, first, last - first)
+    fetch = functools.partial(_fetch, source, tokenizer, config, seed, activity or Activity())
+    generator = _batches(
+        source, tokenizer, config, fetch, image_size, batch_size, seed, start_step, first, last - first
+    )
     # An open generator is closed before the interpreter shuts down, after which TensorFlow's threads would wait for the
     # GIL forever, and the iterator's destructor for them.
     reference = weakref.ref(generator)
@@ -88,10 +94,10 @@ def batches(
     return generator
 
 
-def _batches(source, tokenizer, config, image_size, batch_size, seed, start_step, first_row, host_batch_size):
+def _batches(source, tokenizer, config, fetch, image_size, batch_size, seed, start_step, first_row, host_batch_size):
     errors: list[BaseException] = []
     with ThreadPoolExecutor(READ_THREADS, "clip_jax-read") as pool:
-        fetch = functools.partial(_fetch, source, tokenizer, config, seed, pool)
+        fetch = functools.partial(fetch, pool)
         ordered = source.order(seed, batch_size) if hasattr(source, "order") else order.RecordOrder(len(source), seed)
         prepare = _prepare_function(image_size, tokenizer.length, config.augment)
         prefetch = _Prefetch(source, ordered, batch_size, slice(first_row, first_row + host_batch_size))
@@ -107,7 +113,7 @@ def _batches(source, tokenizer, config, image_size, batch_size, seed, start_step
 
         dataset = _positions(start_step, batch_size, first_row, host_batch_size)
         dataset = dataset.map(
-            _no_autograph(functools.partial(_fetch_op, fetch_positions, tokenizer.length)), num_parallel_calls=2
+            _no_autograph(functools.partial(_fetch_op, fetch_positions, tokenizer.length)), num_parallel_calls=THREADS
         )
         dataset = dataset.map(_no_autograph(prepare), num_parallel_calls=_threads(config))
         dataset = dataset.rebatch(host_batch_size).prefetch(config.prefetch_batches)
@@ -158,6 +164,7 @@ def _fetch(
     tokenizer: Tokenizer,
     config: DataConfig,
     seed: int,
+    activity: Activity,
     pool: ThreadPoolExecutor,
     example_ids: np.ndarray,
     epochs: np.ndarray,
@@ -165,7 +172,8 @@ def _fetch(
     """Read records, choose a caption for each and tokenize it; a bad record gets empty bytes and zero tokens."""
     in_memory = getattr(source, "in_memory", False)
     read = functools.partial(_read, source)
-    records = list(map(read, example_ids.tolist()) if in_memory else pool.map(read, example_ids.tolist()))
+    with activity.stage("storage"):
+        records = list(map(read, example_ids.tolist()) if in_memory else pool.map(read, example_ids.tolist()))
     draws = _caption_draws(config.texts_per_caption, seed, epochs, example_ids)
     captions = [
         choose_caption(record, config.captions, *row) if record else None
@@ -174,7 +182,8 @@ def _fetch(
     ok = np.array([caption is not None for caption in captions])
     tokens = np.zeros((len(records), tokenizer.length), np.int32)
     if ok.any():
-        tokens[ok] = tokenizer([caption for caption in captions if caption is not None])
+        with activity.stage("tokenizer"):
+            tokens[ok] = tokenizer([caption for caption in captions if caption is not None])
     encoded = np.array([record.image if good else b"" for record, good in zip(records, ok, strict=True)], object)
     return encoded, tokens, ok, order.augmentation_seeds(seed, epochs, example_ids)
 

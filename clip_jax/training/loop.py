@@ -104,7 +104,7 @@ def train(config: Config, directory: str, export: str | None = None) -> bool:
 def prepare(config: Config, directory: epath.Path, export: str | None = None) -> Run:
     """Check config, data, hosts and output paths before any expensive work, and write config.json."""
     check_local_paths(config)
-    source = data.make_source(config.data)
+    source = _open_source(config)
     tokenizer = make_tokenizer(config.tokenizer, config.model.text)
     devices, processes = jax.device_count(), jax.process_count()
     total_steps = resolve(config, devices=devices, processes=processes, examples=len(source)).total_steps
@@ -129,6 +129,15 @@ def prepare(config: Config, directory: epath.Path, export: str | None = None) ->
         for tower, implementation in attention.items():
             log.info("attention of the %s tower: %s", tower, implementation)
     return Run(config, total_steps, mesh, source, tokenizer, model, optimizer, directory, PreemptionMonitor())
+
+
+def _open_source(config: Config) -> data.DataSource:
+    """Open the training data, first on the main process: it may index shards of a store for all."""
+    source = None
+    with distributed.synchronized_errors(ValueError, OSError):
+        if distributed.is_main_process():
+            source = data.make_source(config.data)
+    return source or data.make_source(config.data)
 
 
 def _load_baselines_dataset(config: Config) -> EvalDataset | None:
@@ -166,6 +175,7 @@ def _train_steps(run: Run, state: TrainState, info: dict[str, Any], checkpoints:
     config, total_steps, first_step = run.config, run.total_steps, int(state.step)
     teacher = initialization.make_teacher(config, run.tokenizer, run.mesh)
     train_step = step.make_train_step(run.model, run.optimizer, config, run.mesh, teacher)
+    activity = data.Activity()
     training_log = metrics.TrainingLog(
         run.workdir,
         config.train,
@@ -175,6 +185,7 @@ def _train_steps(run: Run, state: TrainState, info: dict[str, Any], checkpoints:
         epoch_examples=len(run.source),
         pair_seconds=_pair_seconds(config, jax.devices()),
         saved=info.get("log"),
+        data_rates=activity.rates,
         active=distributed.is_main_process(),
     )
 
@@ -192,7 +203,7 @@ def _train_steps(run: Run, state: TrainState, info: dict[str, Any], checkpoints:
         (evaluated,) = distributed.from_main_process(training_log.writer.has_evaluation(first_step))
         if _evaluation_is_due(run, first_step) and not evaluated:
             evaluate(first_step)  # the run was interrupted during this evaluation
-        batches = _batches(run, first_step, training_log.wait)
+        batches = _batches(run, first_step, training_log.wait, activity)
         for at, host_batch in zip(range(first_step + 1, total_steps + 1), batches, strict=False):
             state, outputs = train_step(state, sharding.to_global(host_batch.batch, run.mesh))
             training_log.add(at, outputs, len(host_batch.replaced))
@@ -218,7 +229,7 @@ def _evaluation_is_due(run: Run, at: int) -> bool:
     return bool(every_steps) and at % every_steps == 0 and 0 < at < run.total_steps
 
 
-def _batches(run: Run, first_step: int, wait: Callable[[float], None]) -> Iterator[HostBatch]:
+def _batches(run: Run, first_step: int, wait: Callable[[float], None], activity: data.Activity) -> Iterator[HostBatch]:
     """Yield the host's batches after step `first_step`, and report the seconds of waiting for each."""
     batches = data.batches(
         run.source,
@@ -229,6 +240,7 @@ def _batches(run: Run, first_step: int, wait: Callable[[float], None]) -> Iterat
         seed=run.config.train.seed,
         start_step=first_step,
         rows=sharding.host_rows(run.mesh, run.config.train.batch_size),
+        activity=activity,
     )
     while True:
         start = time.monotonic()

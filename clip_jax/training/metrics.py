@@ -14,7 +14,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +31,8 @@ METRICS_FOLDER = "metrics"
 EVAL_SECONDS = "eval_seconds"  # every evaluation record has this key, and no training record
 # Device metrics are read this many steps late, so that the device never waits for the host.
 _LAG = 2
+_LONG_WAIT = 0.05  # fraction of the time of waiting for data above which its reason is printed
+_BUSY = 0.8  # fraction of their time above which the threads that read and tokenize limit the pipeline
 
 
 class NonFiniteError(RuntimeError):
@@ -51,6 +53,7 @@ class TrainingLog:
         epoch_examples: int,
         pair_seconds: float = 0.0,
         saved: Mapping[str, Any] | None = None,
+        data_rates: Callable[[], Mapping[str, float]] = dict,
         active: bool = True,
     ) -> None:
         """Open the log and drop the records after `first_step`, which a resumed run computes again.
@@ -60,12 +63,13 @@ class TrainingLog:
           first_step: step of the state from which training continues.
           pair_seconds: seconds per image-text pair at the peak FLOP/s of all devices; 0 if unknown.
           saved: `state()` of the checkpoint from which the run is resumed.
+          data_rates: returns rates of the input pipeline since its last call.
           active: False for every process but the main one, which then writes nothing.
         """
         saved = saved or {}
         self.writer = Writer(workdir, first_step=first_step, active=active)
         self._config, self._schedule, self._epoch_examples = config, schedule, epoch_examples
-        self._total_steps = total_steps
+        self._total_steps, self._data_rates = total_steps, data_rates
         self._progress = Progress(total_steps, active=active)
         self._meter = Meter(config.batch_size, pair_seconds, saved.get("window"))
         self._replaced = int(saved.get("replaced_records", 0))
@@ -82,12 +86,16 @@ class TrainingLog:
         self._read_pending(0 if is_due else _LAG)
         if is_due:
             examples_seen = step * self._config.batch_size
-            record = self._meter.flush() | {
-                "learning_rate": float(self._schedule(step - 1)),
-                "examples_seen": float(examples_seen),
-                "epoch": examples_seen / self._epoch_examples,
-                "replaced_records": float(self._replaced),
-            }
+            record = (
+                self._meter.flush()
+                | dict(self._data_rates())
+                | {
+                    "learning_rate": float(self._schedule(step - 1)),
+                    "examples_seen": float(examples_seen),
+                    "epoch": examples_seen / self._epoch_examples,
+                    "replaced_records": float(self._replaced),
+                }
+            )
             self.writer.write(step, record)
             self._progress.show(step, record)
 
@@ -282,6 +290,8 @@ class Progress:
             "data_wait": "data wait {:.0%}",
         }
         shown = [text.format(record[name]) for name, text in columns.items() if name in record]
+        if record.get("data_wait", 0) > _LONG_WAIT and "data/storage" in record:
+            shown[-1] += f" ({_limiting_stage(record)})"
         if step > first_step:
             remaining = (now - start) / (step - first_step) * (self._total - step)
             shown.append(f"left {datetime.timedelta(seconds=round(remaining))}")
@@ -292,3 +302,9 @@ class Progress:
     def end(self) -> None:
         if self._live:
             print(file=sys.stderr)
+
+
+def _limiting_stage(record: Mapping[str, float]) -> str:
+    """Return the stage of the input pipeline for which steps wait."""
+    stages = {name: record[f"data/{name}"] for name in ("storage", "tokenizer")}
+    return max(stages, key=stages.__getitem__) if sum(stages.values()) > _BUSY else "decode"
