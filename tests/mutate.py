@@ -46,7 +46,7 @@ TESTS = {
     "clip_jax/losses": ("test_losses.py", "contracts/test_losses.py"),
     "clip_jax/training/step": (
         "test_meshes.py::test_caption_ids_are_equal_for_equal_captions_only",
-        "test_meshes.py::test_equal_captions_can_be_positives",
+        "test_meshes.py::test_equal_captions_as_positives_equal_the_formula_and_change_the_loss",
         "test_step.py",
         "test_distill.py",
     ),
@@ -126,6 +126,7 @@ def main() -> None:
     os.chdir(TREE)
     sys.path.insert(0, str(TREE))
     import_libraries()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with use_db(SESSION) as session:
         draw(session, arguments.mutants, arguments.seed, changed)
         try:
