@@ -111,7 +111,7 @@ def fetch(folder: str, fraction: float) -> None:
     print(
         f"fetch from a store of {LATENCY * 1000:.0f} ms, {fraction:.0%} of the requests fail:"
         f" {records / seconds:,.0f} records/s, {seen / seconds / 1e6:.0f} MB/s,"
-        f" {after[0] - before[0]} requests, bytes fetched / used {fetched / seen:.2f} (with the next epoch's first windows)",
+        f" {after[0] - before[0]} requests, bytes fetched / used {fetched / seen:.2f}",
         flush=True,
     )
     server.close()

@@ -19,7 +19,7 @@ from tests import tiny_models
 from tests.peers import peer_models
 
 # Mean difference of a tensor's values, as a fraction of the summed learning rate: Adam amplifies rounding. With five
-# seeds at most 5.5e-6 and 1.5e-5, except for the ResNet of seed 1: rounding flips a ReLU and changes its gradient: 1.7e-3.
+# seeds at most 5.5e-6 and 1.5e-5, but for the ResNet of seed 1, where rounding flips a ReLU and so a gradient: 1.7e-3.
 TOLERANCES = {"vit": 1e-5, "resnet": 2e-5}
 # Four rows: with more, rounding flips a ReLU near zero, and 1 of 8 rows × 4 positions changes all gradients.
 STEPS, ROWS = 3, 4
