@@ -99,6 +99,15 @@ def test_block_order_has_every_example_once_an_epoch(case):
         assert abs(counts - end / total).sum() <= total + 2 * lanes
 
 
+def test_replacements_of_block_order_are_in_the_block_at_first():
+    ordered = order.BlockOrder(np.array([3, 50, 7]), 0, 4, 4, 3)
+    near = {ordered.replacement(20, attempt) for attempt in range(1, order.BLOCK_ATTEMPTS + 1)}
+    anywhere = {ordered.replacement(20, order.BLOCK_ATTEMPTS + attempt) for attempt in range(1, 1001)}
+    assert near <= set(range(3, 53)) and len(near) > 20
+    assert anywhere == set(range(60))
+    assert {ordered.replacement(59, attempt) for attempt in range(1, 51)} == set(range(53, 60))
+
+
 @pytest.mark.parametrize("case", BLOCKS)
 def test_blocks_of_a_step_are_those_of_its_rows(case):
     records, batch, lanes, window = BLOCKS[case]
