@@ -120,6 +120,14 @@ def test_blocks_of_a_step_are_those_of_its_rows(case):
             assert np.isin(np.searchsorted(starts, ids[rows], side="right") - 1, blocks).all()
 
 
+def test_a_window_that_is_a_block_needs_no_other_block():
+    ordered = order.BlockOrder(np.full(7, 10), 5, 10, 1, 10)
+    for step in range(14):
+        (needed,) = ordered.blocks(step, slice(0, 10), ahead=0)
+        ids = ordered(np.arange(10 * step, 10 * step + 10))[1]
+        assert needed.tolist() == np.unique(ids // 10).tolist() and len(needed) == 1
+
+
 def test_block_order_of_two_billion_examples_is_arithmetic():
     records = np.full(1_000_000, 2000)
     ordered = order.BlockOrder(records, 0, 32_768, 64, 4000)
