@@ -109,6 +109,7 @@ def test_numbers_do_not_depend_on_the_batch_size_or_cached_features(narrow, narr
         (("--weights=WEIGHTS", "--evaluators=zeroshots"), "--evaluators='zeroshots'"),
         (("--weights=WEIGHTS", "digits"), "unexpected argument 'digits'; flags begin with --"),
         (("--weights=WEIGHTS", "--dtype=float16"), "float16"),
+        (("--weights=WEIGHTS", "--preprocess=clip"), "preprocess='clip': expected one of openai"),
         (("--weights=WEIGHTS", "--wieghts=x"), "wieghts"),
         (("--weights=WEIGHTS", "--datasets="), "--datasets"),
         (("--weights=WEIGHTS", "--modules=no_such_module"), "no_such_module"),
