@@ -87,18 +87,13 @@ clean:
 # ------------------------------------------------------------------------------------------- environments
 # An environment is reinstalled when setup.py changes.
 
-$(VENV)/.installed-%: setup.py | $(VENV)/bin/pip
-	@echo "installing clip_jax[$*] and its dependencies into $(VENV); the first time takes a minute or two"
-	@$(BIN)/pip install -qq -e '.[$*]'
-	@touch $@
-
 # The packages of published prompts, of which only data files are read: without their dependencies, torch among them.
 PROMPTS := clip-benchmark==1.6.2 open_clip_torch==3.3.0
 
-$(VENV)/.installed-test: setup.py | $(VENV)/bin/pip
-	@echo "installing clip_jax[test] and its dependencies into $(VENV); the first time takes a minute or two"
-	@$(BIN)/pip install -qq -e '.[test]'
-	@$(BIN)/pip install -qq --no-deps $(PROMPTS)
+$(VENV)/.installed-%: setup.py | $(VENV)/bin/pip
+	@echo "installing clip_jax[$*] and its dependencies into $(VENV); the first time takes a minute or two"
+	@$(BIN)/pip install -qq -e '.[$*]'
+	$(if $(filter test,$*),@$(BIN)/pip install -qq --no-deps $(PROMPTS))
 	@touch $@
 
 $(LOWEST)/.installed-test: setup.py tests/lowest.txt | $(LOWEST)/bin/pip
