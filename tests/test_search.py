@@ -7,6 +7,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from absl import flags
 from absl.testing import flagsaver
 from PIL import Image
 
@@ -112,6 +113,8 @@ def test_flags_of_weights_are_arguments_of_load(monkeypatch):
 
     parameters = inspect.signature(inference.load).parameters
     monkeypatch.setattr("clip_jax.inference.load", load)
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["search"])
     with flagsaver.flagsaver(weights="w.pt", **given), pytest.raises(ValueError, match=r"w\.pt ") as error:
         search.main(["a dog"])
     assert str(error.value) == f"w.pt { {'dtype': 'bfloat16'} | given | {'heads': (12, 8)} }"
