@@ -23,7 +23,7 @@ _VARIABLES = ";".join(f"--series-{number}:{color}" for number, color in enumerat
 HEAD = f'<svg xmlns="http://www.w3.org/2000/svg" style="{_VARIABLES};background:#fdfdfc;font:11px sans-serif" '
 
 
-def ours(order: BlockOrder | RecordOrder) -> np.ndarray:
+def ordered(order: BlockOrder | RecordOrder) -> np.ndarray:
     """Return the shard of each record, int64[STEPS BATCH]."""
     rows = np.arange(STEPS * BATCH).reshape(STEPS, BATCH)
     return np.stack([order(positions)[1] // RECORDS for positions in rows])
@@ -68,8 +68,8 @@ def main() -> None:
     """Print the table and write the chart."""
     records = np.full(SHARDS * BLOCKS, RECORDS // BLOCKS)
     found = {
-        "permutation of all records": ours(RecordOrder(SHARDS * RECORDS, 0)),
-        "block order, 64 lanes": ours(BlockOrder(records, 0, BATCH, 64, 2 * RECORDS // BLOCKS)),
+        "permutation of all records": ordered(RecordOrder(SHARDS * RECORDS, 0)),
+        "block order, 64 lanes": ordered(BlockOrder(records, 0, BATCH, 64, 2 * RECORDS // BLOCKS)),
         "shuffle buffers of 64 workers": buffered(np.random.default_rng(0)),
     }
     series = {}
