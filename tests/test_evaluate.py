@@ -60,6 +60,7 @@ def test_a_dataset_is_evaluated_and_reported(alone, weights):
     assert found["linear_probe/digits/top1"] > 0.9 and 0 < found["zeroshot/digits/top1"] < 0.3
     assert found["run/architecture"] == "emoji" and found["run/weights"] == str(weights)
     assert found["run/name"] == "small" and found["run/parameters"] == 3_497_567
+    assert found["run/protocol"] == "expected"
     for name in ("zeroshot", "linear_probe"):
         setup = found[f"run/descriptions.{name}/digits"]
         assert "450 images of the test split" in setup and "48 px" in setup and f"{name}/digits: {setup}" in printed
