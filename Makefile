@@ -9,6 +9,7 @@
 # make bench-loss       the losses against their dense form: seconds and memory
 # make bench-loading    loading ViT-L/14 and RN50x64 against reading their bytes: seconds and memory
 # make bench-probe      the linear probe's search against scikit-learn's, the ratio in the last line
+# make bench-storage    reading from an object store that is simulated: rates, requests, two billion records
 # make bench-truth      FLOPs, memory and time of a step, predicted and measured on this machine
 # make accelerator      ten minutes of measurements on a GPU or TPU: parity, steps, MFU, memory; JSON and a table
 # make plan-all         docs/plans.md: the nine models compiled for five kinds of slices; some hours
@@ -30,7 +31,7 @@ export JAX_PLATFORMS ?= cpu
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test test-all test-lowest test-peers mutate bench-tokenizer bench-train bench-loss bench-loading bench-probe \
-	bench-truth accelerator plan-all clean
+	bench-storage bench-truth accelerator plan-all clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -69,6 +70,9 @@ bench-loading: $(VENV)/.installed-test
 
 bench-probe: $(PEERS)/.installed-peers
 	@$(PEERS)/bin/python benchmarks/probe.py
+
+bench-storage: $(VENV)/.installed-test
+	@$(BIN)/python benchmarks/storage.py
 
 bench-truth: $(VENV)/.installed-test
 	@$(BIN)/python benchmarks/truth.py

@@ -39,7 +39,7 @@ VERSION = "1"
 SCAN_THREADS = 16
 SHARDS_PER_WRITE = 1000  # of an index that is being built
 READ_BYTES = 16 * 2**20  # of a shard in a store at a time, while its records are counted
-MIN_BLOCK_BYTES, MAX_BLOCK_BYTES = 2**18, 2**26
+MIN_BLOCK_BYTES, MAX_BLOCK_BYTES = 2**20, 2**26
 BLOCKS = 4096  # aimed at in small datasets, so that lanes have many
 
 Read = Callable[[int, int], bytes]  # a file's bytes from an offset to another, fewer at its end

@@ -1,0 +1,209 @@
+"""Reading training shards from an object store that is simulated on the loopback: `make bench-storage`.
+
+The store is another process that answers each request after 80 ms, and fails 2 % of them (429, 503, cut connections).
+Printed: records per second that are fetched, with and without failures; bytes fetched per byte used; requests per
+second at the rate of the fastest hosts; records per second that are read from local disk, checked, parsed and
+tokenized; start and positions of an index of two billion records. See docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import pathlib
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+import object_store  # noqa: E402
+
+RECORD_BYTES, RECORDS, SHARDS = 33_000, 12_000, 12
+LATENCY, FAILURES = 0.08, 0.02
+BATCH, LANES = 512, 8
+HOST_IMAGES_PER_SECOND = 99_000  # ViT-B/32 on a v6e host of 8 chips
+BILLIONS = 50_000, 40_000, 20  # shards, records of each, blocks of each
+WORDS = (
+    "a photo of the dog cat running on green grass under blue sky with two children playing near an old stone bridge"
+)
+
+
+class _Large:
+    """Stands for the content of a shard of 1.3 GB."""
+
+    def __len__(self) -> int:
+        return BILLIONS[1] * RECORD_BYTES
+
+    def __getitem__(self, index: slice) -> bytes:
+        return b""
+
+
+def serve(pipe, folder: str, fraction: float, billions: bool) -> None:
+    """Serve the shards of a folder until the parent closes the pipe."""
+    objects = {f"bucket/{path.name}": path.read_bytes() for path in pathlib.Path(folder).iterdir()}
+    if billions:
+        objects |= {f"bucket/set/{number:05d}.tfrecord": _Large() for number in range(BILLIONS[0])}
+    with object_store.serve(objects, LATENCY) as store:
+        store.fail_randomly(fraction)
+        pipe.send(store.url)
+        while pipe.recv() == "counts":
+            pipe.send((store.requests, store.bytes))
+
+
+class Server:
+    """The store in a process of its own, which shares no interpreter lock with the reader."""
+
+    def __init__(self, folder: str, fraction: float = 0.0, billions: bool = False):
+        self._pipe, child = multiprocessing.get_context("spawn").Pipe()
+        arguments = (child, folder, fraction, billions)
+        self._process = multiprocessing.get_context("spawn").Process(target=serve, args=arguments, daemon=True)
+        self._process.start()
+        url = self._pipe.recv()
+        os.environ |= {name: value.format(url=url) for name, value in object_store.ENVIRONMENT.items()}
+        from clip_jax.data import storage
+
+        storage._store.cache_clear()
+
+    def counts(self) -> tuple[int, int]:
+        self._pipe.send("counts")
+        return self._pipe.recv()
+
+    def close(self) -> None:
+        self._pipe.send("end")
+        self._process.join()
+
+
+def write_shards(folder: str) -> None:
+    from clip_jax.data import write_tfrecord
+
+    rng, words = np.random.default_rng(0), WORDS.split()
+    for shard in range(SHARDS):
+        texts = (" ".join(rng.choice(words, 10)) for _ in range(RECORDS // SHARDS))
+        rows = ({"jpg": rng.bytes(RECORD_BYTES - 200), "txt": text, "key": f"{i:09d}"} for i, text in enumerate(texts))
+        write_tfrecord(f"{folder}/{shard:05d}.tfrecord", rows)
+
+
+def fetch(folder: str, fraction: float) -> None:
+    """Print the rate of an epoch of records, without parsing."""
+    from clip_jax import data
+    from clip_jax.config import DataConfig
+    from clip_jax.data.pipeline import _Prefetch
+
+    server = Server(folder, fraction)
+    config = DataConfig(files="gs://bucket/{00000..00011}.tfrecord", cache_dir=folder, options={"lanes": LANES})
+    source = data.make_source(config)
+    order = source.order(0, BATCH)
+    prefetch = _Prefetch(source, order, BATCH, slice(0, BATCH))
+    before, start, seen = server.counts(), time.monotonic(), 0
+    for step in range(RECORDS // BATCH):
+        prefetch(step)
+        for index in order(np.arange(step * BATCH, (step + 1) * BATCH))[1].tolist():
+            block = source._block_of(index)
+            seen += len(source._read(block, index - int(source._starts[block])))
+    seconds, after = time.monotonic() - start, server.counts()
+    records, fetched = RECORDS // BATCH * BATCH, after[1] - before[1]
+    print(
+        f"fetch from a store of {LATENCY * 1000:.0f} ms, {fraction:.0%} of the requests fail:"
+        f" {records / seconds:,.0f} records/s, {seen / seconds / 1e6:.0f} MB/s,"
+        f" {after[0] - before[0]} requests, bytes fetched / used {fetched / seen:.2f}",
+        flush=True,
+    )
+    server.close()
+
+
+def parse(folder: str) -> float:
+    """Return the rate at which two threads read from disk, check, parse and tokenize."""
+    from clip_jax import data
+    from clip_jax.config import DataConfig
+    from clip_jax.data import pipeline
+    from clip_jax.tokenizers import ClipBPE
+
+    options = {"order": "blocks", "lanes": LANES}
+    config = DataConfig(files=f"{folder}/*.tfrecord", cache_dir=folder, options=options)
+    source, tokenizer = data.make_source(config), ClipBPE(length=77)
+    order = source.order(0, BATCH)
+    prefetch = pipeline._Prefetch(source, order, BATCH, slice(0, BATCH))
+    rates = []
+    with ThreadPoolExecutor(2) as threads, ThreadPoolExecutor(pipeline.READ_THREADS) as pool:
+
+        def chunk(number: int) -> None:
+            positions = np.arange(number * pipeline.CHUNK, (number + 1) * pipeline.CHUNK)
+            epochs, ids = order(positions)
+            prefetch(int(positions[0]) // BATCH)
+            pipeline._fetch(source, tokenizer, config, 0, data.Activity(), pool, ids, epochs)
+
+        chunks = RECORDS // pipeline.CHUNK
+        for epoch in range(4):
+            start = time.monotonic()
+            list(threads.map(chunk, range(epoch * chunks, (epoch + 1) * chunks)))
+            rates.append(chunks * pipeline.CHUNK / (time.monotonic() - start))
+    print(
+        "read from disk, check, parse, tokenize:", ", ".join(f"{rate:,.0f}" for rate in rates), "records/s", flush=True
+    )
+    return max(rates)
+
+
+def billions(folder: str) -> None:
+    """Print the start from an index of two billion records, and some positions."""
+    from clip_jax import data
+    from clip_jax.config import DataConfig
+    from clip_jax.data import index, storage
+
+    shards, records, blocks = BILLIONS
+    server = Server(folder, billions=True)
+    files = storage.list_files(f"gs://bucket/set/{{00000..{shards - 1:05d}}}.tfrecord")
+    size = records * RECORD_BYTES
+    starts, counts = np.arange(blocks) * (size // blocks), np.full(blocks, records // blocks)
+    built = index.Index([index.Shard(file, starts, counts, size, "", "") for file in files])
+    index._write(f"gs://bucket/set/{index.NAME}", "gs://bucket/set", built, data.TFRecordSource.format)
+    del built, files
+    before, memory, start = server.counts(), _resident(), time.monotonic()
+    config = DataConfig(files=f"gs://bucket/set/{{00000..{shards - 1:05d}}}.tfrecord", cache_dir="")
+    source = data.make_source(config)
+    fingerprint, seconds = source.fingerprint(), time.monotonic() - start
+    print(
+        f"start with {len(source):,} records in {shards:,} shards: {seconds:.1f} s,"
+        f" {server.counts()[0] - before[0]} requests, {_resident() - memory:.2f} GB more ({fingerprint})"
+    )
+    batch, last = 32_768, len(source) // 32_768 - 1
+    expected = {}
+    for hosts, step in itertools.product((8, 3, 5, 64), (1, 300_000, last)):
+        start = time.monotonic()
+        order = source.order(0, batch)
+        edges = np.linspace(0, batch, hosts + 1).astype(int)
+        ids = [order(step * batch + np.arange(first, end))[1] for first, end in itertools.pairwise(edges)]
+        joined = np.concatenate(ids)
+        assert np.array_equal(joined, expected.setdefault(step, joined))
+        print(
+            f"  {hosts} hosts resume at step {step:,}: the same ids, {(time.monotonic() - start) / hosts:.2f} s a host"
+        )
+    server.close()
+
+
+def _resident() -> float:
+    statm = pathlib.Path("/proc/self/statm").read_text().split()
+    return int(statm[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
+
+
+def main() -> None:
+    from clip_jax.data import index
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_shards(folder)
+        for fraction in (0.0, FAILURES):
+            fetch(folder, fraction)
+        requests = HOST_IMAGES_PER_SECOND * RECORD_BYTES / index.MAX_BLOCK_BYTES
+        print(f"{HOST_IMAGES_PER_SECOND:,} images/s a host in blocks of 64 MiB: {requests:.0f} requests/s")
+        billions(folder)
+        rate = parse(folder)
+    print(f"result: {rate:,.0f} records/s")
+
+
+if __name__ == "__main__":
+    main()
