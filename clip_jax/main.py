@@ -1,7 +1,7 @@
 """Training command: `python -m clip_jax.main --config=configs/emoji.py`. The same command resumes the run.
 
 Exit codes: 0, finished, or stopped by SIGTERM with the state saved (the last line on stderr states which); 1, an error,
-with its traceback; 2, a wrong flag, config or input, with one sentence.
+with its traceback; 2, a wrong flag, config or input, or a full disk, with one sentence.
 """
 
 from __future__ import annotations

@@ -122,13 +122,15 @@ def main() -> None:
     parser.add_argument("--mutants", type=int, default=240, help="size of the sample")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sample")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # an exception in JAX's callback of the garbage collector is ignored
     changed = update_clone()
     os.chdir(TREE)
     sys.path.insert(0, str(TREE))
     import_libraries()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with use_db(SESSION) as session:
         draw(session, arguments.mutants, arguments.seed, changed)
+        for interruption in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(interruption, signal.default_int_handler)
         try:
             for item in session.pending_work_items:
                 session.set_result(item.job_id, run_mutant(*item.mutations))

@@ -165,7 +165,7 @@ class CheckpointConfig:
 
     every_steps: int = 1000
     keep: int = 3  # number of newest checkpoints to keep
-    keep_every_steps: int = 0  # keep every multiple of this permanently; 0: none
+    keep_every_steps: int = 0  # keep every multiple of this, a multiple of every_steps, permanently; 0: none
 
 
 @dataclasses.dataclass(frozen=True)
