@@ -81,7 +81,7 @@ def _check_names(config: configs.Config) -> None:
     from clip_jax.evals import EVALUATORS
     from clip_jax.evals.datasets.registry import DATASETS
 
-    configs.check_name("data.source", config.data.source, SOURCES)
+    configs.check_name("data.source", config.data.source, ["", *SOURCES])
     for name, task in config.eval.tasks.items():
         configs.check_name(f"eval.tasks.{name}.evaluator", task.evaluator, EVALUATORS)
         configs.check_name(f"eval.tasks.{name}.dataset", task.dataset, DATASETS)
