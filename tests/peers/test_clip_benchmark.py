@@ -168,6 +168,30 @@ def test_average_precision_with_absent_classes_equals_clip_benchmark():
     assert by_index("map", Predictions(scores, targets)) == pytest.approx(expected.mean().item(), abs=EQUAL)
 
 
+def test_classes_of_the_same_name_are_no_exact_ties_of_clip_benchmark(models):
+    """Their columns of the classifier are equal; the last bits of a float32 matmul depend on the column."""
+    embedder, model, transform, tokenizer = models
+    digits = load_dataset("digits")
+    names = ["0", "1", "2", "3", "4", "5", "0", "1", "2", "3"]
+    texts = [(f"a photo of a {name}.",) for name in names]
+    dataset = EvalDataset("digits", digits.images[:160], texts, digits.targets[:160])
+    batches = Batches(dataset.images, torch.tensor(dataset.targets), transform, names)
+    classifier = zeroshot_classification.zero_shot_classifier(
+        model, tokenizer, names, ["a photo of a {c}."], "cpu", amp=False
+    )
+    logits, targets = zeroshot_classification.run_classification(model, classifier, batches, "cpu", amp=False)
+    assert (classifier[:, :4] == classifier[:, 6:]).all()
+    difference = (logits[:, :4] - logits[:, 6:]).abs().max().item()
+    assert 0 < difference < 1e-4  # of 100 × cosine
+    expected = zeroshot_classification.balanced_accuracy_score(targets, logits.argmax(axis=1))
+    predictions = Predictions(logits.numpy(), targets.numpy())
+    assert by_index("mean_per_class", predictions) == pytest.approx(expected, abs=EQUAL)
+    found = {protocol: zeroshot(embedder, dataset, protocol=protocol) for protocol in ("expected", "published")}
+    key = "zeroshot/digits/mean_per_class"
+    assert found["expected"][f"{key}/ties"] > 0
+    assert found["published"][key] == found["expected"][f"{key}/by_index"]
+
+
 def tied_scores(classes):
     """Return scores of 300 images with ties, and targets. All after the first 12 classes have lower scores."""
     rng = np.random.default_rng(0)
