@@ -41,6 +41,7 @@ INSTALL = [
     "google-crc32c>=1.7",  # TFRecord's checksum
     "obstore>=0.12",  # byte ranges of gs://, s3:// and https://
     "pyarrow>=20",  # the index of shards; tables
+    "array_record>=0.8.6",  # ArrayRecord files; tensorflow-datasets brings it
     "jinja2>=3.1.4",  # report.html and model cards
 ]
 
