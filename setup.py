@@ -42,7 +42,6 @@ INSTALL = [
     "obstore>=0.12",  # byte ranges of gs://, s3:// and https://
     "array_record>=0.8.1",  # 0.8.0 conflicts with TensorFlow's protobuf
     "pyarrow>=20",  # the index of shards; tables
-    "array_record>=0.8.6",  # ArrayRecord files; tensorflow-datasets brings it
     "jinja2>=3.1.4",  # report.html and model cards
 ]
 
