@@ -90,6 +90,7 @@ def test_numbers_do_not_depend_on_the_number_of_processes(narrow, narrow_numbers
     assert all("digits" not in printed for printed, _ in output[1:])  # one process prints results
 
 
+@pytest.mark.slow
 def test_numbers_do_not_depend_on_the_batch_size_or_cached_features(narrow, narrow_numbers, tmp_path):
     features = tmp_path / "features"
     flags = (f"--weights={narrow}", *ALONE[:2], f"--cache_dir={features}")
@@ -189,6 +190,7 @@ def test_a_damaged_dataset_is_listed_as_failed_and_the_others_evaluated(weights,
     assert errors.splitlines()[-1] == "clip_jax.evaluate: failed, without metrics: zeroshot/mnist, zeroshot/cifar10"
 
 
+@pytest.mark.slow
 def test_data_that_one_process_cannot_read_has_failed_on_all(weights, data, tmp_path):
     other = shutil.copytree(data, tmp_path / "other")
     damage(other, "cifar10")  # in a batch of two the second row is the second process's

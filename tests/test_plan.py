@@ -17,6 +17,7 @@ def run(*arguments):
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_command_prints_json_and_writes_the_hlo(tmp_path):
     pytest.importorskip("libtpu")
     code, out, err = run(

@@ -81,6 +81,7 @@ def test_export_loads_for_inference(finished):
     assert model.encode_text(["a red circle"]).shape == (1, 16)
 
 
+@pytest.mark.slow
 def test_restarted_finished_run_only_evaluates(finished):
     directory, _, _ = finished
     before = (directory / "metrics.jsonl").read_text()
@@ -89,6 +90,7 @@ def test_restarted_finished_run_only_evaluates(finished):
     assert (directory / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.slow
 def test_workdir_alone_resumes_with_the_stored_config(finished, tmp_path):
     for directory, code, message in (
         (finished[0], 0, "finished"),

@@ -38,7 +38,7 @@ from clip_jax.interop import (
     torch_file,
 )
 from clip_jax.interop.msgpack import tokenizer_content
-from clip_jax.paths import check_local, errors_naming
+from clip_jax.paths import check_local, errors_naming, path_kind
 from clip_jax.tokenizers import ClipBPE, HuggingFace, SentencePiece, XlmRoberta
 from clip_jax.tokenizers.bpe import END, START
 from clip_jax.tokenizers.file_tokenizer import piece_ids
@@ -72,6 +72,8 @@ def weight_file(folder: pathlib.Path) -> pathlib.Path:
     for name in WEIGHT_FILES:
         if (folder / name).is_file():
             return folder / name
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: expected a directory, got {path_kind(folder) or 'nothing'}")
     raise ValueError(f"{folder}: {without_weights([file.name for file in folder.iterdir()], folder)}")
 
 

@@ -61,7 +61,7 @@ class Fields:
         With the default `data.captions`, a row that has none of them gives its first usual one, or its classes.
         """
         found = {name: name for name in self.captions if name in names}
-        if found or not set(self.captions) <= DEFAULT_CAPTIONS:
+        if found or not self.captions or not set(self.captions) <= DEFAULT_CAPTIONS:
             return found
         usual = _first(names, (*CAPTION_FIELDS, *self.class_names))
         if not usual:
