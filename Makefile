@@ -9,6 +9,7 @@
 # make bench-loss       the losses against their dense form: seconds and memory
 # make bench-loading    loading ViT-L/14 and RN50x64 against reading their bytes: seconds and memory
 # make bench-probe      the linear probe's search against scikit-learn's, the ratio in the last line
+# make bench-published  the same weights and data through CLIP_benchmark's command and clip_jax's
 # make bench-storage    reading from an object store that is simulated: rates, requests, two billion records
 # make bench-truth      FLOPs, memory and time of a step, predicted and measured on this machine
 # make accelerator      ten minutes of measurements on a GPU or TPU: parity, steps, MFU, memory; JSON and a table
@@ -31,7 +32,7 @@ export JAX_PLATFORMS ?= cpu
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test test-all test-lowest test-peers mutate bench-tokenizer bench-train bench-loss bench-loading bench-probe \
-	bench-storage bench-truth accelerator plan-all clean
+	bench-published bench-storage bench-truth accelerator plan-all clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -71,6 +72,9 @@ bench-loading: $(VENV)/.installed-test
 bench-probe: $(PEERS)/.installed-peers
 	@$(PEERS)/bin/python benchmarks/probe.py
 
+bench-published: $(PEERS)/.installed-peers
+	@$(PEERS)/bin/python benchmarks/published.py
+
 bench-storage: $(VENV)/.installed-test
 	@$(BIN)/python benchmarks/storage.py
 
@@ -91,18 +95,13 @@ clean:
 # ------------------------------------------------------------------------------------------- environments
 # An environment is reinstalled when setup.py changes.
 
-$(VENV)/.installed-%: setup.py | $(VENV)/bin/pip
-	@echo "installing clip_jax[$*] and its dependencies into $(VENV); the first time takes a minute or two"
-	@$(BIN)/pip install -qq -e '.[$*]'
-	@touch $@
-
 # The packages of published prompts, of which only data files are read: without their dependencies, torch among them.
 PROMPTS := clip-benchmark==1.6.2 open_clip_torch==3.3.0
 
-$(VENV)/.installed-test: setup.py | $(VENV)/bin/pip
-	@echo "installing clip_jax[test] and its dependencies into $(VENV); the first time takes a minute or two"
-	@$(BIN)/pip install -qq -e '.[test]'
-	@$(BIN)/pip install -qq --no-deps $(PROMPTS)
+$(VENV)/.installed-%: setup.py | $(VENV)/bin/pip
+	@echo "installing clip_jax[$*] and its dependencies into $(VENV); the first time takes a minute or two"
+	@$(BIN)/pip install -qq -e '.[$*]'
+	$(if $(filter test,$*),@$(BIN)/pip install -qq --no-deps $(PROMPTS))
 	@touch $@
 
 $(LOWEST)/.installed-test: setup.py tests/lowest.txt | $(LOWEST)/bin/pip

@@ -41,7 +41,8 @@ INSTALL = [
     "ftfy>=6.3",
     "regex>=2024.11.6",
     "google-crc32c>=1.7",  # TFRecord's checksum
-    "obstore>=0.9",  # byte ranges of gs://, s3:// and https://
+    "obstore>=0.12",  # byte ranges of gs://, s3:// and https://
+    "array_record>=0.8.1",  # 0.8.0 conflicts with TensorFlow's protobuf
     "pyarrow>=20",  # the index of shards; tables
     "jinja2>=3.1.4",  # report.html and model cards
 ]

@@ -44,8 +44,8 @@ def run(
 ) -> None:
     """Parse the flags, run a command and exit with its code.
 
-    Wrong flags and errors of the types `refused` exit with REFUSED and one sentence, and a traceback if the environment
-    variable CLIP_JAX_TRACEBACK is set; other errors exit with FAILED and a traceback.
+    Wrong flags, errors of the types `refused`, and a full or read-only disk exit with REFUSED and one sentence, and a
+    traceback if the environment variable CLIP_JAX_TRACEBACK is set; other errors exit with FAILED and a traceback.
 
     Args:
       positional: whether the command accepts arguments that are not flags.
@@ -73,11 +73,10 @@ def run(
                 raise ValueError(f"unexpected argument {argv[1]!r}; flags begin with --")
             _import_modules(_MODULES.value)
             code = main(argv[1:])
-        except refused as error:
-            _exit(
-                REFUSED, paths.error_sentence(error), leave, with_traceback=bool(os.environ.get("CLIP_JAX_TRACEBACK"))
-            )
         except Exception as error:  # noqa: BLE001
+            if isinstance(error, refused) or paths.disk_error(error):
+                wanted = bool(os.environ.get("CLIP_JAX_TRACEBACK"))
+                _exit(REFUSED, paths.error_sentence(error), leave, with_traceback=wanted)
             _exit(FAILED, f"{type(error).__name__}: {error}", leave, with_traceback=True)
         sys.exit(code)
 

@@ -1,7 +1,7 @@
 """Training command: `python -m clip_jax.main --config=configs/emoji.py`. The same command resumes the run.
 
 Exit codes: 0, finished, or stopped by SIGTERM with the state saved (the last line on stderr states which); 1, an error,
-with its traceback; 2, a wrong flag, config or input, with one sentence.
+with its traceback; 2, a wrong flag, config or input, or a full disk, with one sentence.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _check_names(config: configs.Config) -> None:
     from clip_jax.evals import EVALUATORS
     from clip_jax.evals.datasets.registry import DATASETS
 
-    configs.check_name("data.source", config.data.source, SOURCES)
+    configs.check_name("data.source", config.data.source, ["", *SOURCES])
     for name, task in config.eval.tasks.items():
         configs.check_name(f"eval.tasks.{name}.evaluator", task.evaluator, EVALUATORS)
         configs.check_name(f"eval.tasks.{name}.dataset", task.dataset, DATASETS)

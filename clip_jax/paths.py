@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import pathlib
@@ -85,10 +86,28 @@ def check_output(name: str, path: str | os.PathLike[str], kinds: Sequence[str] =
 
 
 def error_sentence(error: Exception) -> str:
-    """Return the message of an error; of the operating system's, with the path in front."""
+    """Return the message of an error; of the operating system's, with the path or the reason in front."""
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror.lower()}; give another path, or make room or change permissions"
+    if (reason := disk_error(error)) and not isinstance(error, ValueError):
+        return f"{reason.lower()}; make room, or give another path: {str(error).splitlines()[0]}"
     return str(error)
+
+
+# Errors of a full or read-only disk. TensorFlow and Orbax raise errors of their own with these texts.
+_DISK = {code: os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)}
+
+
+def disk_error(error: BaseException | None) -> str:
+    """Return the reason of an error, or of one that it was raised from, if that is a full or read-only disk, else ''.
+
+    >>> disk_error(OSError(errno.ENOSPC, "")), disk_error(ValueError("x"))
+    ('No space left on device', '')
+    """
+    if error is None:
+        return ""
+    found = (text for code, text in _DISK.items() if getattr(error, "errno", None) == code or text in str(error))
+    return next(found, "") or disk_error(error.__cause__)
 
 
 @contextlib.contextmanager
@@ -127,7 +146,7 @@ def write_atomically(path: str | os.PathLike[str], content: str | Callable[[Bina
     if (found := path_kind(path)) not in ("", "a file"):
         raise ValueError(f"{path}: expected a file or a new path, got {found}; give another path")
     with errors_naming(path):
-        _replace(pathlib.Path(path), write)
+        _replace(pathlib.Path(path).resolve(), write)  # the file that a symbolic link leads to, not the link
 
 
 def _replace(path: pathlib.Path, write: Callable[[BinaryIO], object]) -> None:

@@ -17,6 +17,7 @@ from absl import flags
 from jaxtyping import Float, Int64
 
 from clip_jax import command
+from clip_jax.paths import error_sentence
 from clip_jax.preprocess import preprocess
 
 if TYPE_CHECKING:
@@ -48,12 +49,22 @@ def main(queries: list[str]) -> int:
 
 
 def images_in(folder: str | os.PathLike[str]) -> tuple[list[str], list[str]]:
-    """Return the paths of all images in a folder and its subfolders, and their names relative to it."""
+    """Return the paths of all images in a folder and its subfolders, and their names relative to it.
+
+    A subfolder that may not be read is named on stderr. Raises PermissionError for such a folder.
+    """
     root = pathlib.Path(folder).expanduser()
     if not root.is_dir():
         raise ValueError(f"--images: expected a folder, got {folder}")
-    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    unreadable: list[OSError] = []
+    found = os.walk(root, onerror=unreadable.append)
+    paths = sorted(pathlib.Path(below, name) for below, _, names in found for name in names)
+    paths = [path for path in paths if path.suffix.lower() in SUFFIXES and path.is_file()]
     paths = [path for path in paths if not path.name.startswith("._")]  # of macOS's archives
+    for error in unreadable:
+        if not paths:
+            raise error
+        print(f"clip_jax.search: a folder is skipped: {error_sentence(error)}", file=sys.stderr)
     if not paths:
         raise ValueError(f"--images: expected files with {', '.join(sorted(SUFFIXES))} in {folder}, got none")
     return [str(path) for path in paths], [str(path.relative_to(root)) for path in paths]

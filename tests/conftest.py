@@ -35,6 +35,20 @@ def _free_programs():
         libc.malloc_trim(0)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """With CLIP_JAX_NO_SKIPS, in CI, a skipped test fails, except those of published weights, which are not at hand."""
+    try:
+        return (yield)
+    except pytest.skip.Exception as error:
+        if os.environ.get("CLIP_JAX_NO_SKIPS") and "test_published_numbers" not in item.nodeid:
+            pytest.fail(f"skipped in CI: {error}")
+        raise
+
+
+pytest_runtest_setup = pytest_runtest_call  # marks and fixtures
+
+
 @pytest.fixture(autouse=True, scope="module")
 def clear_caches():
     """Free a file's compiled programs at its end: no other file uses them."""

@@ -149,6 +149,9 @@ def serve(objects: MutableMapping[str, bytes], latency: float = 0.0) -> Iterator
     store.url = f"http://127.0.0.1:{server.server_port}"
     before = {name: os.environ.get(name) for name in ENVIRONMENT}
     os.environ |= {name: value.format(url=store.url) for name, value in ENVIRONMENT.items()}
+    from clip_jax.data import storage
+
+    storage._store.cache_clear()  # its clients have the address of an earlier server
     try:
         yield store
     finally:

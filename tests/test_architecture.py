@@ -33,7 +33,7 @@ COMMANDS = {name for name, layer in LAYERS.items() if layer == 7}
 # Heavy dependencies, each with the only paths (units or modules of clip_jax) that may import it.
 OWNERS = {
     "tensorflow": {"data"},
-    "tensorflow_datasets": {"evals/datasets"},
+    "tensorflow_datasets": {"evals/datasets", "data/sources/tfds"},
     "orbax": {"training/checkpoint"},
     "flax": {"models", "interop/msgpack"},
     "absl": COMMANDS | {"command"},

@@ -286,6 +286,11 @@ def resolve(devices=8, processes=1, examples=None, train=None, **rest):
             {"model": {"image": {"kind": "resnet", "image_size": 200}}},
             r"image_size=200 is not a multiple of 2\*\*\(1 \+ len\(model\.image\.layers\)\)=32; use 192",
         ),
+        (
+            {"checkpoint": {"every_steps": 500, "keep_every_steps": 1200}},
+            r"keep_every_steps=1200 is no multiple of checkpoint\.every_steps=500, .*; use 1000 or 1500$",
+        ),
+        ({"checkpoint": {"keep_every_steps": 7}}, r"keep_every_steps=7 is no multiple .*every_steps=1000.*; use 1000$"),
         ({"preprocess": {"resize": "longest"}}, "preprocess.resize='longest' .* inference alone.* Use 'shortest'"),
         ({"preprocess": {"resize_size": 200}}, "resize_size=200 .*a resize_size of 0 or at least 224 px"),
         ({"preprocess": {"fill_color": 9}}, "fill_color=9 is for inference alone"),

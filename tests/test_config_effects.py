@@ -331,7 +331,7 @@ CHANGES = {
     schedule: {
         "checkpoint.every_steps": 10,
         "checkpoint.keep": 1,
-        "checkpoint.keep_every_steps": 7,
+        "checkpoint.keep_every_steps": 14,
         "eval.every_steps": 10,
         "train.log_every_steps": 10,
     },

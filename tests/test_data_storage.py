@@ -91,7 +91,7 @@ def test_failures_are_tried_again_and_nothing_is_lost(store):
 
 
 def test_an_outage_is_waited_for_with_a_log_line_until_the_limit(store, caplog, monkeypatch):
-    monkeypatch.setattr(storage, "FIRST_WAIT", 0.5)
+    monkeypatch.setattr(storage, "RETRIES", {"max_retries": 0})
     store.failure = lambda request: 503
     with caplog.at_level(logging.WARNING), pytest.raises(storage.StorageError, match=r"max_stall_seconds=2: .*"):
         storage.read_range("gs://bucket/top.tar", 0, 1, max_stall_seconds=2.0)

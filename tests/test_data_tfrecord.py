@@ -1,5 +1,6 @@
 """TFRecord shards: only damaged records are lost, and they are logged; errors give a working value."""
 
+import base64
 import io
 import logging
 import os
@@ -300,3 +301,39 @@ def test_fingerprint_depends_on_records_not_on_the_folder(shard, tmp_path):
     assert _open(shard, other).fingerprint() == _open(other, shard).fingerprint() != alone
     shard.write_bytes(shard.read_bytes()[:-1])
     assert _open(shard).fingerprint() != alone
+
+
+# ------------------------------------------------------------------------------------------------ another schema
+
+
+def _record(tmp_path, features, captions=("txt", "caption"), **options):
+    tfrecord.write_tfrecord(tmp_path / "a.tfrecord", [features])
+    config = DataConfig(files=f"{tmp_path}/a.tfrecord", captions=dict.fromkeys(captions, 1.0), cache_dir="")
+    return tfrecord.TFRecordSource.from_config(config, **options).read(0)
+
+
+def test_options_name_the_features_of_another_schema(tmp_path):
+    features = {"photo": base64.b64encode(b"bytes"), "jpg": b"thumbnail", "beschreibung": "Käse".encode("latin-1")}
+    options = {"image": "photo", "image_encoding": "base64", "text_encoding": "latin-1"}
+    record = _record(tmp_path, features, ["beschreibung"], **options)
+    assert (record.image, record.captions) == (b"bytes", {"beschreibung": ("Käse",)})
+    with pytest.raises(BadRecord, match="image 'jpg' is not base64"):
+        _record(tmp_path, features | {"jpg": b"\xff\xd8"}, image="jpg", image_encoding="base64")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_encoding": "png"}, "data.options.image_encoding='png' is none of 'file', 'base64'"),
+        ({"text_encoding": "latin-9000"}, "data.options.text_encoding: unknown encoding: latin-9000; give e.g."),
+    ],
+)
+def test_unknown_encodings_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        _record(tmp_path, {"jpg": b"x"}, **options)
+
+
+def test_numeric_captions_and_captions_under_text_are_read(tmp_path):
+    assert _record(tmp_path, {"jpg": b"x", "txt": 2024}).captions == {"txt": ("2024",)}
+    assert _record(tmp_path, {"jpg": b"x", "text": "a dog"}).captions == {"txt": ("a dog",)}
+    assert _record(tmp_path, {"jpg": b"x", "text": "a dog"}, ["name"]).captions == {}  # the config names another

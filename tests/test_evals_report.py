@@ -133,6 +133,23 @@ def test_the_table_has_no_threshold_column_without_thresholds():
     assert "threshold" not in text_table({k: v for k, v in METRICS.items() if not k.endswith("/threshold")})
 
 
+@pytest.mark.parametrize(
+    ("protocol", "rule"),
+    [
+        ("expected", "Ties have their expected value."),
+        ("published", "Ties are ordered by index, as in CLIP_benchmark."),
+    ],
+)
+def test_ties_and_their_rule_are_in_the_table_and_on_the_page(protocol, rule):
+    metrics = METRICS | {f"{KEY}/ties": 1234, f"{KEY}/by_index": 0.4375}
+    header, _, *rows = text_table(metrics).splitlines()
+    row = next(line for line in rows if line.startswith(KEY + " "))
+    assert "ties  by index" in header and "1,234     0.438" in row
+    assert "ties" not in text_table(METRICS)
+    words = " ".join(Outline(render_page(metrics, [], [], RUN | {"protocol": protocol})).words)
+    assert "1,234 ties, 0.438 by index" in words and rule in words
+
+
 def test_report_json_is_one_flat_sorted_object_with_null_for_nan(tmp_path):
     write_report(tmp_path / "new" / "run", METRICS, CURVES, [], RUN)
     text = (tmp_path / "new/run/report.json").read_text()

@@ -110,9 +110,13 @@ def test_the_model_card_has_all_metrics_their_setup_and_missing_datasets(monkeyp
         {"zeroshot/pets": "not on this machine"},
         {"zeroshot/dtd": "0.tar ends"},
     )
-    run = {"name": "mine", "architecture": "emoji", "parameters": 3_497_567}
+    run = {"name": "mine", "architecture": "emoji", "parameters": 3_497_567, "protocol": "expected"}
     card = model_card(run, report, WeightsConfig(architecture))
     assert card.startswith("---\n") and "# mine\n" in card and "3,497,567 parameters" in card
+    assert "Ties have their expected value." in card
+    assert "Ties are ordered by index" in model_card(
+        run | {"protocol": "published"}, report, WeightsConfig(architecture)
+    )
     rows = {
         cells[0]: cells[1:]
         for line in card.splitlines()

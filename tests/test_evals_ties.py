@@ -75,6 +75,7 @@ def test_class_metrics_are_the_means_over_random_orders():
         "worst_group_top1": np.min(by_group, 0),
         "worst_group_top5": np.min(five_by_group, 0),
     }
+    assert set(METRICS) == {*expected, "map", "map_11_points", "roc_auc", "jaccard"}  # the last four: below
     predictions = Predictions(scores, targets, groups=groups)
     for name, samples in expected.items():
         assert_mean(
@@ -181,6 +182,14 @@ def test_zeroshot_by_index_equals_argmax():
     assert metrics["zeroshot/toy/top1/ties"] == np.sum(tied & (predicted % 5 == targets % 5))
     right = (predicted == targets) | (np.isin(predicted, [0, 1]) & (predicted + 5 == targets))
     assert metrics["zeroshot/toy/top1"] == pytest.approx(np.mean(right * share))
+
+
+def test_duplicates_are_right_as_often_as_argmax_on_average_over_the_orders_of_classes():
+    rng = np.random.default_rng(13)
+    scores, targets = rng.integers(0, 4, (N, Q)) / 4, rng.integers(0, Q, N)
+    orders = (rng.permutation(Q) for _ in range(ORDERS))
+    samples = np.array([np.mean(order[scores[:, order].argmax(1)] == targets) for order in orders])
+    assert_mean(METRICS["top1"](Predictions(scores, targets)), samples, exact=True)
 
 
 def test_random_orders_predict_each_of_the_tied_classes_equally_often():

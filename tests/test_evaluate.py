@@ -60,6 +60,7 @@ def test_a_dataset_is_evaluated_and_reported(alone, weights):
     assert found["linear_probe/digits/top1"] > 0.9 and 0 < found["zeroshot/digits/top1"] < 0.3
     assert found["run/architecture"] == "emoji" and found["run/weights"] == str(weights)
     assert found["run/name"] == "small" and found["run/parameters"] == 3_497_567
+    assert found["run/protocol"] == "expected"
     for name in ("zeroshot", "linear_probe"):
         setup = found[f"run/descriptions.{name}/digits"]
         assert "450 images of the test split" in setup and "48 px" in setup and f"{name}/digits: {setup}" in printed
@@ -109,6 +110,7 @@ def test_numbers_do_not_depend_on_the_batch_size_or_cached_features(narrow, narr
         (("--weights=WEIGHTS", "--evaluators=zeroshots"), "--evaluators='zeroshots'"),
         (("--weights=WEIGHTS", "digits"), "unexpected argument 'digits'; flags begin with --"),
         (("--weights=WEIGHTS", "--dtype=float16"), "float16"),
+        (("--weights=WEIGHTS", "--preprocess=clip"), "preprocess='clip': expected one of openai"),
         (("--weights=WEIGHTS", "--wieghts=x"), "wieghts"),
         (("--weights=WEIGHTS", "--datasets="), "--datasets"),
         (("--weights=WEIGHTS", "--modules=no_such_module"), "no_such_module"),

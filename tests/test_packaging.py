@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 from importlib import metadata
 
 import pytest
@@ -93,6 +94,25 @@ def test_every_extra_of_the_readme_exists():
 
 def test_the_version_is_the_package_s():
     assert SETUP["VERSION"] == clip_jax.__version__
+
+
+@pytest.mark.parametrize("hook", ["pytest_runtest_setup", "pytest_runtest_call"])
+def test_skipped_tests_fail_in_ci(hook, pytestconfig, monkeypatch):
+    """43 tests of the registry were skipped in every run, because of a package that was not installed."""
+    hooks = pytestconfig.pluginmanager.get_plugin(str(ROOT / "tests/conftest.py"))
+
+    def raised(no_skips, test):
+        monkeypatch.setenv("CLIP_JAX_NO_SKIPS", no_skips)
+        wrapper = getattr(hooks, hook)(types.SimpleNamespace(nodeid=f"tests/{test}"))
+        next(wrapper)
+        with pytest.raises((pytest.skip.Exception, pytest.fail.Exception)) as found:
+            wrapper.throw(pytest.skip.Exception("no package x"))
+        return type(found.value), str(found.value)
+
+    skipped = pytest.skip.Exception, "no package x"
+    assert raised("1", "test_a.py::test_b") == (pytest.fail.Exception, "skipped in CI: no package x")
+    assert raised("", "test_a.py::test_b") == raised("1", "test_published_numbers.py::test_b") == skipped
+    assert "export CLIP_JAX_NO_SKIPS=1" in (ROOT / ".ci/run").read_text()
 
 
 def test_every_data_file_of_the_package_is_shipped():

@@ -43,6 +43,18 @@ def test_only_regular_files_are_replaced(special, tmp_path):
     assert (tmp_path / "file").read_text() == (tmp_path / "a/b").read_text() == "new"
 
 
+def test_files_are_written_through_symbolic_links(tmp_path):
+    """The link was replaced by a file in its own directory, perhaps on a small disk."""
+    for name in ("old", "new"):
+        link, target = tmp_path / name, tmp_path / "large disk" / name
+        link.symlink_to(target)
+        if name == "old":
+            target.parent.mkdir()
+            target.write_text("old")
+        paths.write_atomically(link, "text")
+        assert link.is_symlink() and target.read_text() == "text"
+
+
 def test_error_of_a_full_disk_names_the_file_and_leaves_nothing(tmp_path):
     def fill(_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -50,6 +62,19 @@ def test_error_of_a_full_disk_names_the_file_and_leaves_nothing(tmp_path):
     with pytest.raises(OSError, match="No space left on device") as error:
         paths.write_atomically(tmp_path / "file", fill)
     assert error.value.filename == str(tmp_path / "file") and not list(tmp_path.iterdir())
+
+
+def test_error_of_a_full_disk_in_another_library_is_one_sentence():
+    """TensorBoard's of TensorFlow, and SaveFailed, raised from Orbax's."""
+    board = RuntimeError("Error '{{node}} /x/events.v2; No space left on device\n\tFailed to flush 6 events'")
+    assert paths.error_sentence(board) == (
+        "no space left on device; make room, or give another path:"
+        " Error '{{node}} /x/events.v2; No space left on device"
+    )
+    failed = RuntimeError("a checkpoint could not be written to /x")
+    failed.__cause__ = OSError(errno.EDQUOT, "Disk quota exceeded")
+    assert paths.error_sentence(failed).startswith("disk quota exceeded; make room, or give another path: a checkpoint")
+    assert paths.disk_error(RuntimeError("out of memory")) == "" == paths.disk_error(OSError(errno.EIO, "I/O error"))
 
 
 def test_outputs_are_checked_before_the_work(special, tmp_path, monkeypatch):
@@ -94,6 +119,11 @@ def test_special_files_are_not_read(special):
             reading.read(special[kind])
 
 
+# `clip_jax.main` fails with other errors of the operating system, and with a traceback: the network may come back.
+OF_TRAINING = (ValueError, PermissionError, NotADirectoryError, IsADirectoryError)
+
+
+@pytest.mark.parametrize("refused", [(ValueError, OSError), OF_TRAINING])
 @pytest.mark.parametrize(
     "error",
     [
@@ -101,11 +131,12 @@ def test_special_files_are_not_read(special):
         IsADirectoryError(errno.EISDIR, "Is a directory", "/x/w.pt"),
         NotADirectoryError(errno.ENOTDIR, "Not a directory", "/x/w.pt"),
         OSError(errno.ENOSPC, "No space left on device", "/x/w.pt"),
+        OSError(errno.EDQUOT, "Disk quota exceeded", "/x/w.pt"),
         OSError(errno.EROFS, "Read-only file system", "/x/w.pt"),
     ],
 )
-def test_errors_of_the_file_system_are_one_sentence_and_exit_2(error, monkeypatch, capsys):
-    def main(_):
+def test_errors_of_the_file_system_are_one_sentence_and_exit_2(error, refused, monkeypatch, capsys):
+    def fail(_):
         raise error
 
     monkeypatch.setattr(command.app, "run", lambda guarded, flags_parser: guarded(["convert"]))
@@ -114,7 +145,7 @@ def test_errors_of_the_file_system_are_one_sentence_and_exit_2(error, monkeypatc
     if not flags.FLAGS.is_parsed():
         flags.FLAGS(["convert"])
     with pytest.raises(SystemExit) as ended:
-        command.run(main)
+        command.run(fail, refused=refused)
     output = capsys.readouterr()
     assert ended.value.code == command.REFUSED and output.out == ""
     assert output.err == f"clip_jax.convert: /x/w.pt: {error.strerror.lower()}; give another path, or make room or" + (

@@ -349,6 +349,10 @@ def test_empty_directory_is_refused(tmp_path):
         ValueError, match=r"expected a directory with one of open_clip_model\.safetensors.*, got an empty one"
     ):
         reading.read(tmp_path)
+    (tmp_path / "weights.bin").touch()
+    for read in (reading.read, directory.weight_file):
+        with pytest.raises(ValueError, match=r"got weights\.bin; give the file, e\.g\. .*/weights\.bin"):
+            read(tmp_path)
 
 
 def test_preprocessing_of_hugging_face_configs_is_read(tmp_path):

@@ -1,18 +1,21 @@
 """The command `python -m clip_jax.search`."""
 
+import inspect
 import subprocess
 import sys
 
 import jax
 import numpy as np
 import pytest
+from absl import flags
 from absl.testing import flagsaver
 from PIL import Image
 
-from clip_jax import command, search
+from clip_jax import command, inference, search
 from clip_jax.config import Architecture, EdgeNet, TextTransformer, WeightsConfig
 from clip_jax.interop import msgpack
 from clip_jax.models import make_model
+from tests.permissions import as_user
 
 TINY = Architecture(
     EdgeNet(image_size=16, width=8),
@@ -54,6 +57,19 @@ def test_images_are_found_recursively_in_sorted_order(image_folder):
     assert paths == [str(image_folder / name) for name in names]
 
 
+def test_unreadable_folders_are_named(tmp_path, capsys):
+    """A folder without permission looked like an empty one."""
+    for name in ("a.png", "below/b.png", "other/c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (20, 30)).save(tmp_path / name)
+    (tmp_path / "below").chmod(0)
+    assert as_user(search.images_in, tmp_path)[1] == ["a.png", "other/c.png"]
+    assert f"a folder is skipped: {tmp_path}/below: permission denied; give another path" in capsys.readouterr().err
+    with pytest.raises(PermissionError) as error:
+        as_user(search.images_in, tmp_path / "below")
+    assert error.value.filename == str(tmp_path / "below")
+
+
 def test_unreadable_images_are_listed_and_skipped(weights, tmp_path):
     for number, name in enumerate(("a.png", "b.png", "c.gif")):
         Image.new("RGB", (20, 30), (80 * number, 0, 0)).save(tmp_path / name)
@@ -87,6 +103,24 @@ def test_command_prints_rank_cosine_and_name(weights, image_folder):
     assert cosines == sorted(cosines, reverse=True) and all(-1 <= cosine <= 1 for cosine in cosines)
 
 
+def test_flags_of_weights_are_arguments_of_load(monkeypatch):
+    """Also those of the other commands, which share their definition."""
+    given = {"model": "vit_b32", "activation": "gelu", "preprocess": "siglip", "tokenizer": "t.json", "prefix": "ema"}
+    given |= {"dtype": "bfloat16", "heads": ["12", "8"]}
+
+    def load(path, **options):
+        raise ValueError(f"{path} {options}")
+
+    parameters = inspect.signature(inference.load).parameters
+    monkeypatch.setattr("clip_jax.inference.load", load)
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["search"])
+    with flagsaver.flagsaver(weights="w.pt", **given), pytest.raises(ValueError, match=r"w\.pt ") as error:
+        search.main(["a dog"])
+    assert str(error.value) == f"w.pt { {'dtype': 'bfloat16'} | given | {'heads': (12, 8)} }"
+    assert {*given} <= {*parameters}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -95,6 +129,7 @@ def test_command_prints_rank_cosine_and_name(weights, image_folder):
         (["--weights=/nowhere", "a dog"], "/nowhere"),
         (["--weights=WEIGHTS", "--images=/nowhere", "a dog"], "--images: expected a folder, got /nowhere"),
         (["--weights=WEIGHTS", "--images=EMPTY", "a dog"], "--images: expected files with .bmp, .gif"),
+        (["--weights=WEIGHTS", "--preprocess=clip", "a dog"], "preprocess='clip': expected one of openai"),
         (["--weights=WEIGHTS", "dog " * 99], "model.text.context_length=12"),
     ],
 )

@@ -90,6 +90,29 @@ def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, file, value):
         reading.read(tmp_path / file, **(GIVEN if file == "w.pt" else {}))
 
 
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("vit_gelu", ["text/projection"]),
+        ("vit_gelu", ["image/projection"]),
+        ("resnet", ["image/pool/projection/bias", "image/pool/projection/kernel"]),
+        ("siglip", ["text/projection", "text/projection_bias"]),
+    ],
+)
+def test_projection_of_zeros_is_refused_by_name(tmp_path, name, parameters):
+    """Its features are 0 / 0."""
+    model = tiny_models.ARCHITECTURES[name]
+    leaves = conversion.flat(tiny_models.params(model))
+    for last, parameter in enumerate(parameters, start=1):
+        leaves[parameter] = np.zeros_like(leaves[parameter])
+        msgpack.write(tmp_path / "w.msgpack", conversion.nested(leaves), WeightsConfig(model))
+        if last < len(parameters):  # kernel or bias is not 0
+            reading.read(tmp_path / "w.msgpack")
+    message = rf"w\.msgpack: parameter {parameters[0]}: expected a projection, got zeros alone, .*; use weights of a "
+    with pytest.raises(ValueError, match=message):
+        reading.read(tmp_path / "w.msgpack")
+
+
 def test_logit_scale_has_to_be_a_logarithm_and_may_have_an_axis(tmp_path):
     tensors = dict(conversion.LazyTensors(VIT, tiny_models.params(VIT), name_tables.OPENAI))
     for stored, expected in ((np.float32([4.5]), 4.5), (np.array([[2.5]], "f4"), 2.5)):

@@ -207,6 +207,20 @@ def test_sentencepiece_without_start_and_padding_pads_with_the_end_token():
     assert tokenizer.decode(row) == "a red dog"
 
 
+def test_sentencepiece_model_is_parsed_once(monkeypatch):
+    import sentencepiece
+
+    parsed, load = [], sentencepiece.SentencePieceProcessor.LoadFromSerializedProto
+    monkeypatch.setattr(
+        sentencepiece.SentencePieceProcessor,
+        "LoadFromSerializedProto",
+        lambda self, content: parsed.append(len(content)) or load(self, content),
+    )
+    text = TextTransformer(32, 16, 2, width=32, heads=1, layers=1)
+    make_tokenizer(TokenizerConfig("sentencepiece"), text, tokenizer_file=sentencepiece_model())
+    assert len(parsed) == 1
+
+
 def test_sentencepiece_may_have_end_token_0():
     assert SentencePiece(sentencepiece_model(eos_id=0, unk_id=2), length=24)(["a red dog"])[0, -1] == 0
 

@@ -33,6 +33,7 @@ RANGES: dict[str, Range] = {
     "data.augment.cutout": _FRACTION,
     "data.texts_per_caption": (1, 1000),
     "data.max_bad_fraction": _FRACTION,
+    "data.max_stall_seconds": (0.0, 1e6),
     "data.decode_threads": _COUNT_OR_ZERO,
     "data.prefetch_batches": COUNT,
     "loss.logit_scale_init": (1e-3, 1e4),

@@ -8,7 +8,7 @@ import re
 
 from clip_jax.config.build import check_name, differences
 from clip_jax.config.models import MODELS
-from clip_jax.config.schema import Config, OptimConfig, TrainConfig
+from clip_jax.config.schema import CheckpointConfig, Config, OptimConfig, TrainConfig
 from clip_jax.models.architecture import Preprocess, check
 from clip_jax.paths import check_local
 
@@ -42,6 +42,16 @@ def _check_thresholds(config: Config) -> None:
             )
 
 
+def _check_checkpoints(checkpoint: CheckpointConfig) -> None:
+    every, kept = checkpoint.every_steps, checkpoint.keep_every_steps
+    if kept % every:
+        multiples = [str(step) for step in (kept // every * every, (kept // every + 1) * every) if step]
+        raise ValueError(
+            f"checkpoint.keep_every_steps={kept} is no multiple of checkpoint.every_steps={every}, and only steps"
+            f" with a checkpoint can be kept; use {' or '.join(multiples)}"
+        )
+
+
 def resolve(config: Config, *, devices: int, processes: int = 1, examples: int | None = None) -> Resolved:
     """Check a config against devices and data, and compute the number of steps.
 
@@ -59,6 +69,7 @@ def resolve(config: Config, *, devices: int, processes: int = 1, examples: int |
     """
     check_local_paths(config)
     _check_thresholds(config)
+    _check_checkpoints(config.checkpoint)
     if config.train.batch_size == 1:
         raise ValueError("train.batch_size=1 has no negatives, so there is nothing to contrast; use at least 2")
     batch_per_device = _batch_per_device(config, devices, processes)

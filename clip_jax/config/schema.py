@@ -59,8 +59,8 @@ class AugmentConfig:
 class DataConfig:
     """Training data."""
 
-    source: str = "tfrecord"  # a name in clip_jax.data.SOURCES
-    # tfrecord: shards as a glob, brace range or comma-separated list, e.g. '/data/cc3m/{00000..00331}.tfrecord'.
+    source: str = ""  # a name in clip_jax.data.SOURCES; '': the one that reads `files`
+    # Files as a folder, glob, brace range or comma-separated list, e.g. '/data/cc3m/{00000..00331}.tfrecord'.
     files: str = ""
     # Features with captions and their sampling weights; absent and empty features are skipped.
     captions: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"txt": 1.0, "caption": 1.0})
@@ -168,7 +168,7 @@ class CheckpointConfig:
 
     every_steps: int = 1000
     keep: int = 3  # number of newest checkpoints to keep
-    keep_every_steps: int = 0  # keep every multiple of this permanently; 0: none
+    keep_every_steps: int = 0  # keep every multiple of this, a multiple of every_steps, permanently; 0: none
 
 
 @dataclasses.dataclass(frozen=True)

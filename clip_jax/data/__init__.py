@@ -12,6 +12,7 @@ exist, without reading them; --dry_run calls it. Other sources refuse `data.file
 """
 
 import contextlib
+import logging
 import os
 import sys
 import tempfile
@@ -50,24 +51,37 @@ from clip_jax.config import DataConfig, check_known_options, check_name  # noqa:
 from clip_jax.data import index, storage  # noqa: E402
 from clip_jax.data.activity import Activity  # noqa: E402
 from clip_jax.data.pipeline import batches  # noqa: E402
+from clip_jax.data.recognition import recognize  # noqa: E402
+from clip_jax.data.sources.array_record import ArrayRecordSource  # noqa: E402
 from clip_jax.data.sources.emoji import EmojiSource  # noqa: E402
+from clip_jax.data.sources.folder import FolderSource  # noqa: E402
+from clip_jax.data.sources.huggingface import HuggingFaceSource  # noqa: E402
 from clip_jax.data.sources.shards import ShardSource  # noqa: E402
 from clip_jax.data.sources.synthetic import SyntheticSource  # noqa: E402
+from clip_jax.data.sources.table import TableSource  # noqa: E402
 from clip_jax.data.sources.tar import TarSource  # noqa: E402
+from clip_jax.data.sources.tfds import TFDSSource  # noqa: E402
 from clip_jax.data.sources.tfrecord import TFRecordSource, write_tfrecord  # noqa: E402
-from clip_jax.typing import DataSource  # noqa: E402
+from clip_jax.typing import BadRecord, DataSource  # noqa: E402
 
-# Config key `data.source` -> class
+log = logging.getLogger(__name__)
+
+# Config key `data.source` -> class; '' recognizes the format of `data.files`.
 SOURCES: dict[str, type] = {
     "tfrecord": TFRecordSource,
     "tar": TarSource,
+    "table": TableSource,
+    "folder": FolderSource,
+    "tfds": TFDSSource,
+    "array_record": ArrayRecordSource,
+    "huggingface": HuggingFaceSource,
     "emoji": EmojiSource,
     "synthetic": SyntheticSource,
 }
 
 
 def make_source(config: DataConfig) -> DataSource:
-    """Open the training source that `config.source` names.
+    """Open the training source that `config.source` names, or that reads `config.files`, and log its size.
 
     Raises:
       ValueError: for an unknown source or option, or from the source, e.g. if `data.files` matches no file.
@@ -76,8 +90,27 @@ def make_source(config: DataConfig) -> DataSource:
     >>> len(source), source.read(0).captions["txt"]
     (100, ('a green square on a grey background',))
     """
+    config = recognize(config)
     check_options(config)
-    return SOURCES[config.source].from_config(config, **config.options)
+    source = SOURCES[config.source].from_config(config, **config.options)
+    if config.files:
+        log.info("%s: %s", config.files, _describe(source, config.source))
+    return source
+
+
+def _describe(source: DataSource, name: str) -> str:
+    """Return e.g. '12,423,374 pairs in 1,243 files (tar), captions: txt'."""
+    files = getattr(source, "num_files", 1)
+    summary = (
+        f"{len(source):,} pairs in {files:,} {'folder' if name == 'folder' else 'file'}{'s' * (files > 1)} ({name})"
+    )
+    if getattr(source, "in_memory", False):  # of an object store: a record costs a block
+        return summary
+    for number in range(min(len(source), 10)):
+        with contextlib.suppress(BadRecord):
+            captions = [name for name, texts in source.read(number).captions.items() if any(texts)]
+            return f"{summary}, captions: {', '.join(captions) or 'none'}"
+    return f"{summary}; its first records are bad"
 
 
 def index_files(files: str, source: str = "") -> str:
@@ -91,8 +124,8 @@ def index_files(files: str, source: str = "") -> str:
       ValueError: if a file does not exist, or the source has no shards.
       OSError: if a shard cannot be read or the index cannot be written.
     """
-    found = storage.list_files(files)
-    source = source or ("tar" if found[0].path.endswith(".tar") else "tfrecord")
+    config = recognize(DataConfig(source=source, files=files))
+    found, source = storage.list_files(config.files), config.source
     indexed = {name: kind for name, kind in SOURCES.items() if issubclass(kind, ShardSource) and name != "emoji"}
     check_name("--source", source, indexed)
     built, path = index.write_index(found, indexed[source].format)
@@ -102,6 +135,19 @@ def index_files(files: str, source: str = "") -> str:
         f"{path}: {int(built.records.sum()):,} records in {len(found):,} shards ({source}),"
         f" {len(built.records):,} blocks{problems}"
     )
+
+
+def check_files(config: DataConfig) -> None:
+    """Raise ValueError for an unknown source or option, and for files that do not exist or are not recognized.
+
+    Without `data.files`, a source that reads them is not refused.
+    """
+    if config.files:
+        config = recognize(config)
+        check_options(config)
+        SOURCES[config.source].check_files(config)
+    elif config.source:
+        check_options(config)
 
 
 def check_options(config: DataConfig) -> None:
@@ -118,5 +164,5 @@ def check_options(config: DataConfig) -> None:
 
 
 def reads_files(source: str) -> bool:
-    """Return whether a source of SOURCES reads `data.files`."""
-    return getattr(SOURCES[source], "check_files", None) is not None
+    """Return whether a source of SOURCES reads `data.files`; '' does."""
+    return not source or getattr(SOURCES[source], "check_files", None) is not None

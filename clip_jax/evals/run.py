@@ -133,6 +133,7 @@ class Evaluation:
             "architecture": model.architecture,
             "parameters": count_parameters(params),
             "flops_per_pair": round(sum(forward_flops(config.model))),
+            "protocol": options.protocol,
             "versions": versions(),
         }
 

@@ -18,12 +18,13 @@ import numpy as np
 
 from clip_jax.config import Architecture
 from clip_jax.interop.name_tables import Table, Tensor
+from clip_jax.interop.torch_pickle import FLOAT8
 from clip_jax.models import make_model, tree_path
 from clip_jax.typing import Params
 
 # Suffixes of tensors that are no parameters and follow from the shapes.
 _IGNORED = ("position_ids", "num_batches_tracked", "attn_mask", "input_resolution", "context_length", "vocab_size")
-_FLOATING = ("float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2")
+_FLOATING = ("float16", "bfloat16", "float32", "float64", *FLOAT8)
 
 
 def params_from_tensors(

@@ -72,7 +72,7 @@ def weight_file(folder: pathlib.Path) -> pathlib.Path:
     for name in WEIGHT_FILES:
         if (folder / name).is_file():
             return folder / name
-    raise ValueError(f"{folder}: expected a directory with one of {', '.join(WEIGHT_FILES)}, got none; name the file")
+    raise ValueError(f"{folder}: {without_weights([file.name for file in folder.iterdir()], folder)}")
 
 
 _OTHER_WEIGHTS = re.compile(r".*(?<!training_args)\.(safetensors|bin|pt|pth|msgpack|npz|index\.\w+\.json)")

@@ -58,7 +58,7 @@ def detect(path: pathlib.Path) -> str:
         if FORMATS[name].detect(path, head):
             return name
     if path.is_dir():
-        raise ValueError(f"{path}: {directory.without_weights([file.name for file in path.iterdir()], path)}")
+        directory.weight_file(path)  # raises
     raise ValueError(f"{path}: expected one of the formats {', '.join(FORMATS)}, got a file that starts with {head!r}")
 
 

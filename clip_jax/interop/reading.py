@@ -13,6 +13,7 @@ import dataclasses
 import math
 import os
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -177,17 +178,25 @@ def _check_logit_scale(file: pathlib.Path, tensors: Mapping[str, np.ndarray], na
         )
 
 
+_PROJECTION = re.compile(r"(image|text)/(pool/)?projection(_bias|/kernel|/bias)?")
 _PIECE = 1 << 22  # values that are checked at once
 
 
 def _check_finite(path: pathlib.Path, params: Params) -> None:
-    """Raise ValueError with the parameter's path if a parameter is NaN or infinite."""
+    """Raise ValueError with the parameter's path if a parameter is NaN or infinite, or a tower's projection is 0."""
 
     def is_finite(array: np.ndarray) -> bool:
         values = np.asarray(array).reshape(-1)
         return all(np.isfinite(values[i : i + _PIECE]).all() for i in range(0, values.size, _PIECE))
 
     leaves = conversion.flat(params)
+    for tower in ("image", "text"):
+        projections = {name: leaves[name] for name in leaves if _PROJECTION.fullmatch(name) and name.startswith(tower)}
+        if projections and not any(np.any(array) for array in projections.values()):
+            raise ValueError(
+                f"{path}: parameter {next(iter(projections))}: expected a projection, got zeros alone, for which no"
+                " features have a direction; use weights of a trained model"
+            )
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # NumPy releases the GIL
         for name, finite in zip(leaves, pool.map(is_finite, leaves.values()), strict=True):
             if not finite:

@@ -21,6 +21,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
 _STORAGES = {
     "HalfStorage": np.float16,
     "BFloat16Storage": ml_dtypes.bfloat16,
@@ -37,7 +38,7 @@ _STORAGES = {
 _DTYPES = {
     **{name: np.dtype(name) for name in ("float16", "float32", "float64", "uint8", "int8", "int16", "int32", "int64")},
     **{name: np.dtype(name) for name in ("uint16", "uint32", "uint64", "bool", "complex64", "complex128")},
-    **{name: np.dtype(getattr(ml_dtypes, name)) for name in ("bfloat16", "float8_e4m3fn", "float8_e5m2")},
+    **{name: np.dtype(getattr(ml_dtypes, name)) for name in ("bfloat16", *FLOAT8)},
 }
 
 # Values that training scripts save alongside the weights, by module. They become placeholders.

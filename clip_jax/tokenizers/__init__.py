@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 
 from clip_jax.config import TextTransformer, TokenizerConfig
-from clip_jax.tokenizers.base import read_file
 from clip_jax.tokenizers.bpe import ClipBPE
 from clip_jax.tokenizers.file_tokenizer import (
     FileTokenizer,
@@ -69,8 +68,7 @@ def make_tokenizer(
                 f"model.text.{field}: expected {expected} by tokenizer.name={config.name!r}, got"
                 f" {getattr(text, field)}; set model.text.{field}={expected}"
             )
-    content = (tokenizer_file or read_file(config.path)) if config.name == "sentencepiece" else b""
-    if content and text.vocab_size == fairseq_vocab_size(content):
+    if text.vocab_size == getattr(tokenizer, "fairseq_vocab_size", 0):
         raise ValueError(
             "tokenizer.name: expected 'xlm_roberta' for a SentencePiece model that starts with <unk>, <s>, </s> and a"
             f" text tower with two more tokens, model.text.vocab_size={text.vocab_size}, because fairseq's ids are one"

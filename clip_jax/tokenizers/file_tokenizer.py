@@ -77,9 +77,11 @@ class SentencePiece(FileTokenizer):
     """
 
     EXAMPLE_PATH = "/data/c4_en.model"
+    fairseq_vocab_size = 0  # of the model with fairseq's ids; 0 if it has them already, or has other first pieces
 
     def _load(self, content: bytes, name: str) -> tuple[int, int, int]:
-        self._processor, _ = _load_sentencepiece(content, name)
+        self._processor, first = _load_sentencepiece(content, name, first_pieces=3)
+        self.fairseq_vocab_size = _fairseq_vocab_size(self._processor, first)
         eos_id, pad_id = self._processor.eos_id(), self._processor.pad_id()
         if eos_id < 0:  # absent
             raise ValueError(
@@ -100,7 +102,10 @@ _FAIRSEQ_PIECES = ["<unk>", "<s>", "</s>"]  # the first pieces of a model whose 
 
 def fairseq_vocab_size(content: bytes) -> int:
     """Return the vocabulary size of a SentencePiece model with fairseq's ids, 0 if it has other first pieces."""
-    processor, first = _load_sentencepiece(content, "the tokenizer's file", first_pieces=3)
+    return _fairseq_vocab_size(*_load_sentencepiece(content, "the tokenizer's file", first_pieces=3))
+
+
+def _fairseq_vocab_size(processor: Any, first: list[str]) -> int:
     return processor.vocab_size() + 2 if first == _FAIRSEQ_PIECES else 0
 
 

@@ -6,7 +6,7 @@ import jax
 from etils import epath
 
 from clip_jax.config import Config, name_of, resolve
-from clip_jax.data import SOURCES, check_options, reads_files
+from clip_jax.data import check_files, reads_files
 from clip_jax.devices import sharding
 from clip_jax.interop import hub, reading
 from clip_jax.models import count_parameters
@@ -43,7 +43,7 @@ def describe(config: Config, workdir: epath.Path) -> str:
         "mesh": f"{dict(mesh.shape)} ({mesh.devices.flat[0].device_kind}, {jax.process_count()} process(es))",
         "memory of the state": f"{_format_bytes(sharding.shard_bytes(state))} per device",
         "memory of a batch": f"{_format_bytes(resolved.batch_per_device * bytes_per_pair)} per device, as uint8",
-        "data": f"{config.data.source} {config.data.files or _missing_files(config)}".rstrip(),
+        "data": f"{config.data.source} {config.data.files or _missing_files(config)}".strip(),
         "compute": f"{config.train.dtype}, remat {config.train.remat}, {config.train.micro_batches} micro-batch(es)",
         "checkpoints": f"every {config.checkpoint.every_steps:,} steps, the newest {config.checkpoint.keep} are kept",
         "evaluation": ", ".join(config.eval.tasks) or "none",
@@ -54,9 +54,7 @@ def describe(config: Config, workdir: epath.Path) -> str:
 
 
 def _check_files(config: Config) -> None:
-    check_options(config.data)
-    if config.data.files:
-        SOURCES[config.data.source].check_files(config.data)
+    check_files(config.data)
     files = {"tokenizer.path": config.tokenizer.path, "eval.data_dir": config.eval.data_dir}
     files |= {f"{section}.weights": getattr(config, section).weights for section in ("init", "teacher")}
     for key, path in files.items():

@@ -22,7 +22,7 @@ import optax
 from etils import epath
 
 from clip_jax.config import TrainConfig
-from clip_jax.paths import is_url, write_atomically
+from clip_jax.paths import errors_naming, is_url, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +176,8 @@ class Writer:
             write_atomically(folder / f"part-{self._next_part:05d}.jsonl", text)
             self._next_part += 1
         else:
-            with (self._workdir / METRICS_FILE).open("a") as file:
+            path = self._workdir / METRICS_FILE
+            with errors_naming(path), path.open("a") as file:
                 file.write(text)
 
     def has_evaluation(self, step: int) -> bool:

@@ -78,6 +78,8 @@ class Damaged:
     def __init__(self, source):
         self._source = source
         self.key, self.fingerprint = source.key, source.fingerprint
+        if hasattr(source, "order"):  # by blocks
+            self.order, self.prefetch = source.order, source.prefetch
 
     def __len__(self):
         return len(self._source)

@@ -6,7 +6,9 @@ same formula; the rest is its own code.
 
 import importlib
 import io
+import itertools
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -68,6 +70,40 @@ def clip_jax(weights: pathlib.Path, data: pathlib.Path, datasets, *evaluators: s
     command += [f"--datasets={','.join(datasets)}", f"--evaluators={','.join(evaluators)}", "--cache_dir="]
     _run([*command, "--protocol=published"])
     return json.loads((data / "evaluation/report.json").read_text())
+
+
+def scikit_learn_probe(weights: pathlib.Path, train, test, report, dataset: str) -> float:
+    """Return the accuracy of scikit-learn's probe with clip_jax's l2, on open_clip's features before the projection.
+
+    The solver is not the default, L-BFGS, whose fits end far from the optimum at any tolerance.
+
+    Args:
+      train: encoded images and class ids of the training and validation split.
+      test: those of the test split.
+      report: clip_jax's, which has the l2 of the dataset.
+    """
+    import open_clip
+    import torch
+    from PIL import Image
+    from sklearn.linear_model import LogisticRegression
+
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{weights}")
+    model.eval().visual.proj = None
+
+    @torch.no_grad()
+    def features(images):
+        pixels = (transform(Image.open(io.BytesIO(image)).convert("RGB"))[None] for image in images)
+        return torch.cat([model.encode_image(batch) for batch in map(torch.cat, _batches(pixels))]).double().numpy()
+
+    l2 = float(report[f"run/descriptions.linear_probe/{dataset}"].partition("l2=")[2].split()[0])
+    l2 = 10 ** (round(8 * math.log10(l2)) / 8)  # the report rounds the value of the search, 8 per decade
+    fitted = LogisticRegression(C=1 / l2, solver="newton-cholesky", tol=1e-10, max_iter=1000)
+    return fitted.fit(features(train[0]), train[1]).score(features(test[0]), test[1])
+
+
+def _batches(items, size=256):
+    items = iter(items)
+    return iter(lambda: list(itertools.islice(items, size)), [])
 
 
 def _run(command: list[str]) -> None:

@@ -8,10 +8,14 @@ import open_clip
 import pytest
 import torch
 import transformers
+from PIL import Image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from clip_jax.config import MODELS, PREPROCESS, preprocess_names
 from clip_jax.interop import huggingface, reading
 from clip_jax.models import make_model
+from clip_jax.preprocess import preprocess
+from clip_jax.tokenizers import ClipBPE
 from tests import tiny_models
 from tests.peers import peer_models
 
@@ -128,6 +132,32 @@ OPEN_CLIP_NAMES = {
     **{"siglip2_b32_256": "ViT-B-32-SigLIP2-256", "siglip2_l16_256": "ViT-L-16-SigLIP2-256"},
     **{"siglip2_so400m16_256": "ViT-SO400M-16-SigLIP2-256", "siglip2_giant16_256": "ViT-gopt-16-SigLIP2-256"},
 }
+
+
+def _processor(**keys):
+    """Return a CLIPProcessor, which transformers 5 saves as processor_config.json alone."""
+    vocabulary, merges = ClipBPE().as_huggingface()
+    tokenizer = transformers.CLIPTokenizer(vocabulary, [tuple(merge.split()) for merge in merges])
+    sides = {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}}
+    return transformers.CLIPProcessor(CLIPImageProcessorPil(**sides | keys), tokenizer)
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_saved_processor_means_the_pixels_of_transformers(saved, tmp_path, older):
+    """Also with another preprocessor_config.json alongside, as older versions saved it."""
+    folder = _edit(saved[49_408], tmp_path, lambda content: None)
+    keys = {"image_mean": [0.5] * 3, "image_std": [0.4, 0.5, 0.6], "resample": 2, "do_rescale": True}
+    _processor(**keys).save_pretrained(folder)
+    assert not (folder / "preprocessor_config.json").exists()
+    if older:
+        _processor(image_mean=[0.1] * 3, resample=0).image_processor.save_pretrained(folder)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 140, 3), np.uint8))
+    peer = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
+    expected = peer(images=[image], return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+    spec = reading.read(folder).config.preprocess
+    found = (preprocess(image, 64, spec) / 255 - np.array(spec.mean)) / np.array(spec.std)
+    assert spec.mean == (0.5,) * 3
+    assert np.abs((found - expected) * np.array(spec.std) * 255).max() <= 1
 
 
 def test_every_preset_has_a_name_in_open_clip():

@@ -92,8 +92,11 @@ def test_torch_files_are_read(state_dict, form, legacy, tmp_path):
     _assert_read(tmp_path / "w.pt", tolerance, activation="quick_gelu", heads=(2, 1), preprocess="openai")
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-@pytest.mark.parametrize("file", ["w.pt", "w.safetensors"])
+FLOAT8 = [(f"w.{file}", dtype) for file in ("pt", "safetensors") for dtype in (torch.float8_e4m3fn, torch.float8_e5m2)]
+FLOAT8 += [("w.pt", torch.float8_e4m3fnuz), ("w.pt", torch.float8_e5m2fnuz)]
+
+
+@pytest.mark.parametrize(("file", "dtype"), FLOAT8)
 def test_float8_tensors_are_read(state_dict, dtype, file, tmp_path):
     projection = state_dict["text_projection"].to(dtype)
     (torch.save if file == "w.pt" else save_file)(state_dict | {"text_projection": projection}, tmp_path / file)

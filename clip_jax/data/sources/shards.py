@@ -67,7 +67,7 @@ class ShardSource:
         """
         stats = [file if isinstance(file, File) else storage.stat(file) for file in files]
         stats.sort(key=lambda file: (os.path.basename(file.path), file.path))
-        self._captions, self._stall = tuple(captions), max_stall_seconds
+        self._captions, self._stall, self.num_files = tuple(captions), max_stall_seconds, len(stats)
         self._index = open_index(stats, self.format, cache_dir, max_stall_seconds)
         self._starts = np.concatenate([[0], np.cumsum(self._index.records)])  # first record of each block, and the end
         self._shard_starts = self._starts[np.searchsorted(self._index.shard_of, np.arange(len(stats)))]

@@ -1,4 +1,4 @@
-"""TFRecord shards with img2dataset's features.
+"""TFRecord shards of `tf.train.Example`: img2dataset's features, or those that the options name.
 
 A shard is a sequence of frames: length (u64), checksum of the length (u32), data, checksum of the data (u32); checksums
 are CRC-32C, rotated and offset (https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details). A
@@ -13,6 +13,7 @@ import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import google_crc32c
 import numpy as np
@@ -22,11 +23,11 @@ from jaxtyping import Int64
 
 from clip_jax.config import DataConfig
 from clip_jax.data.index import Read, Scan
-from clip_jax.data.sources.shards import ShardSource
+from clip_jax.data.sources.fields import Fields
+from clip_jax.data.sources.shards import LANES, WINDOW_BLOCKS, ShardSource
 from clip_jax.data.sources.synthetic import SyntheticSource
 from clip_jax.typing import BadRecord, Record
 
-IMAGE_FEATURES = ("jpg", "jpeg", "png", "webp", "image")
 HEADER_BYTES, FOOTER_BYTES = 12, 4
 
 Values = bytes | str | int | float | Sequence[bytes | str]
@@ -67,6 +68,24 @@ class TFRecordSource(ShardSource):
     """Records of TFRecord shards."""
 
     format = TFRecordFormat()
+    fields: Fields | None = None  # by default those of img2dataset
+
+    @classmethod
+    def from_config(
+        cls,
+        config: DataConfig,
+        image: str = "",
+        image_encoding: str = "file",
+        text_encoding: str = "utf-8",
+        order: Literal["", "records", "blocks"] = "",
+        lanes: int = LANES,
+        window_blocks: int = WINDOW_BLOCKS,
+    ) -> TFRecordSource:
+        source = super().from_config(config, order, lanes, window_blocks)
+        source.fields = Fields(
+            tuple(config.captions), image, image_encoding=image_encoding, text_encoding=text_encoding
+        )
+        return source
 
     @classmethod
     def tiny_config(cls, folder: Path) -> DataConfig:
@@ -84,20 +103,33 @@ class TFRecordSource(ShardSource):
         return self._parse(content, index)
 
     def _parse(self, data: bytes, index: int) -> Record:
-        try:
-            features = tf.train.Example.FromString(data).features.feature
-        except DecodeError as error:
-            raise BadRecord("not a tf.train.Example") from error
-        names = [name for name in IMAGE_FEATURES if name in features and features[name].bytes_list.value]
-        if not names:
-            raise BadRecord(f"no image feature; features are {', '.join(sorted(features))}")
-        image = features[names[0]].bytes_list.value[0]
-        if not image:
-            raise BadRecord("empty image")
-        keys = features["key"].bytes_list.value if "key" in features else ()
-        key = (keys and keys[0].decode("utf-8", "replace")) or self.key(index)
-        captions = {name: _texts(name, features[name].bytes_list.value) for name in self._captions if name in features}
-        return Record(key=key, image=image, captions=captions)
+        self.fields = self.fields or Fields(self._captions)
+        return parse_example(data, self.fields, self.key(index))
+
+
+def parse_example(data: bytes, fields: Fields, key: str) -> Record:
+    """Return the record of a serialized `tf.train.Example`; its feature 'key', if any, instead of `key`.
+
+    Raises:
+      BadRecord: if it is no Example, or has no image.
+    """
+    try:
+        features = tf.train.Example.FromString(data).features.feature
+    except DecodeError as error:
+        raise BadRecord("not a tf.train.Example") from error
+    image = fields.image_field([name for name in features if features[name].bytes_list.value])
+    if image is None:
+        raise BadRecord(f"no image feature; features are {', '.join(sorted(features))}")
+    row = {name: _values(features[name]) for name in fields.caption_fields(features).values()}
+    keys = features["key"].bytes_list.value if "key" in features else ()
+    key = (keys and keys[0].decode("utf-8", "replace")) or key
+    return Record(key, fields.image_of({image: features[image].bytes_list.value[0]}), fields.captions_of(row))
+
+
+def _values(feature: tf.train.Feature) -> Sequence[bytes | int | float]:
+    """Return the values of a feature; img2dataset writes a caption such as "2024" as an integer."""
+    kind = feature.WhichOneof("kind")
+    return tuple(getattr(feature, kind).value) if kind else ()
 
 
 def write_tfrecord(path: str | os.PathLike, records: Iterable[Mapping[str, Values]]) -> None:
@@ -140,13 +172,6 @@ def _feature(value: Values) -> tf.train.Feature:
     return tf.train.Feature(bytes_list=tf.train.BytesList(value=encoded))
 
 
-def _texts(name: str, values: Iterable[bytes]) -> tuple[str, ...]:
-    try:
-        return tuple(value.decode() for value in values)
-    except UnicodeDecodeError as error:
-        raise BadRecord(f"caption {name!r} is not UTF-8") from error
-
-
 def _masked_crc(data: bytes) -> bytes:
     crc = google_crc32c.value(data)
     return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
@@ -155,3 +180,8 @@ def _masked_crc(data: bytes) -> bytes:
 def _header_length(header: bytes) -> int | None:
     """Return the data length of a frame's header, or None if its checksum is wrong."""
     return struct.unpack_from("<Q", header)[0] if header[8:] == _masked_crc(header[:8]) else None
+
+
+def is_header(data: bytes) -> bool:
+    """Return whether these 12 bytes begin a TFRecord file."""
+    return len(data) == HEADER_BYTES and _header_length(data) is not None
