@@ -3,7 +3,7 @@
 libjpeg-turbo decodes at 1/2, 1/4 or 1/8 by a smaller inverse DCT, so large images are not decoded in full. The rest,
 a factor of less than 2, is done by OpenCV: a symmetric filter of 5 taps against aliasing, then bilinear interpolation
 at the exact position of the crop. Both libraries release the GIL. The taps are fitted to Pillow's antialiased bicubic
-resize: tests/test_data_scaled_jpeg.py and docs/performance.md have the difference.
+resize; tests/test_data_scaled_jpeg.py bounds the difference.
 """
 
 from __future__ import annotations
