@@ -35,6 +35,8 @@ INSTALL = [
     "msgpack>=1.1.0",
     "jaxtyping>=0.3.3",
     "pillow>=11.0",
+    "simplejpeg>=1.8",  # data.decode='fast': libjpeg-turbo's scaled decoding, without the GIL
+    "opencv-python-headless>=4.12",  # data.decode='fast': filter and resize of uint8, without the GIL
     "sentencepiece>=0.2.2",
     "ftfy>=6.3",
     "regex>=2024.11.6",

@@ -113,7 +113,7 @@ def bad_records(run):
 
 
 def input_graph(run):
-    """Threads and prefetched batches of the input pipeline."""
+    """Threads, prefetched batches and decoder of the input pipeline."""
     found = []
     with pytest.MonkeyPatch.context() as patch:
         prefetch, with_options = tf.data.Dataset.prefetch, tf.data.Dataset.with_options
@@ -122,6 +122,9 @@ def input_graph(run):
         patch.setattr(
             tf.data.Dataset, "with_options", lambda self, options: threads(options) or with_options(self, options)
         )
+        fast = pipeline.images.augment_jpegs
+        patch.setattr(pipeline.images, "augment_jpegs", lambda *a: found.append("fast") or fast(*a))
+        pipeline._prepare_function.cache_clear()
         batches(run)
     return found
 
@@ -314,7 +317,7 @@ CHANGES = {
         "train.batch_size": 8,
     },
     bad_records: {"data.max_bad_fraction": (Refused(0.001), {"data.max_bad_fraction": 0.5})},
-    input_graph: {"data.decode_threads": 3, "data.prefetch_batches": 1},
+    input_graph: {"data.decode": "exact", "data.decode_threads": 3, "data.prefetch_batches": 1},
     shards: {"data.files": ("FOLDER/0000[12].tfrecord", _SHARDS), "data.cache_dir": ("FOLDER/other", _SHARDS)},
     outage: {"data.max_stall_seconds": (1.0, _SHARDS)},
     embedder: {

@@ -26,6 +26,7 @@ DISTRIBUTIONS = {
     "google": "tensorflow",  # protobuf, the type of its messages
     "markupsafe": "jinja2",  # the type of its strings
     "PIL": "pillow",
+    "cv2": "opencv-python-headless",
     "sklearn": "scikit-learn",
     "apache_beam": "apache-beam",
     "absl": "absl-py",

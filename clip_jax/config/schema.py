@@ -67,6 +67,9 @@ class DataConfig:
     # Maximum number of a record's texts that are sampled and joined by commas, e.g. for a name and its tags.
     texts_per_caption: int = 1
     augment: AugmentConfig = AugmentConfig()
+    # JPEGs: 'fast' decodes crops of twice the image size or more at 1/2, 1/4 or 1/8 and resizes in uint8; 'exact'
+    # resizes bicubically in float32, close to evaluation, which never uses 'fast'. The crops are the same.
+    decode: Literal["fast", "exact"] = "fast"
     # Settings of the source, arguments of its `from_config`, e.g. {'examples': 4096} for `synthetic`.
     options: Mapping[str, object] = dataclasses.field(default_factory=dict)
     cache_dir: str = "~/.cache/clip_jax"  # for rendered images and shard indices

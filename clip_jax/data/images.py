@@ -14,6 +14,7 @@ The default augmentation is the paper's (section 2.5): a random square crop. All
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 import re
@@ -23,6 +24,7 @@ import tensorflow as tf
 from PIL import Image
 
 from clip_jax.config import AugmentConfig
+from clip_jax.data import scaled_jpeg
 
 # A 1.2 MB PNG can hold 20,000² pixels: 1.2 GB in each decoding thread. 100 Mpx are 300 MB.
 MAX_PIXELS = 100_000_000
@@ -159,8 +161,40 @@ def augment(image: tf.Tensor, size: int, seed: tf.Tensor, config: AugmentConfig)
 
     The result is a function of the arguments; `seed`, int64[2], is for TensorFlow's stateless random functions.
     """
-    uniform = tf.random.stateless_uniform([DRAWS], seed, alg="philox")
-    pixels = _resize(_random_square(image, uniform, config.min_crop_area), size)
+    uniform = _draws(seed)
+    return _adjust(_resize(_random_square(image, uniform, config.min_crop_area), size), size, uniform, config)
+
+
+def augment_jpegs(
+    encoded: tf.Tensor, size: int, seeds: tf.Tensor, config: AugmentConfig
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Return `augment` of `decode` by scaled decoding, uint8[n size size 3], and which images were JPEGs, bool[n].
+
+    The draws are those of `augment`. Images that `scaled_jpeg` does not decode are black.
+    """
+    uniform = tf.map_fn(_draws, seeds, fn_output_signature=tf.float32)
+
+    def crop(encoded: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return scaled_jpeg.random_crops(encoded, draws, size, config.min_crop_area, MAX_PIXELS)
+
+    draws = tf.gather(uniform, [CROP_AREA, CROP_X, CROP_Y], axis=1)
+    pixels, done = tf.numpy_function(crop, [encoded, draws], (tf.uint8, tf.bool), stateful=False)
+    pixels, done = tf.ensure_shape(pixels, [None, size, size, 3]), tf.ensure_shape(done, [None])
+    if dataclasses.replace(config, min_crop_area=1.0) != AugmentConfig(min_crop_area=1.0):
+
+        def adjust(row: tuple[tf.Tensor, tf.Tensor]) -> tf.Tensor:
+            return _adjust(tf.cast(row[0], tf.float32), size, row[1], config)
+
+        pixels = tf.map_fn(adjust, (pixels, uniform), fn_output_signature=tf.uint8)
+    return pixels, done
+
+
+def _draws(seed: tf.Tensor) -> tf.Tensor:
+    return tf.random.stateless_uniform([DRAWS], seed, alg="philox")
+
+
+def _adjust(pixels: tf.Tensor, size: int, uniform: tf.Tensor, config: AugmentConfig) -> tf.Tensor:
+    """Apply all augmentations but the crop to float32[size size 3]; return uint8."""
     if config.rotate_degrees or config.zoom or config.shift:
         pixels = _affine(pixels, size, uniform, config)
     if config.brightness or config.contrast:
