@@ -3,7 +3,7 @@
 # make test-all      `make test`, then the tests marked slow
 # make test-lowest   all tests with the lowest versions that setup.py allows
 # make test-peers    features, gradients, files and inputs against open_clip, transformers and OpenAI's code
-# make mutate        mutation testing of a sample, MUTANTS=240 SEED=0: two hours on 2 cores (docs/testing.md)
+# make mutate        mutation testing of a sample, MUTANTS=240 SEED=0: some hours on 2 cores (docs/testing.md)
 # make bench-tokenizer  the speed of the CLIP tokenizer against open_clip's, the ratio in the last line
 # make bench-train      a training step of ViT-B/32 against open_clip's on torch, the ratio in the last line
 # make bench-loss       the losses against their dense form: seconds and memory

@@ -96,7 +96,7 @@ class SquaredLoss(ContrastiveLoss):
         return (jnp.zeros_like(negatives["max"]) if axis == 0 else negatives["loss"] + positives["loss"]), {}
 
     def tile_gradient(self, tile, matches, residuals, axis, scale, bias):
-        return jnp.zeros_like(tile) if axis == 0 else scale * tile - self.margin * matches
+        return {0: jnp.zeros_like(tile), 1: scale * tile - self.margin * matches}[axis]
 
     def dense(self, image_BE, text_CE, scale, bias, matches_BC):
         return jnp.mean(jnp.sum((scale * image_BE @ text_CE.T - self.margin * matches_BC) ** 2, axis=1)) / 2
