@@ -62,6 +62,7 @@ def test_packed_captions_have_the_embeddings_and_gradients_of_padded_ones(length
     assert padded_metrics == {} and metrics["text/padded"] == 0
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.slow
 def test_captions_that_exceed_the_capacity_are_encoded_padded():
     text = _text([10, 9, 10, 8, 10, 10, 7, 9])
