@@ -94,6 +94,7 @@ def fetch(folder: str, fraction: float) -> None:
     from clip_jax import data
     from clip_jax.config import DataConfig
     from clip_jax.data.pipeline import _Prefetch
+    from clip_jax.data.sources.blocks import place
 
     server = Server(folder, fraction)
     config = DataConfig(files="gs://bucket/{00000..00011}.tfrecord", cache_dir=folder, options={"lanes": LANES})
@@ -104,8 +105,7 @@ def fetch(folder: str, fraction: float) -> None:
     for step in range(RECORDS // BATCH):
         prefetch(step)
         for index in order(np.arange(step * BATCH, (step + 1) * BATCH))[1].tolist():
-            block = source._block_of(index)
-            seen += len(source._read(block, index - int(source._starts[block])))
+            seen += len(source._read(*place(source._starts, index)))
     seconds, after = time.monotonic() - start, server.counts()
     records, fetched = RECORDS // BATCH * BATCH, after[1] - before[1]
     print(

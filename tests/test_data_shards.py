@@ -8,6 +8,7 @@ import pytest
 from clip_jax import data
 from clip_jax.config import DataConfig
 from clip_jax.data import index, order, storage
+from clip_jax.data.sources.blocks import place
 from clip_jax.data.sources.synthetic import SyntheticSource
 from clip_jax.data.sources.tar import TarSource
 from clip_jax.data.sources.tfrecord import TFRecordSource, write_tfrecord
@@ -126,10 +127,10 @@ def test_bad_records_are_replaced_by_records_of_their_block(config, store):
     shard = bytearray(store.objects[name])
     source = data.make_source(config)
     number = 250
-    block = source._block_of(number)
+    block = place(source._starts, number)[0]
     store.objects[name] = bytes(shard[:-200]) + bytes([shard[-200] ^ 1]) + bytes(shard[-199:])
     ordered = source.order(3, BATCH)
-    assert all(source._block_of(ordered.replacement(number, attempt)) == block for attempt in range(1, 40))
+    assert all(place(source._starts, ordered.replacement(number, attempt))[0] == block for attempt in range(1, 40))
     tolerant = DataConfig(files=config.files, cache_dir=config.cache_dir, options=OPTIONS, max_bad_fraction=0.5)
     numbers = np.concatenate(_batches(tolerant, RECORDS // BATCH))
     assert 299 not in numbers and len(numbers) == RECORDS and len(set(numbers.tolist())) == RECORDS - 1

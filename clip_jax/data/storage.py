@@ -51,6 +51,10 @@ class File:
     size: int  # bytes
     version: str
 
+    def name_and_path(self) -> tuple[str, str]:
+        """Return the key by which the files of a source are sorted."""
+        return os.path.basename(self.path), self.path
+
 
 @dataclasses.dataclass
 class Counters:

@@ -13,6 +13,7 @@ from array_record.python import array_record_module
 
 from clip_jax.config import DataConfig
 from clip_jax.data import storage
+from clip_jax.data.sources.blocks import place
 from clip_jax.data.sources.fields import Fields
 from clip_jax.data.sources.synthetic import SyntheticSource
 from clip_jax.data.sources.tfrecord import parse_example
@@ -28,7 +29,7 @@ class ArrayRecordSource:
 
     def __init__(self, files: Sequence[File], fields: Fields):
         """Open the files. Raises ValueError if one is not readable as ArrayRecord, or none has a record."""
-        self._files = sorted(files, key=lambda file: (os.path.basename(file.path), file.path))
+        self._files = sorted(files, key=File.name_and_path)
         self._fields, self.num_files = fields, len(files)
         self._readers = [_open(file.path) for file in self._files]
         counts = [reader.num_records() for reader in self._readers]
@@ -72,11 +73,11 @@ class ArrayRecordSource:
 
     def key(self, index: int) -> str:
         """Return '<path>#<number of the record in the file>'."""
-        file, number = self._place(index)
+        file, number = place(self._starts, index)
         return f"{self._files[file].path}#{number}"
 
     def read(self, index: int) -> Record:
-        file, number = self._place(index)
+        file, number = place(self._starts, index)
         try:
             (data,) = self._readers[file].read([number])
         except (RuntimeError, ValueError, IndexError) as error:
@@ -89,12 +90,6 @@ class ArrayRecordSource:
             footer = storage.read_range(file.path, max(0, file.size - FOOTER_BYTES), file.size)
             digest.update(f"{os.path.basename(file.path)} {file.size} {count}".encode() + footer)
         return digest.hexdigest()[:16]
-
-    def _place(self, index: int) -> tuple[int, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
-        file = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return file, index - int(self._starts[file])
 
 
 def write_array_record(path: str | os.PathLike, pairs: Iterable[tuple[bytes, str]]) -> None:

@@ -18,7 +18,7 @@ import pyarrow as pa
 from clip_jax.config import DataConfig
 from clip_jax.data import storage
 from clip_jax.data.sources import table
-from clip_jax.data.sources.fields import IMAGE_FIELDS, REFERENCE_FIELDS, TEMPLATE, Fields
+from clip_jax.data.sources.fields import TEMPLATE, Fields
 from clip_jax.data.sources.synthetic import SyntheticSource
 from clip_jax.data.storage import File
 from clip_jax.paths import is_url
@@ -42,13 +42,7 @@ class HuggingFaceSource(table.TableSource):
         Raises:
           ValueError: if there is no dataset, no such split, or it has no columns of image and captions.
         """
-        fields = Fields(
-            tuple(config.captions),
-            image,
-            (*IMAGE_FIELDS, *REFERENCE_FIELDS),
-            image_encoding,
-            templates=tuple(templates),
-        )
+        fields = table.table_fields(config, image, image_encoding, templates)
         saved = _saved_folder(config.files, split)
         if not saved:
             return table.open_parquet(_parquet_files(config.files, split), fields, memory_bytes)

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -19,6 +17,7 @@ from jaxtyping import Int64
 from clip_jax.config import DataConfig
 from clip_jax.data import order, storage
 from clip_jax.data.index import Format, Index, open_index
+from clip_jax.data.sources.blocks import BlockCache, place
 from clip_jax.data.storage import File
 from clip_jax.paths import is_url
 from clip_jax.typing import BadRecord, Record
@@ -66,7 +65,7 @@ class ShardSource:
           ValueError: if the shards hold no record, are compressed, or more than `max_bad_fraction` is lost.
         """
         stats = [file if isinstance(file, File) else storage.stat(file) for file in files]
-        stats.sort(key=lambda file: (os.path.basename(file.path), file.path))
+        stats.sort(key=File.name_and_path)
         self._captions, self._stall, self.num_files = tuple(captions), max_stall_seconds, len(stats)
         self._index = open_index(stats, self.format, cache_dir, max_stall_seconds)
         self._starts = np.concatenate([[0], np.cumsum(self._index.records)])  # first record of each block, and the end
@@ -76,10 +75,7 @@ class ShardSource:
         self.in_memory = self._by_blocks  # a record is read without waiting, once its block is
         self._lanes, self._window_blocks = lanes, window_blocks
         self._offsets: dict[int, np.ndarray] = {}  # of the records of blocks of local files
-        self._blocks: dict[int, Future[Block]] = {}
-        self._planned: set[int] = set()
-        self._pool = ThreadPoolExecutor(FETCH_THREADS, "clip_jax-fetch")
-        self._lock = threading.Lock()
+        self._blocks = BlockCache(self._fetch, FETCH_THREADS)
         _check_complete(self._index, len(self), self.format, max_bad_fraction)
 
     @classmethod
@@ -111,15 +107,12 @@ class ShardSource:
 
     def key(self, index: int) -> str:
         """Return '<path>#<number of the record in the shard>'."""
-        block = self._block_of(index)
-        shard = self._index.shard_of[block]
-        return f"{self._index.shards[shard].file.path}#{index - self._shard_starts[shard]}"
+        block, _ = place(self._starts, index)
+        return f"{self._path(block)}#{index - self._shard_starts[self._index.shard_of[block]]}"
 
     def read(self, index: int) -> Record:
-        block = self._block_of(index)
-        number = index - int(self._starts[block])
         try:
-            data = self._read(block, number)
+            data = self._read(*place(self._starts, index))
         except storage.StorageError:
             raise
         except OSError as error:
@@ -142,28 +135,15 @@ class ShardSource:
 
     def prefetch(self, blocks: Int64[np.ndarray, "n"]) -> None:
         """Begin to read these blocks, and free the others, except those of the call before."""
-        wanted = list(dict.fromkeys(blocks.tolist()))
-        with self._lock:
-            keep = self._planned | set(wanted)
-            self._planned = set(wanted)
-            self._blocks = {block: loading for block, loading in self._blocks.items() if block in keep}
-            for block in wanted:
-                if block not in self._blocks:
-                    self._blocks[block] = self._pool.submit(self._fetch, block)
+        self._blocks.prefetch(blocks)
 
-    def _block_of(self, index: int) -> int:
-        if not 0 <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
-        return int(np.searchsorted(self._starts, index, side="right")) - 1
+    def _path(self, block: int) -> str:
+        return self._index.shards[self._index.shard_of[block]].file.path
 
     def _read(self, block: int, number: int) -> bytes:
         """Return the bytes of a record."""
         if self._by_blocks:
-            with self._lock:
-                if block not in self._blocks:
-                    self._blocks[block] = self._pool.submit(self._fetch, block)
-                loading = self._blocks[block]
-            content, offsets = loading.result()
+            content, offsets = self._blocks(block)
             return content[offsets[number] : offsets[number + 1]]
         if block not in self._offsets:
             start, stop = int(self._index.start[block]), int(self._index.stop[block])
@@ -181,16 +161,15 @@ class ShardSource:
         return content, offsets
 
     def _reader(self, block: int):
-        path = self._index.shards[self._index.shard_of[block]].file.path
+        path = self._path(block)
         return lambda start, stop: storage.read_range(path, start, stop, self._stall)
 
     def _scan(self, block: int, read, start: int, stop: int) -> np.ndarray:
         offsets = self.format.scan(read, start, stop).offsets
         if len(offsets) - 1 != self._index.records[block]:
-            path = self._index.shards[self._index.shard_of[block]].file.path
-            expected = int(self._index.records[block])
+            start, stop = self._index.start[block], self._index.stop[block]
             raise OSError(
-                f"{path}: expected {expected} records in bytes {self._index.start[block]} to {self._index.stop[block]},"
+                f"{self._path(block)}: expected {self._index.records[block]} records in bytes {start} to {stop},"
                 f" got {len(offsets) - 1}: the file has changed since it was indexed"
             )
         return offsets

@@ -14,10 +14,9 @@ import json
 import math
 import mmap
 import os
-import threading
 import urllib.request
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -29,6 +28,7 @@ from jaxtyping import Int64
 
 from clip_jax.config import DataConfig
 from clip_jax.data import order, storage
+from clip_jax.data.sources.blocks import BlockCache, place
 from clip_jax.data.sources.fields import IMAGE_FIELDS, REFERENCE_FIELDS, TEMPLATE, Fields
 from clip_jax.data.sources.synthetic import SyntheticSource
 from clip_jax.data.storage import File
@@ -138,13 +138,7 @@ class TableSource:
           ValueError: for files that can't be read, without rows, or without the columns.
         """
         files = cls._list(config)
-        fields = Fields(
-            tuple(config.captions),
-            image,
-            (*IMAGE_FIELDS, *REFERENCE_FIELDS),
-            image_encoding,
-            templates=tuple(templates),
-        )
+        fields = table_fields(config, image, image_encoding, templates)
         kinds = {_kind(file.path) for file in files}
         if kinds == {"parquet"}:
             return open_parquet(files, fields, memory_bytes)
@@ -165,7 +159,7 @@ class TableSource:
 
     @classmethod
     def _list(cls, config: DataConfig) -> list[File]:
-        files = sorted(storage.list_files(config.files), key=lambda file: (os.path.basename(file.path), file.path))
+        files = sorted(storage.list_files(config.files), key=File.name_and_path)
         if other := [file.path for file in files if _kind(file.path) not in READERS]:
             raise ValueError(f"data.files: {other[0]}: expected a table: {', '.join(f'.{name}' for name in READERS)}")
         return files
@@ -183,11 +177,11 @@ class TableSource:
 
     def key(self, index: int) -> str:
         """Return '<path>#<number of the row>'."""
-        part, number = self._place(index)
+        part, number = place(self._starts, index)
         return f"{self._files[part].path}#{number}"
 
     def read(self, index: int) -> Record:
-        part, number = self._place(index)
+        part, number = place(self._starts, index)
         row, path = self._row(index), self._files[part].path
         image = self._fields.image_of(row, lambda reference: load(reference, path))
         return Record(f"{path}#{number}", image, self._fields.captions_of(row))
@@ -199,14 +193,8 @@ class TableSource:
         )
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
-    def _place(self, index: int) -> tuple[int, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
-        part = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return part, index - int(self._starts[part])
-
     def _row(self, index: int) -> Row:
-        part, number = self._place(index)
+        part, number = place(self._starts, index)
         return self._rows[part].row(number)
 
 
@@ -218,10 +206,7 @@ class ParquetSource(TableSource):
         self._groups = [(part, group) for part in parts for group in range(len(part.group_rows))]
         self._records = np.array([part.group_rows[group] for part, group in self._groups], np.int64)
         self._block_starts = np.concatenate([[0], np.cumsum(self._records)])
-        self._pool = ThreadPoolExecutor(FETCH_THREADS, "clip_jax-parquet")
-        self._blocks: dict[int, Future[ArrowRows]] = {}
-        self._planned: set[int] = set()
-        self._lock = threading.Lock()
+        self._blocks = BlockCache(self._read_group, FETCH_THREADS)
 
     def order(self, seed: int, batch_size: int) -> order.BlockOrder:
         """Return the order of the examples; as many lanes as their row groups fit into BLOCK_BYTES."""
@@ -233,30 +218,19 @@ class ParquetSource(TableSource):
 
     def prefetch(self, blocks: Int64[np.ndarray, "n"]) -> None:
         """Begin to read these row groups, and free the others, except those of the call before."""
-        wanted = list(dict.fromkeys(blocks.tolist()))
-        with self._lock:
-            keep = self._planned | set(wanted)
-            self._planned = set(wanted)
-            self._blocks = {block: rows for block, rows in self._blocks.items() if block in keep}
-        for block in wanted:
-            self._block(block)
+        self._blocks.prefetch(blocks)
 
-    def _block(self, block: int) -> Future[ArrowRows]:
-        with self._lock:
-            if block not in self._blocks:
-                for other in [other for other in self._blocks if other not in self._planned][:-1]:
-                    del self._blocks[other]
-                part, group = self._groups[block]
-                self._blocks[block] = self._pool.submit(part.read, group)
-            return self._blocks[block]
+    def _read_group(self, block: int) -> ArrowRows:
+        part, group = self._groups[block]
+        return part.read(group)
 
     def _row(self, index: int) -> Row:
-        block = int(np.searchsorted(self._block_starts, index, side="right")) - 1
+        block, number = place(self._block_starts, index)
         try:
-            rows = self._block(block).result()
+            rows = self._blocks(block)
         except (pa.ArrowException, EOFError) as error:
             raise BadRecord(f"damaged row group: {error}") from error
-        return rows.row(index - int(self._block_starts[block]))
+        return rows.row(number)
 
 
 class ParquetFile:
@@ -317,6 +291,12 @@ class RangeFile(io.RawIOBase):
         data = storage.read_range(self._path, self._at, stop)
         self._at += len(data)
         return data
+
+
+def table_fields(config: DataConfig, image: str, image_encoding: str, templates: Sequence[str]) -> Fields:
+    """Return the fields of a table, whose image may be a path or URL."""
+    usual = (*IMAGE_FIELDS, *REFERENCE_FIELDS)
+    return Fields(tuple(config.captions), image, usual, image_encoding, templates=tuple(templates))
 
 
 def open_parquet(files: Sequence[File], fields: Fields, memory_bytes: int) -> TableSource:

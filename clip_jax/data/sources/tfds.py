@@ -18,9 +18,11 @@ from jaxtyping import Int64
 from clip_jax.config import DataConfig
 from clip_jax.data import order, storage
 from clip_jax.data.sources.array_record import ArrayRecordSource
+from clip_jax.data.sources.blocks import place
 from clip_jax.data.sources.fields import TEMPLATE, Fields
 from clip_jax.data.sources.synthetic import SyntheticSource
 from clip_jax.data.sources.tfrecord import TFRecordSource
+from clip_jax.data.storage import File
 from clip_jax.typing import Record
 
 FORMATS = ("tfrecord", "array_record")
@@ -83,7 +85,7 @@ class TFDSSource:
                 f"data.files={config.files!r}: expected {sum(sizes.values())} examples in {len(files)} files, as"
                 f" dataset_info.json has it, got {len(reader)}: files are damaged; prepare the dataset again"
             )
-        ordered = sorted(sizes, key=lambda path: (path.rpartition("/")[2], path))  # as both readers do
+        ordered = [file.path for file in sorted(files, key=File.name_and_path)]  # as both readers do
         starts = dict(zip(ordered, np.cumsum([0, *(sizes[path] for path in ordered)]).tolist(), strict=False))
         pieces = [(starts[str(part.filename)] + part.skip, part.take) for part in instructions if part.take]
         return cls(reader, list(_merged(pieces)), split)
@@ -128,10 +130,8 @@ class TFDSSource:
         self._reader.prefetch(blocks)
 
     def _place(self, index: int) -> int:
-        if not 0 <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
-        piece = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return int(self._first[piece] + index - self._starts[piece])
+        piece, number = place(self._starts, index)
+        return int(self._first[piece]) + number
 
 
 def write_tfds(folder: Path, file_format: str) -> DataConfig:
