@@ -13,8 +13,9 @@ from pathlib import Path
 from clip_jax.config import from_config_dict
 
 ROOT = Path(__file__).parent.parent
-CACHE = Path(tempfile.gettempdir()) / f"clip_jax-tests-{os.getuid()}-{os.getpid()}"
-# For commands in processes of their own: each program is compiled once.
+# For commands in processes of their own: each program is compiled once in a session of the tests, by any worker.
+SESSION = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+CACHE = Path(tempfile.gettempdir()) / f"clip_jax-tests-{os.getuid()}-{SESSION}"
 CACHED = {"JAX_COMPILATION_CACHE_DIR": str(CACHE), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 # Where only the end of a command is checked, and no number: programs compile in half the time.
 QUICK = CACHED | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}

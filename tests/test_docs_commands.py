@@ -64,6 +64,8 @@ def runnable(words):
             words = [re.sub("epochs=.*", "epochs=10", word) for word in words] + ["--config.train.total_steps=0"]
         elif any(word.startswith("--config.train.") for word in words):
             return [*words, "--dry_run"]  # sizes of the full config
+        elif module == "clip_jax.main":
+            words = [*words, "--config.train.batch_size=16", "--config.train.total_steps=6"]
         words = [word + ":runlocal" if word in config else word for word in words]
         if any(word.startswith("--config.data.files=") for word in words):
             words.append("--config.data.source=tfrecord")
