@@ -192,7 +192,7 @@ def _open_clip(folder: str, cores: int) -> Iterator[int]:
     import open_clip
     from open_clip_train import data
 
-    # The installed webdataset marks the end of a shard, which open_clip (webdataset 0.2.86) does not know.
+    # The installed webdataset yields a marker at the end of a shard; open_clip expects webdataset <= 0.2.86.
     data.tar_file_expander = functools.partial(data.tar_file_expander, eof_value=None)
     set_start_method("fork", force=True)  # the loader's functions cannot be pickled
     torch.set_num_threads(1)
