@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 
 from absl import flags
 from etils import epath
@@ -16,6 +17,7 @@ from ml_collections import config_flags
 from clip_jax import command
 from clip_jax import config as configs
 
+_STARTED = time.monotonic()
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A Python file with get_config(), e.g. configs/emoji.py.", lock_config=True
 )
@@ -53,8 +55,10 @@ def _run() -> bool:
     allocator.keep_freed_memory()
     distributed.initialize()
     from clip_jax.training.loop import train
+    from clip_jax.training.startup import keep_programs
 
-    return train(config, str(workdir), _EXPORT.value, extend=_EXTEND.value)
+    keep_programs(workdir)
+    return train(config, str(workdir), _EXPORT.value, extend=_EXTEND.value, started=_STARTED)
 
 
 def _config_and_workdir() -> tuple[configs.Config, epath.Path]:
