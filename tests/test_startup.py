@@ -1,4 +1,4 @@
-"""Programs of a run are compiled once, and the log says how long the start took."""
+"""Programs of a run are compiled once, and the log has the seconds of the start."""
 
 import re
 import time

@@ -1,4 +1,4 @@
-"""Start of a run: compiled programs are kept in the workdir, and the log says how long everything took.
+"""Start of a run: compiled programs are kept in the workdir, and the log has the seconds of each phase.
 
 XLA compiles a step in seconds to minutes. A restarted run has the same programs and reads them instead. They are kept
 in the workdir because all hosts see it: JAX writes them on the first host only, and machines that replace preempted
