@@ -10,6 +10,7 @@
 # make bench-loading    loading ViT-L/14 and RN50x64 against reading their bytes: seconds and memory
 # make bench-probe      the linear probe's search against scikit-learn's, the ratio in the last line
 # make bench-published  the same weights and data through CLIP_benchmark's command and clip_jax's
+# make bench-input      reading, decoding and tokenizing pairs against open_clip's loader, the ratio in the last line
 # make bench-storage    reading from an object store that is simulated: rates, requests, two billion records
 # make bench-truth      FLOPs, memory and time of a step, predicted and measured on this machine
 # make accelerator      ten minutes of measurements on a GPU or TPU: parity, steps, MFU, memory; JSON and a table
@@ -32,7 +33,7 @@ export JAX_PLATFORMS ?= cpu
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test test-all test-lowest test-peers mutate bench-tokenizer bench-train bench-loss bench-loading bench-probe \
-	bench-published bench-storage bench-truth accelerator plan-all clean
+	bench-published bench-input bench-storage bench-truth accelerator plan-all clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -74,6 +75,9 @@ bench-probe: $(PEERS)/.installed-peers
 
 bench-published: $(PEERS)/.installed-peers
 	@$(PEERS)/bin/python benchmarks/published.py
+
+bench-input: $(PEERS)/.installed-peers
+	@$(PEERS)/bin/python benchmarks/input.py
 
 bench-storage: $(VENV)/.installed-test
 	@$(BIN)/python benchmarks/storage.py

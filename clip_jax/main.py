@@ -23,6 +23,11 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Directory or gs:// URL of the run; runs/<name of the config> by default."
 )
 _EXPORT = flags.DEFINE_string("export", None, "Write the final weights to this msgpack file or gs:// URL.")
+_EXTEND = flags.DEFINE_bool(
+    "extend",
+    False,
+    "Continue the run of the workdir with more steps (train.total_*) or more training data (data.files).",
+)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check the config and its files, print a summary of the run and exit.")
 
 
@@ -49,7 +54,7 @@ def _run() -> bool:
     distributed.initialize()
     from clip_jax.training.loop import train
 
-    return train(config, str(workdir), _EXPORT.value)
+    return train(config, str(workdir), _EXPORT.value, extend=_EXTEND.value)
 
 
 def _config_and_workdir() -> tuple[configs.Config, epath.Path]:
@@ -71,7 +76,9 @@ def _config_and_workdir() -> tuple[configs.Config, epath.Path]:
     _check_names(given)
     configs.check_local_paths(given)
     if stored is not None:
-        check_same_config(stored, given, workdir)
+        check_same_config(stored, given, workdir, extend=_EXTEND.value)
+    elif _EXTEND.value:
+        raise ValueError(f"--extend: {workdir} has no run to extend; give the --workdir of a run, or omit --extend")
     return given, workdir
 
 

@@ -1,5 +1,6 @@
 """Checkpoints: round trip, damage, failed saves."""
 
+import contextlib
 import json
 import logging
 import resource
@@ -70,6 +71,12 @@ def test_new_directory_restores_none(checkpoints):
 def test_newest_checkpoints_are_kept(checkpoints):
     _save(checkpoints, 1, 2, 3, 4, 5)
     assert checkpoints.steps() == [3, 4, 5]
+
+
+def test_all_checkpoints_are_kept_by_default(tmp_path):
+    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+        _save(checkpoints, 1, 2, 3, 4)
+        assert checkpoints.steps() == [1, 2, 3, 4]
 
 
 def test_keep_every_steps_is_permanent(tmp_path):

@@ -8,15 +8,17 @@ import pathlib
 import shutil
 import time
 
+import numpy as np
 import pytest
 
+from clip_jax import load
 from clip_jax.config import MODELS, WeightsConfig
 from clip_jax.evals import run as evals_run
 from clip_jax.evals.datasets.registry import DATASETS
 from clip_jax.evals.report.writing import check_same_weights, weights_name
 from clip_jax.interop import msgpack
 from tests import tiny_models
-from tests.evaluations import damage, png_image, report, run, start, write_classes
+from tests.evaluations import damage, png_image, report, run, start, write_classes, write_shards
 
 ALONE = ("--datasets=digits", "--evaluators=zeroshot,linear_probe", "--cache_dir=")  # without a shared cache
 
@@ -100,6 +102,29 @@ def test_numbers_do_not_depend_on_the_batch_size_or_cached_features(narrow, narr
     run(*flags, f"--out={tmp_path / 'second'}")
     assert {path: path.stat().st_mtime_ns for path in features.iterdir()} == written
     assert numbers(tmp_path / "first") == numbers(tmp_path / "second") == narrow_numbers
+
+
+@pytest.mark.slow  # a process that compiles both towers
+def test_dtype_bfloat16_gives_the_recall_of_encoders_in_bfloat16(narrow, tmp_path, optimized):
+    images, texts = [png_image(row) for row in range(64)], [f"a picture of {row} dogs" for row in range(64)]
+    samples = [{"png": image, "txt": text.encode()} for image, text in zip(images, texts, strict=True)]
+    write_shards(tmp_path / "data" / DATASETS["flickr30k"].folder, samples, kind="retrieval")
+    flags = f"--data_dir={tmp_path / 'data'}", "--datasets=flickr30k", "--dtype=bfloat16", "--cache_dir="
+    flags += ("--batch_size=64",)  # that of `encode_image`: bfloat16 rounds differently in another batch
+    run(f"--weights={narrow}", f"--out={tmp_path / 'out'}", *flags, tiny=True)
+    found = report(tmp_path / "out")
+    assert "bfloat16" in found["run/descriptions.retrieval/flickr30k"]
+
+    def recalls(dtype):
+        model = load(narrow, dtype=dtype)
+        cosines = np.float64(model.encode_image(images)) @ np.float64(model.encode_text(texts)).T
+        ways = {"image_to_text": cosines, "text_to_image": cosines.T}
+        ranks = {way: (x > np.diag(cosines)[:, None]).sum(axis=1) for way, x in ways.items()}
+        return {f"retrieval/flickr30k/{way}/recall_at_{k}": (ranks[way] < k).mean() for way in ways for k in (1, 5, 10)}
+
+    half, full = recalls("bfloat16"), recalls("float32")
+    assert {name: found[name] for name in half} == pytest.approx(half)
+    assert half != pytest.approx(full)
 
 
 @pytest.mark.parametrize(

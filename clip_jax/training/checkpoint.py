@@ -45,12 +45,17 @@ class Checkpoints:
     """The checkpoints of one run, in one directory (a local path or gs://)."""
 
     def __init__(
-        self, directory: str | os.PathLike[str], *, keep: int = 3, keep_every_steps: int = 0, read_only: bool = False
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        keep: int | None = None,
+        keep_every_steps: int = 0,
+        read_only: bool = False,
     ) -> None:
         """Open or create the directory.
 
         Args:
-          keep, keep_every_steps: see `CheckpointConfig`.
+          keep, keep_every_steps: see `CheckpointConfig`; keep=None keeps all.
           read_only: nothing is created, removed or renamed.
 
         Raises:

@@ -33,8 +33,9 @@ from clip_jax.models import Model, attention_implementations
 from clip_jax.models.flops import training_flops
 from clip_jax.preprocess import preprocess_many
 from clip_jax.tokenizers import make_tokenizer
-from clip_jax.training import initialization, metrics, optim, step, workdir
+from clip_jax.training import extension, initialization, metrics, optim, step, workdir
 from clip_jax.training.checkpoint import Checkpoints
+from clip_jax.training.follow import REPORT
 from clip_jax.training.step import TrainState
 from clip_jax.typing import DataSource, EvalDataset, HostBatch, Params, Tokenizer, Unavailable
 
@@ -57,13 +58,19 @@ class Run:
     workdir: epath.Path
     preemption: PreemptionMonitor
 
+    @property
+    def info(self) -> dict[str, Any]:
+        """Data and length of the run, as stored in checkpoints."""
+        return extension.run_info(self.source.fingerprint(), len(self.source), self.total_steps)
 
-def train(config: Config, directory: str, export: str | None = None) -> bool:
+
+def train(config: Config, directory: str, export: str | None = None, *, extend: bool = False) -> bool:
     """Train, evaluate, write the report and export the weights; resumes from the checkpoints in `directory`.
 
     Args:
       directory: workdir of the run, a local path or a URL that all hosts can reach.
       export: msgpack file for the final weights, a local path or a URL.
+      extend: the data of the run may have changed since its checkpoint, by more shards.
 
     Returns:
       True if the run is finished; False if it was preempted (SIGTERM), with its state saved.
@@ -80,7 +87,9 @@ def train(config: Config, directory: str, export: str | None = None) -> bool:
     try:
         suite = load_suite(config.eval, config.data)
         baselines_dataset = _load_baselines_dataset(config)  # before training, so that an error ends the run
-        state, info = _restored_or_initial_state(run, checkpoints)
+        state, info = _restored_or_initial_state(run, checkpoints, extend)
+        if distributed.is_main_process():
+            workdir.write_config(run.workdir, config)
         for _ in range(_ATTEMPTS):
             if int(state.step) == run.total_steps:
                 break
@@ -102,7 +111,7 @@ def train(config: Config, directory: str, export: str | None = None) -> bool:
 
 
 def prepare(config: Config, directory: epath.Path, export: str | None = None) -> Run:
-    """Check config, data, hosts and output paths before any expensive work, and write config.json."""
+    """Check config, data, hosts and output paths before any expensive work."""
     check_local_paths(config)
     source = _open_source(config)
     tokenizer = make_tokenizer(config.tokenizer, config.model.text)
@@ -116,7 +125,6 @@ def prepare(config: Config, directory: epath.Path, export: str | None = None) ->
     with distributed.synchronized_errors(ValueError):
         if distributed.is_main_process():
             workdir.check_outputs(directory, export)
-            workdir.write_config(directory, config)
     mesh = sharding.make_mesh(fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
     architecture, seed = config.model, config.train.seed
     optimizer = optim.make_optimizer(config.optim, total_steps, architecture=architecture, seed=seed)
@@ -150,7 +158,9 @@ def _load_baselines_dataset(config: Config) -> EvalDataset | None:
         raise ValueError(f"eval.baselines_dataset={name!r}: {error}; '' for a run without baselines") from error
 
 
-def _restored_or_initial_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any]]:
+def _restored_or_initial_state(
+    run: Run, checkpoints: Checkpoints, extend: bool = False
+) -> tuple[TrainState, dict[str, Any]]:
     """Return the newest intact checkpoint and its info; without checkpoints the initial state and no info."""
     restored = checkpoints.restore(step.abstract_state(run.model, run.optimizer, run.config, run.mesh))
     if restored is None:
@@ -161,12 +171,13 @@ def _restored_or_initial_state(run: Run, checkpoints: Checkpoints) -> tuple[Trai
             log.info("%s\n%s", name_of(run.config.model), overview)
         return state, {}
     state, info = restored
-    if info["training_data"] != run.source.fingerprint():
-        raise ValueError(
-            f"the training data is not the data of the run in {run.workdir}: expected the fingerprint"
-            f" {info['training_data']}, got {run.source.fingerprint()}. Restore the shards, or use another --workdir"
-        )
-    log.info("restored the checkpoint of step %d of %d", int(state.step), run.total_steps)
+    at = int(state.step)
+    extension.check(info, run.info, at, workdir=str(run.workdir), extend=extend)
+    if (notes := extension.notes(run.config, info, run.info, at)) and distributed.is_main_process():
+        log.warning("\n".join(notes))
+        if (report := run.workdir / REPORT).exists():  # its presence means that the run has finished
+            report.rename(run.workdir / f"report_step_{at}.json")
+    log.info("restored the checkpoint of step %d of %d", at, run.total_steps)
     return state, info
 
 
@@ -190,7 +201,7 @@ def _train_steps(run: Run, state: TrainState, info: dict[str, Any], checkpoints:
     )
 
     def save() -> None:
-        saved = {"training_data": run.source.fingerprint(), "log": training_log.state()}
+        saved = run.info | {"log": training_log.state()}
         at = int(state.step)
         checkpoints.save(at, state, saved | {"examples": at * config.train.batch_size})
 
