@@ -90,14 +90,14 @@ def _check_names(config: configs.Config) -> None:
     """Raise ValueError for a name that is not in its registry."""
     from clip_jax.data import SOURCES
     from clip_jax.evals import EVALUATORS
-    from clip_jax.evals.datasets.registry import DATASETS
+    from clip_jax.evals.load import find
 
     configs.check_name("data.source", config.data.source, ["", *SOURCES])
     for name, task in config.eval.tasks.items():
         configs.check_name(f"eval.tasks.{name}.evaluator", task.evaluator, EVALUATORS)
-        configs.check_name(f"eval.tasks.{name}.dataset", task.dataset, DATASETS)
+        find(task.dataset, f"eval.tasks.{name}.dataset")
     if config.eval.baselines_dataset:
-        configs.check_name("eval.baselines_dataset", config.eval.baselines_dataset, DATASETS)
+        find(config.eval.baselines_dataset, "eval.baselines_dataset")
 
 
 if __name__ == "__main__":

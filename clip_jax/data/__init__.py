@@ -94,12 +94,13 @@ def make_source(config: DataConfig) -> DataSource:
     check_options(config)
     source = SOURCES[config.source].from_config(config, **config.options)
     if config.files:
-        log.info("%s: %s", config.files, _describe(source, config.source))
+        log.info("%s: %s", config.files, describe(source, config))
     return source
 
 
-def _describe(source: DataSource, name: str) -> str:
-    """Return e.g. '12,423,374 pairs in 1,243 files (tar), captions: txt'."""
+def describe(source: DataSource, config: DataConfig) -> str:
+    """Return e.g. '12,423,374 pairs in 1,243 files (tar), captions: txt' of a source of `recognize`'s config."""
+    name = config.source
     files = getattr(source, "num_files", 1)
     summary = (
         f"{len(source):,} pairs in {files:,} {'folder' if name == 'folder' else 'file'}{'s' * (files > 1)} ({name})"
