@@ -176,7 +176,7 @@ def test_flops_of_a_program_without_loops_equal_xla_cost_analysis():
 
 @pytest.mark.slow
 def test_compiled_resnet_step_has_the_flops_of_its_trace():
-    config = small(ResNet(64, 32, (1, 1, 1, 1), 8))
+    config = small(ResNet(64, 32, (1, 1, 1, 1), 8), batch_size=256)  # compiles in two thirds of the time of 1,024
     plan = predict.plan_step(config, parse_topology("v4-32"))
     assert plan.flops == pytest.approx(plan.traced_flops, rel=SAME_FLOPS)
 
