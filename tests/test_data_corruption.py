@@ -64,7 +64,7 @@ GOOD = {
 }
 BAD = {
     "flipped bit": (_flipped(_image(0), 45), "undecodable image"),
-    "truncated PNG": (_image(0, size=64)[:100], "undecodable image"),
+    "truncated PNG": (_image(0, size=64)[:50], "undecodable image"),
     "truncated JPEG": (_image(0, "JPEG", size=64)[:400], "undecodable image"),
     "no image": (b"<html>404</html>", "not an image; it begins with b'<html>"),
     **{

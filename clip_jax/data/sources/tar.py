@@ -143,7 +143,7 @@ def _members(read: Read, start: int, stop: int) -> Iterator[Member]:
                 yield Member(found, begin, data, length)
             name, size, begin = None, None, end
         at = end
-    if at < stop:
+    if at != stop:  # beyond it: within the padding of the last member, and others may have followed
         raise tarfile.ReadError("is truncated")
 
 
