@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import pytest
@@ -153,3 +154,20 @@ def test_repeatedly_damaged_last_checkpoint_is_an_error(config, tmp_path, monkey
     with pytest.raises(RuntimeError, match=f"the checkpoint of step {TOTAL} was damaged 3 times"):
         loop.train(config, str(tmp_path))
     assert not (tmp_path / "report.json").exists()
+
+
+def test_added_data_is_refused_without_extend_and_continues_in_the_new_order(config, uninterrupted, tmp_path, caplog):
+    directory = shutil.copytree(uninterrupted, tmp_path / "run")
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, options={"examples": 150}),
+        train=dataclasses.replace(config.train, total_steps=TOTAL + EVERY),
+    )
+    with pytest.raises(ValueError, match="not the data of the run .* add --extend if shards were added"):
+        loop.train(config, str(directory))
+    assert loop.train(config, str(directory), extend=True)
+    assert "from 100 to 150 pairs, in a new order: step 13 is at pair 42 of epoch 1 of the new data" in caplog.text
+    assert _records(directory)[-1]["epoch"] == (TOTAL + EVERY) * 16 / 150
+    with pytest.raises(ValueError, match="has a run of 150 examples: --extend expected at least as many, got 100"):
+        fewer = dataclasses.replace(config.data, options={"examples": 100})
+        loop.train(dataclasses.replace(config, data=fewer), str(directory), extend=True)

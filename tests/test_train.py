@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import types
@@ -105,6 +106,34 @@ def test_workdir_of_another_config_is_refused(finished):
     directory, _, _ = finished
     messages = runs.finish(runs.start(directory, "--config.train.seed=5"), code=2)[0]
     assert "train.total_steps: expected 20, got 40" in messages and "train.seed: expected 0, got 5" in messages
+    assert "--extend" not in messages  # would not help
+
+
+def test_longer_run_is_refused_without_extend_and_other_changes_with_it(tiny):
+    longer = _changed(tiny, "train", total_steps=80)
+    with pytest.raises(ValueError, match="train.total_steps: expected 40, got 80. .* add --extend to extend that run"):
+        workdir.check_same_config(tiny, longer, epath.Path("run"))
+    workdir.check_same_config(tiny, longer, epath.Path("run"), extend=True)
+    with pytest.raises(ValueError, match="another config: train.seed: expected 0, got 5. Use another --workdir, or"):
+        workdir.check_same_config(tiny, _changed(longer, "train", seed=5), epath.Path("run"), extend=True)
+
+
+@pytest.mark.slow
+def test_extended_run_trains_on_and_prints_the_new_schedule(finished, tmp_path):
+    directory = shutil.copytree(finished[0], tmp_path / "run")
+    messages = runs.finish(runs.start(directory, "--config.train.total_steps=24", "--extend"))[0]
+    assert (
+        "extended from 20 to 24 steps: the cosine ends at step 24; learning rate of step 21: 0.000105, was 0"
+        in messages
+    )
+    assert "step 21/24" in messages and "step 20/24" not in messages
+    assert configs.from_json((directory / "config.json").read_text()).train.total_steps == 24
+    assert (directory / "report_step_20.json").exists() and (directory / "report.json").exists()
+    refused = runs.finish(runs.start(tmp_path / "new", "--extend"), code=2)[0]
+    assert "has no run to extend" in refused
+    refused = runs.finish(runs.start(directory, "--config.train.total_steps=22", "--extend"), code=2)[0]
+    assert "has a run of 24 steps: --extend expected at least as many, got 22" in refused
+    assert configs.from_json((directory / "config.json").read_text()).train.total_steps == 24
 
 
 # ------------------------------------------------------------------------------------- checks before the first step

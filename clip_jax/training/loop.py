@@ -33,8 +33,10 @@ from clip_jax.models import Model, attention_implementations
 from clip_jax.models.flops import training_flops
 from clip_jax.preprocess import preprocess_many
 from clip_jax.tokenizers import make_tokenizer
-from clip_jax.training import initialization, metrics, optim, step, workdir
+from clip_jax.training import extension, initialization, metrics, optim, step, workdir
 from clip_jax.training.checkpoint import Checkpoints
+from clip_jax.training.follow import REPORT
+from clip_jax.training.startup import StartUp
 from clip_jax.training.step import TrainState
 from clip_jax.typing import DataSource, EvalDataset, HostBatch, Params, Tokenizer, Unavailable
 
@@ -57,13 +59,22 @@ class Run:
     workdir: epath.Path
     preemption: PreemptionMonitor
 
+    @property
+    def info(self) -> dict[str, Any]:
+        """Data and length of the run, as stored in checkpoints."""
+        return extension.run_info(self.source.fingerprint(), len(self.source), self.total_steps)
 
-def train(config: Config, directory: str, export: str | None = None) -> bool:
+
+def train(
+    config: Config, directory: str, export: str | None = None, *, extend: bool = False, started: float | None = None
+) -> bool:
     """Train, evaluate, write the report and export the weights; resumes from the checkpoints in `directory`.
 
     Args:
       directory: workdir of the run, a local path or a URL that all hosts can reach.
       export: msgpack file for the final weights, a local path or a URL.
+      extend: the data of the run may have changed since its checkpoint, by more shards.
+      started: time.monotonic() at the start of the process, for the log; now by default.
 
     Returns:
       True if the run is finished; False if it was preempted (SIGTERM), with its state saved.
@@ -74,17 +85,26 @@ def train(config: Config, directory: str, export: str | None = None) -> bool:
       SaveFailed: a checkpoint could not be written; earlier ones are intact.
       RuntimeError: every checkpoint is damaged.
     """
+    with StartUp(started or time.monotonic()) as start_up:
+        return _train(config, directory, export, extend, start_up)
+
+
+def _train(config: Config, directory: str, export: str | None, extend: bool, start_up: StartUp) -> bool:
     run = prepare(config, workdir.to_path(directory, "--workdir"), export)
+    start_up.phase("data")
     keep, keep_every_steps = config.checkpoint.keep, config.checkpoint.keep_every_steps
     checkpoints = Checkpoints(run.workdir / workdir.CHECKPOINTS, keep=keep, keep_every_steps=keep_every_steps)
     try:
         suite = load_suite(config.eval, config.data)
         baselines_dataset = _load_baselines_dataset(config)  # before training, so that an error ends the run
-        state, info = _restored_or_initial_state(run, checkpoints)
+        state, info = _restored_or_initial_state(run, checkpoints, extend)
+        if distributed.is_main_process():
+            workdir.write_config(run.workdir, config)
         for _ in range(_ATTEMPTS):
             if int(state.step) == run.total_steps:
                 break
-            _train_steps(run, state, info, checkpoints, suite)
+            start_up.phase("state")
+            _train_steps(run, state, info, checkpoints, suite, start_up)
             # The checkpoint on disk is evaluated and exported. If it is damaged, an older one is restored here, and
             # the missing steps are trained again.
             state, info = _restored_or_initial_state(run, checkpoints)
@@ -102,7 +122,7 @@ def train(config: Config, directory: str, export: str | None = None) -> bool:
 
 
 def prepare(config: Config, directory: epath.Path, export: str | None = None) -> Run:
-    """Check config, data, hosts and output paths before any expensive work, and write config.json."""
+    """Check config, data, hosts and output paths before any expensive work."""
     check_local_paths(config)
     source = _open_source(config)
     tokenizer = make_tokenizer(config.tokenizer, config.model.text)
@@ -116,7 +136,6 @@ def prepare(config: Config, directory: epath.Path, export: str | None = None) ->
     with distributed.synchronized_errors(ValueError):
         if distributed.is_main_process():
             workdir.check_outputs(directory, export)
-            workdir.write_config(directory, config)
     mesh = sharding.make_mesh(fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
     architecture, seed = config.model, config.train.seed
     optimizer = optim.make_optimizer(config.optim, total_steps, architecture=architecture, seed=seed)
@@ -150,7 +169,9 @@ def _load_baselines_dataset(config: Config) -> EvalDataset | None:
         raise ValueError(f"eval.baselines_dataset={name!r}: {error}; '' for a run without baselines") from error
 
 
-def _restored_or_initial_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any]]:
+def _restored_or_initial_state(
+    run: Run, checkpoints: Checkpoints, extend: bool = False
+) -> tuple[TrainState, dict[str, Any]]:
     """Return the newest intact checkpoint and its info; without checkpoints the initial state and no info."""
     restored = checkpoints.restore(step.abstract_state(run.model, run.optimizer, run.config, run.mesh))
     if restored is None:
@@ -161,16 +182,19 @@ def _restored_or_initial_state(run: Run, checkpoints: Checkpoints) -> tuple[Trai
             log.info("%s\n%s", name_of(run.config.model), overview)
         return state, {}
     state, info = restored
-    if info["training_data"] != run.source.fingerprint():
-        raise ValueError(
-            f"the training data is not the data of the run in {run.workdir}: expected the fingerprint"
-            f" {info['training_data']}, got {run.source.fingerprint()}. Restore the shards, or use another --workdir"
-        )
-    log.info("restored the checkpoint of step %d of %d", int(state.step), run.total_steps)
+    at = int(state.step)
+    extension.check(info, run.info, at, workdir=str(run.workdir), extend=extend)
+    if (notes := extension.notes(run.config, info, run.info, at)) and distributed.is_main_process():
+        log.warning("\n".join(notes))
+        if (report := run.workdir / REPORT).exists():  # its presence means that the run has finished
+            report.rename(run.workdir / f"report_step_{at}.json")
+    log.info("restored the checkpoint of step %d of %d", at, run.total_steps)
     return state, info
 
 
-def _train_steps(run: Run, state: TrainState, info: dict[str, Any], checkpoints: Checkpoints, suite: Suite) -> None:
+def _train_steps(
+    run: Run, state: TrainState, info: dict[str, Any], checkpoints: Checkpoints, suite: Suite, start_up: StartUp
+) -> None:
     """Train from `state` to the last step and save it. Raises Preempted with the state saved."""
     config, total_steps, first_step = run.config, run.total_steps, int(state.step)
     teacher = initialization.make_teacher(config, run.tokenizer, run.mesh)
@@ -190,7 +214,7 @@ def _train_steps(run: Run, state: TrainState, info: dict[str, Any], checkpoints:
     )
 
     def save() -> None:
-        saved = {"training_data": run.source.fingerprint(), "log": training_log.state()}
+        saved = run.info | {"log": training_log.state()}
         at = int(state.step)
         checkpoints.save(at, state, saved | {"examples": at * config.train.batch_size})
 
@@ -203,9 +227,12 @@ def _train_steps(run: Run, state: TrainState, info: dict[str, Any], checkpoints:
         (evaluated,) = distributed.from_main_process(training_log.writer.has_evaluation(first_step))
         if _evaluation_is_due(run, first_step) and not evaluated:
             evaluate(first_step)  # the run was interrupted during this evaluation
+            start_up.phase("evaluation")
         batches = _batches(run, first_step, training_log.wait, activity)
         for at, host_batch in zip(range(first_step + 1, total_steps + 1), batches, strict=False):
+            start_up.phase("first batch")
             state, outputs = train_step(state, sharding.to_global(host_batch.batch, run.mesh))
+            start_up.finish("first step", outputs)
             training_log.add(at, outputs, len(host_batch.replaced))
             checkpoints.poll()
             if at % config.checkpoint.every_steps == 0 or at == total_steps:

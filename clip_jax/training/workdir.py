@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from typing import Any
 
 from etils import epath
 
@@ -13,6 +15,7 @@ from clip_jax.provenance import versions
 CONFIG_FILE = "config.json"
 VERSIONS_FILE = "versions.json"
 CHECKPOINTS = "checkpoints"  # directory in the workdir, with one directory per step
+EXTENDABLE = ("train.total_steps", "train.total_epochs", "train.total_examples", "data.files")  # by --extend
 
 
 def to_path(path: str, flag: str) -> epath.Path:
@@ -58,20 +61,30 @@ def stored_config(workdir: epath.Path) -> Config | None:
     return from_json(path.read_text()) if path.exists() else None
 
 
-def check_same_config(stored: Config, given: Config, workdir: epath.Path) -> None:
-    """Raise ValueError with the differing keys if `workdir` belongs to a run with another config."""
-    if changed := format_differences(stored, given):
+def check_same_config(stored: Config, given: Config, workdir: epath.Path, *, extend: bool = False) -> None:
+    """Raise ValueError with the differing keys if `workdir` belongs to a run with another config.
+
+    Args:
+      extend: the keys of EXTENDABLE may differ.
+    """
+    allowed = EXTENDABLE if extend else ()
+    changed = {key: values for key, values in differences(stored, given).items() if key not in allowed}
+    if changed:
+        hint = "" if set(changed) - set(EXTENDABLE) else ", add --extend to extend that run"
         raise ValueError(
-            f"{workdir} belongs to a run with another config: {changed}. Use another --workdir, or omit --config"
-            " to resume with the stored config"
+            f"{workdir} belongs to a run with another config: {_listed(changed)}. Use another --workdir{hint}, or omit"
+            " --config to resume with the stored config"
         )
 
 
 def format_differences(stored: Config, given: Config) -> str:
     """Return e.g. 'train.seed: expected 0, got 1' for the first five differing keys; '' for equal configs."""
-    changed = list(differences(stored, given).items())
+    return _listed(differences(stored, given))
+
+
+def _listed(changed: Mapping[str, tuple[Any, Any]]) -> str:
     more = [f"and {len(changed) - 5} more"] if len(changed) > 5 else []
-    return "; ".join([f"{key}: expected {old!r}, got {new!r}" for key, (old, new) in changed[:5]] + more)
+    return "; ".join([f"{key}: expected {old!r}, got {new!r}" for key, (old, new) in [*changed.items()][:5]] + more)
 
 
 def write_config(workdir: epath.Path, config: Config) -> None:
