@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import glob
 import hashlib
+import json
 import logging
 import os
 import time
@@ -160,12 +162,40 @@ def build(
     with ThreadPoolExecutor(SCAN_THREADS) as pool:
         scan = functools.partial(_scan, format=format, block_bytes=block_bytes, max_stall_seconds=max_stall_seconds)
         scanned = list(_with_progress(pool.map(scan, new), new))
+    _check_counts(scanned)
     found = iter(scanned)
     shards = [
         dataclasses.replace(old, file=file) if ok else next(found)
         for old, ok, file in zip(stored, fresh, files, strict=True)
     ]
     return Index(shards), scanned
+
+
+def _check_counts(shards: Sequence[Shard]) -> None:
+    """Warn of shards that have another number of records than img2dataset's `<shard>_stats.json` states.
+
+    It has no offsets, so the records are counted nevertheless (`successes`, img2dataset/logger.py).
+    """
+    for folder in {os.path.dirname(shard.file.path) for shard in shards}:
+        if is_url(folder) and not folder.startswith(WRITABLE):  # a web server has no listing
+            continue
+        base = folder if is_url(folder) else glob.escape(folder or ".")
+        try:
+            listed = {os.path.basename(file.path): file.path for file in storage.list_files(f"{base}/*_stats.json")}
+        except (ValueError, OSError):  # there are none
+            continue
+        for shard in shards:
+            at, name = os.path.split(shard.file.path)
+            path = listed.get(f"{name.partition('.')[0]}_stats.json", "")
+            if at != folder or not path:
+                continue
+            try:
+                expected = json.loads(storage.read_file(path))["successes"]
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                log.warning("%s: expected img2dataset's statistics: %s", path, error)
+                continue
+            if expected != (count := int(shard.records.sum())):
+                log.warning("%s: expected %s records, as %s has it, got %d", shard.file.path, expected, path, count)
 
 
 def _is_fresh(old: Shard | None, file: File) -> bool:
