@@ -1,9 +1,10 @@
 """Evaluate weights: `python -m clip_jax.evaluate --weights=params.msgpack --datasets=smoke --data_dir=/data`.
 
-Datasets and suites: `clip_jax.evals.datasets.registry`. Evaluators: `clip_jax.evals.EVALUATORS`. Datasets that are not
-on this machine are listed with instructions; damaged datasets are listed as failed; the others are evaluated. Reports
-are written after every dataset. Several processes share the work, as in `clip_jax.main`; a dataset that one of them
-can't read has failed on all.
+Datasets and suites: `clip_jax.evals.datasets.registry`; own data, e.g. --datasets=folder:/my/test:
+`clip_jax.evals.datasets.own`. Evaluators: `clip_jax.evals.EVALUATORS`. Datasets that are not on this machine are listed
+with instructions; damaged datasets are listed as failed; the others are evaluated. Reports are written after every
+dataset. Several processes share the work, as in `clip_jax.main`; a dataset that one of them can't read has failed on
+all.
 
 Reports go to `evaluations/<name>`: the name of the file, or of its directory if the file has a generic name
 (params.msgpack). The report of other weights is not overwritten there, unless --out names the directory.
@@ -27,7 +28,7 @@ _WEIGHTS = flags.DEFINE_string("weights", None, "Path or name, as in clip_jax.lo
 _FOLLOW = flags.DEFINE_string("follow", None, "Instead of --weights: a --workdir; new checkpoints are evaluated.")
 _EVERY_SECONDS = flags.DEFINE_float("every_seconds", 30, "Interval of --follow in seconds.", lower_bound=0)
 # The names of these flags are fields of `evals.run.Options`.
-flags.DEFINE_list("datasets", ["smoke"], "Datasets and suites: paper, robustness, datacomp, cifar10 …")
+flags.DEFINE_list("datasets", ["smoke"], "Datasets and suites: paper, datacomp, cifar10, folder:/my/test …")
 flags.DEFINE_list(
     "evaluators", ["zeroshot", "retrieval"], "zeroshot, retrieval, linear_probe, few_shot, overlap, bias …"
 )

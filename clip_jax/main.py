@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 
 from absl import flags
 from etils import epath
@@ -16,6 +17,7 @@ from ml_collections import config_flags
 from clip_jax import command
 from clip_jax import config as configs
 
+_STARTED = time.monotonic()
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A Python file with get_config(), e.g. configs/emoji.py.", lock_config=True
 )
@@ -53,8 +55,10 @@ def _run() -> bool:
     allocator.keep_freed_memory()
     distributed.initialize()
     from clip_jax.training.loop import train
+    from clip_jax.training.startup import keep_programs
 
-    return train(config, str(workdir), _EXPORT.value, extend=_EXTEND.value)
+    keep_programs(workdir)
+    return train(config, str(workdir), _EXPORT.value, extend=_EXTEND.value, started=_STARTED)
 
 
 def _config_and_workdir() -> tuple[configs.Config, epath.Path]:
@@ -86,14 +90,14 @@ def _check_names(config: configs.Config) -> None:
     """Raise ValueError for a name that is not in its registry."""
     from clip_jax.data import SOURCES
     from clip_jax.evals import EVALUATORS
-    from clip_jax.evals.datasets.registry import DATASETS
+    from clip_jax.evals.load import find
 
     configs.check_name("data.source", config.data.source, ["", *SOURCES])
     for name, task in config.eval.tasks.items():
         configs.check_name(f"eval.tasks.{name}.evaluator", task.evaluator, EVALUATORS)
-        configs.check_name(f"eval.tasks.{name}.dataset", task.dataset, DATASETS)
+        find(task.dataset, f"eval.tasks.{name}.dataset")
     if config.eval.baselines_dataset:
-        configs.check_name("eval.baselines_dataset", config.eval.baselines_dataset, DATASETS)
+        find(config.eval.baselines_dataset, "eval.baselines_dataset")
 
 
 if __name__ == "__main__":

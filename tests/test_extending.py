@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests import test_docs
+from tests import runs, test_docs
 
 PAGE = test_docs.PAGES["docs/extending.md"]
 CONTRACTS = {
@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 
 def run(words, folder, devices=1):
     env = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
-    env |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{folder}{os.pathsep}{test_docs.ROOT}"}
+    env |= runs.QUICK | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{folder}{os.pathsep}{test_docs.ROOT}"}
     env |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     result = subprocess.run(
         [sys.executable, *words], cwd=test_docs.ROOT, env=env, capture_output=True, text=True, check=False

@@ -1,4 +1,7 @@
-"""`--config=FILE:runlocal` of every config trains, evaluates and finishes."""
+"""`--config=FILE:runlocal` of every config trains, evaluates and finishes.
+
+Here with a few steps of small batches; tests/test_docs_commands.py runs the documented one as it is.
+"""
 
 import subprocess
 import sys
@@ -13,6 +16,7 @@ from tests.test_config import CONFIGS
 @pytest.mark.parametrize("name", CONFIGS)
 def test_runlocal_trains_and_evaluates(name, tmp_path):
     command = [sys.executable, "-m", "clip_jax.main", f"--config=configs/{name}.py:runlocal", f"--workdir={tmp_path}"]
+    command += ["--config.train.batch_size=16", "--config.train.total_steps=6"]
     env = runs.QUICK | {"PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu"}
     result = subprocess.run(command, cwd=runs.ROOT, env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]

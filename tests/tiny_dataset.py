@@ -102,8 +102,7 @@ SPLITS = {"test": split(), "train": split(np.arange(40) % CLASSES, first=100)}
 def register(monkeypatch, *rows):
     """Replace the registry's datasets by these, and its suites by one with all of them."""
     datasets = {row.name: row for row in rows}
-    for module in (load, suite):
-        monkeypatch.setattr(module, "DATASETS", datasets)
+    monkeypatch.setattr(load, "DATASETS", datasets)
     monkeypatch.setattr(load, "SUITES", {"all": tuple(datasets)})
 
 

@@ -177,7 +177,7 @@ class EvalTask:
     """An evaluator and a dataset."""
 
     evaluator: str = "retrieval"  # key of clip_jax.evals.EVALUATORS
-    dataset: str = "emoji_unseen_concepts"  # key of clip_jax.evals.datasets.registry.DATASETS
+    dataset: str = "emoji_unseen_concepts"  # key of DATASETS (clip_jax.evals.datasets.registry), or own data
     options: Mapping[str, object] = dataclasses.field(default_factory=dict)  # keyword arguments of the evaluator
 
 

@@ -16,7 +16,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":  # unset, or JAX's own default, which it sets at import
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
@@ -94,12 +94,13 @@ def make_source(config: DataConfig) -> DataSource:
     check_options(config)
     source = SOURCES[config.source].from_config(config, **config.options)
     if config.files:
-        log.info("%s: %s", config.files, _describe(source, config.source))
+        log.info("%s: %s", config.files, describe(source, config))
     return source
 
 
-def _describe(source: DataSource, name: str) -> str:
-    """Return e.g. '12,423,374 pairs in 1,243 files (tar), captions: txt'."""
+def describe(source: DataSource, config: DataConfig) -> str:
+    """Return e.g. '12,423,374 pairs in 1,243 files (tar), captions: txt' of a source of `recognize`'s config."""
+    name = config.source
     files = getattr(source, "num_files", 1)
     summary = (
         f"{len(source):,} pairs in {files:,} {'folder' if name == 'folder' else 'file'}{'s' * (files > 1)} ({name})"
@@ -113,12 +114,13 @@ def _describe(source: DataSource, name: str) -> str:
     return f"{summary}; its first records are bad"
 
 
-def index_files(files: str, source: str = "") -> str:
+def index_files(files: str, source: str = "", beam_options: Sequence[str] | None = None) -> str:
     """Index the shards of `files` in their folder, for all hosts and runs; return a summary.
 
     Args:
       files: as `data.files`.
       source: 'tfrecord' or 'tar'; '' for that of the files' names.
+      beam_options: flags of Apache Beam, whose workers index the shards, such as ['--runner=DataflowRunner'].
 
     Raises:
       ValueError: if a file does not exist, or the source has no shards.
@@ -128,7 +130,7 @@ def index_files(files: str, source: str = "") -> str:
     found, source = storage.list_files(config.files), config.source
     indexed = {name: kind for name, kind in SOURCES.items() if issubclass(kind, ShardSource) and name != "emoji"}
     check_name("--source", source, indexed)
-    built, path = index.write_index(found, indexed[source].format)
+    built, path = index.write_index(found, indexed[source].format, beam_options=beam_options)
     lost = sum(bool(shard.problem) or not shard.file.size for shard in built.shards)
     problems = f"; {lost} shards are damaged, truncated or empty" if lost else ""
     return (

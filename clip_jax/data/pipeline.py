@@ -218,7 +218,7 @@ def choose_caption(
     usable = {
         name: texts
         for name, weight in weights.items()
-        if weight > 0 and (texts := [t for text in record.captions.get(name, ()) if (t := _clean(text))])
+        if weight > 0 and (texts := [t for text in record.captions.get(name, ()) if (t := clean(text))])
     }
     selected = []
     count = 1 + int(by_count[0] * len(by_count))
@@ -234,9 +234,12 @@ def choose_caption(
     return ", ".join(selected) or None
 
 
-def _clean(text: str) -> str:
-    """Return a caption without NUL, byte order marks (of files from Windows) and surrounding white space."""
-    return text[:MAX_CAPTION_CHARACTERS].replace("\0", "").replace("\ufeff", "").strip()
+def clean(text: str) -> str:
+    """Return a caption without NUL, byte order marks (of files from Windows), lone surrogates and outer white space."""
+    text = text[:MAX_CAPTION_CHARACTERS]
+    if not text.isascii():  # JSON may have half of an emoji
+        text = text.encode("utf-8", "ignore").decode().replace("\ufeff", "")
+    return text.replace("\0", "").strip()
 
 
 class _Prefetch:
@@ -400,9 +403,13 @@ class _Repair:
 
 def _check_record(source: DataSource, example: int, config: DataConfig) -> str | None:
     try:
-        record = source.read(example)
+        return record_problem(source.read(example), config)
     except BadRecord as error:
         return str(error) or "the source gives no reason"
+
+
+def record_problem(record: Record, config: DataConfig) -> str | None:
+    """Return the reason why a record is bad: it has no caption, or its image can't be decoded; None if it is good."""
     if choose_caption(record, config.captions) is None:
         expected, found = ", ".join(config.captions), ", ".join(record.captions) or "none"
         texts = [text for name in config.captions for text in record.captions.get(name, ())]

@@ -19,6 +19,7 @@ from clip_jax.evals import prompts
 from clip_jax.evals.datasets.builtin import read_builtin
 from clip_jax.evals.datasets.files import in_class_order
 from clip_jax.evals.datasets.folder import ASSOCIATIONS, CAPTIONS, read_folder
+from clip_jax.evals.datasets.own import is_own, own_dataset
 from clip_jax.evals.datasets.registry import DATASETS, SUITES, Dataset
 from clip_jax.evals.datasets.tfds import read_tfds
 from clip_jax.evals.datasets.webdataset import read_webdataset
@@ -72,8 +73,19 @@ def load_split(row: Dataset, part: str, data_dir: str) -> DatasetSplit:
     raise Unavailable("\n".join([f"{place} is not on this machine:", *problems, row.note]).rstrip())
 
 
+def find(name: str, key: str = "dataset") -> Dataset:
+    """Return the row of a dataset: of DATASETS, or of the user's own data, e.g. 'folder:/my/test'.
+
+    Raises ValueError for an unknown name, and for files that do not exist. key: name of `name` in errors.
+    """
+    if is_own(name):
+        return own_dataset(name)
+    check_name(key, name, DATASETS)
+    return DATASETS[name]
+
+
 def load_dataset(name: str, options: LoadOptions = LoadOptions()) -> EvalDataset:  # noqa: B008 (frozen)
-    """Load the test split of a dataset in DATASETS. Its other splits are loaded on access.
+    """Load the test split of a dataset (see `find`). Its other splits are loaded on access.
 
     Raises:
       ValueError: for an unknown name, and for damaged data.
@@ -83,14 +95,13 @@ def load_dataset(name: str, options: LoadOptions = LoadOptions()) -> EvalDataset
     >>> len(dataset.images), dataset.texts[3]
     (450, ('a photo of a 3.',))
     """
-    check_name("dataset", name, DATASETS)
-    row = DATASETS[name]
+    row = find(name)
 
     def load(part: str) -> DatasetSplit:
-        if part == "validation" and not (row.validation or row.tfds_validation):
-            raise Unavailable(f"{row.name} has no validation split")
+        if part != "test" and row.read or part == "validation" and not (row.validation or row.tfds_validation):
+            raise Unavailable(f"{row.name} has no {part} split")
         with distributed.synchronized_errors(Unavailable, *DATA_ERRORS):
-            found = load_split(row, part, options.data_dir)
+            found = row.read(options.data) if row.read else load_split(row, part, options.data_dir)
             if part != "test" and found.class_keys and found.class_keys != split.class_keys:
                 raise ValueError(_other_classes(row.split(part), found.class_keys, row.test, split.class_keys))
         return found
@@ -134,10 +145,19 @@ def load_dataset(name: str, options: LoadOptions = LoadOptions()) -> EvalDataset
 
 
 def expand(names: list[str] | tuple[str, ...]) -> list[str]:
-    """Return the datasets of names and suites, each once. Raises ValueError for an unknown name."""
+    """Return the datasets of names and suites, each once.
+
+    Raises ValueError for an unknown name, for files of the user's that do not exist, and for two equal metric names.
+    """
     for name in names:
-        check_name("dataset or suite", name, [*SUITES, *DATASETS])
-    return list(dict.fromkeys(dataset for name in names for dataset in SUITES.get(name, (name,))))
+        if not is_own(name):
+            check_name("dataset or suite", name, [*SUITES, *DATASETS])
+    found = list(dict.fromkeys(dataset for name in names for dataset in SUITES.get(name, (name,))))
+    titles: dict[str, str] = {}
+    for name in found:
+        if (other := titles.setdefault(find(name).name, name)) != name:
+            raise ValueError(f"datasets {other!r} and {name!r}: both are {find(name).name!r} in metrics; rename a file")
+    return found
 
 
 # By `Dataset.task`: fields of EvalDataset from the row, the test split and the options.
@@ -153,8 +173,10 @@ def _captions(row: Dataset, split: DatasetSplit, options: LoadOptions) -> dict:
         for caption in captions
     ]
     image_M = np.repeat(np.arange(len(split.images)), [len(captions) for captions in split.captions])
+    image_n = np.arange(len(split.images))
+    targets = image_n if np.array_equal(image_n, image_M) else image_M == image_n[:, None]
     source = f"{len(texts):,} captions in {', '.join(map(repr, templates))}"
-    return {"texts": texts, "targets": image_M == np.arange(len(split.images))[:, None], "prompts": source}
+    return {"texts": texts, "targets": targets, "prompts": source}
 
 
 def _class_prompts(row: Dataset, split: DatasetSplit, options: LoadOptions) -> dict:
@@ -167,13 +189,15 @@ def _class_prompts(row: Dataset, split: DatasetSplit, options: LoadOptions) -> d
         if not templates:
             templates, source = prompts.templates("photo"), "photo"
         if not names:
-            raise Unavailable("no class names: neither stored with the data nor published; give --class_names")
+            raise Unavailable(
+                "no class names: neither stored with the data (classnames.txt) nor published; give --class_names"
+            )
         if keys:
             try:
                 names = in_class_order(names, split.class_keys, f"class names {names_source}")
             except ValueError as error:
                 raise Unavailable(str(error)) from error
-        if len(names) != row.classes:
+        if row.classes and len(names) != row.classes:
             got = f"{len(names)} ({names_source})"
             raise Unavailable(f"expected {row.classes} class names, got {got}: give --class_names")
     except Unavailable as error:  # probes need no texts

@@ -26,7 +26,7 @@ from clip_jax.devices import distributed, sharding
 from clip_jax.evals import EVALUATORS
 from clip_jax.evals.analysis import bias, near_duplicates, robustness
 from clip_jax.evals.embed import DiskCachedEmbedder, FeatureCache, ModelEmbedder
-from clip_jax.evals.load import LoadOptions, expand
+from clip_jax.evals.load import LoadOptions, expand, find
 from clip_jax.evals.report.charts import overlap_chart, robustness_chart
 from clip_jax.evals.report.tables import model_card, open_clip_csv, text_table
 from clip_jax.evals.report.writing import check_same_weights, weights_name, write_report
@@ -49,7 +49,7 @@ class Options:
     """Options of an evaluation; the flags of `clip_jax.evaluate` have the same names."""
 
     weights: str  # path or name of the weights, or workdir of the run, for the report
-    datasets: Sequence[str] = ("smoke",)  # keys of DATASETS and SUITES
+    datasets: Sequence[str] = ("smoke",)  # keys of DATASETS and SUITES, or the user's own data
     evaluators: Sequence[str] = ("zeroshot", "retrieval")  # keys of EVALUATORS
     data_dir: str = ""  # directory of stored datasets
     out: str = ""  # directory of the reports; '': evaluations/<name of the weights>
@@ -102,7 +102,7 @@ class Evaluation:
     """A prepared evaluation, for any number of weights of the same run."""
 
     options: Options
-    names: Sequence[str]  # keys of DATASETS
+    names: Sequence[str]  # keys of DATASETS, or the user's own data
     evaluator_options: Mapping[str, Mapping[str, Any]]
     standard_models: Mapping[str, tuple[float, float]]
     mesh: Mesh
@@ -168,7 +168,7 @@ class Evaluation:
         columns = (info[key] for key in ("architecture", "weights", "parameters", "flops_per_pair"))
         bias_tables = {key: rows for key, rows in details.items() if key.startswith("bias/")}
         files = {
-            "open_clip.csv": open_clip_csv(*columns, metrics),
+            "open_clip.csv": open_clip_csv(*columns, metrics, [row for name in self.names if (row := find(name)).read]),
             "MODEL_CARD.md": model_card(info, report, config),
             **{f"{name}.svg": svg for name, svg in plots.items()},
             **{f"{key.replace('/', '_')}.csv": bias.to_csv(rows) for key, rows in bias_tables.items()},

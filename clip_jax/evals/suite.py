@@ -12,8 +12,8 @@ from clip_jax.devices import distributed
 from clip_jax.devices.distributed import DATA_ERRORS
 from clip_jax.evals import EVALUATORS
 from clip_jax.evals.analysis.baselines import baselines
-from clip_jax.evals.datasets.registry import DATASETS, Dataset, published_results
-from clip_jax.evals.load import LoadOptions, expand, load_dataset
+from clip_jax.evals.datasets.registry import Dataset, published_results
+from clip_jax.evals.load import LoadOptions, expand, find, load_dataset
 from clip_jax.evals.metrics import Undefined
 from clip_jax.evals.report.panels import Panels, panels
 from clip_jax.typing import Embedder, EvalDataset, Evaluator, Unavailable
@@ -60,7 +60,7 @@ def evaluate(
     Errors in the data of one dataset are recorded in the report; other errors are raised.
 
     Args:
-      names: keys of DATASETS or SUITES.
+      names: keys of DATASETS or SUITES, or the user's own data.
       evaluators: keys of EVALUATORS.
       evaluator_options: keyword arguments by evaluator.
       after_each: called with the report so far after each dataset.
@@ -68,10 +68,11 @@ def evaluate(
     report = EvalReport({}, {}, {}, {}, {})
     options.check()
     for name in expand(names):
-        supported = [evaluator for evaluator in evaluators if supports(EVALUATORS[evaluator], DATASETS[name])]
+        row = find(name)
+        supported = [evaluator for evaluator in evaluators if supports(EVALUATORS[evaluator], row)]
         for evaluator in evaluators:
-            if evaluator not in supported and DATASETS[name].task in getattr(EVALUATORS[evaluator], "tasks", ()):
-                report.skipped[f"{evaluator}/{name}"] = "the dataset has no train split"
+            if evaluator not in supported and row.task in getattr(EVALUATORS[evaluator], "tasks", ()):
+                report.skipped[f"{evaluator}/{row.name}"] = "the dataset has no train split"
         if not supported:
             continue
         try:
@@ -79,7 +80,7 @@ def evaluate(
                 dataset = load_dataset(name, options)
         except (Unavailable, *DATA_ERRORS) as error:
             for evaluator in supported:
-                report.add_error(f"{evaluator}/{name}", error)
+                report.add_error(f"{evaluator}/{row.name}", error)
         else:
             for evaluator in supported:
                 _evaluate_one(model, evaluator, dataset, evaluator_options.get(evaluator, {}), report)

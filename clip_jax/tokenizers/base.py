@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from jaxtyping import Int32, Integer
+from jaxtyping import Int32, Int64, Integer
 
 from clip_jax.paths import check_not_pointer
 
@@ -48,6 +48,10 @@ class RowTokenizer:
             start = self.length - len(ids) if self._pad_left else 0
             row[start : start + len(ids)] = ids
         return rows if self._keep_end else np.where(rows == self.eos_id, np.int32(self.pad_id), rows)
+
+    def count(self, texts: Sequence[str]) -> Int64[np.ndarray, "n"]:
+        """Return the number of tokens of each text with special tokens; with `truncate` it may be that of the row."""
+        return np.array([len(ids) for ids in self._encode(texts)], np.int64)
 
     def decode(self, ids: Sequence[int] | Integer[np.ndarray, "L"]) -> str:
         """Return the text of a row up to its end token."""

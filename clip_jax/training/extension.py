@@ -43,7 +43,7 @@ def notes(config: Config, info: dict[str, Any], now: dict[str, Any], step: int) 
     >>> before = run_info("a", 100, 100)
     >>> for note in notes(config, before, run_info("a", 100, 200), step=99):
     ...     print(note)
-    extended from 100 to 200 steps: the cosine ends at step 200; learning rate of step 100: 0.000545, was 3.05e-07
+    extended from 100 to 200 steps: the cosine ends at step 200; learning rate of step 100: 0.00055, was 3.05e-07
     """
     found = []
     old, new = info.get("total_steps", now["total_steps"]), now["total_steps"]

@@ -36,6 +36,7 @@ from clip_jax.tokenizers import make_tokenizer
 from clip_jax.training import extension, initialization, metrics, optim, step, workdir
 from clip_jax.training.checkpoint import Checkpoints
 from clip_jax.training.follow import REPORT
+from clip_jax.training.startup import StartUp
 from clip_jax.training.step import TrainState
 from clip_jax.typing import DataSource, EvalDataset, HostBatch, Params, Tokenizer, Unavailable
 
@@ -64,13 +65,16 @@ class Run:
         return extension.run_info(self.source.fingerprint(), len(self.source), self.total_steps)
 
 
-def train(config: Config, directory: str, export: str | None = None, *, extend: bool = False) -> bool:
+def train(
+    config: Config, directory: str, export: str | None = None, *, extend: bool = False, started: float | None = None
+) -> bool:
     """Train, evaluate, write the report and export the weights; resumes from the checkpoints in `directory`.
 
     Args:
       directory: workdir of the run, a local path or a URL that all hosts can reach.
       export: msgpack file for the final weights, a local path or a URL.
       extend: the data of the run may have changed since its checkpoint, by more shards.
+      started: time.monotonic() at the start of the process, for the log; now by default.
 
     Returns:
       True if the run is finished; False if it was preempted (SIGTERM), with its state saved.
@@ -81,7 +85,13 @@ def train(config: Config, directory: str, export: str | None = None, *, extend: 
       SaveFailed: a checkpoint could not be written; earlier ones are intact.
       RuntimeError: every checkpoint is damaged.
     """
+    with StartUp(started or time.monotonic()) as start_up:
+        return _train(config, directory, export, extend, start_up)
+
+
+def _train(config: Config, directory: str, export: str | None, extend: bool, start_up: StartUp) -> bool:
     run = prepare(config, workdir.to_path(directory, "--workdir"), export)
+    start_up.phase("data")
     keep, keep_every_steps = config.checkpoint.keep, config.checkpoint.keep_every_steps
     checkpoints = Checkpoints(run.workdir / workdir.CHECKPOINTS, keep=keep, keep_every_steps=keep_every_steps)
     try:
@@ -93,7 +103,8 @@ def train(config: Config, directory: str, export: str | None = None, *, extend: 
         for _ in range(_ATTEMPTS):
             if int(state.step) == run.total_steps:
                 break
-            _train_steps(run, state, info, checkpoints, suite)
+            start_up.phase("state")
+            _train_steps(run, state, info, checkpoints, suite, start_up)
             # The checkpoint on disk is evaluated and exported. If it is damaged, an older one is restored here, and
             # the missing steps are trained again.
             state, info = _restored_or_initial_state(run, checkpoints)
@@ -181,7 +192,9 @@ def _restored_or_initial_state(
     return state, info
 
 
-def _train_steps(run: Run, state: TrainState, info: dict[str, Any], checkpoints: Checkpoints, suite: Suite) -> None:
+def _train_steps(
+    run: Run, state: TrainState, info: dict[str, Any], checkpoints: Checkpoints, suite: Suite, start_up: StartUp
+) -> None:
     """Train from `state` to the last step and save it. Raises Preempted with the state saved."""
     config, total_steps, first_step = run.config, run.total_steps, int(state.step)
     teacher = initialization.make_teacher(config, run.tokenizer, run.mesh)
@@ -214,9 +227,12 @@ def _train_steps(run: Run, state: TrainState, info: dict[str, Any], checkpoints:
         (evaluated,) = distributed.from_main_process(training_log.writer.has_evaluation(first_step))
         if _evaluation_is_due(run, first_step) and not evaluated:
             evaluate(first_step)  # the run was interrupted during this evaluation
+            start_up.phase("evaluation")
         batches = _batches(run, first_step, training_log.wait, activity)
         for at, host_batch in zip(range(first_step + 1, total_steps + 1), batches, strict=False):
+            start_up.phase("first batch")
             state, outputs = train_step(state, sharding.to_global(host_batch.batch, run.mesh))
+            start_up.finish("first step", outputs)
             training_log.add(at, outputs, len(host_batch.replaced))
             checkpoints.poll()
             if at % config.checkpoint.every_steps == 0 or at == total_steps:

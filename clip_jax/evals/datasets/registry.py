@@ -18,7 +18,7 @@ import importlib.resources
 from collections.abc import Callable
 
 from clip_jax.config import DataConfig
-from clip_jax.typing import EvalDataset, Unavailable
+from clip_jax.typing import DatasetSplit, EvalDataset, Unavailable
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,7 @@ class Dataset:
     tfds_validation: str = ""
     builtin: str = ""  # name in `builtin.BUILTIN`, if a Python package contains the data
     generate: Callable[[DataConfig], EvalDataset] | None = None  # generates the dataset, instead of loading it
+    read: Callable[[DataConfig], DatasetSplit] | None = None  # reads the user's own data, the test split (see `own`)
     size: int = 0  # images in the test split (association: cues); 0 if not fixed
     classes: int = 0  # number of classes; 0 without classes
     metric: str = "top1"  # key of `metrics.METRICS`, or 'recall': mean of both directions' recall@1

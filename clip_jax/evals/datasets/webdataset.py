@@ -93,17 +93,21 @@ class RGBRanges(FileRanges):
     """Encoded images as byte ranges of files; those of other modes than RGB and gray as PPM, uncompressed RGB."""
 
     def _read_range(self, index: int) -> bytes:
-        data = super()._read_range(index)
-        try:
-            image = Image.open(io.BytesIO(data))  # reads the header
-            if image.mode in ("RGB", "L") and "transparency" not in image.info:
-                return data
-            rgb = image.convert("RGB")
-        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
-            return data  # preprocessing reports the error
-        file = io.BytesIO()
-        rgb.save(file, "PPM")
-        return file.getvalue()
+        return to_rgb(super()._read_range(index))
+
+
+def to_rgb(data: bytes) -> bytes:
+    """Return an encoded image; one of another mode than RGB and gray as PPM, uncompressed RGB."""
+    try:
+        image = Image.open(io.BytesIO(data))  # reads the header
+        if image.mode in ("RGB", "L") and "transparency" not in image.info:
+            return data
+        rgb = image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
+        return data  # preprocessing reports the error
+    file = io.BytesIO()
+    rgb.save(file, "PPM")
+    return file.getvalue()
 
 
 def _shard_paths(folder: Path) -> list[Path]:

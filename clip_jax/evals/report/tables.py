@@ -15,7 +15,7 @@ import importlib.resources
 import io
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from clip_jax.evals.datasets.registry import DATASETS, SUITES, Dataset
@@ -191,14 +191,17 @@ def headline(row: Dataset, metrics: Mapping[str, float]) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def open_clip_csv(name: str, pretrained: str, parameters: int, flops: float, metrics: Mapping[str, float]) -> str:
+def open_clip_csv(
+    name: str, pretrained: str, parameters: int, flops: float, metrics: Mapping[str, float], own: Sequence[Dataset] = ()
+) -> str:
     """Return a CSV row with the columns of open_clip's table, then one column per other evaluated dataset.
 
     Cells without a value are empty; so is the average, unless all of its 38 datasets have a value. flops: of one image
-    and one text.
+    and one text. own: the user's own datasets.
     """
-    others = [key for key in DATASETS if key not in _ORDER and headline(DATASETS[key], metrics) is not None]
-    values = {DATASETS[key].title: headline(DATASETS[key], metrics) for key in (*_ORDER, *others)}
+    others = [row for key, row in DATASETS.items() if key not in _ORDER]
+    others = [row for row in (*others, *own) if headline(row, metrics) is not None]
+    values = {row.title: headline(row, metrics) for row in (*(DATASETS[key] for key in _ORDER), *others)}
     known = [headline(DATASETS[key], metrics) for key in SUITES["datacomp"]]
     average = "" if None in known else f"{sum(known) / len(known):.4f}"
     text = io.StringIO()
