@@ -401,7 +401,7 @@ def test_filtered_records_are_replaced_counted_and_logged_once(caplog):
     ordered = np.concatenate([order.RecordOrder(60, 0)(np.arange(120))[1]])
     assert (ids % 5 == 4).all() and (ids == ordered)[ordered % 5 == 4].all()
     texts = [untokenize(row) for batch in batches for row in batch.batch.text]
-    assert texts == [f"text {i}" for i in ids]  # the Cyrillic caption beside it is dropped
+    assert texts == [f"text {i}" for i in ids]  # the Cyrillic caption of the record is dropped
     counts = {name: sum(batch.filtered.get(name, 0) for batch in batches) for name in filters.FILTERS}
     drawn = len(ids) + sum(counts.values())  # a fifth of those read pass
     assert 400 < drawn < 800 and all(0.15 < counts[name] / drawn < 0.25 for name in OF_KIND)

@@ -59,7 +59,7 @@ class AugmentConfig:
 
 @dataclasses.dataclass(frozen=True)
 class FilterConfig:
-    """Records to leave out; others take their places. Captions that fail are dropped; one of a record must pass."""
+    """Records to skip; others take their places. Captions that fail are dropped; one of a record must pass."""
 
     min_image_size: int = 0  # of the shorter side, in pixels
     max_aspect_ratio: float = 0.0  # longer side / shorter side; 0: any

@@ -30,7 +30,7 @@ MAX_ATTEMPTS = 10_000  # records that are drawn for one row
 MIN_READS = 1000  # records that are read before filters that none has passed are refused
 
 Records = list[Record | None]  # None: a bad record
-Failed = tuple[str, str]  # filter, and what it found
+Failed = tuple[str, str]  # filter and reason
 
 
 class Filters:
@@ -50,7 +50,7 @@ class Filters:
         example_ids: Int64[np.ndarray, "n"],
         epochs: Int64[np.ndarray, "n"],
     ) -> tuple[Records, Int64[np.ndarray, "n"], Int64[np.ndarray, "n f"]]:
-        """Read records, and others in place of those that are filtered, until every row has one.
+        """Read records, and others in place of filtered ones, until every row has one.
 
         Args:
           read: reads records by their example ids.
@@ -112,7 +112,7 @@ class Filters:
         return None
 
     def _with_captions(self, record: Record) -> tuple[Record, Failed | None]:
-        """Return the record with the captions that pass, and what the first one fails if none does."""
+        """Return the record with the captions that pass, and the first one's failure if none does."""
         kept: dict[str, tuple[str, ...]] = {}
         failures = []
         for name, weight in self._weights.items():
