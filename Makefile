@@ -12,6 +12,7 @@
 # make bench-published  the same weights and data through CLIP_benchmark's command and clip_jax's
 # make bench-input      reading, decoding and tokenizing pairs against open_clip's loader, the ratio in the last line
 # make bench-storage    reading from an object store that is simulated: rates, requests, two billion records
+# make bench-corruption the memory over 5,000 batches with bad records
 # make bench-truth      FLOPs, memory and time of a step, predicted and measured on this machine
 # make accelerator      ten minutes of measurements on a GPU or TPU: parity, steps, MFU, memory; JSON and a table
 # make plan-all         docs/plans.md: the nine models compiled for five kinds of slices; some hours
@@ -33,7 +34,7 @@ export JAX_PLATFORMS ?= cpu
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test test-all test-lowest test-peers mutate bench-tokenizer bench-train bench-loss bench-loading bench-probe \
-	bench-published bench-input bench-storage bench-truth accelerator plan-all clean
+	bench-published bench-input bench-storage bench-corruption bench-truth accelerator plan-all clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -82,6 +83,9 @@ bench-input: $(PEERS)/.installed-peers
 bench-storage: $(VENV)/.installed-test
 	@$(BIN)/python benchmarks/storage.py
 
+bench-corruption: $(VENV)/.installed-test
+	@$(BIN)/python -m tests.test_data_corruption
+
 bench-truth: $(VENV)/.installed-test
 	@$(BIN)/python benchmarks/truth.py
 
@@ -117,13 +121,16 @@ $(LOWEST)/.installed-test: setup.py tests/lowest.txt | $(LOWEST)/bin/pip
 # CLIP_benchmark's command imports these, without their dependencies.
 CLIP_BENCHMARK := webdataset==1.0.2 braceexpand==0.1.7 pycocoevalcap==1.2
 
+# Of tests/peers/test_sources.py, without dependencies: datasets allows older versions than the other tests use.
+WRITERS := datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19 xxhash==4.1.0
+
 # torch first, by itself: a CPU build where there is one. torchvision's wheel needs CUDA; only its Python code is used.
 $(PEERS)/.installed-peers: setup.py | $(PEERS)/bin/pip
 	@echo "installing the peers, torch included, into $(PEERS); the first time takes some minutes"
 	@$(PEERS)/bin/pip install -qq torch==2.13.0
 	@$(PEERS)/bin/pip install -qq --no-deps torchvision==0.28.0
 	@$(PEERS)/bin/pip install -qq -e '.[test,peers]'
-	@$(PEERS)/bin/pip install -qq --no-deps $(PROMPTS) $(CLIP_BENCHMARK)
+	@$(PEERS)/bin/pip install -qq --no-deps $(PROMPTS) $(CLIP_BENCHMARK) $(WRITERS)
 	@touch $@
 
 $(VENV)/bin/pip $(LOWEST)/bin/pip $(PEERS)/bin/pip:

@@ -12,6 +12,7 @@ from absl import flags
 from clip_jax import command
 
 _SOURCE = flags.DEFINE_string("source", "", "Format, tfrecord or tar; '' for that of the files' names.")
+_BEAM = flags.DEFINE_list("beam_options", [], "Index with Apache Beam, e.g. --runner=DataflowRunner.")
 
 
 def main(arguments: list[str]) -> int:
@@ -20,7 +21,7 @@ def main(arguments: list[str]) -> int:
 
     if len(arguments) != 1:
         raise ValueError(f"expected DATA, e.g. 'gs://bucket/cc3m/*.tar' in quotes, got {len(arguments)} arguments")
-    print(index_files(arguments[0], _SOURCE.value))
+    print(index_files(arguments[0], _SOURCE.value, _BEAM.value))
     return command.FINISHED
 
 

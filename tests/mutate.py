@@ -77,7 +77,12 @@ TESTS = {
     "clip_jax/evals/retrieval": ("test_evals_retrieval.py", "test_evals_ties.py"),
     "clip_jax/evals/zeroshot": ("test_evals_zeroshot.py", "test_evals_ties.py", "test_evals_association.py"),
     "clip_jax/tokenizers": ("test_tokenizers.py", "contracts/test_tokenizers.py"),
-    "clip_jax/interop/conversion": ("test_convert.py", "test_reading.py"),
+    "clip_jax/interop/conversion": (
+        "test_naming.py::test_names_and_shapes_of_tensors_are_those_that_the_libraries_read",
+        "test_bfloat16_weights.py::test_bfloat16_parameters_take_half_the_memory_and_are_never_float32",
+        "test_reading.py",
+        "test_convert.py",
+    ),
     "clip_jax/interop/formats": ("contracts/test_formats.py", "test_reading.py"),
     "clip_jax/interop/infer_architecture": (
         "test_naming.py",
@@ -90,7 +95,7 @@ TESTS = {
     "clip_jax/interop/naming": ("test_naming.py", "test_state_dicts.py", "test_big_vision.py"),
     "clip_jax/interop/npz": ("test_big_vision.py", "contracts/test_formats.py"),
     "clip_jax/interop/positions": ("test_reading.py",),
-    "clip_jax/interop/reading": ("test_reading.py", "test_state_dicts.py"),
+    "clip_jax/interop/reading": ("test_reading.py", "test_state_dicts.py", "test_big_vision.py"),
     "clip_jax/interop/safetensors": (
         "test_reading.py::test_safetensors_are_read_in_float32_float16_and_bfloat16",
         "contracts/test_formats.py",
@@ -104,6 +109,9 @@ TESTS = {
 }
 # Tests that are marked slow, for the mutants that survive the others.
 SLOW = {
+    "clip_jax/losses/distill": (
+        "test_distill.py::test_the_loss_is_the_contrastive_loss_plus_the_weighted_distillation",
+    ),
     "clip_jax/losses": ("contracts/test_losses.py",),
     "clip_jax/training/step": (
         "test_step.py",
@@ -162,12 +170,16 @@ def import_libraries() -> None:
 
 
 def run_mutant(mutation: MutationSpec) -> WorkResult:
-    module = mutation.module_path
+    module, operator = mutation.module_path, get_operator(mutation.operator_name)()
+    code = module.read_text("utf-8")
+    lines = code.splitlines(), mutate_code(code, operator, mutation.occurrence).splitlines()
+    diff = "\n".join(difflib.unified_diff(*lines, str(module), str(module), n=1, lineterm=""))
+    if _is_equivalent(module, diff):
+        return WorkResult(WorkerOutcome.NORMAL, "", TestOutcome.SURVIVED, diff)
     check_tests(_prefix(str(module)))
-    with use_mutation(module, get_operator(mutation.operator_name)(), mutation.occurrence) as (code, mutated):
-        diff = difflib.unified_diff(code.splitlines(), mutated.splitlines(), str(module), str(module), n=1, lineterm="")
-        diff, started = "\n".join(diff), time.monotonic()
-        failed = not _is_equivalent(module, diff) and run_tests(_prefix(str(module)))
+    started = time.monotonic()
+    with use_mutation(module, operator, mutation.occurrence):
+        failed = run_tests(_prefix(str(module)))
     print(f"{'killed' if failed else 'survived'} in {time.monotonic() - started:.0f} s: {module}", flush=True)
     status = TestOutcome.KILLED if failed else TestOutcome.SURVIVED
     return WorkResult(WorkerOutcome.NORMAL, (DIRECTORY / "log").read_text()[-4000:], status, diff)

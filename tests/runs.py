@@ -6,17 +6,17 @@ import runpy
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from clip_jax.config import from_config_dict
 
 ROOT = Path(__file__).parent.parent
-# For commands in processes of their own: each program is compiled once in a session of the tests, by any worker.
-SESSION = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
-CACHE = Path(tempfile.gettempdir()) / f"clip_jax-tests-{os.getuid()}-{SESSION}"
-CACHED = {"JAX_COMPILATION_CACHE_DIR": str(CACHE), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+# For commands in processes of their own: each program is compiled once, by any worker of any session of the tests.
+CACHED = {
+    "JAX_COMPILATION_CACHE_DIR": str(ROOT / "build/programs"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+}
 # Where only the end of a command is checked, and no number: programs compile in half the time.
 QUICK = CACHED | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 TINY = "tests/configs/tiny.py"

@@ -166,6 +166,15 @@ def test_a_changed_shard_is_indexed_again_and_changes_the_fingerprint(config, st
     assert len(after) == len(before)
 
 
+def test_wrong_counts_of_img2dataset_are_named(content, store, config, caplog):
+    counts = {0: b'{"successes": 100}', 1: b'{"successes": 120}', 2: b"{damaged", 3: b"[]"}
+    store.objects |= {f"bucket/{shard:05d}_stats.json": text for shard, text in counts.items()}
+    data.make_source(config)
+    assert "00001.tfrecord: expected 120 records, as gs://bucket/00001_stats.json has it, got 100" in caplog.text
+    damaged = [line for line in caplog.messages if "expected img2dataset's statistics" in line]
+    assert len(damaged) == 2 and "00000.tfrecord: expected" not in caplog.text
+
+
 def test_damaged_shards_beyond_the_limit_are_refused(content, tmp_path):
     for name, shard in content.items():
         (tmp_path / name.split("/")[1]).write_bytes(shard)

@@ -150,6 +150,15 @@ def test_bad_rows_of_a_table_are_bad_records_with_the_reason(folder):
         assert expected in reason
 
 
+def test_json_lines_are_checked_in_every_file_and_beyond_a_damaged_first_line(folder):
+    good = [{"path": "images/0.png"}, {"path": "images/1.png", "caption": "a dog"}]  # the first has no caption
+    (folder / "a.jsonl").write_text("{damaged\n" + "".join(json.dumps(row) + "\n" for row in good))
+    assert _pairs(_open(folder / "*.jsonl"))[2] == (IMAGES[1], ["a dog"])
+    (folder / "b.jsonl").write_text(json.dumps({"photo": "images/0.png", "caption": "a dog"}))
+    with pytest.raises(ValueError, match="b.jsonl: expected a column with the image, got photo, caption"):
+        _open(folder / "*.jsonl")
+
+
 def test_options_name_columns_encoding_and_delimiter(tmp_path):
     encoded = [base64.b64encode(image).decode() for image in IMAGES]
     (tmp_path / "pairs.tsv").write_text("".join(f'7\t{e}\ta "dog\n' for e in encoded))

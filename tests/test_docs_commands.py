@@ -31,7 +31,7 @@ TINY = Architecture(
 )
 REPLACED = (
     (r"gs://bucket/", ""),
-    (r"(?<=[=' ])/(data|my)/|^/(data|my)/", r"\1\2/"),
+    (r"(?<=[=:' ])/(data|my)/|^/(data|my)/", r"\1\2/"),
     (r"\{00000\.\.\d+\}", "{00000..00001}"),
     (r"--datasets=smoke", "--datasets=digits"),
     (r"--datasets=paper.*", r"\g<0>,digits"),
@@ -94,12 +94,21 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("commands")
     (folder / "configs").symlink_to(ROOT / "configs")
     rng = np.random.default_rng(0)
-    for name in ("my/images", "my/test/cat", "data/cc3m", "data/evaluation", "pairs", "cc3m", "runs/emoji"):
+    for name in (
+        "my/images",
+        "my/test/cat",
+        "my/test/dog",
+        "data/cc3m",
+        "data/evaluation",
+        "pairs",
+        "cc3m",
+        "runs/emoji",
+    ):
         (folder / name).mkdir(parents=True)
     for number in range(2):
         path = folder / f"my/images/{number}.png"
         Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(path)
-        shutil.copy(path, folder / "my/test/cat")
+        shutil.copy(path, folder / "my/test" / ("cat", "dog")[number])
         records = [{"png": path.read_bytes(), "txt": f"an image {i}"} for i in range(4)]
         for shards in ("data/cc3m", "pairs", "cc3m"):
             write_tfrecord(folder / f"{shards}/{number:05}.tfrecord", records)

@@ -38,6 +38,7 @@ def shard(tmp_path_factory):
         }
         for number in range(GOOD)
     ]
+    records[20]["caption"] = records[20]["txt"]  # counts as one text
     records += [{"png": b"", "txt": "a"}, {"png": b"no image at all", "txt": "b"}, {"png": records[0]["png"]}]
     write_tfrecord(path, records)
     return path
@@ -62,7 +63,9 @@ def test_statistics_are_those_of_the_records(shard):
     assert images["width"]["min"] == 40 and images["width"]["max"] == 79 and images["height"]["median"] == 20
     assert images["aspect"]["max"] == round(79 / 20, 3)
     assert images["bytes"]["max"] == len(encoded("JPEG", 49, 20))
-    assert captions["texts"] == captions["features"]["txt"] == 41  # with that of the undecodable image
+    assert (
+        captions["features"] == {"txt": 41, "caption": 1} and captions["texts"] == 41
+    )  # with that of the undecodable image
     assert captions["scripts"] == {"LATIN": 37 / 41, "CYRILLIC": 4 / 41}
     assert captions["duplicates"] == 8 / 41 and captions["most_common"] == [{"text": "a logo", "records": 8}]
     assert captions["tokens"]["max"] == 2 + len(ClipBPE().encode("собака номер 3")) > LENGTH

@@ -16,7 +16,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":  # unset, or JAX's own default, which it sets at import
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
@@ -114,12 +114,13 @@ def describe(source: DataSource, config: DataConfig) -> str:
     return f"{summary}; its first records are bad"
 
 
-def index_files(files: str, source: str = "") -> str:
+def index_files(files: str, source: str = "", beam_options: Sequence[str] | None = None) -> str:
     """Index the shards of `files` in their folder, for all hosts and runs; return a summary.
 
     Args:
       files: as `data.files`.
       source: 'tfrecord' or 'tar'; '' for that of the files' names.
+      beam_options: flags of Apache Beam, whose workers index the shards, such as ['--runner=DataflowRunner'].
 
     Raises:
       ValueError: if a file does not exist, or the source has no shards.
@@ -129,7 +130,7 @@ def index_files(files: str, source: str = "") -> str:
     found, source = storage.list_files(config.files), config.source
     indexed = {name: kind for name, kind in SOURCES.items() if issubclass(kind, ShardSource) and name != "emoji"}
     check_name("--source", source, indexed)
-    built, path = index.write_index(found, indexed[source].format)
+    built, path = index.write_index(found, indexed[source].format, beam_options=beam_options)
     lost = sum(bool(shard.problem) or not shard.file.size for shard in built.shards)
     problems = f"; {lost} shards are damaged, truncated or empty" if lost else ""
     return (

@@ -54,5 +54,8 @@ def choose_caption(
 
 
 def clean(text: str) -> str:
-    """Return a caption without NUL, byte order marks (of files from Windows) and surrounding white space."""
-    return text[:MAX_CAPTION_CHARACTERS].replace("\0", "").replace("\ufeff", "").strip()
+    """Return a caption without NUL, byte order marks (of files from Windows), lone surrogates and outer white space."""
+    text = text[:MAX_CAPTION_CHARACTERS]
+    if not text.isascii():  # JSON may have half of an emoji
+        text = text.encode("utf-8", "ignore").decode().replace("\ufeff", "")
+    return text.replace("\0", "").strip()

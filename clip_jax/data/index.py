@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import glob
 import hashlib
+import json
 import logging
 import os
 import time
@@ -121,14 +123,25 @@ def open_index(files: Sequence[File], format: Format, cache_dir: str, max_stall_
     return index
 
 
-def write_index(files: Sequence[File], format: Format, max_stall_seconds: float = 600.0) -> tuple[Index, str]:
+def write_index(
+    files: Sequence[File],
+    format: Format,
+    max_stall_seconds: float = 600.0,
+    beam_options: Sequence[str] | None = None,
+) -> tuple[Index, str]:
     """Index shards in a file in their folder, without reading unchanged ones again; return the index and its path.
 
     The file is written every SHARDS_PER_WRITE shards, so that an interrupted command is continued by the next.
+
+    Args:
+      beam_options: flags of Apache Beam, whose workers index the shards, such as ['--runner=DataflowRunner'].
     """
     folder = _folder(files)
     path = f"{folder}/{NAME}"
     known = _load(path, folder, format)
+    if beam_options:
+        _scan_with_beam(files, format, known, path, max_stall_seconds, beam_options)
+        known = _load(path, folder, format)
     for end in range(0, len(files), SHARDS_PER_WRITE):
         index, scanned = build(files[: end + SHARDS_PER_WRITE], format, known, max_stall_seconds)
         known |= {_absolute(shard.file.path): shard for shard in index.shards}
@@ -142,21 +155,80 @@ def build(
 ) -> tuple[Index, list[Shard]]:
     """Return the index of shards and those of them that had to be read, because `known` lacks them or they changed."""
     stored = [known.get(_absolute(file.path)) for file in files]
-    fresh = [
-        old and (old.file.size, old.file.version) == (f.size, f.version) for old, f in zip(stored, files, strict=True)
-    ]
+    fresh = [_is_fresh(old, file) for old, file in zip(stored, files, strict=True)]
     new = [file for file, is_fresh in zip(files, fresh, strict=True) if not is_fresh]
     _announce(new, [old for old, ok in zip(stored, fresh, strict=True) if old and not ok], len(files))
     block_bytes = block_size(sum(file.size for file in files))
     with ThreadPoolExecutor(SCAN_THREADS) as pool:
         scan = functools.partial(_scan, format=format, block_bytes=block_bytes, max_stall_seconds=max_stall_seconds)
         scanned = list(_with_progress(pool.map(scan, new), new))
+    _check_counts(scanned)
     found = iter(scanned)
     shards = [
         dataclasses.replace(old, file=file) if ok else next(found)
         for old, ok, file in zip(stored, fresh, files, strict=True)
     ]
     return Index(shards), scanned
+
+
+def _check_counts(shards: Sequence[Shard]) -> None:
+    """Warn of shards that have another number of records than img2dataset's `<shard>_stats.json` states.
+
+    It has no offsets, so the records are counted nevertheless (`successes`, img2dataset/logger.py).
+    """
+    for folder in {os.path.dirname(shard.file.path) for shard in shards}:
+        if is_url(folder) and not folder.startswith(WRITABLE):  # a web server has no listing
+            continue
+        base = folder if is_url(folder) else glob.escape(folder or ".")
+        try:
+            listed = {os.path.basename(file.path): file.path for file in storage.list_files(f"{base}/*_stats.json")}
+        except (ValueError, OSError):  # there are none
+            continue
+        for shard in shards:
+            at, name = os.path.split(shard.file.path)
+            path = listed.get(f"{name.partition('.')[0]}_stats.json", "")
+            if at != folder or not path:
+                continue
+            try:
+                expected = json.loads(storage.read_file(path))["successes"]
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                log.warning("%s: expected img2dataset's statistics: %s", path, error)
+                continue
+            if expected != (count := int(shard.records.sum())):
+                log.warning("%s: expected %s records, as %s has it, got %d", shard.file.path, expected, path, count)
+
+
+def _is_fresh(old: Shard | None, file: File) -> bool:
+    return old is not None and (old.file.size, old.file.version) == (file.size, file.version)
+
+
+def _scan_with_beam(
+    files: Sequence[File],
+    format: Format,
+    known: dict[str, Shard],
+    path: str,
+    max_stall_seconds: float,
+    options: Sequence[str],
+) -> None:
+    """Write the index of known and new shards, in any order. Workers read the shards; one of them writes."""
+    try:
+        import apache_beam as beam
+        from apache_beam.options.pipeline_options import PipelineOptions
+    except ImportError as error:
+        raise ValueError("--beam_options needs Apache Beam: pip install apache-beam") from error
+    stored = [(file, known.get(_absolute(file.path))) for file in files]
+    fresh = [dataclasses.replace(old, file=file) for file, old in stored if _is_fresh(old, file)]
+    new = [file for file, old in stored if not _is_fresh(old, file)]
+    block_bytes, folder = block_size(sum(file.size for file in files)), os.path.dirname(path)
+    with beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
+        # Reshuffle: otherwise Beam fuses the steps, and one worker gets all shards.
+        shards = pipeline | beam.Create(new) | beam.Reshuffle()
+        shards |= beam.Map(_scan, format, block_bytes, max_stall_seconds)
+        _ = (
+            shards
+            | beam.combiners.ToList()
+            | beam.Map(lambda scanned: _write(path, folder, Index([*fresh, *scanned]), format))
+        )
 
 
 def block_size(total_bytes: int) -> int:

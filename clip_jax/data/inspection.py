@@ -40,7 +40,7 @@ class Examined(NamedTuple):
     key: str
     problem: str | None = None  # reason why it is bad
     image: tuple[str, int, int, int] | None = None  # format, width, height, bytes
-    captions: tuple[tuple[str, str], ...] = ()  # feature and text, distinct texts
+    captions: tuple[tuple[str, str], ...] = ()  # feature and text
 
 
 class _Sampled:
@@ -132,20 +132,19 @@ def _examine(source: DataSource, examples: Int64[np.ndarray, "n"], config: DataC
 def _examined(record: Record | str, key: str, config: DataConfig) -> Examined:
     if isinstance(record, str):
         return Examined(key, record)
-    texts = {
-        text: name
+    captions = dict.fromkeys(
+        (name, text)
         for name, weight in config.captions.items()
         if weight > 0
         for text in map(clean, record.captions.get(name, ()))
         if text
-    }
+    )
     try:
         with Image.open(io.BytesIO(record.image)) as image:  # reads the header
             found = str(image.format), *image.size, len(record.image)
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
         found = None  # the problem is that of `record_problem`
-    captions = tuple((name, text) for text, name in texts.items())
-    return Examined(key, pipeline.record_problem(record, config), found, captions)
+    return Examined(key, pipeline.record_problem(record, config), found, tuple(captions))
 
 
 def _prepare(
@@ -189,8 +188,8 @@ def _images(found: Sequence[tuple[str, int, int, int]]) -> dict[str, Any]:
 def _captions(
     captions: Sequence[tuple[tuple[str, str], ...]], length: int, count_tokens: Callable[[Sequence[str]], np.ndarray]
 ) -> dict[str, Any]:
-    """Return statistics of all texts of the records. Duplicates are texts that several records have."""
-    texts = [text for record in captions for _, text in record]
+    """Return statistics of the distinct texts of every record. Duplicates are texts that several records have."""
+    texts = [text for record in captions for text in dict.fromkeys(text for _, text in record)]
     tokens = np.asarray(count_tokens(texts)) if texts else np.zeros(0, np.int64)
     records_of = Counter(texts)
     shared = [(text, records) for text, records in records_of.most_common() if records > 1]

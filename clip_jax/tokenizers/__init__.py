@@ -68,7 +68,7 @@ def make_tokenizer(
                 f"model.text.{field}: expected {expected} by tokenizer.name={config.name!r}, got"
                 f" {getattr(text, field)}; set model.text.{field}={expected}"
             )
-    if text.vocab_size == getattr(tokenizer, "fairseq_vocab_size", 0):
+    if text.vocab_size == getattr(tokenizer, "fairseq_vocab_size", None):
         raise ValueError(
             "tokenizer.name: expected 'xlm_roberta' for a SentencePiece model that starts with <unk>, <s>, </s> and a"
             f" text tower with two more tokens, model.text.vocab_size={text.vocab_size}, because fairseq's ids are one"

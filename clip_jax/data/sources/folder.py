@@ -34,16 +34,17 @@ class FolderSource:
             images = sorted(name for name in names if name.lower().endswith(EXTENSIONS))
             captions |= any(os.path.splitext(name)[0] in stems for name in images)
             self._classes |= bool(images) and path != folder
-            parts.append(pa.array([os.path.relpath(f"{path}/{name}", folder) for name in images], pa.large_string()))
-            digest.update("".join(f"{name} {os.stat(f'{path}/{name}').st_size}\n" for name in images).encode())
-        self._paths = pa.concat_arrays([pa.array([], pa.large_string()), *parts])
+            found = [os.fsencode(os.path.relpath(f"{path}/{name}", folder)) for name in images]  # of any encoding
+            parts.append(pa.array(found, pa.large_binary()))
+            digest.update(os.fsencode("".join(f"{name} {_size(f'{path}/{name}')}\n" for name in images)))
+        self._paths = pa.concat_arrays([pa.array([], pa.large_binary()), *parts])
         self._classes &= not captions
         self._fingerprint = digest.hexdigest()[:16]
         if not len(self):
             raise ValueError(f"data.files={folder!r}: expected images ({', '.join(EXTENSIONS)}), got none")
         if not captions and not self._classes:
             raise ValueError(
-                f"data.files={folder!r}: {len(self)} images have no captions; expected {self._paths[0].as_py()} with a"
+                f"data.files={folder!r}: {len(self)} images have no captions; expected {self.key(0)} with a"
                 " .txt or .json of the same name, or a folder for each class"
             )
 
@@ -77,7 +78,7 @@ class FolderSource:
         """Return the image's path below the folder."""
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
-        return self._paths[index].as_py()
+        return os.fsdecode(self._paths[index].as_py())
 
     def read(self, index: int) -> Record:
         path = f"{self._folder}/{self.key(index)}"
@@ -105,11 +106,16 @@ class FolderSource:
                 row |= found if isinstance(found, dict) else {}
             if os.path.isfile(f"{stem}.txt"):
                 row["txt"] = Path(f"{stem}.txt").read_bytes()
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise BadRecord(f"unreadable caption: {error}") from error
         if not row:
             raise BadRecord(f"no caption: expected {os.path.basename(stem)}.txt or .json")
         return self._fields.captions_of(row)
+
+
+def _size(path: str) -> int:
+    """Return the size in bytes; -1 of a link to no file, which is a bad record."""
+    return os.stat(path).st_size if os.path.exists(path) else -1
 
 
 def _walk(folder: str) -> Iterator[tuple[str, list[str]]]:

@@ -115,10 +115,10 @@ def _parquet_files(folder: str, split: str) -> list[File]:
 def _read_arrow(file: File, fields: Fields) -> table.ArrowRows:
     """Return the rows of an Arrow file, memory-mapped if it is local."""
     source = pa.BufferReader(storage.read_file(file.path)) if is_url(file.path) else pa.memory_map(file.path)
-    try:
+    with table.named_errors(file.path):
         rows = pa.ipc.open_stream(source).read_all()
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"data.files: {file.path}: {error}") from error
     columns = table.check_columns(file.path, rows.column_names, fields)
+    with table.named_errors(file.path):
+        rows.select(columns).validate(full=True)  # wrong offsets would be read beyond the file
     head = storage.read_range(file.path, 0, io.DEFAULT_BUFFER_SIZE)
     return table.ArrowRows(rows.select(columns), hashlib.sha256(head + str(file.size).encode()).hexdigest()[:16])

@@ -7,6 +7,7 @@ row groups, each read once an epoch. CSV is always held in memory; JSON lines ar
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -15,7 +16,7 @@ import math
 import mmap
 import os
 import urllib.request
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -39,6 +40,7 @@ MEMORY_BYTES = 2**30  # Parquet data of image and captions that is held in memor
 BLOCK_BYTES = 2**32  # memory of the row groups that lanes hold
 LANES = 64  # at most, in block order
 FETCH_THREADS = 4  # row groups that are read at the same time
+NAMED_ROWS = 100  # of JSON lines, whose keys are its columns
 WEB_SECONDS = 20  # for an image of a web server, after which its record is bad
 
 Row = Mapping[str, Any]
@@ -64,7 +66,10 @@ class ArrowRows:
         return self._rows
 
     def row(self, number: int) -> Row:
-        return {name: column[number].as_py() for name, column in self._columns.items()}
+        try:
+            return {name: column[number].as_py() for name, column in self._columns.items()}
+        except UnicodeDecodeError as error:
+            raise BadRecord(f"a text is not UTF-8: {error}") from error
 
 
 class JsonRows:
@@ -89,13 +94,21 @@ class JsonRows:
     def __len__(self) -> int:
         return len(self._starts)
 
+    def names(self) -> list[str]:
+        """Return the keys of the first readable rows, each of which may lack some."""
+        names: dict[str, None] = {}
+        for number in range(min(len(self), NAMED_ROWS)):
+            with contextlib.suppress(BadRecord):
+                names |= dict.fromkeys(self.row(number))
+        return list(names)
+
     def _line(self, number: int) -> bytes:
         return self._data[self._starts[number] : self._ends[number]]
 
     def row(self, number: int) -> Row:
         try:
             found = json.loads(self._line(number))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadRecord(f"damaged JSON: {error}") from error
         if not isinstance(found, dict):
             raise BadRecord(f"expected a JSON object, got {type(found).__name__}")
@@ -148,8 +161,9 @@ class TableSource:
             JsonRows(file) if _kind(file.path) == "jsonl" else _read_csv(file, fields, columns, delimiter, quotes)
             for file in files
         ]
-        if "jsonl" in kinds and rows and len(rows[0]):
-            check_columns(files[0].path, rows[0].row(0), fields)
+        for file, part in zip(files, rows, strict=True):
+            if isinstance(part, JsonRows) and len(part):
+                check_columns(file.path, part.names(), fields)
         return TableSource(files, rows, fields)
 
     @classmethod
@@ -228,7 +242,9 @@ class ParquetSource(TableSource):
         block, number = place(self._block_starts, index)
         try:
             rows = self._blocks(block)
-        except (pa.ArrowException, EOFError) as error:
+        except storage.StorageError:
+            raise
+        except (pa.ArrowException, EOFError, OSError) as error:
             raise BadRecord(f"damaged row group: {error}") from error
         return rows.row(number)
 
@@ -261,13 +277,23 @@ class ParquetFile:
         return ArrowRows(self._open().read_row_group(group, self.columns), self.content)
 
     def read_all(self) -> ArrowRows:
-        return ArrowRows(self._open().read(self.columns), self.content)
+        with named_errors(self.path):
+            return ArrowRows(self._open().read(self.columns), self.content)
 
     def _open(self) -> pq.ParquetFile:
-        try:
+        with named_errors(self.path):
             return pq.ParquetFile(RangeFile(self.path) if is_url(self.path) else self.path, pre_buffer=True)
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"data.files: {self.path}: {error}") from error
+
+
+@contextlib.contextmanager
+def named_errors(path: str) -> Iterator[None]:
+    """Raise ValueError with the file's name for Arrow's error about a damaged one."""
+    try:
+        yield
+    except storage.StorageError:
+        raise
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"data.files: {path}: {error}; write it again") from error
 
 
 class RangeFile(io.RawIOBase):

@@ -143,7 +143,7 @@ def _members(read: Read, start: int, stop: int) -> Iterator[Member]:
                 yield Member(found, begin, data, length)
             name, size, begin = None, None, end
         at = end
-    if at < stop:
+    if at != stop:  # beyond it: within the padding of the last member, and others may have followed
         raise tarfile.ReadError("is truncated")
 
 
@@ -172,13 +172,15 @@ def _decode(name: bytes) -> str:
 
 def _pax(data: bytes) -> dict[str, str]:
     """Return the attributes of an extended header: '<length> <name>=<value>' and a line feed, repeatedly."""
-    attributes, at = {}, 0
+    attributes, at, stop = {}, 0, len(data.rstrip(b"\0"))
     try:
-        while at < len(data.rstrip(b"\0")):
+        while at < stop:
             length = int(data[at : data.index(b" ", at)])
             name, _, value = data[data.index(b" ", at) + 1 : at + length - 1].partition(b"=")
             attributes[_decode(name)] = _decode(value)
             at += max(1, length)
+        if int(attributes.get("size", 0)) < 0:
+            raise ValueError("negative size")
     except ValueError as error:
         raise tarfile.ReadError("has a damaged header") from error
     return attributes
@@ -199,6 +201,6 @@ def _text(name: str, data: bytes) -> str:
 def _json(data: bytes) -> dict:
     try:
         found = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadRecord(f"damaged JSON: {error}") from error
     return found if isinstance(found, dict) else {}
