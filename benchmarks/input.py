@@ -57,7 +57,7 @@ def quality() -> None:
         for photograph in itertools.islice(photographs(side), 24):
             encoded, draws = _jpeg(photograph), rng.random((1, 3), np.float32)
             crops, _ = scaled_jpeg.random_crops([encoded], draws, SIZE, 0.9, 10**8)
-            top, left, length = scaled_jpeg.crop_box(side, side, draws[0], 0.9)
+            top, left, length, _ = scaled_jpeg.crop_box(side, side, draws[0], 0.9, SIZE)
             crop = Image.open(io.BytesIO(encoded)).crop((left, top, left + length, top + length))
             expected = np.asarray(crop.resize((SIZE, SIZE), Image.Resampling.BICUBIC), float)
             difference = np.abs(crops[0] - expected)

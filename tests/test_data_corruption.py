@@ -288,7 +288,7 @@ def test_a_size_that_is_no_number_of_bytes_ends_its_shard(tmp_path, size, caplog
 @pytest.mark.slow
 @pytest.mark.skipif(not pathlib.Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
 def test_memory_is_flat_over_many_batches(tmp_path):
-    assert growth(tmp_path, batches=300) < 20 * 2**20
+    assert growth(tmp_path, batches=120) < 20 * 2**20
 
 
 def growth(folder, batches):

@@ -100,6 +100,7 @@ class DataConfig:
     augment: AugmentConfig = AugmentConfig()
     # JPEGs: 'fast' decodes crops of twice the image size or more at 1/2, 1/4 or 1/8 and resizes in uint8; 'exact'
     # resizes bicubically in float32, close to evaluation, which never uses 'fast'. The crops are the same.
+    # 'fast' on photographs of 240 to 1024 px: mean PSNR to Pillow's bicubic 38 to 49 dB, docs/performance.md.
     decode: Literal["fast", "exact"] = "fast"
     # Settings of the source, arguments of its `from_config`, e.g. {'examples': 4096} for `synthetic`.
     options: Mapping[str, object] = dataclasses.field(default_factory=dict)

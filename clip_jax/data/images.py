@@ -162,7 +162,7 @@ def augment(image: tf.Tensor, size: int, seed: tf.Tensor, config: AugmentConfig)
     The result is a function of the arguments; `seed`, int64[2], is for TensorFlow's stateless random functions.
     """
     uniform = _draws(seed)
-    return _adjust(_resize(_random_square(image, uniform, config.min_crop_area), size), size, uniform, config)
+    return _adjust(_resize(_random_square(image, uniform, config.min_crop_area, size), size), size, uniform, config)
 
 
 def augment_jpegs(
@@ -209,14 +209,18 @@ def _adjust(pixels: tf.Tensor, size: int, uniform: tf.Tensor, config: AugmentCon
     return tf.cast(tf.round(tf.clip_by_value(pixels, 0.0, 255.0)), tf.uint8)
 
 
-def _random_square(image: tf.Tensor, uniform: tf.Tensor, min_area: float) -> tf.Tensor:
-    """Crop a square with an area of `min_area` to 1 times the largest square, at a random position."""
+def _random_square(image: tf.Tensor, uniform: tf.Tensor, min_area: float, size: int) -> tf.Tensor:
+    """Crop a square with an area of `min_area` to 1 times the largest square, at a random position.
+
+    The position is a multiple of the factor at which `scaled_jpeg` decodes it for a result of `size` pixels.
+    """
     height, width = tf.shape(image)[0], tf.shape(image)[1]
     largest = tf.cast(tf.minimum(height, width), tf.float32)
     area = 1.0 - (1.0 - min_area) * uniform[CROP_AREA]
     side = tf.maximum(1, tf.cast(tf.round(largest * tf.sqrt(area)), tf.int32))
-    top = _position(uniform[CROP_Y], height - side)
-    left = _position(uniform[CROP_X], width - side)
+    factor = 1 + sum(tf.cast(side >= 2 * step * size, tf.int32) * step for step in (1, 2, 4))
+    top = _position(uniform[CROP_Y], height - side) // factor * factor
+    left = _position(uniform[CROP_X], width - side) // factor * factor
     return tf.slice(image, [top, left, 0], [side, side, 3])
 
 

@@ -1,9 +1,9 @@
 """`data.decode = "fast"`: the random crop of a JPEG, decoded at a fraction of its size and resized in uint8.
 
 libjpeg-turbo decodes at 1/2, 1/4 or 1/8 by a smaller inverse DCT, so large images are not decoded in full. The rest,
-a factor of less than 2, is done by OpenCV: a symmetric filter of 5 taps against aliasing, then bilinear interpolation
-at the exact position of the crop. Both libraries release the GIL. The taps are fitted to Pillow's antialiased bicubic
-resize; tests/test_data_scaled_jpeg.py bounds the difference.
+a factor of less than 2, is done by OpenCV: a symmetric filter of 5 taps against aliasing, then bicubic interpolation.
+Both libraries release the GIL. The taps are fitted to Pillow's antialiased bicubic resize;
+tests/test_data_scaled_jpeg.py bounds the difference, `benchmarks/input.py --quality` prints it.
 """
 
 from __future__ import annotations
@@ -15,24 +15,30 @@ from types import ModuleType
 import numpy as np
 
 MAX_FACTOR = 8
-# Taps 1 and 2 pixels from the center, by input pixels per output pixel; least squares on scikit-image's photographs.
-RATIOS = (1.0, 1.12, 1.39, 1.65, 1.92)
-TAP_1 = (0.0, 0.014, 0.138, 0.245, 0.307)
-TAP_2 = (0.0, -0.029, -0.061, -0.081, -0.079)
+# Taps 1 and 2 pixels from the center, by input pixels per output pixel; maximum PSNR on scikit-learn's photographs,
+# decoded at 1, 1/2 and 1/4, together with INTER_CUBIC.
+RATIOS = (1.0, 1.06, 1.12, 1.25, 1.39, 1.65, 1.92)
+TAP_1 = (0.0, 0.041, 0.063, 0.104, 0.152, 0.231, 0.300)
+TAP_2 = (0.0, -0.012, -0.018, -0.029, -0.040, -0.051, -0.052)
 
 
-def crop_box(height: int, width: int, draws: np.ndarray, min_area: float) -> tuple[int, int, int]:
+def crop_box(height: int, width: int, draws: np.ndarray, min_area: float, size: int) -> tuple[int, int, int, int]:
     """Return top, left and side of the square that `images.augment` crops, in the same float32 arithmetic.
+
+    The fourth number is the factor of decoding, 1 to 8, at which the square still has `size` pixels; top and left are
+    multiples of it, so that the square begins at a decoded pixel.
 
     Args:
       draws: of area, x and y, uniform in [0, 1), float32[3].
       min_area: smallest area of the crop relative to the largest square's.
+      size: height and width of the resized crop in pixels.
     """
     one, (area, x, y) = np.float32(1), draws
     fraction = one - (one - np.float32(min_area)) * area
     side = max(1, int(np.round(np.float32(min(height, width)) * np.sqrt(fraction))))
+    factor = max(factor for factor in (1, 2, 4, MAX_FACTOR) if factor == 1 or side >= factor * size)
     top, left = (min(room, int(draw * np.float32(room + 1))) for draw, room in ((y, height - side), (x, width - side)))
-    return top, left, side
+    return top // factor * factor, left // factor * factor, side, factor
 
 
 def random_crops(
@@ -69,14 +75,12 @@ def _crop_into(result: np.ndarray, encoded: bytes, draws: np.ndarray, min_area: 
         height, width, colorspace, _ = _libraries()[1].decode_jpeg_header(encoded)
         if colorspace in ("CMYK", "YCCK") or height * width > max_pixels:
             return False
-        top, left, side = crop_box(height, width, draws, min_area)
-        factor = 1
-        while factor < MAX_FACTOR and side >= 2 * factor * size:
-            factor *= 2
+        top, left, side, factor = crop_box(height, width, draws, min_area, size)
         pixels = _decode(encoded, height, width, factor)
     except ValueError:
         return False
-    _resize_into(result, pixels, top / factor, left / factor, side / factor)
+    row, column, length = top // factor, left // factor, max(1, int(side / factor + 0.5))
+    _resize_into(result, pixels[row : row + length, column : column + length], side / factor)
     return True
 
 
@@ -92,23 +96,17 @@ def _decode(encoded: bytes, height: int, width: int, factor: int) -> np.ndarray:
         return decode(encoded, strict=False, **scaled)
 
 
-def _resize_into(result: np.ndarray, pixels: np.ndarray, top: float, left: float, side: float) -> None:
-    """Resize the square at `top`, `left` (in pixels, fractions allowed) of uint8[H W 3] to uint8[size size 3]."""
+def _resize_into(result: np.ndarray, pixels: np.ndarray, side: float) -> None:
+    """Resize a square, uint8[n n 3] with n = side, rounded, to uint8[size size 3] by the factor size / side."""
     cv2, _ = _libraries()
     size = len(result)
-    while side >= 2 * size:  # after 1/8
-        height, width = (length // 2 for length in pixels.shape[:2])
-        pixels = cv2.resize(pixels[: 2 * height, : 2 * width], (width, height), interpolation=cv2.INTER_AREA)
-        top, left, side = top / 2, left / 2, side / 2
-    # The square and the 3 pixels around it that the filter and the interpolation need.
-    row, column = max(0, int(top) - 3), max(0, int(left) - 3)
-    pixels = pixels[row : int(top + side) + 4, column : int(left + side) + 4]
     ratio = side / size
+    if ratio >= 2:  # after 1/8
+        cv2.resize(pixels, (size, size), dst=result, interpolation=cv2.INTER_AREA)
+        return
     if ratio > 1:
         near, far = np.interp(ratio, RATIOS, TAP_1), np.interp(ratio, RATIOS, TAP_2)
         taps = np.array([far, near, 1 - 2 * (near + far), near, far], np.float32)
         pixels = cv2.sepFilter2D(pixels, -1, taps, taps, borderType=cv2.BORDER_REPLICATE)
-    offset = ratio / 2 - 0.5  # of the first output pixel's center
-    transform = np.array([[ratio, 0, left - column + offset], [0, ratio, top - row + offset]])
-    flags = cv2.WARP_INVERSE_MAP | (cv2.INTER_LINEAR if ratio >= 1 else cv2.INTER_CUBIC)
-    cv2.warpAffine(pixels, transform, (size, size), dst=result, flags=flags, borderMode=cv2.BORDER_REPLICATE)
+    # A given size would replace the factor by size / n.
+    cv2.resize(pixels, None, dst=result, fx=1 / ratio, fy=1 / ratio, interpolation=cv2.INTER_CUBIC)
