@@ -128,6 +128,7 @@ def parse(folder: str) -> float:
     config = DataConfig(files=f"{folder}/*.tfrecord", cache_dir=folder, options=options)
     source, tokenizer = data.make_source(config), ClipBPE(length=77)
     order = source.order(0, BATCH)
+    filters = pipeline.Filters(config, source, order)
     prefetch = pipeline._Prefetch(source, order, BATCH, slice(0, BATCH))
     rates = []
     with ThreadPoolExecutor(2) as threads, ThreadPoolExecutor(pipeline.READ_THREADS) as pool:
@@ -136,7 +137,7 @@ def parse(folder: str) -> float:
             positions = np.arange(number * pipeline.CHUNK, (number + 1) * pipeline.CHUNK)
             epochs, ids = order(positions)
             prefetch(int(positions[0]) // BATCH)
-            pipeline._fetch(source, tokenizer, config, 0, data.Activity(), pool, ids, epochs)
+            pipeline._fetch(source, tokenizer, config, 0, data.Activity(), pool, filters, ids, epochs)
 
         chunks = RECORDS // pipeline.CHUNK
         for epoch in range(4):

@@ -85,6 +85,7 @@ class HostBatch:
     batch: Batch
     example_ids: Int64[np.ndarray, "b"]  # indices of the records, after replacement
     replaced: tuple[Replaced, ...]
+    filtered: Mapping[str, int] = dataclasses.field(default_factory=dict)  # records by filter of `data.filters`
 
 
 @runtime_checkable

@@ -68,10 +68,10 @@ def test_augmentation_seeds_differ_by_example_and_epoch():
 
 
 def test_replacements_are_in_range_and_vary_with_the_attempt():
-    found = {order.RecordOrder(1000, 0).replacement(17, attempt) for attempt in range(1, 101)}
+    found = {int(order.RecordOrder(1000, 0).replacement(np.array([17]), attempt)[0]) for attempt in range(1, 101)}
     assert min(found) >= 0 and max(found) < 1000
     assert len(found) > 80
-    assert order.RecordOrder(1, 0).replacement(17, 1) == 0
+    assert order.RecordOrder(1, 0).replacement(np.array([17]), 1).tolist() == [0]
 
 
 BLOCKS = {
@@ -101,11 +101,13 @@ def test_block_order_has_every_example_once_an_epoch(case):
 
 def test_replacements_of_block_order_are_in_the_block_at_first():
     ordered = order.BlockOrder(np.array([3, 50, 7]), 0, 4, 4, 3)
-    near = {ordered.replacement(20, attempt) for attempt in range(1, order.BLOCK_ATTEMPTS + 1)}
-    anywhere = {ordered.replacement(20, order.BLOCK_ATTEMPTS + attempt) for attempt in range(1, 1001)}
+    near = {int(ordered.replacement(np.array([20]), attempt)[0]) for attempt in range(1, order.BLOCK_ATTEMPTS + 1)}
+    anywhere = {
+        int(ordered.replacement(np.array([20]), order.BLOCK_ATTEMPTS + attempt)[0]) for attempt in range(1, 1001)
+    }
     assert near <= set(range(3, 53)) and len(near) > 20
     assert anywhere == set(range(60))
-    assert {ordered.replacement(59, attempt) for attempt in range(1, 51)} == set(range(53, 60))
+    assert {int(ordered.replacement(np.array([59]), attempt)[0]) for attempt in range(1, 51)} == set(range(53, 60))
 
 
 @pytest.mark.parametrize("case", BLOCKS)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from clip_jax import data
 from clip_jax.config import AugmentConfig, DataConfig
-from clip_jax.data import order, pipeline
+from clip_jax.data import captions, order, pipeline
 from clip_jax.data.sources.synthetic import SyntheticSource
 from clip_jax.typing import BadRecord, Record
 
@@ -365,10 +365,10 @@ def test_captions_without_weight_raise():
 # -------------------------------------------------------------------------------------------------------- captions
 
 
-def _caption_grid(captions, weights):
-    record = Record("k", b"", captions)
+def _caption_grid(texts, weights):
+    record = Record("k", b"", texts)
     grid = (np.arange(100) + 0.5) / 100
-    return [pipeline.choose_caption(record, weights, [0.0], [u], [v]) for u in grid for v in grid[::10]]
+    return [captions.choose_caption(record, weights, [0.0], [u], [v]) for u in grid for v in grid[::10]]
 
 
 def test_features_are_selected_by_weight_and_their_values_uniformly():
@@ -381,7 +381,7 @@ def test_several_texts_are_joined_without_repetition():
     weights = {"name": 1.0, "keyword": 1.0}
     grid = np.linspace(0, 0.99, 5)
     drawn = {
-        pipeline.choose_caption(record, weights, [count] * 3, [a, b, c], [d, a, b])
+        captions.choose_caption(record, weights, [count] * 3, [a, b, c], [d, a, b])
         for count in grid
         for a in grid
         for b in grid
@@ -397,7 +397,7 @@ def test_several_texts_are_joined_without_repetition():
 def test_first_of_several_texts_is_the_one_of_a_single_text():
     """More texts for a caption are appended to the first one and do not change it."""
     ids, epochs = np.arange(50), np.zeros(50, np.int64)
-    one, three = (pipeline._caption_draws(texts, 7, epochs, ids) for texts in (1, 3))
+    one, three = (captions.caption_draws(texts, 7, epochs, ids) for texts in (1, 3))
     np.testing.assert_array_equal(one[..., 0], three[..., 0])
 
 
@@ -427,4 +427,4 @@ def test_caption_of_megabytes_is_truncated_before_the_tokenizer():
             return super().__call__(texts)
 
     take(ListSource([_record(0, text="x" * 4_000_000)]), 1, config=TOLERANT, batch_size=1, tokenizer=Measuring())
-    assert set(lengths) == {pipeline.MAX_CAPTION_CHARACTERS}
+    assert set(lengths) == {captions.MAX_CAPTION_CHARACTERS}

@@ -130,7 +130,10 @@ def test_bad_records_are_replaced_by_records_of_their_block(config, store):
     block = place(source._starts, number)[0]
     store.objects[name] = bytes(shard[:-200]) + bytes([shard[-200] ^ 1]) + bytes(shard[-199:])
     ordered = source.order(3, BATCH)
-    assert all(place(source._starts, ordered.replacement(number, attempt))[0] == block for attempt in range(1, 40))
+    assert all(
+        place(source._starts, int(ordered.replacement(np.array([number]), attempt)[0]))[0] == block
+        for attempt in range(1, 40)
+    )
     tolerant = DataConfig(files=config.files, cache_dir=config.cache_dir, options=OPTIONS, max_bad_fraction=0.5)
     numbers = np.concatenate(_batches(tolerant, RECORDS // BATCH))
     assert 299 not in numbers and len(numbers) == RECORDS and len(set(numbers.tolist())) == RECORDS - 1

@@ -34,6 +34,7 @@ from clip_jax.config.schema import (
     DataConfig,
     EvalConfig,
     EvalTask,
+    FilterConfig,
     InitConfig,
     MeshConfig,
     OptimConfig,

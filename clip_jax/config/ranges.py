@@ -20,6 +20,10 @@ RANGES: dict[str, Range] = {
     "preprocess.resize_size": _COUNT_OR_ZERO,
     "preprocess.fill_color": (0, 255),
     "data.captions.*": (0.0, 1e9),
+    "data.filters.min_image_size": _COUNT_OR_ZERO,
+    "data.filters.max_aspect_ratio": (0.0, 1e9),
+    "data.filters.min_caption_characters": (0, 8192),
+    "data.filters.max_caption_characters": (0, 8192),  # captions are cut there
     "data.augment.min_crop_area": (0.01, 1.0),
     "data.augment.rotate_degrees": (0.0, 180.0),
     "data.augment.zoom": (0.0, 0.9),

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Literal
 
+import regex
+
 from clip_jax.losses import ContrastiveLoss, SoftmaxLoss
 from clip_jax.models.architecture import Architecture, Preprocess
 
@@ -56,6 +58,34 @@ class AugmentConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class FilterConfig:
+    """Records to skip; others take their places. Captions that fail are dropped; one of a record must pass."""
+
+    min_image_size: int = 0  # of the shorter side, in pixels
+    max_aspect_ratio: float = 0.0  # longer side / shorter side; 0: any
+    min_caption_characters: int = 0
+    max_caption_characters: int = 0  # 0: any
+    # Unicode scripts, e.g. ('Han', 'Hiragana', 'Katakana'), that have more than half of a caption's letters; (): any.
+    caption_scripts: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        for name in self.caption_scripts:
+            try:
+                regex.compile(rf"\p{{Script={name}}}")
+            except regex.error as error:
+                raise ValueError(
+                    f"data.filters.caption_scripts: {name!r} is no Unicode script; give e.g. 'Latin' or 'Cyrillic'"
+                ) from error
+        if 0 < self.max_aspect_ratio < 1:
+            raise ValueError(f"data.filters.max_aspect_ratio={self.max_aspect_ratio}: expected 1 or more; 0: any")
+        if 0 < self.max_caption_characters < self.min_caption_characters:
+            raise ValueError(
+                f"data.filters.max_caption_characters={self.max_caption_characters} is less than"
+                f" min_caption_characters={self.min_caption_characters}: no caption passes"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Training data."""
 
@@ -66,6 +96,7 @@ class DataConfig:
     captions: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"txt": 1.0, "caption": 1.0})
     # Maximum number of a record's texts that are sampled and joined by commas, e.g. for a name and its tags.
     texts_per_caption: int = 1
+    filters: FilterConfig = FilterConfig()
     augment: AugmentConfig = AugmentConfig()
     # JPEGs: 'fast' decodes crops of twice the image size or more at 1/2, 1/4 or 1/8 and resizes in uint8; 'exact'
     # resizes bicubically in float32, close to evaluation, which never uses 'fast'. The crops are the same.

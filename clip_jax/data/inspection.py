@@ -16,6 +16,7 @@ from PIL import Image
 
 from clip_jax.config import DataConfig
 from clip_jax.data import images, order, pipeline
+from clip_jax.data.captions import clean
 from clip_jax.typing import BadRecord, Batch, DataSource, Number, Record, Tokenizer
 
 PERCENTILES = {"min": 0, "5 %": 5, "median": 50, "95 %": 95, "max": 100}
@@ -135,7 +136,7 @@ def _examined(record: Record | str, key: str, config: DataConfig) -> Examined:
         (name, text)
         for name, weight in config.captions.items()
         if weight > 0
-        for text in map(pipeline.clean, record.captions.get(name, ()))
+        for text in map(clean, record.captions.get(name, ()))
         if text
     )
     try:

@@ -42,9 +42,12 @@ class RecordOrder:
         epochs, offsets = np.divmod(positions, self._examples)
         return epochs, _shuffled(offsets, self._examples, self._seed, epochs)
 
-    def replacement(self, example: int, attempt: int) -> int:
-        """Return the example that replaces a damaged one; `attempt` counts from 1."""
-        return int(draw(REPLACE, example, attempt)[0] % np.uint64(self._examples))
+    def replacement(self, examples: np.ndarray, attempt: int, *words: np.ndarray) -> np.ndarray:
+        """Return the example that replaces each of these, int64[n]; `attempt` counts from 1.
+
+        words: more of the draw, e.g. the epochs, int64[n].
+        """
+        return (draw(REPLACE, examples, attempt, *words) % np.uint64(self._examples)).astype(np.int64)
 
 
 class BlockOrder:
@@ -85,11 +88,13 @@ class BlockOrder:
             examples[of_epoch] = self._starts[blocks[index] + 1] - from_end
         return epochs, examples
 
-    def replacement(self, example: int, attempt: int) -> int:
-        """Return the example that replaces a damaged one: of its block, which is in memory, at the first attempts."""
-        block = int(np.searchsorted(self._starts, example, side="right")) - 1
-        first, end = self._starts[block : block + 2] if attempt <= BLOCK_ATTEMPTS else (0, self._examples)
-        return int(first) + int(draw(REPLACE, example, attempt)[0] % np.uint64(end - first))
+    def replacement(self, examples: np.ndarray, attempt: int, *words: np.ndarray) -> np.ndarray:
+        """As that of RecordOrder; at the first attempts of the example's block, which is in memory."""
+        first, end = np.zeros_like(examples), np.full_like(examples, self._examples)
+        if attempt <= BLOCK_ATTEMPTS:
+            blocks = np.searchsorted(self._starts, examples, side="right") - 1
+            first, end = self._starts[blocks], self._starts[blocks + 1]
+        return first + (draw(REPLACE, examples, attempt, *words) % (end - first).astype(np.uint64)).astype(np.int64)
 
     def blocks(self, step: int, rows: slice, ahead: int = 1) -> list[np.ndarray]:
         """Return the blocks that these rows need from a step on, one array for each window.

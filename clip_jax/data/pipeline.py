@@ -8,13 +8,11 @@ order. A bad record (wrong checksum, undecodable image, no usable caption) becom
 
 from __future__ import annotations
 
-import bisect
 import functools
-import itertools
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -23,6 +21,8 @@ import tensorflow as tf
 from clip_jax.config import AugmentConfig, DataConfig
 from clip_jax.data import images, order
 from clip_jax.data.activity import THREADS, Activity
+from clip_jax.data.captions import caption_draws, choose_caption
+from clip_jax.data.filters import FILTERS, Filters, by_name
 from clip_jax.typing import BadRecord, Batch, DataSource, HostBatch, Record, Replaced, Tokenizer
 
 log = logging.getLogger(__name__)
@@ -31,11 +31,11 @@ CHUNK = 64  # records that are read and decoded together
 READ_THREADS = 16  # they wait for disk or network
 MAX_ATTEMPTS = 100  # replacements that are tried for one bad record
 MIN_READS = 100  # before the fraction of bad records is checked
-MAX_CAPTION_CHARACTERS = 8192  # a caption may have megabytes; a few hundred characters fill every tokenizer's row
 UNSTABLE = "failed twice when it was read for the batch, although it was good when checked"
 
-# Encoded images as objects [n], tokens int32[n L], ok bool[n], augmentation seeds int64[n 2].
-Fetched = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+# Example ids int64[n], encoded images as objects [n], tokens int32[n L], ok bool[n], augmentation seeds int64[n 2],
+# records filtered by each filter int64[n f].
+Fetched = tuple[np.ndarray, ...]
 Fetch = Callable[[np.ndarray, np.ndarray], Fetched]  # of example ids int64[n] and epochs int64[n]
 Order = order.RecordOrder | order.BlockOrder
 
@@ -97,8 +97,8 @@ def batches(
 def _batches(source, tokenizer, config, fetch, image_size, batch_size, seed, start_step, first_row, host_batch_size):
     errors: list[BaseException] = []
     with ThreadPoolExecutor(READ_THREADS, "clip_jax-read") as pool:
-        fetch = functools.partial(fetch, pool)
         ordered = source.order(seed, batch_size) if hasattr(source, "order") else order.RecordOrder(len(source), seed)
+        fetch = functools.partial(fetch, pool, Filters(config, source, ordered))
         prepare = _prepare_function(image_size, tokenizer.length, config.augment, config.decode)
         prefetch = _Prefetch(source, ordered, batch_size, slice(first_row, first_row + host_batch_size))
 
@@ -106,7 +106,8 @@ def _batches(source, tokenizer, config, fetch, image_size, batch_size, seed, sta
             try:
                 epochs, example_ids = ordered(positions)
                 prefetch(int(positions[0]) // batch_size)
-                return example_ids, epochs, *fetch(example_ids, epochs)
+                example_ids, *fetched = fetch(example_ids, epochs)
+                return example_ids, epochs, *fetched
             except BaseException as error:
                 errors.append(error)  # TensorFlow propagates only its text
                 raise
@@ -115,7 +116,9 @@ def _batches(source, tokenizer, config, fetch, image_size, batch_size, seed, sta
         dataset = dataset.map(
             _no_autograph(functools.partial(_fetch_op, fetch_positions, tokenizer.length)), num_parallel_calls=THREADS
         )
-        dataset = dataset.map(_no_autograph(prepare), num_parallel_calls=_threads(config))
+        dataset = dataset.map(
+            _no_autograph(lambda *fetched: (*prepare(*fetched[:-1]), fetched[-1])), num_parallel_calls=_threads(config)
+        )
         dataset = dataset.rebatch(host_batch_size).prefetch(config.prefetch_batches)
         repair = _Repair(source, ordered, config, fetch, prepare)
         iterator = dataset.with_options(_options(config)).as_numpy_iterator()
@@ -166,15 +169,17 @@ def _fetch(
     seed: int,
     activity: Activity,
     pool: ThreadPoolExecutor,
+    filters: Filters,
     example_ids: np.ndarray,
     epochs: np.ndarray,
 ) -> Fetched:
     """Read records, choose a caption for each and tokenize it; a bad record gets empty bytes and zero tokens."""
-    in_memory = getattr(source, "in_memory", False)
-    read = functools.partial(_read, source)
+    read_each = map if getattr(source, "in_memory", False) else pool.map
     with activity.stage("storage"):
-        records = list(map(read, example_ids.tolist()) if in_memory else pool.map(read, example_ids.tolist()))
-    draws = _caption_draws(config.texts_per_caption, seed, epochs, example_ids)
+        records, example_ids, filtered = filters.select(
+            lambda examples: list(read_each(functools.partial(_read, source), examples)), example_ids, epochs
+        )
+    draws = caption_draws(config.texts_per_caption, seed, epochs, example_ids)
     captions = [
         choose_caption(record, config.captions, *row) if record else None
         for record, row in zip(records, draws.tolist(), strict=True)
@@ -185,7 +190,7 @@ def _fetch(
         with activity.stage("tokenizer"):
             tokens[ok] = tokenizer([caption for caption in captions if caption is not None])
     encoded = np.array([record.image if good else b"" for record, good in zip(records, ok, strict=True)], object)
-    return encoded, tokens, ok, order.augmentation_seeds(seed, epochs, example_ids)
+    return example_ids, encoded, tokens, ok, order.augmentation_seeds(seed, epochs, example_ids), filtered
 
 
 def _read(source: DataSource, example: int) -> Record | None:
@@ -193,53 +198,6 @@ def _read(source: DataSource, example: int) -> Record | None:
         return source.read(example)
     except BadRecord:
         return None
-
-
-def _caption_draws(texts: int, seed: int, epochs: np.ndarray, example_ids: np.ndarray) -> np.ndarray:
-    """Return float64[n, 3, texts] in [0, 1): draws for the number of texts, their features, and their values."""
-    purposes = np.array([order.COUNT, order.FEATURE, order.VALUE])[None, :, None]
-    words = epochs[:, None, None], example_ids[:, None, None], np.arange(texts)[None, None]
-    return order.fraction(order.draw(purposes, seed, *words))
-
-
-def choose_caption(
-    record: Record,
-    weights: Mapping[str, float],
-    by_count: Sequence[float] = (0.0,),
-    by_feature: Sequence[float] = (0.0,),
-    by_value: Sequence[float] = (0.0,),
-) -> str | None:
-    """Return one or more distinct texts joined by commas, or None if the record has no usable text.
-
-    Args:
-      by_count: draws in [0, 1); the first selects the number of texts, 1 to len(by_count).
-      by_feature, by_value: draws in [0, 1); each pair selects a feature, by weight, and one of its texts.
-    """
-    usable = {
-        name: texts
-        for name, weight in weights.items()
-        if weight > 0 and (texts := [t for text in record.captions.get(name, ()) if (t := clean(text))])
-    }
-    selected = []
-    count = 1 + int(by_count[0] * len(by_count))
-    for u, v in zip(by_feature[:count], by_value[:count], strict=True):
-        if not usable:
-            break
-        names = list(usable)
-        edges = list(itertools.accumulate(weights[name] for name in names))
-        name = names[bisect.bisect_right(edges, u * edges[-1], hi=len(names) - 1)]
-        selected.append(usable[name].pop(int(v * len(usable[name]))))
-        if not usable[name]:
-            del usable[name]
-    return ", ".join(selected) or None
-
-
-def clean(text: str) -> str:
-    """Return a caption without NUL, byte order marks (of files from Windows), lone surrogates and outer white space."""
-    text = text[:MAX_CAPTION_CHARACTERS]
-    if not text.isascii():  # JSON may have half of an emoji
-        text = text.encode("utf-8", "ignore").decode().replace("\ufeff", "")
-    return text.replace("\0", "").strip()
 
 
 class _Prefetch:
@@ -257,8 +215,8 @@ class _Prefetch:
 
 
 def _fetch_op(fetch: Callable, length: int, positions: tf.Tensor) -> tuple[tf.Tensor, ...]:
-    types = (tf.int64, tf.int64, tf.string, tf.int32, tf.bool, tf.int64)
-    shapes = ([None], [None], [None], [None, length], [None], [None, 2])
+    types = (tf.int64, tf.int64, tf.string, tf.int32, tf.bool, tf.int64, tf.int64)
+    shapes = ([None], [None], [None], [None, length], [None], [None, 2], [None, len(FILTERS)])
     fetched = tf.numpy_function(fetch, [positions], types, stateful=False)
     return tuple(map(tf.ensure_shape, fetched, shapes))
 
@@ -333,8 +291,9 @@ class _Repair:
         self._reasons: dict[str, str] = {}  # of the bad records found so far, by key
         self._read = self._bad = 0
 
-    def __call__(self, image, tokens, ok, example_ids, epochs) -> HostBatch:
+    def __call__(self, image, tokens, ok, example_ids, epochs, filtered) -> HostBatch:
         self._read += len(ok)
+        self._filtered = filtered.sum(axis=0)
         replaced = []
         if not ok.all():
             image, tokens, example_ids = image.copy(), tokens.copy(), example_ids.copy()
@@ -344,7 +303,7 @@ class _Repair:
                 reason = self._bad_reason(example)
                 prepared = None if reason else self._prepare_one(example, epoch)  # transient error: read it again
                 if prepared:
-                    image[row], tokens[row] = prepared
+                    example_ids[row], image[row], tokens[row] = prepared
                 else:
                     bad[row] = reason or self._bad_reason(example) or self._log_bad(example, UNSTABLE)
             self._bad += len(bad)
@@ -354,7 +313,9 @@ class _Repair:
                 new, image[row], tokens[row] = self._replacement(old, int(epochs[row]))
                 example_ids[row] = new
                 replaced.append(Replaced(self._source.key(old), reason, self._source.key(new)))
-        return HostBatch(Batch(image, tokens, np.ones(len(ok), bool)), example_ids, tuple(replaced))
+        return HostBatch(
+            Batch(image, tokens, np.ones(len(ok), bool)), example_ids, tuple(replaced), by_name(self._filtered)
+        )
 
     def _bad_reason(self, example: int) -> str | None:
         """Return the reason why a record is bad, or None if it is good now."""
@@ -380,22 +341,25 @@ class _Repair:
     def _replacement(self, example: int, epoch: int) -> tuple[int, np.ndarray, np.ndarray]:
         """Return the first good record that may replace a bad one: example id, image, tokens."""
         for attempt in range(1, MAX_ATTEMPTS + 1):
-            candidate = self._order.replacement(example, attempt)
+            candidate = int(self._order.replacement(np.array([example]), attempt)[0])
             if candidate == example:
                 continue
             if prepared := self._prepare_one(candidate, epoch):
-                return candidate, *prepared
+                return prepared
             self._bad_reason(candidate)  # logs it
         raise ValueError(
             f"none of {MAX_ATTEMPTS} records could replace {self._source.key(example)}: {self._first_reasons()}."
             f" The source has {len(self._source)} records; check data.files and data.captions"
         )
 
-    def _prepare_one(self, example: int, epoch: int) -> tuple[np.ndarray, np.ndarray] | None:
-        ids, epochs = np.array([example]), np.array([epoch])
-        prepared = self._prepare(*(tf.constant(a) for a in (ids, epochs, *self._fetch(ids, epochs))))
+    def _prepare_one(self, example: int, epoch: int) -> tuple[int, np.ndarray, np.ndarray] | None:
+        """Return example id, image and tokens of a record, or of another if it is filtered; None if that is bad."""
+        epochs = np.array([epoch])
+        ids, *fetched, filtered = self._fetch(np.array([example]), epochs)
+        self._filtered += filtered[0]
+        prepared = self._prepare(*(tf.constant(a) for a in (ids, epochs, *fetched)))
         image, tokens, ok, _, _ = (tensor.numpy() for tensor in prepared)
-        return (image[0], tokens[0]) if ok[0] else None
+        return (int(ids[0]), image[0], tokens[0]) if ok[0] else None
 
     def _first_reasons(self) -> str:
         return ", ".join(f"{key} ({reason})" for key, reason in list(self._reasons.items())[:3])

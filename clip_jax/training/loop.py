@@ -233,7 +233,7 @@ def _train_steps(
             start_up.phase("first batch")
             state, outputs = train_step(state, sharding.to_global(host_batch.batch, run.mesh))
             start_up.finish("first step", outputs)
-            training_log.add(at, outputs, len(host_batch.replaced))
+            training_log.add(at, outputs, len(host_batch.replaced), host_batch.filtered)
             checkpoints.poll()
             if at % config.checkpoint.every_steps == 0 or at == total_steps:
                 save()

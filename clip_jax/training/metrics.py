@@ -73,14 +73,22 @@ class TrainingLog:
         self._progress = Progress(total_steps, active=active)
         self._meter = Meter(config.batch_size, pair_seconds, saved.get("window"))
         self._replaced = int(saved.get("replaced_records", 0))
+        self._filtered = collections.Counter(saved.get("filtered_records", {}))
         self._pending: collections.deque[Mapping[str, jax.Array]] = collections.deque()
 
     def wait(self, seconds: float) -> None:
         self._meter.wait(seconds)
 
-    def add(self, step: int, outputs: Mapping[str, jax.Array], replaced_records: int) -> None:
+    def add(
+        self,
+        step: int,
+        outputs: Mapping[str, jax.Array],
+        replaced_records: int,
+        filtered_records: Mapping[str, int] | None = None,
+    ) -> None:
         """Add the device metrics of one step; write a record every `train.log_every_steps` steps and at the last."""
         self._replaced += replaced_records
+        self._filtered.update(filtered_records or {})
         self._pending.append(outputs)
         is_due = step % self._config.log_every_steps == 0 or step == self._total_steps
         self._read_pending(0 if is_due else _LAG)
@@ -94,6 +102,7 @@ class TrainingLog:
                     "examples_seen": float(examples_seen),
                     "epoch": examples_seen / self._epoch_examples,
                     "replaced_records": float(self._replaced),
+                    **{f"filtered_records/{name}": float(count) for name, count in self._filtered.items()},
                 }
             )
             self.writer.write(step, record)
@@ -109,7 +118,7 @@ class TrainingLog:
         """Flush, and return the JSON state with which a resumed run writes the same records."""
         self._read_pending(0)
         self.writer.flush()
-        return {"window": self._meter.window(), "replaced_records": self._replaced}
+        return {"window": self._meter.window(), "replaced_records": self._replaced, "filtered_records": self._filtered}
 
     def close(self) -> None:
         self._progress.end()
