@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 import pytest
 import tensorflow as tf
-from PIL import Image
+from PIL import Image, features
 
 from clip_jax.config import AugmentConfig
 from clip_jax.data import images
@@ -63,9 +63,15 @@ FILES = {
     "gif transparent": (_encode(RGBA, "GIF"), EXACT),
     "gif animated": (_encode(RGB, "GIF", save_all=True, append_images=[RGB.rotate(180)]), EXACT),
     "bmp": (_encode(RGB, "BMP"), EXACT),
+    "tiff": (_encode(RGB, "TIFF"), EXACT),
+    "tiff alpha, compressed": (_encode(RGBA, "TIFF", compression="tiff_lzw"), EXACT),
+    "tiff cmyk": (_encode(RGB.convert("CMYK"), "TIFF"), EXACT),
     "bmp palette": (_encode(RGB.convert("P"), "BMP"), EXACT),
     "one pixel": (_encode(RGB.resize((1, 1)), "PNG"), EXACT),
 }
+if features.check("avif"):
+    FILES["avif"] = (_encode(RGB, "AVIF"), EXACT)
+    FILES["avif alpha"] = (_encode(RGBA, "AVIF"), EXACT)
 
 
 @pytest.fixture(scope="module")
@@ -143,9 +149,11 @@ WITH_SIZE = {
     "webp lossless": _lossless_webp_of_size,
     "gif": _gif_of_size,
     "bmp": _bmp_of_size,
+    "tiff": lambda width, height: _encode(Image.new("1", (width, height)), "TIFF", compression="group4"),
 }
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # an error in tests; Pillow goes on
 @pytest.mark.parametrize("kind", WITH_SIZE)
 def test_decompression_bomb_raises_for_its_size(decode, kind):
     """13,000 × 13,000 pixels in the header: the size check raises, not the decoder for missing data."""
@@ -169,7 +177,7 @@ BAD = {
     "truncated png": FILES["png"][0][:-40],
     "truncated webp": FILES["webp"][0][:-40],
     "svg": b'<svg xmlns="http://www.w3.org/2000/svg"/>',
-    "tiff": _encode(RGB, "TIFF"),
+    "truncated tiff": FILES["tiff"][0][:-400],
     "short": b"\xff\xd8\xff",
     "png signature": b"\x89PNG\r\n\x1a\n",
 }

@@ -104,6 +104,14 @@ def test_every_jpeg_but_cmyk_is_decoded_fast():
     assert scaled_jpeg.random_crops(list(JPEGS.values()), draws, SIZE, 0.5, images.MAX_PIXELS)[1].all()
 
 
+def test_damage_that_libjpeg_only_warns_of_is_decoded_as_by_pillow_without_output(capfd):
+    encoded = JPEGS["extraneous bytes"]
+    draws = np.full((1, 3), 0.5, np.float32)
+    found, done = scaled_jpeg.random_crops([encoded], draws, SIZE, 1.0, images.MAX_PIXELS)
+    intact, _ = scaled_jpeg.random_crops([JPEGS["baseline"]], draws, SIZE, 1.0, images.MAX_PIXELS)
+    assert done.all() and (found == intact).all() and capfd.readouterr() == ("", "")
+
+
 def test_large_crops_are_decoded_at_a_fraction(monkeypatch):
     factors = []
     decode = scaled_jpeg._decode

@@ -6,8 +6,8 @@ Decoding agrees with Pillow's, except where noted:
   becomes RGB. EXIF orientation is not applied, as in CLIP's own preprocessing.
 * Alpha is composited on white. Decoding three channels instead would show the hidden color of transparent pixels.
 * 16-bit PNG keeps its high byte; Pillow clips at 255.
-* GIF, BMP, animated WebP (first frame) and PNG of fewer than 8 bits per channel, which TensorFlow 2.21 decodes with an
-  alpha of 1 of 255, are decoded by Pillow inside the graph.
+* GIF, BMP, TIFF, AVIF, animated WebP (first frame) and PNG of fewer than 8 bits per channel, which TensorFlow 2.21
+  decodes with an alpha of 1 of 255, are decoded by Pillow inside the graph.
 
 The default augmentation is the paper's (section 2.5): a random square crop. All draws are stateless.
 """
@@ -28,7 +28,7 @@ from clip_jax.data import scaled_jpeg
 
 # A 1.2 MB PNG can hold 20,000² pixels: 1.2 GB in each decoding thread. 100 Mpx are 300 MB.
 MAX_PIXELS = 100_000_000
-PILLOW_FORMATS = ("GIF", "BMP", "WEBP", "PNG")
+PILLOW_FORMATS = ("GIF", "BMP", "WEBP", "PNG", "TIFF", "AVIF")  # AVIF: Pillow 11.3
 HEADER_BYTES = 32  # contains width and height in all formats except JPEG
 
 # Indices of the uniform draws of one stateless call: switching one augmentation off does not change the others.
@@ -42,7 +42,7 @@ YIQ_TO_RGB = np.linalg.inv(RGB_TO_YIQ)
 
 
 def decode(encoded: tf.Tensor) -> tf.Tensor:
-    """Decode JPEG, PNG, WebP, GIF or BMP, detected by their first bytes, to uint8[H W 3].
+    """Decode JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF, detected by their first bytes, to uint8[H W 3].
 
     Raises tf.errors.OpError if the format is another, or the image is damaged or larger than MAX_PIXELS.
     """
@@ -141,7 +141,7 @@ def _decode_with_pillow(encoded: tf.Tensor, header: tf.Tensor, byte: tf.Tensor) 
     bmp = tf.where(bmp < 2**31, bmp, 2**32 - bmp)  # a negative height means rows from the top
     png = tf.stack([_big_endian(byte[16:20]), _big_endian(byte[20:24])])
     webp = tf.stack([_little_endian(byte[24:27]) + 1, _little_endian(byte[27:30]) + 1])
-    size = tf.ones(2, tf.int64)  # of other formats, which Pillow refuses
+    size = tf.ones(2, tf.int64)  # of other formats, which `_pillow_rgb` checks
     for magic, declared in ((b"GIF8", gif), (b"BM", bmp), (b"\x89PNG", png), (b"RIFF", webp)):
         size = tf.where(_starts_with(header, magic), declared, size)
     with tf.control_dependencies([_check_size(size[0], size[1])]):
@@ -150,6 +150,8 @@ def _decode_with_pillow(encoded: tf.Tensor, header: tf.Tensor, byte: tf.Tensor) 
 
 def _pillow_rgb(encoded: bytes) -> np.ndarray:
     with Image.open(io.BytesIO(encoded), formats=PILLOW_FORMATS) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"[width and height:] [{image.width}] [{image.height}]")  # as `_check_size`
         rgba = image.convert("RGBA")
     white = Image.new("RGBA", rgba.size, "white")
     white.alpha_composite(rgba)
