@@ -87,9 +87,9 @@ def test_module_flags_configs_and_keys_of_a_command_exist(words):
 def test_config_keys_in_the_text_exist():
     sections = "|".join(default_config())
     named = set(re.findall(rf"`(?:--config\.)?((?:{sections})\.\w+(?:\.\w+)*)(?:=[^`]*)?`", ALL))
-    files, mappings = {"config.json", "tokenizer.json"}, {"data.options", "data.captions"}
+    files, groups = {"config.json", "tokenizer.json"}, {"data.options", "data.captions", "data.filters"}
     assert len(named) > 20
-    assert named - files <= config_keys(default_config()) | mappings
+    assert named - files <= config_keys(default_config()) | groups
 
 
 @pytest.mark.slow

@@ -285,6 +285,20 @@ def test_missing_metrics_are_not_an_error(tiny, tmp_path, capsys, outputs):
     assert ("loss 2.0000" in capsys.readouterr().err) == ("loss" in outputs)
 
 
+def test_counts_of_replaced_and_filtered_records_go_on_after_a_resume(tiny, tmp_path):
+    saved = None
+    for step in (1, 2):
+        log = _log(tmp_path, tiny, first_step=step - 1, saved=saved)
+        log.add(step, {}, 2, {"min_image_size": 3})
+        saved = json.loads(json.dumps(log.state()))
+        log.close()
+    counts = [
+        (line["replaced_records"], line["filtered_records/min_image_size"])
+        for line in metrics.read_lines(epath.Path(tmp_path))
+    ]
+    assert counts == [(2, 3), (4, 6)]
+
+
 def test_remaining_time_is_that_of_the_steps_after_the_first_record(capsys, monkeypatch):
     """The first record's time is mostly compilation."""
     clock = iter([1000.0, 1002.0])
