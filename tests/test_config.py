@@ -27,6 +27,8 @@ CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 EXAMPLE_KEYS = {
     "data.captions": "txt",
     "data.options": "examples",
+    "data.mixture": "first",
+    "data.mixture.first.options": "examples",
     "eval.tasks": "x",
     "eval.tasks.x.options": "shots",
     "eval.thresholds": "retrieval/a/b",
@@ -82,7 +84,7 @@ def config_with(number, value):
     *parents, last = number.key.split(".")
     node = tree
     for parent in parents:
-        node = node[parent]
+        node = node.setdefault(parent, {})
     node[last] = [value] if number.many else value
     return tree
 

@@ -5,6 +5,7 @@ optimizer, the first batches, tokens, metrics, the steps of checkpoints. `CHANGE
 a key without a row fails. That the config itself is stored and printed does not count.
 """
 
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -222,6 +223,8 @@ class Refused:
 
 
 _SHARDS = {"data.source": "tfrecord", "data.options": {}}
+_DATASETS = {name: {"source": "synthetic", "options": {"examples": 50}} for name in ("one", "two")}
+_MIXTURE = {"data.source": "", "data.options": {}, "data.mixture": _DATASETS}
 _SHARDS |= {"data.files": "FOLDER/0000[01].tfrecord", "data.cache_dir": "FOLDER/cache"}
 _TOKENIZER = {"tokenizer.name": "huggingface", "tokenizer.path": "FOLDER/tokenizers/tokenizer.json"}
 _TOKENIZER |= {"model.text.vocab_size": "VOCABULARY", "model.text.eos_id": 3}
@@ -314,6 +317,10 @@ CHANGES = {
         **{"data.filters.min_image_size": Refused(65), "data.filters.max_aspect_ratio": Refused(0.5)},
         "data.filters.caption_scripts": Refused(("Thai",)),
         **{"train.seed": 1, "train.batch_size": 8},
+        "data.mixture": Refused({"one": {"source": "synthetic"}}),  # data.source is given, too
+        "data.mixture.one.source": (Refused("emoji"), _MIXTURE),  # which has no such option
+        "data.mixture.one.files": (Refused("FOLDER/00000.tfrecord"), _MIXTURE),
+        **{"data.mixture.one.options": ({"examples": 20}, _MIXTURE), "data.mixture.one.weight": (3.0, _MIXTURE)},
     },
     bad_records: {"data.max_bad_fraction": (Refused(0.001), {"data.max_bad_fraction": 0.5})},
     input_graph: {"data.decode": "exact", "data.decode_threads": 3, "data.prefetch_batches": 1},
@@ -345,16 +352,8 @@ CHANGES = {
         "eval.tasks.shapes.options": {"protocol": "published"},
     },
 }
-SLOW = {
-    image_encoder,
-    text_encoder,
-    train_step,
-    optimizer,
-    batches,
-    bad_records,
-    input_graph,
-    schedule,
-}  # more than 20 s together
+# More than 20 s together.
+SLOW = {image_encoder, text_encoder, train_step, optimizer, batches, bad_records, input_graph, schedule}
 
 
 def _rows():
@@ -366,8 +365,9 @@ def _rows():
 
 def _keys():
     """Yield every key of the config: '<kind>:<key>' for towers of each kind, and those of the tasks 'shapes'."""
-    free = ("data.captions", "data.options", "eval.thresholds", "eval.tasks")
+    free = ("data.captions", "data.options", "data.mixture", "eval.thresholds", "eval.tasks")
     yield from free
+    yield from (f"data.mixture.one.{field.name}" for field in dataclasses.fields(configs.DatasetConfig))
     yield from (f"eval.tasks.shapes.{field.name}" for field in dataclasses.fields(configs.EvalTask))
     for key in configs.flatten(dataclasses.asdict(Config())):
         if not key.startswith(("model.image.", "model.text.", *(f"{key}." for key in free))):
@@ -408,7 +408,7 @@ def _config(changes):
         if isinstance(value, str) and "FOLDER" in value:
             value = value.replace("FOLDER", str(_folder()))
         *sections, name = key.rpartition(":")[2].split(".")
-        functools.reduce(dict.__getitem__, sections, tree)[name] = value
+        functools.reduce(dict.__getitem__, sections, tree)[name] = copy.deepcopy(value)
     return configs.from_config_dict(tree)
 
 

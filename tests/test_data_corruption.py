@@ -269,7 +269,7 @@ def test_names_of_any_encoding_and_links_to_no_file_in_folders(tmp_path):
     (tmp_path / "b.png").symlink_to("missing.png")
     source = _open(tmp_path)
     (batch,) = _batches(source, 1, 3)
-    assert {row.key: row.reason[:10] for row in batch.replaced} == {"\udcff.png": "no caption", "b.png": "unreadable"}
+    assert {row.key: row.reason[:10] for row in batch.replaced} == {"\\udcff.png": "no caption", "b.png": "unreadable"}
 
 
 @pytest.mark.parametrize("size", ["-1024", "x", "9" * 5000])

@@ -1,5 +1,6 @@
 """The pipeline: batches are a function of integers, and bad records neither end the run nor shift rows."""
 
+import collections
 import io
 import itertools
 import logging
@@ -392,6 +393,22 @@ def test_several_texts_are_joined_without_repetition():
     assert {len(texts) for texts in parts} == {1, 2, 3}
     assert all(len(set(texts)) == len(texts) for texts in parts)
     assert {tuple(sorted(texts)) for texts in parts if len(texts) == 3} == {("animal", "dog", "pet")}
+
+
+def test_texts_that_differ_only_in_case_are_not_joined():
+    record = Record("k", b"", {"name": ("Dog face", "dog FACE"), "keyword": ("dog face", "pet")})
+    draws = np.random.default_rng(0).random((200, 2, 3)).tolist()
+    drawn = {captions.choose_caption(record, {"name": 1.0, "keyword": 1.0}, [0.9] * 3, *row) for row in draws}
+    parts = [caption.casefold().split(", ") for caption in drawn]
+    assert {tuple(sorted(texts)) for texts in parts} == {("dog face", "pet")}
+
+
+def test_all_captions_of_a_record_are_used_equally_often_over_the_epochs():
+    texts, epochs = tuple(f"text {i}" for i in range(5)), np.arange(2000)
+    record = Record("k", b"", {"txt": texts})
+    draws = captions.caption_draws(1, 3, epochs, np.full(2000, 8)).tolist()
+    found = collections.Counter(captions.choose_caption(record, {"txt": 1.0}, *row) for row in draws)
+    assert set(found) == set(texts) and min(found.values()) > 340  # of 400, three standard deviations
 
 
 def test_first_of_several_texts_is_the_one_of_a_single_text():

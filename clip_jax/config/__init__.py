@@ -32,6 +32,7 @@ from clip_jax.config.schema import (
     CheckpointConfig,
     Config,
     DataConfig,
+    DatasetConfig,
     EvalConfig,
     EvalTask,
     FilterConfig,

@@ -19,6 +19,7 @@ RANGES: dict[str, Range] = {
     "preprocess.std": (1e-6, 10.0),
     "preprocess.resize_size": _COUNT_OR_ZERO,
     "preprocess.fill_color": (0, 255),
+    "data.mixture.*.weight": (1e-9, 1e9),
     "data.captions.*": (0.0, 1e9),
     "data.filters.min_image_size": _COUNT_OR_ZERO,
     "data.filters.max_aspect_ratio": (0.0, 1e9),
@@ -83,9 +84,11 @@ def ranges_of(model: Architecture) -> dict[str, Range]:
 
 
 def check(values: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:
-    """Raise ValueError for the first number out of range, with its key; `<key>.*` stands for all keys of a mapping."""
+    """Raise ValueError for the first number out of range, with its key; `*` stands for any key of a mapping."""
     for key, value in values.items():
-        low, high = ranges.get(key) or ranges.get(key.rpartition(".")[0] + ".*") or (-math.inf, math.inf)
+        section, _, name = key.rpartition(".")
+        rows = key, f"{section}.*", f"{section.rpartition('.')[0]}.*.{name}"
+        low, high = next((ranges[row] for row in rows if row in ranges), (-math.inf, math.inf))
         for number in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(number, (int, float)) and not isinstance(number, bool) and not low <= number <= high:
                 source = "; the bounds are those of the tower's `ranges()`" if key.startswith("model.") else ""

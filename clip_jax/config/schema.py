@@ -86,12 +86,24 @@ class FilterConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DatasetConfig:
+    """A dataset of a mixture; the other keys of `data` are those of all."""
+
+    source: str = ""  # as data.source
+    files: str = ""  # as data.files
+    options: Mapping[str, object] = dataclasses.field(default_factory=dict)  # as data.options
+    weight: float = 1.0  # its pairs in every batch, relative to those of the others
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Training data."""
 
     source: str = ""  # a name in clip_jax.data.SOURCES; '': the one that reads `files`
     # Files as a folder, glob, brace range or comma-separated list, e.g. '/data/cc3m/{00000..00331}.tfrecord'.
     files: str = ""
+    # Several datasets by names of your own, in place of source, files and options.
+    mixture: Mapping[str, DatasetConfig] = dataclasses.field(default_factory=dict)
     # Features with captions and their sampling weights; absent and empty features are skipped.
     captions: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"txt": 1.0, "caption": 1.0})
     # Maximum number of a record's texts that are sampled and joined by commas, e.g. for a name and its tags.

@@ -56,6 +56,7 @@ from clip_jax.data.sources.array_record import ArrayRecordSource  # noqa: E402
 from clip_jax.data.sources.emoji import EmojiSource  # noqa: E402
 from clip_jax.data.sources.folder import FolderSource  # noqa: E402
 from clip_jax.data.sources.huggingface import HuggingFaceSource  # noqa: E402
+from clip_jax.data.sources.mixture import MixtureSource, dataset_configs  # noqa: E402
 from clip_jax.data.sources.shards import ShardSource  # noqa: E402
 from clip_jax.data.sources.synthetic import SyntheticSource  # noqa: E402
 from clip_jax.data.sources.table import TableSource  # noqa: E402
@@ -81,7 +82,7 @@ SOURCES: dict[str, type] = {
 
 
 def make_source(config: DataConfig) -> DataSource:
-    """Open the training source that `config.source` names, or that reads `config.files`, and log its size.
+    """Open the training source that `config.source` names, or that reads `config.files`, or the mixture; log its size.
 
     Raises:
       ValueError: for an unknown source or option, or from the source, e.g. if `data.files` matches no file.
@@ -90,6 +91,8 @@ def make_source(config: DataConfig) -> DataSource:
     >>> len(source), source.read(0).captions["txt"]
     (100, ('a green square on a grey background',))
     """
+    if config.mixture:
+        return MixtureSource.from_config(config, make_source)
     config = recognize(config)
     check_options(config)
     source = SOURCES[config.source].from_config(config, **config.options)
@@ -144,7 +147,13 @@ def check_files(config: DataConfig) -> None:
 
     Without `data.files`, a source that reads them is not refused.
     """
-    if config.files:
+    if config.mixture:
+        for name, dataset in dataset_configs(config).items():
+            try:
+                check_files(dataset)
+            except ValueError as error:
+                raise ValueError(f"data.mixture.{name}: {error}") from error
+    elif config.files:
         config = recognize(config)
         check_options(config)
         SOURCES[config.source].check_files(config)

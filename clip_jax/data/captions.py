@@ -28,7 +28,9 @@ def choose_caption(
     by_feature: Sequence[float] = (0.0,),
     by_value: Sequence[float] = (0.0,),
 ) -> str | None:
-    """Return one or more distinct texts joined by commas, or None if the record has no usable text.
+    """Return one or more texts joined by commas, or None if the record has no usable text.
+
+    The texts are distinct, also without regard to case.
 
     Args:
       by_count: draws in [0, 1); the first selects the number of texts, 1 to len(by_count).
@@ -47,10 +49,17 @@ def choose_caption(
         names = list(usable)
         edges = list(itertools.accumulate(weights[name] for name in names))
         name = names[bisect.bisect_right(edges, u * edges[-1], hi=len(names) - 1)]
-        selected.append(usable[name].pop(int(v * len(usable[name]))))
-        if not usable[name]:
-            del usable[name]
+        text = usable[name][int(v * len(usable[name]))]
+        selected.append(text)
+        if len(selected) < count:
+            usable = _without(usable, text.casefold())
     return ", ".join(selected) or None
+
+
+def _without(usable: Mapping[str, Sequence[str]], folded: str) -> dict[str, list[str]]:
+    """Return the texts by feature but for one, in any case; no features without texts."""
+    others = {name: [text for text in texts if text.casefold() != folded] for name, texts in usable.items()}
+    return {name: texts for name, texts in others.items() if texts}
 
 
 def clean(text: str) -> str:

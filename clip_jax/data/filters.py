@@ -36,7 +36,7 @@ Failed = tuple[str, str]  # filter and reason
 class Filters:
     """The filters of a run. Thread-safe."""
 
-    def __init__(self, config: DataConfig, source: DataSource, ordered: order.RecordOrder | order.BlockOrder):
+    def __init__(self, config: DataConfig, source: DataSource, ordered: order.Order):
         self._config, self._weights, self._key, self._order = config.filters, config.captions, source.key, ordered
         self._active = config.filters != FilterConfig()
         self._letters_of_scripts = _letters(config.filters.caption_scripts)

@@ -6,6 +6,7 @@ maps positions to epochs and examples, independently of the number of hosts:
 * `RecordOrder`, for local files and memory: a keyed permutation of all examples.
 * `BlockOrder`, for object stores: the blocks (contiguous records of a shard) are permuted, dealt to lanes, and shuffled
   within windows of the lanes, so that every host reads whole blocks, each once per epoch.
+* `MixtureOrder`, for `data.mixture`: these orders of its datasets.
 
 All other randomness of an example (caption, augmentation, replacement of a damaged record) is a hash of (seed, epoch,
 example, purpose) by the finalizer of SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
@@ -66,6 +67,7 @@ class BlockOrder:
           lanes: a power of two; halved until it divides the batch.
           window: number of records that a lane shuffles, and a host holds in memory twice.
         """
+        self.block_records = block_records
         self._starts = np.concatenate([[0], np.cumsum(block_records)])  # first example of each block, and the end
         self._examples, self._seed, self._batch_size, self._window = int(self._starts[-1]), seed, batch_size, window
         self.lanes = math.gcd(batch_size, lanes)
@@ -136,6 +138,65 @@ class BlockOrder:
         count = len(self._starts) - 1
         blocks = _shuffled(np.arange(count), count, self._seed, epoch)
         return blocks, np.cumsum(np.diff(self._starts)[blocks])
+
+
+class MixtureOrder:
+    """The order of several datasets: their own orders, each in its rows of the batch, the same in every batch."""
+
+    def __init__(
+        self,
+        orders: list[RecordOrder | BlockOrder],
+        rows: list[int],
+        starts: np.ndarray,
+        first_blocks: np.ndarray,
+    ):
+        """
+        Args:
+          rows: number of each dataset's rows in a batch.
+          starts: first example of each dataset, and the end.
+          first_blocks: number of the first block of each dataset, and the end.
+        """
+        self._orders, self._counts, self._starts, self._first_blocks = orders, rows, starts, first_blocks
+        # Row i of n of a dataset is at (i + 1/2) / n of the batch.
+        at = np.concatenate([(np.arange(count) + 0.5) / count for count in rows])
+        by_place = np.argsort(at, kind="stable")
+        self._dataset = np.repeat(np.arange(len(rows)), rows)[by_place]  # of each row of the batch
+        self._row = np.concatenate([np.arange(count) for count in rows])[by_place]  # among those of its dataset
+
+    def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the epoch of its dataset and the example of each position."""
+        steps, rows = np.divmod(positions, len(self._row))
+        epochs, examples = np.empty_like(positions), np.empty_like(positions)
+        for number, count in enumerate(self._counts):
+            mine = self._dataset[rows] == number
+            if mine.any():
+                own = steps[mine] * count + self._row[rows[mine]]
+                epochs[mine], examples[mine] = self._orders[number](own)
+                examples[mine] += self._starts[number]
+        return epochs, examples
+
+    def replacement(self, examples: np.ndarray, attempt: int, *words: np.ndarray) -> np.ndarray:
+        """Return the example of the same dataset that replaces each of these; `attempt` counts from 1."""
+        found = np.empty_like(examples)
+        datasets = np.searchsorted(self._starts, examples, side="right") - 1
+        for number in np.unique(datasets).tolist():
+            mine, start = datasets == number, self._starts[number]
+            own = self._orders[number].replacement(examples[mine] - start, attempt, *(word[mine] for word in words))
+            found[mine] = own + start
+        return found
+
+    def blocks(self, step: int, rows: slice, ahead: int = 1) -> list[np.ndarray]:
+        """Return the blocks that these rows need, as those of `BlockOrder`, of all datasets that have blocks."""
+        found = []
+        for number, own in enumerate(self._orders):
+            mine = self._row[rows][self._dataset[rows] == number]
+            if isinstance(own, BlockOrder) and len(mine):
+                blocks = own.blocks(step, slice(int(mine[0]), int(mine[-1]) + 1), ahead)
+                found += [block + self._first_blocks[number] for block in blocks]
+        return found
+
+
+Order = RecordOrder | BlockOrder | MixtureOrder
 
 
 def _shuffled(

@@ -37,7 +37,6 @@ UNSTABLE = "failed twice when it was read for the batch, although it was good wh
 # records filtered by each filter int64[n f].
 Fetched = tuple[np.ndarray, ...]
 Fetch = Callable[[np.ndarray, np.ndarray], Fetched]  # of example ids int64[n] and epochs int64[n]
-Order = order.RecordOrder | order.BlockOrder
 
 
 def batches(
@@ -203,8 +202,8 @@ def _read(source: DataSource, example: int) -> Record | None:
 class _Prefetch:
     """Lets a source that reads by blocks read those that the next steps need; at each first chunk of a step."""
 
-    def __init__(self, source: DataSource, ordered: Order, batch_size: int, rows: slice):
-        by_blocks = isinstance(ordered, order.BlockOrder)
+    def __init__(self, source: DataSource, ordered: order.Order, batch_size: int, rows: slice):
+        by_blocks = hasattr(ordered, "blocks") and ordered.blocks(0, rows)
         self._source, self._order = (source, ordered) if by_blocks else (None, None)
         self._batch_size, self._rows, self._step = batch_size, rows, -1
 
@@ -285,7 +284,7 @@ def _decode_rows(
 class _Repair:
     """Replaces the bad rows of batches; counts and logs bad records, and raises if there are too many."""
 
-    def __init__(self, source: DataSource, ordered: Order, config: DataConfig, fetch: Fetch, prepare: Callable):
+    def __init__(self, source: DataSource, ordered: order.Order, config: DataConfig, fetch: Fetch, prepare: Callable):
         self._source, self._order, self._config = source, ordered, config
         self._fetch, self._prepare = fetch, prepare
         self._reasons: dict[str, str] = {}  # of the bad records found so far, by key

@@ -7,6 +7,7 @@ from etils import epath
 
 from clip_jax.config import Config, name_of, resolve
 from clip_jax.data import check_files, reads_files
+from clip_jax.data.sources.mixture import rows_of_datasets
 from clip_jax.devices import sharding
 from clip_jax.interop import hub, reading
 from clip_jax.models import count_parameters
@@ -43,7 +44,7 @@ def describe(config: Config, workdir: epath.Path) -> str:
         "mesh": f"{dict(mesh.shape)} ({mesh.devices.flat[0].device_kind}, {jax.process_count()} process(es))",
         "memory of the state": f"{_format_bytes(sharding.shard_bytes(state))} per device",
         "memory of a batch": f"{_format_bytes(resolved.batch_per_device * bytes_per_pair)} per device, as uint8",
-        "data": f"{config.data.source} {config.data.files or _missing_files(config)}".strip(),
+        "data": _data(config),
         "compute": f"{config.train.dtype}, remat {config.train.remat}, {config.train.micro_batches} micro-batch(es)",
         "checkpoints": f"every {config.checkpoint.every_steps:,} steps, the newest {config.checkpoint.keep} are kept",
         "evaluation": ", ".join(config.eval.tasks) or "none",
@@ -68,8 +69,16 @@ def _check_files(config: Config) -> None:
             raise ValueError(f"{key}={path!r}: expected a file or directory, got none; give another path")
 
 
-def _missing_files(config: Config) -> str:
-    return "(give data.files for training)" if reads_files(config.data.source) else ""
+def _data(config: Config) -> str:
+    data = config.data
+    if data.mixture:
+        rows = rows_of_datasets({name: one.weight for name, one in data.mixture.items()}, config.train.batch_size)
+        return "; ".join(
+            f"{name}: {rows[name]:,} rows of a batch of {one.source} {one.files}".rstrip()
+            for name, one in data.mixture.items()
+        )
+    missing = "(give data.files for training)" if reads_files(data.source) else ""
+    return f"{data.source} {data.files or missing}".strip()
 
 
 def _format_bytes(n: int) -> str:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from clip_jax import data
-from clip_jax.config import DataConfig, default_config, from_config_dict
+from clip_jax.config import DataConfig, DatasetConfig, default_config, from_config_dict
 from clip_jax.typing import BadRecord, DataSource, Record
 
 BATCH = 12
@@ -46,7 +46,18 @@ class ToySource:
         return "toy"
 
 
-SOURCES = data.SOURCES | {"toy": ToySource}
+class Mixture:
+    """A mixture of shards that are read by blocks, and of images that are made one by one."""
+
+    @classmethod
+    def tiny_config(cls, folder):
+        shards = dataclasses.asdict(data.TFRecordSource.tiny_config(folder))
+        shards = DatasetConfig(files=shards["files"], options={"order": "blocks", "lanes": 4}, weight=2.0)
+        other = DatasetConfig(source="synthetic", options={"examples": 50})
+        return DataConfig(mixture={"shards": shards, "other": other}, cache_dir=str(folder))
+
+
+SOURCES = data.SOURCES | {"toy": ToySource, "mixture": Mixture}
 
 
 @pytest.fixture(scope="module", params=SOURCES)
@@ -98,7 +109,7 @@ def _take(source, config, count, start_step=0, rows=slice(0, BATCH)):
 
 
 def test_source_implements_the_protocol(source, config):
-    assert isinstance(source, DataSource) and config.source in data.SOURCES
+    assert isinstance(source, DataSource) and (config.mixture or config.source in data.SOURCES)
     record = source.read(0)
     assert isinstance(record, Record) and record.image and any(any(t) for t in record.captions.values())
 

@@ -75,13 +75,11 @@ class FolderSource:
         return len(self._paths)
 
     def key(self, index: int) -> str:
-        """Return the image's path below the folder."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"image {index} of {len(self)}")
-        return os.fsdecode(self._paths[index].as_py())
+        """Return the image's path below the folder; bytes that are not UTF-8 are escaped."""
+        return _printable(self._name(index))
 
     def read(self, index: int) -> Record:
-        path = f"{self._folder}/{self.key(index)}"
+        path = f"{self._folder}/{self._name(index)}"
         try:
             image = Path(path).read_bytes()
         except OSError as error:
@@ -92,6 +90,11 @@ class FolderSource:
 
     def fingerprint(self) -> str:
         return self._fingerprint
+
+    def _name(self, index: int) -> str:
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        return os.fsdecode(self._paths[index].as_py())
 
     def _captions(self, path: str) -> dict[str, tuple[str, ...]]:
         if self._classes:
@@ -109,8 +112,12 @@ class FolderSource:
         except (OSError, ValueError, RecursionError) as error:
             raise BadRecord(f"unreadable caption: {error}") from error
         if not row:
-            raise BadRecord(f"no caption: expected {os.path.basename(stem)}.txt or .json")
+            raise BadRecord(f"no caption: expected {_printable(os.path.basename(stem))}.txt or .json")
         return self._fields.captions_of(row)
+
+
+def _printable(path: str) -> str:
+    return path.encode("utf-8", "backslashreplace").decode()
 
 
 def _size(path: str) -> int:
