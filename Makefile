@@ -84,7 +84,7 @@ bench-storage: $(VENV)/.installed-test
 	@$(BIN)/python benchmarks/storage.py
 
 bench-corruption: $(VENV)/.installed-test
-	@$(BIN)/python -m tests.test_data_corruption
+	@$(BIN)/python tests/test_data_corruption.py
 
 bench-truth: $(VENV)/.installed-test
 	@$(BIN)/python benchmarks/truth.py

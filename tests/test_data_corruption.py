@@ -304,6 +304,6 @@ def _resident_bytes():
     return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-if __name__ == "__main__":  # python -m tests.test_data_corruption
+if __name__ == "__main__":  # make bench-corruption
     with tempfile.TemporaryDirectory() as directory:
         print(f"result: {growth(directory, batches=5000) / 2**20:.1f} MiB in 4,000 batches after the first 1,000")
