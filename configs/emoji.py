@@ -1,4 +1,4 @@
-"""A small CLIP on emoji: real images, human-written names, nine minutes on two CPU cores.
+"""A small CLIP on emoji: real images, human-written names, six minutes on two CPU cores.
 
 The experiments behind these values: docs/emoji.md.
 
