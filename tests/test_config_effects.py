@@ -223,9 +223,10 @@ class Refused:
 
 
 _SHARDS = {"data.source": "tfrecord", "data.options": {}}
+_SHARDS |= {"data.files": "FOLDER/0000[01].tfrecord", "data.cache_dir": "FOLDER/cache"}
+_TWO_TEXTS = _SHARDS | {"data.files": "FOLDER/two.tfrecord"}
 _DATASETS = {name: {"source": "synthetic", "options": {"examples": 50}} for name in ("one", "two")}
 _MIXTURE = {"data.source": "", "data.options": {}, "data.mixture": _DATASETS}
-_SHARDS |= {"data.files": "FOLDER/0000[01].tfrecord", "data.cache_dir": "FOLDER/cache"}
 _TOKENIZER = {"tokenizer.name": "huggingface", "tokenizer.path": "FOLDER/tokenizers/tokenizer.json"}
 _TOKENIZER |= {"model.text.vocab_size": "VOCABULARY", "model.text.eos_id": 3}
 _HALF, _BIAS = {"optim.moment_dtype": "bfloat16"}, {"model.logit_bias": True}
@@ -311,8 +312,7 @@ CHANGES = {
     batches: {
         **{f"data.augment.{key}": value for key, value in _AUGMENT.items()},
         **{"data.source": Refused("tfrecord"), "data.options": {"examples": 50}},
-        "data.captions": ({"txt": 1.0}, {"data.texts_per_caption": 2}),
-        "data.texts_per_caption": 2,
+        **{"data.captions": ({"txt": 1.0}, _TWO_TEXTS), "data.texts_per_caption": (2, _TWO_TEXTS)},
         **{f"data.filters.{key}_caption_characters": 36 for key in ("min", "max")},
         **{"data.filters.min_image_size": Refused(65), "data.filters.max_aspect_ratio": Refused(0.5)},
         "data.filters.caption_scripts": Refused(("Thai",)),
@@ -328,9 +328,7 @@ CHANGES = {
     outage: {"data.max_stall_seconds": (1.0, _SHARDS)},
     embedder: {
         "eval.batch_size": 64,
-        "preprocess.interpolation": "bilinear",
-        "preprocess.resize": "squash",
-        "preprocess.resize_size": 40,
+        **{"preprocess.interpolation": "bilinear", "preprocess.resize": "squash", "preprocess.resize_size": 40},
         "preprocess.implementation": "huggingface",
         "preprocess.fill_color": Refused(255),
     },
@@ -393,6 +391,8 @@ def _folder():
     (folder / "tokenizers/tokenizer.json").write_bytes(tiny_tokenizers.tokenizer_json())
     (folder / "tokenizers/other.json").write_bytes(tiny_tokenizers.tokenizer_json("$A [SEP]"))
     data.SOURCES["tfrecord"].tiny_config(folder)
+    texts = {"txt": "a dog", "caption": "ein Hund"}
+    data.write_tfrecord(folder / "two.tfrecord", [{"png": SyntheticSource(1).read(0).image} | texts] * 40)
     return folder
 
 
