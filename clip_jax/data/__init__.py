@@ -52,11 +52,11 @@ from clip_jax.data import index, storage  # noqa: E402
 from clip_jax.data.activity import Activity  # noqa: E402
 from clip_jax.data.pipeline import batches  # noqa: E402
 from clip_jax.data.recognition import recognize  # noqa: E402
+from clip_jax.data.sources import mixture  # noqa: E402
 from clip_jax.data.sources.array_record import ArrayRecordSource  # noqa: E402
 from clip_jax.data.sources.emoji import EmojiSource  # noqa: E402
 from clip_jax.data.sources.folder import FolderSource  # noqa: E402
 from clip_jax.data.sources.huggingface import HuggingFaceSource  # noqa: E402
-from clip_jax.data.sources.mixture import MixtureSource, dataset_configs  # noqa: E402
 from clip_jax.data.sources.shards import ShardSource  # noqa: E402
 from clip_jax.data.sources.synthetic import SyntheticSource  # noqa: E402
 from clip_jax.data.sources.table import TableSource  # noqa: E402
@@ -92,7 +92,7 @@ def make_source(config: DataConfig) -> DataSource:
     (100, ('a green square on a grey background',))
     """
     if config.mixture:
-        return MixtureSource.from_config(config, make_source)
+        return mixture.MixtureSource.from_config(config, make_source)
     config = recognize(config)
     check_options(config)
     source = SOURCES[config.source].from_config(config, **config.options)
@@ -148,11 +148,9 @@ def check_files(config: DataConfig) -> None:
     Without `data.files`, a source that reads them is not refused.
     """
     if config.mixture:
-        for name, dataset in dataset_configs(config).items():
-            try:
+        for name, dataset in mixture.dataset_configs(config).items():
+            with mixture.named_errors(name):
                 check_files(dataset)
-            except ValueError as error:
-                raise ValueError(f"data.mixture.{name}: {error}") from error
     elif config.files:
         config = recognize(config)
         check_options(config)

@@ -7,10 +7,11 @@ batch size, seed, step), and resumes at any step on any number of hosts.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 from jaxtyping import Int64
@@ -45,6 +46,15 @@ def dataset_configs(config: DataConfig) -> dict[str, DataConfig]:
     }
 
 
+@contextlib.contextmanager
+def named_errors(name: str) -> Iterator[None]:
+    """Begin the message of a ValueError with the key of a dataset."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"data.mixture.{name}: {error}") from error
+
+
 class MixtureSource:
     """The records of all datasets, one dataset after the other; their order has the mixture."""
 
@@ -61,10 +71,8 @@ class MixtureSource:
         """Open the datasets of `data.mixture`."""
         datasets = {}
         for name, dataset in dataset_configs(config).items():
-            try:
+            with named_errors(name):
                 datasets[name] = open_source(dataset)
-            except ValueError as error:
-                raise ValueError(f"data.mixture.{name}: {error}") from error
         return cls(datasets, {name: config.mixture[name].weight for name in datasets})
 
     def __len__(self) -> int:
