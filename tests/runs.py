@@ -70,8 +70,8 @@ def start_two(workdir: Path, *flags: str, second: Sequence[str] = ()) -> list[su
 def finish(*processes: subprocess.Popen, code: int = 0) -> list[str]:
     """Wait for the processes, check their exit code, and return the stderr of each."""
     messages = [process.communicate(timeout=240)[1] for process in processes]
-    for process, text in zip(processes, messages, strict=True):
-        assert process.returncode == code, f"exit code {process.returncode}, expected {code}:\n{text}"
+    codes = [process.returncode for process in processes]
+    assert codes == [code] * len(codes), f"exit codes {codes}, expected {code}:\n" + "\n".join(messages)
     return messages
 
 

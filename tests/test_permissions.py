@@ -137,6 +137,23 @@ def test_checkpoint_of_another_user_is_refused_and_not_renamed(tmp_path, part, r
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
 
 
+def test_file_that_another_host_removes_meanwhile_is_not_unreadable(tmp_path, monkeypatch):
+    """Of two hosts that started, one stopped with PermissionError, as the other removed its probe of the directory."""
+    rest = tmp_path / "checkpoints/1.orbax-checkpoint-tmp"
+    rest.mkdir(parents=True)
+    (tmp_path / "checkpoints/.probe-1").write_text("clip_jax")
+    found = []
+
+    def access(path, mode):
+        found.append(path)
+        path.rmdir()
+        return False
+
+    monkeypatch.setattr(os, "access", access)
+    Checkpoints(tmp_path / "checkpoints").close()
+    assert found == [rest]
+
+
 # ---------------------------------------------------------------------------------------------------- the commands
 
 

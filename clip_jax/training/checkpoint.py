@@ -70,7 +70,7 @@ class Checkpoints:
                 check_writable(self.directory, suffix=f"-{jax.process_index()}")
             except Exception as error:
                 raise SaveFailed(f"cannot write to {self.directory}: {error}; choose another --workdir") from error
-        _check_readable(self.directory, "*")  # Orbax ignores a directory whose files it can't see, or removes it
+        _check_readable(self.directory, "[0-9]*")  # Orbax ignores a directory whose files it can't see, or removes it
         policies = [checkpoint_managers.LatestN(keep)]
         if keep_every_steps:
             policies.append(checkpoint_managers.EveryNSteps(keep_every_steps))
@@ -213,7 +213,9 @@ def _check_readable(directory: epath.Path, pattern: str) -> None:
     if is_url(directory):
         return
     for path in sorted(pathlib.Path(directory).glob(pattern)):  # a directory precedes its files
-        if os.path.exists(path) and not os.access(path, os.R_OK | os.X_OK if path.is_dir() else os.R_OK):
+        readable = os.access(path, os.R_OK | os.X_OK if path.is_dir() else os.R_OK)
+        # Existence is tested last: another host may just remove the remains of an interrupted save.
+        if not readable and os.path.exists(path):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
