@@ -6,8 +6,6 @@ import pathlib
 import re
 import runpy
 import shlex
-import subprocess
-import sys
 
 import jax
 import pytest
@@ -16,6 +14,7 @@ import clip_jax
 from clip_jax.config import MODELS, Config, TokenizerConfig, WeightsConfig, default_config
 from clip_jax.interop import msgpack
 from clip_jax.models import make_model
+from tests.commands import run
 
 ROOT = pathlib.Path(__file__).parents[1]
 PATHS = [
@@ -97,7 +96,7 @@ def test_config_keys_in_the_text_exist():
 def test_dry_run_prints_the_shown_summary():
     (command,) = [words for words in commands() if "--dry_run" in words]
     env = {"PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu"}  # one device, unlike conftest's eight
-    result = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    result = run(command, env=env)
     assert result.returncode == 0, result.stderr
     assert "151,277,313" in result.stdout
     (shown,) = [block for block in blocks(PAGES["docs/training.md"], "text") if "parameters:" in block]
