@@ -1,14 +1,15 @@
 """Commands in processes of their own, forked from one that has imported TensorFlow and JAX: imports take 7 seconds.
 
-`start(["-m", "clip_jax.main", …])` is `subprocess.Popen([sys.executable, "-m", "clip_jax.main", …])` with that time
+`Command(["-m", "clip_jax.main", …])` is `subprocess.Popen([sys.executable, "-m", "clip_jax.main", …])` with that time
 saved. README's commands, which `make demo` runs, begin with a new interpreter.
 
-The first `start` runs this file as a server. For each command it forks a supervisor, which forks the command, and tells
-its process ID and exit code. The command's process ends as an interpreter does, with its functions of atexit.
+The first command starts this file as a server. For each command it forks a supervisor, which forks the command and
+reports its process ID and exit code. The command's process ends as an interpreter does, with its functions of atexit.
 """
 
 from __future__ import annotations
 
+import atexit
 import concurrent.futures
 import functools
 import json
@@ -78,14 +79,15 @@ def run(
 @functools.cache
 def _server() -> socket.socket:
     """Return a connection to this worker's server, which ends with the worker."""
-    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    for end in (ours, its):
+    client, server = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for end in (client, server):
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * _MAX_REQUEST_BYTES)
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, __file__, str(its.fileno())]
-    subprocess.Popen(command, pass_fds=[its.fileno()], env=environment, stdin=subprocess.DEVNULL)
-    its.close()
-    return ours
+    command = [sys.executable, __file__, str(server.fileno())]
+    subprocess.Popen(command, pass_fds=[server.fileno()], env=environment, stdin=subprocess.DEVNULL)
+    server.close()
+    atexit.register(client.close)  # which ends the server
+    return client
 
 
 def _serve(connection: socket.socket) -> list[str]:
@@ -124,7 +126,7 @@ def _supervise(stdout: int, stderr: int, status: int) -> None:
 
 
 def _import() -> None:
-    """Import what commands do, but no command: it defines its flags once."""
+    """Import the libraries and packages of the commands, but no command: it can define its flags only once."""
     import clip_jax.evals.run  # noqa: F401
     import clip_jax.training.loop  # noqa: F401
 
