@@ -5,8 +5,9 @@
     clip-jax inspect --config=configs/vit_b32.py --config.data.files='/data/cc3m/*.tfrecord'
 
 The argument is any value of `data.files`; without it those of --config. A sample of the records is read: sizes,
-captions and their tokens, bad records with the reasons, rates. The sheet shows augmented crops, and captions as
-tokenized and decoded again. Exit codes: 0; 2 for wrong arguments or unreadable data, with a one-line error.
+captions and their tokens, bad records with the reasons, records that `data.filters` of --config skips, rates. The sheet
+shows augmented crops, and captions as tokenized and decoded again. Exit codes: 0; 2 for wrong arguments or unreadable
+data, with a one-line error.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ def main(arguments: list[str]) -> int:
         print(f"{description}\n{report(inspected.statistics)}")
     if _SHEET.value:
         if inspected.batch is None:
-            raise ValueError(f"--sheet: expected a good record in the sample of {sample}, got none")
+            raise ValueError(
+                f"--sheet: expected a good record that passes data.filters in the sample of {sample}, got none"
+            )
         texts = [tokenizer.decode(row) for row in inspected.batch.text]
         sheet = contact_sheet(inspected.batch.image, texts)
         write_atomically(_SHEET.value, lambda file: file.write(sheet))
