@@ -2,6 +2,7 @@
 
 import shlex
 import subprocess
+from importlib import metadata
 
 import pytest
 
@@ -29,6 +30,11 @@ def test_version_is_printed(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         cli.main()
     assert capsys.readouterr().out == f"{__version__}\n"
+
+
+def test_entry_point_is_installed():
+    (script,) = metadata.entry_points(group="console_scripts", name="clip-jax")
+    assert script.load() is cli.main
 
 
 @pytest.mark.parametrize(("name", "hint"), [("trian", "did you mean train?"), ("xyz", "expected one of train, ")])
@@ -70,7 +76,7 @@ def test_debug_shows_the_traceback():
 
 
 @pytest.fixture
-def found(monkeypatch):
+def found():
     """Two commands with flags and config keys."""
     return {"train": ["config=", "dry_run", "config.optim.name=", "config.optim.b1="], "search": ["weights=", "top="]}
 
