@@ -4,7 +4,7 @@ Every round has new texts and new tokenizers, so no word is cached from an earli
 words, as in training. The ids have to be equal. Four corpora:
 
     captions   English words with Zipf-distributed frequencies
-    web        the same with names, numbers, product codes, punctuation, capitals, and in a fifth of the texts other
+    web        the same with names, numbers, part codes, punctuation, capitals, and in a fifth of the texts other
                characters: 1.4 tokens a word
     new words  no word occurs twice
     any text   captions with accents, emoji, CJK, HTML entities and URLs, which need repair
