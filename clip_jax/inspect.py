@@ -1,9 +1,13 @@
-"""Command: statistics of training data and a contact sheet, `python -m clip_jax.inspect /data/cc3m --sheet=sheet.png`.
+"""Statistics of training data, and a contact sheet of the model's input.
 
-DATA is any value of `data.files`; without it those of --config. A sample of the records is read: sizes, captions and
-their tokens, bad records with the reasons, records that `data.filters` of --config skips, rates. The sheet shows the
-model's input: augmented crops, and captions as tokenized and decoded again. Exit codes: 0; 2 for wrong arguments or
-unreadable data, with a one-line error.
+    clip-jax inspect '/data/cc3m/*.tfrecord' --sheet=sheet.png
+    clip-jax inspect '/data/cc3m/*.tfrecord' --sample=100 --json
+    clip-jax inspect --config=configs/vit_b32.py --config.data.files='/data/cc3m/*.tfrecord'
+
+The argument is any value of `data.files`; without it those of --config. A sample of the records is read: sizes,
+captions and their tokens, bad records with the reasons, records that `data.filters` of --config skips, rates. The sheet
+shows augmented crops, and captions as tokenized and decoded again. Exit codes: 0; 2 for wrong arguments or unreadable
+data, with a one-line error.
 """
 
 from __future__ import annotations

@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 import types
 from pathlib import Path
 
@@ -22,7 +20,7 @@ from clip_jax.config.resolve import LOCAL_PATHS
 from clip_jax.devices import distributed
 from clip_jax.evals.suite import load_suite
 from clip_jax.training import loop, metrics, workdir
-from tests import runs
+from tests import commands, runs
 
 FLAGS = ["--config.data.validation_fraction=0.2", "--config.eval.batch_size=8", "--config.eval.every_steps=10"]
 
@@ -103,8 +101,7 @@ def test_workdir_alone_resumes_with_the_stored_config(finished, tmp_path):
         (finished[0], 0, "finished"),
         (tmp_path, 2, "has no run to resume; give --config"),
     ):
-        command = [sys.executable, "-m", "clip_jax.main", f"--workdir={directory}"]
-        process = subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True, timeout=240, check=False)
+        process = commands.run(["-m", "clip_jax.main", f"--workdir={directory}"], timeout=240)
         assert process.returncode == code and message in process.stderr.splitlines()[-1]
 
 
