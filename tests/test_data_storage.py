@@ -131,6 +131,14 @@ def test_files_of_hugging_face_are_read_with_their_revision(store, monkeypatch):
         storage.read_range("hf://name", 0, 1)
 
 
+def test_a_folder_is_listed_once_within_the_block_and_again_after_it(store):
+    with storage.listed_once():
+        assert len(storage.list_files("gs://bucket/set/*.tar")) == 2500 == len(storage.list_files("gs://bucket/set/*"))
+        assert store.requests == 3
+    storage.list_files("gs://bucket/set/*.tar")
+    assert store.requests == 6
+
+
 def test_requests_and_bytes_are_counted(store):
     before = storage.counters.requests, storage.counters.bytes
     storage.read_range("s3://bucket/top.tar", 0, 100)

@@ -15,6 +15,7 @@ from clip_jax.evals import load, suite
 from clip_jax.evals.datasets import own
 from clip_jax.evals.datasets.webdataset import read_webdataset
 from clip_jax.evals.report.tables import open_clip_csv
+from tests import object_store
 from tests.evaluations import flat_image, value_of, write_classes, write_shards, write_text
 from tests.tiny_dataset import make_model
 
@@ -85,6 +86,21 @@ def test_shards_are_read_as_those_of_the_registry(tmp_path):
     report = evaluated(f"wds:{tmp_path}/wds/test", class_names="")
     (metric,) = (value for key, value in report.metrics.items() if key.endswith("/top1"))
     assert metric == pytest.approx((5 + 1 / 3) / 6)  # the last image is none of the classes
+
+
+@pytest.mark.parametrize("folder", ["test", ""])
+def test_class_names_and_templates_are_read_beside_remote_shards(tmp_path, folder):
+    write_classes(tmp_path / "wds", [flat_image(10), flat_image(11)], [0, 1], ["10", "11"])
+    files = {path.name: path for path in (tmp_path / "wds").rglob("*.t*") if path.is_file()}
+    objects = {f"bucket/test/{name}": path.read_bytes() for name, path in files.items() if name.endswith(".tar")}
+    names = {name: path.read_bytes() for name, path in files.items() if name.endswith(".txt")}
+    objects |= {f"bucket/{folder}/{name}".replace("//", "/"): content for name, content in names.items()}
+    expected = read_webdataset(tmp_path / "wds", "test")
+    with object_store.serve(objects) as served:
+        for root in ("gs://bucket", "s3://bucket", f"{served.url}/bucket"):
+            found = load.find(f"wds:{root}/test/0.tar").read(DataConfig(cache_dir=""))
+            assert (found.class_names, found.templates) == (expected.class_names, expected.templates)
+            assert found.class_names == ("10", "11")
 
 
 def test_captions_of_a_shard_are_lines_of_text_or_values_of_json(tmp_path):

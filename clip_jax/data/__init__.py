@@ -95,9 +95,10 @@ def make_source(config: DataConfig) -> DataSource:
     """
     if config.mixture:
         return mixture.MixtureSource.from_config(config, make_source)
-    config = recognize(config)
-    check_options(config)
-    source = SOURCES[config.source].from_config(config, **config.options)
+    with storage.listed_once():
+        config = recognize(config)
+        check_options(config)
+        source = SOURCES[config.source].from_config(config, **config.options)
     if config.files:
         log.info("%s: %s", config.files, describe(source, config))
     return held_out.split(source, config.validation_fraction) if config.validation_fraction else source

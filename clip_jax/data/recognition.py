@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from clip_jax.config import DataConfig
-from clip_jax.data import storage
+from clip_jax.data import index, storage
 from clip_jax.data.sources.folder import EXTENSIONS
 from clip_jax.paths import is_url
 
@@ -129,8 +129,10 @@ def _recognize_subfolders(folder: str, names: list[str]) -> tuple[str, str]:
 
 def _names(folder: str) -> list[str]:
     if is_url(folder):
-        return [os.path.basename(file.path) for file in storage.list_files(f"{folder}/*")]
-    return sorted(name for name in os.listdir(folder) if not name.startswith(".") and name != "__MACOSX")
+        names = [os.path.basename(file.path) for file in storage.list_files(f"{folder}/*")]
+    else:
+        names = sorted(name for name in os.listdir(folder) if not name.startswith(".") and name != "__MACOSX")
+    return [name for name in names if name != index.NAME]
 
 
 def _extension(name: str) -> str:

@@ -67,6 +67,7 @@ class Counters:
 
 counters = Counters()
 _lock = threading.Lock()
+_listings: dict[tuple[str, bool], list[File]] | None = None  # of folders, within `listed_once`
 
 
 def read_range(path: str, start: int, stop: int, max_stall_seconds: float = 600.0) -> bytes:
@@ -164,6 +165,18 @@ def list_files(files: str) -> list[File]:
     return found
 
 
+@contextlib.contextmanager
+def listed_once() -> Iterator[None]:
+    """Within the block, list each folder of a store once: its format, files and counts are of the same listing."""
+    global _listings
+    before = _listings
+    _listings = {} if before is None else before
+    try:
+        yield
+    finally:
+        _listings = before
+
+
 def expand_braces(pattern: str) -> list[str]:
     """Expand each '{00..12}' of a pattern, keeping leading zeros.
 
@@ -226,6 +239,15 @@ def _translate(pattern: str) -> str:
 
 def _list_url(folder: str, recursive: bool = False) -> list[File]:
     """Return the objects of a folder of a store."""
+    listings = _listings
+    if listings is None:
+        return _list_store(folder, recursive)
+    if (folder, recursive) not in listings:
+        listings[folder, recursive] = _list_store(folder, recursive)
+    return listings[folder, recursive]
+
+
+def _list_store(folder: str, recursive: bool) -> list[File]:
     import obstore
 
     if folder.startswith("hf://"):

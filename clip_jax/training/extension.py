@@ -23,9 +23,9 @@ def check(info: dict[str, Any], now: dict[str, Any], step: int, *, workdir: str,
     """
     if info["training_data"] != now["training_data"] and not extend:
         raise ValueError(
-            f"the training data is not the data of the run in {workdir}: expected the fingerprint"
-            f" {info['training_data']}, got {now['training_data']}. Restore the shards, add --extend if shards were"
-            " added, or use another --workdir"
+            f"the training data is not the data of the run in {workdir}: {_changes(info, now)}. Restore the data (copy"
+            " folders with their modification times: cp -p, rsync -a), add --extend if data was added, or use another"
+            " --workdir"
         )
     for key, unit in (("training_examples", "examples"), ("total_steps", "steps")):
         if now[key] < (before := info.get(key, step if key == "total_steps" else 0)):
@@ -33,6 +33,19 @@ def check(info: dict[str, Any], now: dict[str, Any], step: int, *, workdir: str,
                 f"{workdir} has a run of {before:,} {unit}: --extend expected at least as many, got {now[key]:,}."
                 " Use another --workdir"
             )
+
+
+def _changes(info: dict[str, Any], now: dict[str, Any]) -> str:
+    """Return the parts of the fingerprint that differ, and the number of examples if it does.
+
+    >>> _changes(run_info("names=a contents=b", 9, 1), run_info("names=a contents=c", 9, 1))
+    'expected contents=b, got contents=c'
+    """
+    before, after = info["training_data"].split(), now["training_data"].split()
+    differing = [pair for pair in zip(before, after, strict=False) if pair[0] != pair[1]]
+    found = "expected {}, got {}".format(*map(" ".join, zip(*differing, strict=True)))
+    counts = info.get("training_examples", now["training_examples"]), now["training_examples"]
+    return found + (f", and {counts[1]:,} examples instead of {counts[0]:,}" if counts[0] != counts[1] else "")
 
 
 def notes(config: Config, info: dict[str, Any], now: dict[str, Any], step: int) -> list[str]:

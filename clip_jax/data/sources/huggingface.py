@@ -7,11 +7,11 @@ folder each and a `dataset_dict.json` (datasets/arrow_dataset.py and dataset_dic
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -52,7 +52,8 @@ class HuggingFaceSource(table.TableSource):
         files = [storage.stat(f"{saved}/{entry['filename']}") for entry in state["_data_files"]]
         if not files:
             raise ValueError(f"data.files: {saved}/state.json lists no Arrow file: the split is empty")
-        return table.TableSource(files, [_read_arrow(file, fields) for file in files], fields)
+        written = str(state.get("_fingerprint"))  # of datasets: another one for data that are written again
+        return table.TableSource(files, [_read_arrow(file, fields, written) for file in files], fields)
 
     @classmethod
     def check_files(cls, config: DataConfig) -> None:
@@ -112,13 +113,26 @@ def _parquet_files(folder: str, split: str) -> list[File]:
     return sorted(by_split[split], key=lambda file: file.path)
 
 
-def _read_arrow(file: File, fields: Fields) -> table.ArrowRows:
-    """Return the rows of an Arrow file, memory-mapped if it is local."""
+def _read_arrow(file: File, fields: Fields, written: str) -> table.ArrowRows:
+    """Return the rows of an Arrow file, memory-mapped if it is local. Their content is hashed without the images."""
     source = pa.BufferReader(storage.read_file(file.path)) if is_url(file.path) else pa.memory_map(file.path)
     with table.named_errors(file.path):
         rows = pa.ipc.open_stream(source).read_all()
     columns = table.check_columns(file.path, rows.column_names, fields)
     with table.named_errors(file.path):
         rows.select(columns).validate(full=True)  # wrong offsets would be read beyond the file
-    head = storage.read_range(file.path, 0, io.DEFAULT_BUFFER_SIZE)
-    return table.ArrowRows(rows.select(columns), hashlib.sha256(head + str(file.size).encode()).hexdigest()[:16])
+    digest = hashlib.sha256(f"{file.size} {written} {rows.schema}".encode())
+    for chunk in (chunk for column in rows.select(columns).columns for chunk in column.chunks):
+        _hash(chunk, digest)
+    return table.ArrowRows(rows.select(columns), digest.hexdigest()[:16])
+
+
+def _hash(values: pa.Array, digest: Any) -> None:
+    """Add values to a hash; of bytes, such as images, the lengths alone."""
+    if pa.types.is_struct(values.type):
+        for number in range(values.type.num_fields):
+            _hash(values.field(number), digest)
+    else:
+        binary = pa.types.is_binary(values.type) or pa.types.is_large_binary(values.type)
+        for buffer in values.buffers()[: 2 if binary else None]:  # validity, offsets, and the bytes
+            digest.update(buffer or b"")

@@ -201,11 +201,14 @@ class TableSource:
         return Record(f"{path}#{number}", image, self._fields.captions_of(row))
 
     def fingerprint(self) -> str:
-        parts = (
-            f"{os.path.basename(file.path)} {len(rows)} {rows.content}"
-            for file, rows in zip(self._files, self._rows, strict=True)
+        names = (
+            f"{os.path.basename(file.path)} {len(rows)}" for file, rows in zip(self._files, self._rows, strict=True)
         )
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+        hashes = (
+            hashlib.sha256("\n".join(part).encode()).hexdigest()[:16]
+            for part in (names, (r.content for r in self._rows))
+        )
+        return "names={} contents={}".format(*hashes)
 
     def _row(self, index: int) -> Row:
         part, number = place(self._starts, index)
@@ -253,7 +256,7 @@ class ParquetFile:
     """The footer of a Parquet file, and its columns of image and captions."""
 
     def __init__(self, file: File, fields: Fields):
-        self.path = file.path
+        self.path, self._size = file.path, file.size
         opened = self._open()
         metadata, schema = opened.metadata, opened.schema_arrow
         self.features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {})
@@ -266,8 +269,9 @@ class ParquetFile:
             for number in range(group.num_columns)
             if group.column(number).path_in_schema.split(".")[0] in self.columns
         )
-        footer = "".join(f"{group.num_rows} {group.total_byte_size} " for group in groups)
-        self.content = hashlib.sha256(f"{file.size} {footer}{schema}".encode()).hexdigest()[:16]
+        # The footer, with sizes, offsets and statistics of all columns, its length and the magic number.
+        footer = storage.read_range(file.path, file.size - metadata.serialized_size - 8, file.size)
+        self.content = hashlib.sha256(str(file.size).encode() + footer).hexdigest()[:16]
 
     def __len__(self) -> int:
         return sum(self.group_rows)
@@ -282,7 +286,7 @@ class ParquetFile:
 
     def _open(self) -> pq.ParquetFile:
         with named_errors(self.path):
-            return pq.ParquetFile(RangeFile(self.path) if is_url(self.path) else self.path, pre_buffer=True)
+            return pq.ParquetFile(RangeFile(self.path, self._size) if is_url(self.path) else self.path, pre_buffer=True)
 
 
 @contextlib.contextmanager
@@ -299,8 +303,8 @@ def named_errors(path: str) -> Iterator[None]:
 class RangeFile(io.RawIOBase):
     """A file of an object store, for readers that seek."""
 
-    def __init__(self, path: str):
-        self._path, self._size, self._at = path, storage.stat(path).size, 0
+    def __init__(self, path: str, size: int):
+        self._path, self._size, self._at = path, size, 0
 
     def readable(self) -> bool:
         return True

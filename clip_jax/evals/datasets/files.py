@@ -60,21 +60,31 @@ def read_text(path: Path) -> str:
     return path.read_text("utf-8-sig")
 
 
-def read_lines(path: Path) -> tuple[str, ...]:
-    """Return the stripped lines of a text file, () without the file. Raises ValueError for an empty line."""
-    if not path.is_file():
+def _read_local(path: str | Path) -> bytes | None:
+    return Path(path).read_bytes() if Path(path).is_file() else None
+
+
+def read_lines(path: str | Path, read: Callable[[str | Path], bytes | None] = _read_local) -> tuple[str, ...]:
+    """Return the stripped lines of a text file, () without the file. Raises ValueError for an empty line.
+
+    read: returns a file's content, or None without the file; for paths in object stores.
+    """
+    if (content := read(path)) is None:
         return ()
-    lines = tuple(line.strip() for line in read_text(path).splitlines())
+    lines = tuple(line.strip() for line in content.decode("utf-8-sig").splitlines())
     for number, line in enumerate(lines, start=1):
         if not line:
             raise ValueError(f"{path}, line {number} is empty: expected one entry per line, without empty lines")
     return lines
 
 
-def read_templates(directory: Path) -> tuple[str, ...]:
-    """Return the templates stored with a dataset, () without the file. Raises ValueError for one without a slot."""
-    path = directory / "zeroshot_classification_templates.txt"
-    templates = tuple(line.replace("{c}", "{}") for line in read_lines(path))
+def read_templates(directory: str | Path, read: Callable[[str | Path], bytes | None] = _read_local) -> tuple[str, ...]:
+    """Return the templates stored with a dataset, () without the file. Raises ValueError for one without a slot.
+
+    read: as in `read_lines`.
+    """
+    path = f"{directory}/zeroshot_classification_templates.txt"
+    templates = tuple(line.replace("{c}", "{}") for line in read_lines(path, read))
     for number, template in enumerate(templates, start=1):
         if "{}" not in template:
             raise ValueError(f"{path}, line {number}: expected {{c}} as in 'a photo of a {{c}}.', got {template!r}")

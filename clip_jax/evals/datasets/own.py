@@ -3,7 +3,8 @@
     folder:/my/test                          one folder per class, and optionally classnames.txt: classification;
                                              name.jpg with name.txt or .json, or captions.jsonl: retrieval
     wds:/my/test/{00000..00003}.tar          samples with .cls, and classnames.txt in the folder of the shards or above
-                                             it: classification; with .txt (one caption per line) or .json: retrieval
+                                             it, also in an object store: classification; with .txt (one
+                                             caption per line) or .json: retrieval
     tfrecord:/my/test/*.tfrecord             retrieval
     table:/my/test.csv                       retrieval
 
@@ -143,12 +144,25 @@ def _read(format: str, files: str, task: str, data: DataConfig) -> DatasetSplit:
     images = LazySequence(len(source), lambda index: convert(_record(source, index).image), source.key)
     if task == "retrieval":
         return DatasetSplit(images, None, found)
-    shards = Path(source.key(0).rpartition("#")[0]).parent
-    folder = next((place for place in (shards, shards.parent) if (place / "classnames.txt").is_file()), shards)
-    names, targets = read_lines(folder / "classnames.txt"), np.array(found, np.int64)
+    shards, targets = os.path.dirname(source.key(0).rpartition("#")[0]), np.array(found, np.int64)
+    for folder in (shards, os.path.dirname(shards)):
+        if names := read_lines(f"{folder}/classnames.txt", _content):
+            break
+    else:
+        folder = shards
     if names and targets.max() >= len(names):
         raise ValueError(f"{folder}/classnames.txt: expected {targets.max() + 1} classes or more, got {len(names)}")
-    return DatasetSplit(images, targets, class_names=names, templates=read_templates(folder))
+    return DatasetSplit(images, targets, class_names=names, templates=read_templates(folder, _content))
+
+
+def _content(path: str | Path) -> bytes | None:
+    """Return the content of a file beside shards, also in an object store; None without the file."""
+    from clip_jax.data import storage
+
+    try:
+        return storage.read_file(os.fspath(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def _class_id(record: Record) -> int:
