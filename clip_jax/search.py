@@ -1,4 +1,8 @@
-"""Command: rank images by similarity to texts, `python -m clip_jax.search --weights=params.msgpack "a happy dog"`.
+"""Rank images by similarity to texts.
+
+    clip-jax search --weights=runs/emoji/params.msgpack "a happy dog"
+    clip-jax search --weights=runs/emoji/params.msgpack --images=/my/images "a red car"
+    clip-jax search --weights=runs/emoji/params.msgpack --images=/my/images --top=3 "a red car" "a cat"
 
 Prints one table per query. Exit codes: 0; 2 for wrong flags or input, with a one-line error.
 """

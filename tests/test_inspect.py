@@ -2,8 +2,6 @@
 
 import io
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -16,7 +14,7 @@ from clip_jax.data.contact_sheet import MARGIN, SIDE, contact_sheet
 from clip_jax.data.sources.synthetic import SyntheticSource
 from clip_jax.data.sources.tfrecord import write_tfrecord
 from clip_jax.tokenizers import ClipBPE, make_tokenizer
-from tests import runs
+from tests import commands
 
 GOOD, LENGTH = 40, 8
 
@@ -148,8 +146,7 @@ def test_a_sheet_has_every_image_above_its_text():
 @pytest.mark.slow  # processes that import TensorFlow
 def test_command_prints_statistics_and_writes_a_sheet(shard, tmp_path):
     def run(*arguments):
-        command = [sys.executable, "-m", "clip_jax.inspect", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, cwd=runs.ROOT, timeout=120)
+        return commands.run(["-m", "clip_jax.inspect", *map(str, arguments)], timeout=120)
 
     filters = ("--config=configs/vit_b32.py", "--config.data.filters.min_caption_characters=7")
     done = run(shard, "--sample=20", "--json", f"--sheet={tmp_path}/sheet.png", *filters)
