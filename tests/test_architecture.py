@@ -169,7 +169,7 @@ DOC = '"""What it is."""\n'
         (
             "clip_jax/training/loop.py",
             "from clip_jax.main import main",
-            r"\(layer 5\) imports main \(layer 7\)",
+            r"\(layer 5\) imports main \(layer 8\)",
         ),
         ("clip_jax/search.py", "from clip_jax import load", r"imports load \(layer None\)"),
         ("clip_jax/surprise.py", "", "'surprise' has no layer"),

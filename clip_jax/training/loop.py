@@ -28,6 +28,7 @@ from clip_jax.evals.load import LoadOptions, load_dataset
 from clip_jax.evals.report.tables import text_table
 from clip_jax.evals.report.writing import write_report
 from clip_jax.evals.suite import Suite, load_suite
+from clip_jax.evals.validation import Validation, load_validation
 from clip_jax.interop.msgpack import write as write_weights
 from clip_jax.models import Model, attention_implementations
 from clip_jax.models.flops import training_flops
@@ -53,6 +54,7 @@ class Run:
     total_steps: int
     mesh: Mesh
     source: DataSource
+    validation: Validation
     tokenizer: Tokenizer
     model: Model
     optimizer: optax.GradientTransformation
@@ -147,7 +149,8 @@ def prepare(config: Config, directory: epath.Path, export: str | None = None) ->
         attention = attention_implementations(config.model, mesh, dtype=dtype, text_capacity=capacity)
         for tower, implementation in attention.items():
             log.info("attention of the %s tower: %s", tower, implementation)
-    return Run(config, total_steps, mesh, source, tokenizer, model, optimizer, directory, PreemptionMonitor())
+    validation, preemption = load_validation(source, config), PreemptionMonitor()
+    return Run(config, total_steps, mesh, source, validation, tokenizer, model, optimizer, directory, preemption)
 
 
 def _open_source(config: Config) -> data.DataSource:
@@ -220,7 +223,8 @@ def _train_steps(
 
     def evaluate(at: int) -> None:
         start = time.monotonic()
-        results = suite.evaluate(_embedder(run, state.eval_params))
+        embedder = _embedder(run, state.eval_params)
+        results = suite.evaluate(embedder) | run.validation(embedder)
         training_log.add_evaluation(at, results, time.monotonic() - start)
 
     try:
@@ -287,9 +291,10 @@ def _pair_seconds(config: Config, devices: Sequence[Any]) -> float:
 
 def _finish(run: Run, params: Params, suite: Suite, baselines_dataset: EvalDataset | None, export: str | None) -> None:
     """Evaluate the final parameters, write the report and export the weights. Call it on all hosts."""
-    embedder = CachedEmbedder(_embedder(run, params))
-    results = suite.evaluate(embedder)
-    panels = suite.panels(embedder)
+    embedder = _embedder(run, params)
+    cached = CachedEmbedder(embedder)
+    results = suite.evaluate(cached) | run.validation(embedder)
+    panels = suite.panels(cached)
     gathered = sharding.gather(params, run.mesh) if export else None
     if distributed.is_main_process():
         if baselines_dataset is not None:
