@@ -122,4 +122,5 @@ if __name__ == "__main__":
         package_data={"": PACKAGE_DATA},
         install_requires=INSTALL,
         extras_require=EXTRAS,
+        entry_points={"console_scripts": ["clip-jax = clip_jax.__main__:main"]},
     )

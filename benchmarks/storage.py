@@ -100,7 +100,7 @@ def fetch(folder: str, fraction: float) -> None:
     config = DataConfig(files="gs://bucket/{00000..00011}.tfrecord", cache_dir=folder, options={"lanes": LANES})
     source = data.make_source(config)
     order = source.order(0, BATCH)
-    prefetch = _Prefetch(source, order, BATCH, slice(0, BATCH))
+    prefetch = _Prefetch(source, order, slice(0, BATCH))
     before, start, seen = server.counts(), time.monotonic(), 0
     for step in range(RECORDS // BATCH):
         prefetch(step)
@@ -129,7 +129,7 @@ def parse(folder: str) -> float:
     source, tokenizer = data.make_source(config), ClipBPE(length=77)
     order = source.order(0, BATCH)
     filters = pipeline.Filters(config, source, order)
-    prefetch = pipeline._Prefetch(source, order, BATCH, slice(0, BATCH))
+    prefetch = pipeline._Prefetch(source, order, slice(0, BATCH))
     rates = []
     with ThreadPoolExecutor(2) as threads, ThreadPoolExecutor(pipeline.READ_THREADS) as pool:
 

@@ -1,13 +1,14 @@
-"""Shared by the commands: flag parsing, logging, exit codes, and errors as one sentence."""
+"""Shared by the commands: flags and their help, logging, exit codes, and errors as one sentence."""
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import itertools
 import logging
-import os
 import pathlib
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
@@ -21,6 +22,7 @@ from clip_jax import paths
 FINISHED, FAILED, REFUSED = 0, 1, 2
 
 _MODULES = flags.DEFINE_list("modules", [], "Python modules to import first, which register towers, evaluators …")
+_DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of every error.")
 
 # Arguments of `clip_jax.load` that are flags of every command that reads weights.
 _WEIGHTS_FLAGS = {
@@ -44,8 +46,9 @@ def run(
 ) -> None:
     """Parse the flags, run a command and exit with its code.
 
-    Wrong flags, errors of the types `refused`, and a full or read-only disk exit with REFUSED and one sentence, and a
-    traceback if the environment variable CLIP_JAX_TRACEBACK is set; other errors exit with FAILED and a traceback.
+    Wrong flags, errors of the types `refused`, and a full or read-only disk exit with REFUSED and one sentence, with
+    --debug after a traceback; other errors exit with FAILED and a traceback. --help prints the docstring of the
+    command's module and its flags.
 
     Args:
       positional: whether the command accepts arguments that are not flags.
@@ -56,6 +59,9 @@ def run(
     """
 
     def parse(argv: list[str]) -> list[str]:
+        if {"-h", "--help"} & set(itertools.takewhile("--".__ne__, argv[1:])):
+            print(_help(main))
+            sys.exit(FINISHED)
         try:
             _refuse_repeated(argv)
             return flags.FLAGS(argv)
@@ -75,12 +81,23 @@ def run(
             code = main(argv[1:])
         except Exception as error:  # noqa: BLE001
             if isinstance(error, refused) or paths.disk_error(error):
-                wanted = bool(os.environ.get("CLIP_JAX_TRACEBACK"))
-                _exit(REFUSED, paths.error_sentence(error), leave, with_traceback=wanted)
+                _exit(REFUSED, paths.error_sentence(error), leave, with_traceback=_DEBUG.value)
             _exit(FAILED, f"{type(error).__name__}: {error}", leave, with_traceback=True)
         sys.exit(code)
 
     app.run(guarded, flags_parser=parse)
+
+
+def _help(main: Main) -> str:
+    """Return the docstring of a command's module, and a line or two for each of its flags."""
+    own = flags.FLAGS.get_key_flags_for_module(sys.argv[0])
+    lines = [inspect.cleandoc(main.__globals__["__doc__"]), "", "flags:"]
+    for flag in [*sorted(own, key=lambda flag: flag.name), *(flags.FLAGS[name] for name in ("modules", "debug"))]:
+        value = "" if flag.boolean else "=" + ("" if flag.default is None else flag.default_as_str.strip("'"))
+        head, margin = f"  --{flag.name}{value}", " " * 24
+        text = textwrap.fill(flag.help, 100, initial_indent=margin, subsequent_indent=margin)
+        lines.append(head + text[len(head) :] if len(head) < len(margin) else f"{head}\n{text}")
+    return "\n".join(lines)
 
 
 def define_weights_flags() -> Callable[[], dict[str, Any]]:
@@ -170,7 +187,9 @@ def _innermost_message(error: BaseException) -> str:
 def _exit(code: int, message: str, leave: Callable[[int], object], *, with_traceback: bool = False) -> NoReturn:
     if with_traceback:
         traceback.print_exc()
-    print(f"clip_jax.{pathlib.Path(sys.argv[0]).stem}: {message}", file=sys.stderr)
+    started = sys.argv[0]  # the module's file, or "clip-jax search"
+    name = started if started.startswith("clip-jax ") else f"clip_jax.{pathlib.Path(started).stem}"
+    print(f"{name}: {message}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     leave(code)

@@ -1,7 +1,11 @@
-"""Command: convert weights, `python -m clip_jax.convert SRC DST --to=msgpack|directory|npz`.
+"""Convert weights between clip_jax, open_clip, transformers and OpenAI.
 
-SRC is any path or name that `clip_jax.load` accepts. Prints a summary of the model and of the files written. Exit
-codes: 0; 2 for wrong flags or input, with a one-line error.
+    clip-jax convert ViT-L-14.pt vit_l14.msgpack
+    clip-jax convert runs/mine/params.msgpack mine --to=directory
+    clip-jax convert runs/mine/params.msgpack half.msgpack --dtype=bfloat16
+
+The first argument is any path or name that `clip_jax.load` accepts. Prints a summary of the model and of the files
+written. Exit codes: 0; 2 for wrong flags or input, with a one-line error.
 """
 
 from __future__ import annotations

@@ -1,10 +1,13 @@
-"""Evaluate weights: `python -m clip_jax.evaluate --weights=params.msgpack --datasets=smoke --data_dir=/data`.
+"""Evaluate weights: zero-shot classification, retrieval, linear probes and more, with a report.
+
+    clip-jax evaluate --weights=runs/emoji/params.msgpack --datasets=smoke --evaluators=zeroshot,linear_probe
+    clip-jax evaluate --weights=vit_l14 --datasets=paper,retrieval --data_dir=/data/evaluation
+    clip-jax evaluate --weights=runs/emoji/params.msgpack --datasets=folder:/my/test
 
 Datasets and suites: `clip_jax.evals.datasets.registry`; own data, e.g. --datasets=folder:/my/test:
 `clip_jax.evals.datasets.own`. Evaluators: `clip_jax.evals.EVALUATORS`. Datasets that are not on this machine are listed
 with instructions; damaged datasets are listed as failed; the others are evaluated. Reports are written after every
-dataset. Several processes share the work, as in `clip_jax.main`; a dataset that one of them can't read has failed on
-all.
+dataset. Several processes share the work, as in training; a dataset that one of them can't read has failed on all.
 
 Reports go to `evaluations/<name>`: the name of the file, or of its directory if the file has a generic name
 (params.msgpack). The report of other weights is not overwritten there, unless --out names the directory.

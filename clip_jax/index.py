@@ -1,8 +1,12 @@
-"""Command: index training shards once for all hosts, `python -m clip_jax.index 'gs://bucket/cc3m/*.tar'`.
+"""Index training shards once for all hosts.
 
-DATA is any value of `data.files`. The index is written to the folder of the shards, where every run finds it; shards
-that are unchanged since an earlier index are not read again, so the command can be interrupted and repeated. Exit
-codes: 0; 2 for wrong arguments or unreadable shards, with a one-line error.
+    clip-jax index 'gs://bucket/cc3m/{00000..00331}.tfrecord'
+    clip-jax index '/data/cc3m/*.tfrecord'
+    clip-jax index '/data/cc3m/*.tfrecord' --source=tfrecord
+
+The argument is any value of `data.files`. The index is written to the folder of the shards, where every run finds it;
+shards that are unchanged since an earlier index are not read again, so the command can be interrupted and repeated.
+Exit codes: 0; 2 for wrong arguments or unreadable shards, with a one-line error.
 """
 
 from __future__ import annotations

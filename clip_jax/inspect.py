@@ -1,8 +1,13 @@
-"""Command: statistics of training data and a contact sheet, `python -m clip_jax.inspect /data/cc3m --sheet=sheet.png`.
+"""Statistics of training data, and a contact sheet of the model's input.
 
-DATA is any value of `data.files`; without it those of --config. A sample of the records is read: sizes, captions and
-their tokens, bad records with the reasons, rates. The sheet shows the model's input: augmented crops, and captions as
-tokenized and decoded again. Exit codes: 0; 2 for wrong arguments or unreadable data, with a one-line error.
+    clip-jax inspect '/data/cc3m/*.tfrecord' --sheet=sheet.png
+    clip-jax inspect '/data/cc3m/*.tfrecord' --sample=100 --json
+    clip-jax inspect --config=configs/vit_b32.py --config.data.files='/data/cc3m/*.tfrecord'
+
+The argument is any value of `data.files`; without it those of --config. A sample of the records is read: sizes,
+captions and their tokens, bad records with the reasons, records that `data.filters` of --config skips, rates. The sheet
+shows augmented crops, and captions as tokenized and decoded again. Exit codes: 0; 2 for wrong arguments or unreadable
+data, with a one-line error.
 """
 
 from __future__ import annotations
@@ -39,7 +44,8 @@ def main(arguments: list[str]) -> int:
     found = dataclasses.replace(config.data, files=arguments[0], source="") if arguments else config.data
     if _SHEET.value:
         check_output("--sheet", _SHEET.value, ("a file",))
-    found = dataclasses.replace(data.recognize(found), max_bad_fraction=1.0)  # bad records are counted
+    # Bad records are counted; those that a run would hold out are read, too.
+    found = dataclasses.replace(data.recognize(found), max_bad_fraction=1.0, validation_fraction=0.0)
     source, text, size = data.make_source(found), config.model.text, config.model.image.image_size
     tokenizer = make_tokenizer(config.tokenizer, text)
     count_tokens = make_tokenizer(config.tokenizer, text, truncate=False).count
@@ -52,7 +58,9 @@ def main(arguments: list[str]) -> int:
         print(f"{description}\n{report(inspected.statistics)}")
     if _SHEET.value:
         if inspected.batch is None:
-            raise ValueError(f"--sheet: expected a good record in the sample of {sample}, got none")
+            raise ValueError(
+                f"--sheet: expected a good record that passes data.filters in the sample of {sample}, got none"
+            )
         texts = [tokenizer.decode(row) for row in inspected.batch.text]
         sheet = contact_sheet(inspected.batch.image, texts)
         write_atomically(_SHEET.value, lambda file: file.write(sheet))

@@ -1,4 +1,10 @@
-"""Training command: `python -m clip_jax.main --config=configs/emoji.py`. The same command resumes the run.
+"""Train a model, or resume its run: the same command continues after an interruption.
+
+    clip-jax train --config=configs/emoji.py --workdir=runs/emoji --export=runs/emoji/params.msgpack
+    clip-jax train --config=configs/vit_b32.py --workdir=runs/b32 --config.data.files='/data/cc3m/*.tfrecord'
+    clip-jax train --config=configs/vit_b32.py --config.train.batch_size=4096 --dry_run
+
+--config.KEY=VALUE replaces a value of the config file. `clip-jax train` is short for `python -m clip_jax.main`.
 
 Exit codes: 0, finished, or stopped by SIGTERM with the state saved (the last line on stderr states which); 1, an error,
 with its traceback; 2, a wrong flag, config or input, or a full disk, with one sentence.

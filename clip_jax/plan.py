@@ -1,8 +1,12 @@
-"""Plan a training run without its TPUs: `python -m clip_jax.plan --config=configs/vit_l14.py --topology=v5e-256`.
+"""Plan a training run without its TPUs: whether it fits, its cost, and bounds of its speed.
 
-The step of `clip_jax.main` is compiled for that topology on any Linux machine with libtpu (`pip install 'jax[tpu]'`),
-which takes minutes. The report states whether it fits, its cost, and bounds of its speed. Exit codes: 0, it fits; 3, it
-does not fit; 2, invalid flags or config, with one line on stderr; 1, another error, with its traceback.
+    clip-jax plan --config=configs/vit_l14.py --topology=v4-512
+    clip-jax plan --config=configs/vit_l14.py --topology=v4-512 --config.mesh.fsdp=256
+    clip-jax plan --loss_only --global_batch=131072 --embed_dim=768 --dtype=bfloat16 --topology=v5e-256 --slices=2
+
+The step of `clip-jax train` is compiled for that topology on any Linux machine with libtpu
+(`pip install 'jax[tpu]'`), which takes minutes. Exit codes: 0, it fits; 3, it does not fit; 2, invalid flags or config,
+with one line on stderr; 1, another error, with its traceback.
 """
 
 from __future__ import annotations

@@ -5,8 +5,6 @@ import io
 import json
 import os
 import socket
-import subprocess
-import sys
 import tarfile
 
 import numpy as np
@@ -14,6 +12,7 @@ from PIL import Image
 
 from clip_jax.evals.datasets.registry import DATASETS
 from tests import runs
+from tests.commands import Command
 
 
 def start(*arguments, process=0, processes=1, port=0, tiny=False):
@@ -36,9 +35,7 @@ def start(*arguments, process=0, processes=1, port=0, tiny=False):
             "JAX_PROCESS_ID": str(process),
         }
     program = [str(runs.ROOT / "tests/tiny_evaluate.py")] if tiny else ["-m", "clip_jax.evaluate"]
-    command = [sys.executable, *program, *map(str, arguments)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=runs.ROOT, env=environment, **pipes)
+    return Command([*program, *map(str, arguments)], env=environment)
 
 
 def run(*arguments, processes=1, code=0, tiny=False, second=(), seconds=240):

@@ -4,14 +4,12 @@ import json
 import os
 import runpy
 import socket
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from clip_jax.config import from_config_dict
+from tests.commands import ROOT, Command
 
-ROOT = Path(__file__).parent.parent
 # For commands in processes of their own: each program is compiled once, by any worker of any session of the tests.
 CACHED = {
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / "build/programs"),
@@ -50,13 +48,10 @@ def start(
             "JAX_NUM_PROCESSES": str(processes),
             "JAX_PROCESS_ID": str(process),
         }
-    command = [sys.executable, "-m", "clip_jax.main", f"--config={config}", f"--workdir={workdir}", *flags]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    return Command(["-m", "clip_jax.main", f"--config={config}", f"--workdir={workdir}", *flags], env=environment)
 
 
-def start_two(workdir: Path, *flags: str, second: Sequence[str] = ()) -> list[subprocess.Popen]:
+def start_two(workdir: Path, *flags: str, second: Sequence[str] = ()) -> list[Command]:
     """Start two processes with one device each, as one job; `second`: additional flags of the second process."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -67,7 +62,7 @@ def start_two(workdir: Path, *flags: str, second: Sequence[str] = ()) -> list[su
     ]
 
 
-def finish(*processes: subprocess.Popen, code: int = 0) -> list[str]:
+def finish(*processes: Command, code: int = 0) -> list[str]:
     """Wait for the processes, check their exit code, and return the stderr of each."""
     messages = [process.communicate(timeout=240)[1] for process in processes]
     codes = [process.returncode for process in processes]
@@ -75,7 +70,7 @@ def finish(*processes: subprocess.Popen, code: int = 0) -> list[str]:
     return messages
 
 
-def wait_for_step(process: subprocess.Popen, step: int) -> None:
+def wait_for_step(process: Command, step: int) -> None:
     """Read stderr up to the progress line of `step`."""
     lines = []
     for line in process.stderr:

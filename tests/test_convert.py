@@ -3,8 +3,6 @@
 import dataclasses
 import os
 import re
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -14,7 +12,7 @@ from clip_jax.config import Preprocess, WeightsConfig
 from clip_jax.inference import load
 from clip_jax.interop import conversion, msgpack, name_tables, pixel_differences, reading, torch_file
 from clip_jax.interop.convert import convert
-from tests import runs, tiny_models
+from tests import commands, runs, tiny_models
 
 GIVEN = ("--activation=quick_gelu", "--heads=2,1", "--preprocess=openai")  # of "vit"
 ARCHITECTURE = tiny_models.ARCHITECTURES["vit"]
@@ -22,8 +20,7 @@ ARCHITECTURE = tiny_models.ARCHITECTURES["vit"]
 
 def _convert(folder, *arguments):
     environment = os.environ | {"PYTHONPATH": str(runs.ROOT)}
-    command = [sys.executable, "-m", "clip_jax.convert", *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    return commands.run(["-m", "clip_jax.convert", *arguments], cwd=folder, env=environment)
 
 
 @pytest.fixture(scope="module")

@@ -95,10 +95,17 @@ def test_hidden_colour_of_transparent_pixels_is_white(decode):
         assert (decode(_encode(hidden, format_, **options)) == 255).all()
 
 
-def test_16_bit_png_keeps_its_high_byte(decode):
+@pytest.mark.parametrize(("kind", "order"), [("PNG", "<u2"), ("TIFF", "<u2"), ("TIFF", ">u2")])
+def test_16_bit_gray_keeps_its_high_byte(decode, kind, order):
     deep = np.arange(0, 65536, 321, dtype=np.uint16).reshape(5, 41)
-    found = decode(_encode(Image.fromarray(deep), "PNG"))
+    found = decode(_encode(Image.fromarray(deep.astype(order)), kind))
     np.testing.assert_array_equal(found, np.repeat((deep >> 8)[..., None], 3, axis=-1))
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_32_bit_tiff_is_bad_by_its_bits(dtype):
+    reason = images.decoding_error(_encode(Image.fromarray(np.full((3, 4), 999, dtype)), "TIFF"))
+    assert "expected 8 or 16 bits per channel, got 32" in reason
 
 
 def _png_of_size(width, height):

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from clip_jax.data import order
+from clip_jax.data import order, pipeline
+from clip_jax.data.sources.synthetic import SyntheticSource
 
 # 5 standard deviations: the correlation of 100,000 independent pairs has a standard deviation of 0.003.
 CORRELATION_BOUND = 0.016
@@ -138,6 +139,22 @@ def test_block_order_of_two_billion_examples_is_arithmetic():
         epochs, ids = ordered(positions)
         assert (epochs == positions // 2_000_000_000).all() and len(set(ids.tolist())) == 4
         assert [int(ordered(positions[i : i + 1])[1][0]) for i in range(4)] == ids.tolist()
+
+
+def test_resuming_permutes_the_blocks_of_no_other_epoch(monkeypatch):
+    permuted, permute, prefetched = [], order.BlockOrder._permuted_blocks, []
+    monkeypatch.setattr(
+        order.BlockOrder, "_permuted_blocks", lambda self, epoch: permuted.append(epoch) or permute(self, epoch)
+    )
+    ordered, step = order.BlockOrder(np.full(1_000_000, 2000), 0, 32_768, 64, 4000), 1_000_000
+    source = SyntheticSource(1)
+    source.prefetch = prefetched.append
+    prefetch = pipeline._Prefetch(source, ordered, slice(512, 1024))
+    prefetch(step)
+    prefetch(step)
+    ordered(step * 32_768 + np.arange(512, 1024))
+    assert permuted == [step * 32_768 // 2_000_000_000] and len(prefetched) == 1
+    assert len(prefetched[0]) <= 2 * 3  # a window of two blocks and the next one, which are parts of three
 
 
 def test_block_order_separates_neighbours():

@@ -7,7 +7,7 @@ import pytest
 
 from clip_jax import data
 from clip_jax.config import DataConfig
-from clip_jax.data import index, order, storage
+from clip_jax.data import index, order, pipeline, storage
 from clip_jax.data.sources.blocks import place
 from clip_jax.data.sources.synthetic import SyntheticSource
 from clip_jax.data.sources.tar import TarSource
@@ -97,6 +97,18 @@ def test_a_host_reads_each_block_about_once(config, store):
     epoch = sum(len(shard) for shard in store.objects.values())
     # Blocks that two lanes share are read twice, and the windows of the next epoch have begun.
     assert epoch < store.bytes < 2.2 * epoch and store.requests < 2.2 * blocks + 10
+
+
+def test_a_resumed_host_reads_the_windows_of_its_step_and_the_next_ones(config, store):
+    source, step = data.make_source(config), 1_000_000
+    ordered = source.order(3, BATCH)
+    store.requests = 0
+    pipeline._Prefetch(source, ordered, slice(0, BATCH))(step)
+    for example in ordered(np.arange(step * BATCH, (step + 1) * BATCH))[1].tolist():
+        source.read(example)
+    source._blocks._pool.shutdown()  # waits for the reads that have begun
+    windows = ordered.blocks(step, slice(0, BATCH))
+    assert len(windows) == 2 * LANES and store.requests == len(set(np.concatenate(windows).tolist())) < 60
 
 
 def test_rates_are_those_of_the_requests(config, store):

@@ -6,16 +6,16 @@ import pathlib
 import re
 import runpy
 import shlex
-import subprocess
-import sys
 
 import jax
 import pytest
 
 import clip_jax
+from clip_jax.__main__ import COMMANDS
 from clip_jax.config import MODELS, Config, TokenizerConfig, WeightsConfig, default_config
 from clip_jax.interop import msgpack
 from clip_jax.models import make_model
+from tests.commands import run
 
 ROOT = pathlib.Path(__file__).parents[1]
 PATHS = [
@@ -26,6 +26,7 @@ PATHS = [
 ]
 PAGES = {path: (ROOT / path).read_text(encoding="utf-8") for path in PATHS}
 README = PAGES["README.md"]
+MODULES = {name: module.replace(".", "/") + ".py" for name, (module, _) in COMMANDS.items()}
 ALL = "\n".join(PAGES.values())
 
 
@@ -36,9 +37,10 @@ def blocks(text, language):
 
 
 def commands():
-    """Return every `python -m clip_jax.…` command of the pages, as its words from -m on."""
-    sources = [*blocks(ALL, "sh"), *re.findall(r"`(python -m clip_jax[^`]*)`", ALL)]
-    lines = [line for block in sources for line in block.splitlines()]
+    """Return every command of the pages and of the help texts, as the words of `python -m clip_jax.…` from -m on."""
+    helps = [ast.get_docstring(ast.parse((ROOT / path).read_text())) for path in MODULES.values()]
+    sources = [*blocks(ALL, "sh"), *re.findall(r"`(python -m clip_jax[^`]*)`", ALL), *helps]
+    lines = [re.sub(r"^ *clip-jax (\w+)", named_module, line) for block in sources for line in block.splitlines()]
     found = [
         re.sub(r"\s(#|[<>&;]|\d>).*|;.*", "", m[1])
         for line in lines
@@ -46,6 +48,10 @@ def commands():
     ]
     split = [shlex.split(command) for command in dict.fromkeys(found)]
     return [words for words in split if len(words) > 2 and not any("…" in word for word in words)]
+
+
+def named_module(match):
+    return f"python -m {COMMANDS[match[1]][0]}" if match[1] in COMMANDS else match[0]
 
 
 def config_keys(config, prefix=""):
@@ -97,7 +103,7 @@ def test_config_keys_in_the_text_exist():
 def test_dry_run_prints_the_shown_summary():
     (command,) = [words for words in commands() if "--dry_run" in words]
     env = {"PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu"}  # one device, unlike conftest's eight
-    result = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    result = run(command, env=env)
     assert result.returncode == 0, result.stderr
     assert "151,277,313" in result.stdout
     (shown,) = [block for block in blocks(PAGES["docs/training.md"], "text") if "parameters:" in block]

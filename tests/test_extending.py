@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests import runs, test_docs
+from tests import commands, runs, test_docs
 
 PAGE = test_docs.PAGES["docs/extending.md"]
 CONTRACTS = {
@@ -29,13 +29,14 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(words, folder, devices=1):
+def environment(folder, devices=1):
     env = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
     env |= runs.QUICK | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{folder}{os.pathsep}{test_docs.ROOT}"}
-    env |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    result = subprocess.run(
-        [sys.executable, *words], cwd=test_docs.ROOT, env=env, capture_output=True, text=True, check=False
-    )
+    return env | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+
+
+def run(words, folder, devices=1):
+    result = commands.run(words, env=environment(folder, devices))
     assert result.returncode == 0, f"{words}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
     return result.stdout
 
@@ -53,9 +54,11 @@ def test_each_extension_touches_one_file_and_one_line():
 @pytest.mark.parametrize("module", CONTRACTS)
 def test_example_passes_the_contract_tests(module, folder):
     kind, name = CONTRACTS[module]
-    words = ["-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", "-p", module]
-    printed = run([*words, f"tests/contracts/test_{kind}.py", "-k", name], folder, devices=8)
-    assert int(re.search(r"(\d+) passed", printed)[1]) >= 3
+    words = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", "-p", module]
+    words += [f"tests/contracts/test_{kind}.py", "-k", name]
+    env = environment(folder, devices=8)
+    result = subprocess.run(words, cwd=test_docs.ROOT, env=env, capture_output=True, text=True, check=False)
+    assert result.returncode == 0 and int(re.search(r"(\d+) passed", result.stdout)[1]) >= 3, result.stdout[-3000:]
 
 
 @pytest.mark.slow
@@ -75,13 +78,13 @@ def test_examples_train_on_eight_devices_evaluate_and_export(folder, tmp_path):
     assert re.search(r"pairwise/digits/auc +[01]\.\d+", run(evaluate, folder))
     toy = str(tmp_path / "params.toy")
     run(["-m", "clip_jax.convert", "--modules=my_tower,my_format", str(weights), toy, "--to=toy"], folder)
-    code = f"""
+    (tmp_path / "check.py").write_text(f"""
 import my_format, my_tower, clip_jax
 models = [clip_jax.load(path) for path in ({str(weights)!r}, {toy!r})]
 one, other = (model.encode_text(["a red image"]) for model in models)
 assert (one == other).all()
-"""
-    run(["-c", code], folder)
+""")
+    run([str(tmp_path / "check.py")], folder)
 
 
 def test_dataset_example_reads_class_folders(folder, tmp_path):

@@ -2,21 +2,19 @@
 
 import io
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from clip_jax import data
-from clip_jax.config import DataConfig, TextTransformer, TokenizerConfig
+from clip_jax.config import DataConfig, FilterConfig, TextTransformer, TokenizerConfig
 from clip_jax.data import inspection, order, pipeline
 from clip_jax.data.contact_sheet import MARGIN, SIDE, contact_sheet
 from clip_jax.data.sources.synthetic import SyntheticSource
 from clip_jax.data.sources.tfrecord import write_tfrecord
 from clip_jax.tokenizers import ClipBPE, make_tokenizer
-from tests import runs
+from tests import commands
 
 GOOD, LENGTH = 40, 8
 
@@ -44,8 +42,8 @@ def shard(tmp_path_factory):
     return path
 
 
-def inspected(path, **options):
-    config = DataConfig(source="tfrecord", files=str(path), cache_dir="", max_bad_fraction=1.0)
+def inspected(path, filters=FilterConfig(), **options):  # noqa: B008 (frozen)
+    config = DataConfig(source="tfrecord", files=str(path), cache_dir="", max_bad_fraction=1.0, filters=filters)
     count = make_tokenizer(TokenizerConfig(), TextTransformer(context_length=LENGTH), truncate=False).count
     return inspection.inspect(data.make_source(config), ClipBPE(length=LENGTH), count, config, image_size=16, **options)
 
@@ -73,6 +71,32 @@ def test_statistics_are_those_of_the_records(shard):
     text = inspection.report(found)
     assert "all records" in text and "3 (7.0%): 1 × " in text and "1 × empty image (" in text and "8 × 'a logo'" in text
     assert "78.0% have more than 8 tokens" in text and "CYRILLIC 9.8%" in text
+
+
+def test_filtered_records_are_counted_by_filter(shard):
+    """11 are wide, 8 others 'a logo', 4 Cyrillic; a bad record with a short caption is filtered, as in training."""
+    wanted = FilterConfig(max_aspect_ratio=3.4, min_caption_characters=7, caption_scripts=("Latin",))
+    found, batch = inspected(shard, wanted)
+    first = [one.pop("first") for one in found["filtered"]["filters"]]
+    assert found["filtered"] == {
+        "records": 24,
+        "filters": [
+            {"filter": "max_aspect_ratio", "value": 3.4, "records": 11},
+            {"filter": "min_caption_characters", "value": 7, "records": 9},
+            {"filter": "caption_scripts", "value": ("Latin",), "records": 4},
+        ],
+    }
+    assert int(first[0].rpartition("#")[2]) >= 29 and int(first[2].rpartition("#")[2]) < 4
+    assert found["bad"]["records"] == 2 and len(batch.image) == 43 - 24 - 2
+    for one, key in zip(found["filtered"]["filters"], first, strict=True):
+        one["first"] = key
+    text = inspection.report(found)
+    assert (
+        "filtered        24 (55.8%): 11 × max_aspect_ratio=3.4 (" in text and "4 × caption_scripts=('Latin',) (" in text
+    )
+    found, batch = inspected(shard, FilterConfig(min_image_size=1000))
+    assert batch is None and found["filtered"]["records"] == 41
+    assert inspected(shard).statistics["filtered"] == {"records": 0, "filters": []}
 
 
 def test_the_batch_is_that_of_training(shard):
@@ -122,14 +146,15 @@ def test_a_sheet_has_every_image_above_its_text():
 @pytest.mark.slow  # processes that import TensorFlow
 def test_command_prints_statistics_and_writes_a_sheet(shard, tmp_path):
     def run(*arguments):
-        command = [sys.executable, "-m", "clip_jax.inspect", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, cwd=runs.ROOT, timeout=120)
+        return commands.run(["-m", "clip_jax.inspect", *map(str, arguments)], timeout=120)
 
-    done = run(shard, "--sample=20", "--json", f"--sheet={tmp_path}/sheet.png")
+    filters = ("--config=configs/vit_b32.py", "--config.data.filters.min_caption_characters=7")
+    done = run(shard, "--sample=20", "--json", f"--sheet={tmp_path}/sheet.png", *filters)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["data"] == "43 pairs in 1 file (tfrecord), captions: txt" and found["sample"] == 20
     assert found["captions"]["context_length"] == 77
+    assert [one["filter"] for one in found["filtered"]["filters"]] == ["min_caption_characters"]
     assert Image.open(tmp_path / "sheet.png").width == MARGIN + 6 * (SIDE + MARGIN)
     done = run()
     assert done.returncode == 2 and "clip_jax.inspect: expected DATA, e.g. /data/cc3m" in done.stderr

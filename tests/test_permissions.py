@@ -3,8 +3,6 @@
 import contextlib
 import dataclasses
 import os
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -19,7 +17,7 @@ from clip_jax.interop import conversion, directory, formats, msgpack, name_table
 from clip_jax.tokenizers import make_tokenizer
 from clip_jax.training import initialization, workdir
 from clip_jax.training.checkpoint import Checkpoints
-from tests import runs, tiny_models, tiny_tokenizers
+from tests import commands, runs, tiny_models, tiny_tokenizers
 from tests.permissions import as_user
 
 MODEL = tiny_models.ARCHITECTURES["vit_gelu"]
@@ -172,13 +170,7 @@ def test_commands_exit_with_2_and_one_sentence(tmp_path, denied, weights):
         f"{main}/run": f"{tmp_path}/run/config.json: permission denied; give another path",
     }
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(runs.ROOT), "XLA_FLAGS": ""}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "tests/permissions.py", *command.split()],
-            **dict.fromkeys(("stdout", "stderr"), subprocess.PIPE), cwd=runs.ROOT, env=environment, text=True,
-        )
-        for command in cases
-    ]  # fmt: skip
+    started = [commands.Command(["tests/permissions.py", *command.split()], env=environment) for command in cases]
     for process, (command, message) in zip(started, cases.items(), strict=True):
         _, errors = process.communicate(timeout=240)
         assert process.returncode == 2, (command, errors)

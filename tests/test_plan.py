@@ -7,13 +7,12 @@ import sys
 import pytest
 
 from clip_jax.planner.cost import Program
+from tests import commands
 from tests.test_planner import SAME_FLOPS
 
 
 def run(*arguments):
-    done = subprocess.run(
-        [sys.executable, "-m", "clip_jax.plan", *arguments], capture_output=True, text=True, check=False
-    )
+    done = commands.run(["-m", "clip_jax.plan", *arguments])
     return done.returncode, done.stdout, done.stderr
 
 

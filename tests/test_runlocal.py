@@ -3,22 +3,19 @@
 Here with a few steps of small batches; tests/test_docs_commands.py runs the documented one as it is.
 """
 
-import subprocess
-import sys
-
 import pytest
 
-from tests import runs
+from tests import commands, runs
 from tests.test_config import CONFIGS
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_runlocal_trains_and_evaluates(name, tmp_path):
-    command = [sys.executable, "-m", "clip_jax.main", f"--config=configs/{name}.py:runlocal", f"--workdir={tmp_path}"]
+    command = ["-m", "clip_jax.main", f"--config=configs/{name}.py:runlocal", f"--workdir={tmp_path}"]
     command += ["--config.train.batch_size=16", "--config.train.total_steps=6"]
     env = runs.QUICK | {"PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu"}
-    result = subprocess.run(command, cwd=runs.ROOT, env=env, capture_output=True, text=True, check=False)
+    result = commands.run(command, env=env)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "retrieval/shapes/image_to_text/recall_at_1" in result.stdout
     assert result.stderr.endswith("finished\n")

@@ -1,8 +1,6 @@
 """The command `python -m clip_jax.search`."""
 
 import inspect
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -15,6 +13,7 @@ from clip_jax import command, inference, search
 from clip_jax.config import Architecture, EdgeNet, TextTransformer, WeightsConfig
 from clip_jax.interop import msgpack
 from clip_jax.models import make_model
+from tests import commands
 from tests.permissions import as_user
 
 TINY = Architecture(
@@ -47,8 +46,7 @@ def image_folder(tmp_path_factory):
 
 
 def run(*arguments):
-    command = [sys.executable, "-m", "clip_jax.search", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return commands.run(["-m", "clip_jax.search", *map(str, arguments)], timeout=120)
 
 
 def test_images_are_found_recursively_in_sorted_order(image_folder):

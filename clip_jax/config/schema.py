@@ -108,6 +108,9 @@ class DataConfig:
     captions: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"txt": 1.0, "caption": 1.0})
     # Maximum number of a record's texts that are sampled and joined by commas, e.g. for a name and its tags.
     texts_per_caption: int = 1
+    # Pairs that are held out for the validation loss and never trained on, by a hash of each one's key; of sources that
+    # are read by blocks, such as object stores, whole files by a hash of the name. 0: none.
+    validation_fraction: float = 0.0
     filters: FilterConfig = FilterConfig()
     augment: AugmentConfig = AugmentConfig()
     # JPEGs: 'fast' decodes crops of twice the image size or more at 1/2, 1/4 or 1/8 and resizes in uint8; 'exact'
@@ -229,7 +232,8 @@ class EvalConfig:
     """Evaluation during training and at its end. A task's key is the dataset's name in metrics."""
 
     every_steps: int = 0  # 0: at the end only
-    batch_size: int = 512  # images or texts per batch, over all devices
+    batch_size: int = 512  # images or texts per batch, over all devices; pairs per batch of the validation loss
+    validation_examples: int = 4096  # of each dataset, for the validation loss; rounded down to batches
     data_dir: str = ""  # directory of stored datasets: webdataset folders, class folders, TFDS
     baselines_dataset: str = ""  # key of DATASETS that the baselines are fitted to; '': no baselines
     thresholds: Mapping[str, float] = dataclasses.field(default_factory=dict)  # required values, by metric key

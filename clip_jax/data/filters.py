@@ -33,13 +33,65 @@ Records = list[Record | None]  # None: a bad record
 Failed = tuple[str, str]  # filter and reason
 
 
+class Criteria:
+    """Which records and captions pass `data.filters`."""
+
+    def __init__(self, config: DataConfig):
+        self._config, self._weights = config.filters, config.captions
+        self._letters_of_scripts = _letters(config.filters.caption_scripts)
+
+    def __call__(self, record: Record) -> tuple[Record, Failed | None]:
+        """Return the record with the captions that pass, and the failure of a record that does not pass."""
+        if failed := self._image_failure(record.image):
+            return record, failed
+        return self._with_captions(record)
+
+    def _image_failure(self, encoded: bytes) -> Failed | None:
+        config = self._config
+        if not (config.min_image_size or config.max_aspect_ratio) or not (size := image_size(encoded)):
+            return None
+        short, long = sorted(size)
+        reason = f"an image of {size[0]} × {size[1]} pixels"
+        if short < config.min_image_size:
+            return "min_image_size", reason
+        if config.max_aspect_ratio and long > config.max_aspect_ratio * short:
+            return "max_aspect_ratio", reason
+        return None
+
+    def _with_captions(self, record: Record) -> tuple[Record, Failed | None]:
+        """Return the record with the captions that pass, and the first one's failure if none does."""
+        kept: dict[str, tuple[str, ...]] = {}
+        failures = []
+        for name, weight in self._weights.items():
+            texts = [text for text in map(clean, record.captions.get(name, ())) if text and weight > 0]
+            problems = [self._caption_failure(text) for text in texts]
+            kept[name] = tuple(text for text, problem in zip(texts, problems, strict=True) if not problem)
+            failures += [problem for problem in problems if problem]
+        if any(kept.values()) or not failures:  # without any caption it is a bad record
+            return dataclasses.replace(record, captions=kept), None
+        return record, failures[0]
+
+    def _caption_failure(self, text: str) -> Failed | None:
+        config = self._config
+        reason = f"the caption {text[:40]!r} of {len(text)} characters"
+        if len(text) < config.min_caption_characters:
+            return "min_caption_characters", reason
+        if config.max_caption_characters and len(text) > config.max_caption_characters:
+            return "max_caption_characters", reason
+        if config.caption_scripts:
+            letters = len(LETTERS.findall(text))
+            if 2 * len(self._letters_of_scripts.findall(text)) <= letters:
+                return "caption_scripts", reason
+        return None
+
+
 class Filters:
     """The filters of a run. Thread-safe."""
 
     def __init__(self, config: DataConfig, source: DataSource, ordered: order.Order):
-        self._config, self._weights, self._key, self._order = config.filters, config.captions, source.key, ordered
+        self._config, self._key, self._order = config.filters, source.key, ordered
         self._active = config.filters != FilterConfig()
-        self._letters_of_scripts = _letters(config.filters.caption_scripts)
+        self._criteria = Criteria(config)
         self._failed: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._any_passed = False
@@ -79,10 +131,9 @@ class Filters:
 
     def _pass(self, records: Records, row: int, found: np.ndarray, counts: np.ndarray) -> bool:
         """Return whether a row's record passes, then with the captions that do; count it otherwise."""
-        record = records[row]
-        failed = self._image_failure(record.image) if record else None
-        if record and not failed:
-            records[row], failed = self._with_captions(record)
+        record, failed = records[row], None
+        if record:
+            records[row], failed = self._criteria(record)
         if failed:
             counts[row, FILTERS.index(failed[0])] += 1
             self._count(*failed, int(found[row]))
@@ -98,44 +149,6 @@ class Filters:
                 "record %s has %s: data.filters.%s=%s; records like it are counted as filtered_records/%s",
                 *(self._key(example), reason, name, getattr(self._config, name), name),
             )
-
-    def _image_failure(self, encoded: bytes) -> Failed | None:
-        config = self._config
-        if not (config.min_image_size or config.max_aspect_ratio) or not (size := image_size(encoded)):
-            return None
-        short, long = sorted(size)
-        reason = f"an image of {size[0]} × {size[1]} pixels"
-        if short < config.min_image_size:
-            return "min_image_size", reason
-        if config.max_aspect_ratio and long > config.max_aspect_ratio * short:
-            return "max_aspect_ratio", reason
-        return None
-
-    def _with_captions(self, record: Record) -> tuple[Record, Failed | None]:
-        """Return the record with the captions that pass, and the first one's failure if none does."""
-        kept: dict[str, tuple[str, ...]] = {}
-        failures = []
-        for name, weight in self._weights.items():
-            texts = [text for text in map(clean, record.captions.get(name, ())) if text and weight > 0]
-            problems = [self._caption_failure(text) for text in texts]
-            kept[name] = tuple(text for text, problem in zip(texts, problems, strict=True) if not problem)
-            failures += [problem for problem in problems if problem]
-        if any(kept.values()) or not failures:  # without any caption it is a bad record
-            return dataclasses.replace(record, captions=kept), None
-        return record, failures[0]
-
-    def _caption_failure(self, text: str) -> Failed | None:
-        config = self._config
-        reason = f"the caption {text[:40]!r} of {len(text)} characters"
-        if len(text) < config.min_caption_characters:
-            return "min_caption_characters", reason
-        if config.max_caption_characters and len(text) > config.max_caption_characters:
-            return "max_caption_characters", reason
-        if config.caption_scripts:
-            letters = len(LETTERS.findall(text))
-            if 2 * len(self._letters_of_scripts.findall(text)) <= letters:
-                return "caption_scripts", reason
-        return None
 
     def _check_passing(self, attempt: int, example: int) -> None:
         failed = self._failed.total()

@@ -5,7 +5,7 @@ Decoding agrees with Pillow's, except where noted:
 * JPEG uses libjpeg's accurate integer transform (TensorFlow's default is the fast one, off by up to 4 of 255). CMYK
   becomes RGB. EXIF orientation is not applied, as in CLIP's own preprocessing.
 * Alpha is composited on white. Decoding three channels instead would show the hidden color of transparent pixels.
-* 16-bit PNG keeps its high byte; Pillow clips at 255.
+* 16-bit PNG and TIFF keep their high byte; Pillow clips gray ones at 255. 32-bit TIFF, of unknown range, is refused.
 * GIF, BMP, TIFF, AVIF, animated WebP (first frame) and PNG of fewer than 8 bits per channel, which TensorFlow 2.21
   decodes with an alpha of 1 of 255, are decoded by Pillow inside the graph.
 
@@ -78,6 +78,7 @@ def _pillow_error(encoded: bytes) -> str | None:
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             image.load()
+            _check_bits(image)
     except Image.UnidentifiedImageError:
         return f"not an image; it begins with {encoded[:12]!r}"
     except Exception as error:  # noqa: BLE001 (of Pillow's decoders, also struct.error and IndexError)
@@ -151,10 +152,18 @@ def _pillow_rgb(encoded: bytes) -> np.ndarray:
     with Image.open(io.BytesIO(encoded), formats=PILLOW_FORMATS) as image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"[width and height:] [{image.width}] [{image.height}]")  # as `_check_size`
+        _check_bits(image)
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         rgba = image.convert("RGBA")
     white = Image.new("RGBA", rgba.size, "white")
     white.alpha_composite(rgba)
     return np.asarray(white.convert("RGB"))
+
+
+def _check_bits(image: Image.Image) -> None:
+    if image.mode in ("I", "F"):
+        raise ValueError(f"{image.format} of mode {image.mode!r}: expected 8 or 16 bits per channel, got 32")
 
 
 def augment(image: tf.Tensor, size: int, draws: tf.Tensor, config: AugmentConfig) -> tf.Tensor:

@@ -17,6 +17,7 @@ from PIL import Image
 from clip_jax.config import DataConfig
 from clip_jax.data import images, order, pipeline
 from clip_jax.data.captions import clean
+from clip_jax.data.filters import Criteria
 from clip_jax.typing import BadRecord, Batch, DataSource, Number, Record, Tokenizer
 
 PERCENTILES = {"min": 0, "5 %": 5, "median": 50, "95 %": 95, "max": 100}
@@ -39,6 +40,7 @@ class Examined(NamedTuple):
 
     key: str
     problem: str | None = None  # reason why it is bad
+    filtered: str | None = None  # the filter of `data.filters` that it does not pass
     image: tuple[str, int, int, int] | None = None  # format, width, height, bytes
     captions: tuple[tuple[str, str], ...] = ()  # feature and text
 
@@ -74,7 +76,7 @@ def inspect(
     sample: int = 1000,
     seed: int = 0,
 ) -> Inspection:
-    """Read a random sample of a source, and prepare its good records as training does.
+    """Read a random sample of a source, and prepare the good records that pass `data.filters` as training does.
 
     Args:
       tokenizer: of the model.
@@ -85,13 +87,14 @@ def inspect(
     """
     examples = sampled_examples(source, sample, seed)
     examined, read_seconds = _examine(source, examples, config)
-    good = examples[[one.problem is None for one in examined]]
+    good = examples[[one.problem is None and one.filtered is None for one in examined]]
     batch, rate = _prepare(_Sampled(source, good), tokenizer, config, image_size, seed) if len(good) else (None, None)
     statistics = {
         "records": len(source),
         "sample": len(examples),
         "seed": seed,
         "bad": _bad(examined),
+        "filtered": _filtered(examined, config),
         "images": _images([one.image for one in examined if one.image]),
         "captions": _captions([one.captions for one in examined if one.captions], tokenizer.length, count_tokens),
         "records_per_second": {"read": round(len(examples) / read_seconds, 1), "decoded": rate},
@@ -117,7 +120,7 @@ def _examine(source: DataSource, examples: Int64[np.ndarray, "n"], config: DataC
         except BadRecord as error:
             return str(error)
 
-    examined, seconds = [], 0.0
+    examined, seconds, criteria = [], 0.0, Criteria(config)
     images.decoding_error(b"")  # traces the graph once, not in every thread
     with ThreadPoolExecutor(pipeline.READ_THREADS) as pool:
         for start in range(0, len(examples), CHUNK):
@@ -125,11 +128,11 @@ def _examine(source: DataSource, examples: Int64[np.ndarray, "n"], config: DataC
             records = list(pool.map(read, chunk))
             seconds += time.monotonic() - begin
             keys = map(source.key, chunk)
-            examined += pool.map(lambda record, key: _examined(record, key, config), records, keys)
+            examined += pool.map(lambda record, key: _examined(record, key, config, criteria), records, keys)
     return examined, seconds
 
 
-def _examined(record: Record | str, key: str, config: DataConfig) -> Examined:
+def _examined(record: Record | str, key: str, config: DataConfig, criteria: Criteria) -> Examined:
     if isinstance(record, str):
         return Examined(key, record)
     captions = dict.fromkeys(
@@ -144,7 +147,9 @@ def _examined(record: Record | str, key: str, config: DataConfig) -> Examined:
             found = str(image.format), *image.size, len(record.image)
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
         found = None  # the problem is that of `record_problem`
-    return Examined(key, pipeline.record_problem(record, config), found, tuple(captions))
+    _, failed = criteria(record)  # before decoding, as in training: a filtered record is not bad
+    problem = None if failed else pipeline.record_problem(record, config)
+    return Examined(key, problem, failed[0] if failed else None, found, tuple(captions))
 
 
 def _prepare(
@@ -172,6 +177,19 @@ def _bad(examined: Sequence[Examined]) -> dict[str, Any]:
     return {
         "records": len(bad),
         "reasons": [{"reason": r, "records": n, "first": first[r]} for r, n in reasons.most_common(LISTED)],
+    }
+
+
+def _filtered(examined: Sequence[Examined], config: DataConfig) -> dict[str, Any]:
+    found = [one for one in examined if one.filtered]
+    first = {one.filtered: one.key for one in reversed(found)}
+    counts = Counter(one.filtered for one in found).most_common()
+    return {
+        "records": len(found),
+        "filters": [
+            {"filter": name, "value": getattr(config.filters, name), "records": n, "first": first[name]}
+            for name, n in counts
+        ],
     }
 
 
@@ -229,15 +247,19 @@ def _fractions(values: Any) -> dict[str, float]:
 
 def report(statistics: dict[str, Any]) -> str:
     """Return the statistics as text."""
-    records, sample, bad = statistics["records"], statistics["sample"], statistics["bad"]
+    records, sample, bad, filtered = (statistics[key] for key in ("records", "sample", "bad", "filtered"))
     pixels, captions, rates = statistics["images"], statistics["captions"], statistics["records_per_second"]
     whole = "all records" if sample == records else f"{sample:,} of {records:,} records, seed {statistics['seed']}"
     reasons = "; ".join(f"{one['records']:,} × {one['reason']} ({one['first']})" for one in bad["reasons"])
+    failed = "; ".join(
+        f"{one['records']:,} × {one['filter']}={one['value']} ({one['first']})" for one in filtered["filters"]
+    )
     common = ", ".join(f"{one['records']:,} × {one['text'][:40]!r}" for one in captions["most_common"])
     decoded = f"{rates['decoded']:,.0f} records/s, read, tokenized and augmented" if rates["decoded"] else ""
     rows = {
         "sample": whole,
-        "bad records": f"{bad['records']:,} ({bad['records'] / max(1, sample):.1%}){': ' if reasons else ''}{reasons}",
+        "bad records": _counted(bad["records"], sample, reasons),
+        "filtered": _counted(filtered["records"], sample, failed),
         "image formats": _percent(pixels["formats"]),
         "captions": ", ".join(f"{count:,} {name}" for name, count in captions["features"].items()) or "none",
         "scripts": _percent(captions["scripts"]),
@@ -251,6 +273,10 @@ def report(statistics: dict[str, Any]) -> str:
     table = [f"{'':<16}" + "".join(f"{name:>12}" for name in PERCENTILES)]
     table += [f"{name:<16}" + "".join(f"{value:>12,.6g}" for value in row.values()) for name, row in sizes.items()]
     return "\n".join([*(f"{name:<16}{value}" for name, value in rows.items()), "", *table])
+
+
+def _counted(records: int, sample: int, listed: str) -> str:
+    return f"{records:,} ({records / max(1, sample):.1%}){': ' if listed else ''}{listed}"
 
 
 def _percent(fractions: dict[str, float]) -> str:

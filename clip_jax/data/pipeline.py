@@ -105,7 +105,7 @@ def _batches(source, tokenizer, config, fetch, image_size, batch_size, seed, sta
         fetch = functools.partial(fetch, pool, Filters(config, source, ordered))
         fetch = functools.partial(_fetch_crops, fetch, image_size, config)
         prepare = _prepare_function(image_size, tokenizer.length, config.augment, config.decode)
-        prefetch = _Prefetch(source, ordered, batch_size, slice(first_row, first_row + host_batch_size))
+        prefetch = _Prefetch(source, ordered, slice(first_row, first_row + host_batch_size))
 
         def fetch_positions(positions: np.ndarray) -> tuple[np.ndarray, ...]:
             try:
@@ -237,15 +237,15 @@ def _read(source: DataSource, example: int) -> Record | None:
 class _Prefetch:
     """Lets a source that reads by blocks read those that the next steps need; at each first chunk of a step."""
 
-    def __init__(self, source: DataSource, ordered: order.Order, batch_size: int, rows: slice):
-        by_blocks = hasattr(ordered, "blocks") and ordered.blocks(0, rows)
-        self._source, self._order = (source, ordered) if by_blocks else (None, None)
-        self._batch_size, self._rows, self._step = batch_size, rows, -1
+    def __init__(self, source: DataSource, ordered: order.Order, rows: slice):
+        self._source, self._blocks = source, getattr(ordered, "blocks", lambda step, rows: [])
+        self._rows, self._step = rows, -1
 
     def __call__(self, step: int) -> None:
-        if self._source is not None and step > self._step:
+        if step > self._step:
             self._step = step
-            self._source.prefetch(np.concatenate(self._order.blocks(step, self._rows)))
+            if blocks := self._blocks(step, self._rows):
+                self._source.prefetch(np.concatenate(blocks))
 
 
 def _fetched_spec(length: int, size: int) -> list[tf.TensorSpec]:

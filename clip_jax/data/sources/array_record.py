@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-import tensorflow as tf
 from array_record.python import array_record_module
 
 from clip_jax.config import DataConfig
@@ -16,7 +15,7 @@ from clip_jax.data import storage
 from clip_jax.data.sources.blocks import place
 from clip_jax.data.sources.fields import Fields
 from clip_jax.data.sources.synthetic import SyntheticSource
-from clip_jax.data.sources.tfrecord import parse_example
+from clip_jax.data.sources.tfrecord import example, parse_example
 from clip_jax.data.storage import File
 from clip_jax.paths import check_local
 from clip_jax.typing import BadRecord, Record
@@ -96,11 +95,7 @@ def write_array_record(path: str | os.PathLike, pairs: Iterable[tuple[bytes, str
     """Write a file with the features `image` and `caption`, one record per chunk, for random access."""
     writer = array_record_module.ArrayRecordWriter(os.fspath(path), "group_size:1")
     for image, caption in pairs:
-        values = {"image": image, "caption": caption.encode()}
-        feature = {
-            name: tf.train.Feature(bytes_list=tf.train.BytesList(value=[value])) for name, value in values.items()
-        }
-        writer.write(tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString())
+        writer.write(example({"image": image, "caption": caption}))
     writer.close()
 
 

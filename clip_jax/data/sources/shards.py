@@ -18,6 +18,7 @@ from clip_jax.config import DataConfig
 from clip_jax.data import order, storage
 from clip_jax.data.index import Format, Index, open_index
 from clip_jax.data.sources.blocks import BlockCache, place
+from clip_jax.data.sources.fields import IMAGE_FIELDS, Fields
 from clip_jax.data.storage import File
 from clip_jax.paths import is_url
 from clip_jax.typing import BadRecord, Record
@@ -36,6 +37,7 @@ class ShardSource:
     """Records of shards, in the order of the shards' file names."""
 
     format: ClassVar[Format]
+    usual_images: ClassVar[tuple[str, ...]] = IMAGE_FIELDS
 
     def __init__(
         self,
@@ -53,7 +55,7 @@ class ShardSource:
 
         Args:
           files: paths or URLs.
-          captions: names of the fields to return as captions.
+          captions: names of the fields to return as captions. `fields` has them, and may be replaced.
           cache_dir: local folder for the index of shards that have none in their folder; '' for no cache.
           order: of the examples: 'records' for local files and 'blocks' for an object store, unless given.
           lanes: of the block order, a power of two; at least the number of hosts.
@@ -66,7 +68,8 @@ class ShardSource:
         """
         stats = [file if isinstance(file, File) else storage.stat(file) for file in files]
         stats.sort(key=File.name_and_path)
-        self._captions, self._stall, self.num_files = tuple(captions), max_stall_seconds, len(stats)
+        self.fields = Fields(tuple(captions), usual_images=self.usual_images)
+        self._stall, self.num_files = max_stall_seconds, len(stats)
         self._index = open_index(stats, self.format, cache_dir, max_stall_seconds)
         self._starts = np.concatenate([[0], np.cumsum(self._index.records)])  # first record of each block, and the end
         self._shard_starts = self._starts[np.searchsorted(self._index.shard_of, np.arange(len(stats)))]
@@ -82,11 +85,15 @@ class ShardSource:
     def from_config(
         cls,
         config: DataConfig,
+        image: str = "",
+        image_encoding: str = "file",
+        text_encoding: str = "utf-8",
         order: Literal["", "records", "blocks"] = "",
         lanes: int = LANES,
         window_blocks: int = WINDOW_BLOCKS,
     ) -> ShardSource:
-        return cls(
+        fields = Fields(tuple(config.captions), image, cls.usual_images, image_encoding, text_encoding)
+        source = cls(
             storage.list_files(config.files),
             config.captions,
             config.cache_dir,
@@ -96,6 +103,8 @@ class ShardSource:
             max_bad_fraction=config.max_bad_fraction,
             max_stall_seconds=config.max_stall_seconds,
         )
+        source.fields = fields
+        return source
 
     @classmethod
     def check_files(cls, config: DataConfig) -> None:
@@ -185,8 +194,11 @@ def _check_complete(index: Index, records: int, format: Format, max_bad_fraction
             log.warning("%s is empty", shard.file.path)
             lost.append((sum(sizes) / max(1, len(sizes)), shard.file.path, "is empty"))
         elif shard.problem:
-            _check_compression(shard.file)
+            check_compression(shard.file)
             found = int(shard.records.sum())
+            if not skipped:
+                log.warning("%s %s; its %d records are used", shard.file.path, shard.problem, found)
+                continue
             log.warning(
                 "%s: record %d at byte %d %s; %d records before it are used, %d bytes from it on are skipped",
                 *(shard.file.path, found, shard.stop, shard.problem, found, skipped),
@@ -207,7 +219,8 @@ def _check_complete(index: Index, records: int, format: Format, max_bad_fraction
         )
 
 
-def _check_compression(file: File) -> None:
+def check_compression(file: File) -> None:
+    """Raise ValueError if a file begins as one of gzip, zstd or bzip2, which is not decompressed."""
     head = storage.read_range(file.path, 0, 4)
     for magic, (name, command) in COMPRESSION.items():
         if head.startswith(magic):

@@ -28,6 +28,8 @@ from clip_jax.typing import BadRecord, Record
 BLOCK = 512
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp", "image", "gif", "bmp", "tif", "tiff", "avif")
 END = bytes(BLOCK)
+# Kinds of members, as in Python's tarfile, which also reads no data of links, devices and directories.
+FILES, SPARSE, LINKS, EXTENDED = b"0\x007S", b"S", b"123456", b"LKxg"
 
 
 class Member(NamedTuple):
@@ -37,6 +39,7 @@ class Member(NamedTuple):
     begin: int  # of its headers
     start: int  # of its data
     size: int
+    sparse: bool  # its data are those outside of holes, after a map
 
     @property
     def end(self) -> int:
@@ -74,6 +77,8 @@ class TarFormat:
             offsets.append(end)
         if problem and key is not None:
             offsets.pop()  # the last record may lack members
+        if not problem and read(max(start, stop - BLOCK), stop) != END:
+            problem = "has no end marker, so later records may be missing"
         return Scan(np.array(offsets, np.int64), digest.hexdigest()[:16], problem)
 
     def offsets(self, block: bytes) -> Int64[np.ndarray, "n"] | None:
@@ -84,6 +89,7 @@ class TarSource(ShardSource):
     """Records of tar shards."""
 
     format = TarFormat()
+    usual_images = IMAGE_FIELDS
 
     @classmethod
     def tiny_config(cls, folder: Path) -> DataConfig:
@@ -103,45 +109,46 @@ class TarSource(ShardSource):
             members = list(_members(lambda start, stop: data[start:stop], 0, len(data)))
         except tarfile.TarError as error:
             raise BadRecord(str(error)) from error
-        fields = {member.field: data[member.start : member.start + member.size] for member in members}
-        images = [name for name in IMAGE_FIELDS if name in fields]
-        if not images:
+        if sparse := [member.name for member in members if member.sparse]:
+            raise BadRecord(f"{sparse[0]} is a sparse file; write the archive without tar's --sparse")
+        files = {member.field: data[member.start : member.start + member.size] for member in members}
+        if self.fields.image_field(files) is None:
             raise BadRecord(f"no image; members are {', '.join(member.name for member in members)}")
-        if not fields[images[0]]:
-            raise BadRecord("empty image")
-        metadata = _json(fields["json"]) if "json" in fields and not set(self._captions) <= set(fields) else {}
-        captions = {}
-        for name in self._captions:
-            if name in fields:
-                captions[name] = (_text(name, fields[name]),)
-            elif name in metadata:
-                values = metadata[name] if isinstance(metadata[name], list) else [metadata[name]]
-                captions[name] = tuple(str(value) for value in values if value is not None)
-        return Record(members[0].key.lstrip("/"), fields[images[0]], captions)
+        has_captions = "json" not in files or set(self.fields.captions) <= set(files)
+        row = files if has_captions else _json(files["json"]) | files
+        return Record(members[0].key.lstrip("/"), self.fields.image_of(files), self.fields.captions_of(row))
 
 
 def _members(read: Read, start: int, stop: int) -> Iterator[Member]:
     """Yield the files of an archive, without macOS's leftovers. Raises tarfile.TarError where it is damaged."""
     begin = at = start
-    name, size = None, None  # of extended headers, which precede a member
+    attributes: dict[str, str] = {}  # of extended headers, which precede a member
     while at + BLOCK <= stop:
         header = read(at, at + BLOCK)
         if header == END:
             return
-        kind, own_size = _parse_header(header)
-        length = own_size if kind in b"Lx" or size is None else size
-        data, end = at + BLOCK, at + BLOCK + -(-length // BLOCK) * BLOCK
+        kind, length = _parse_header(header)
+        if kind in LINKS:
+            length = 0
+        elif kind not in EXTENDED and "size" in attributes:
+            length = int(attributes["size"])
+        data = at + BLOCK
+        more = kind == SPARSE and header[482]  # blocks with the rest of its map
+        while more and data + BLOCK <= stop:
+            more, data = read(data, data + BLOCK)[504], data + BLOCK
+        end = data + -(-length // BLOCK) * BLOCK
         if end > stop and data + length > stop:
             raise tarfile.ReadError("is truncated")
         if kind == b"L":  # GNU: long name
-            name = _decode(read(data, data + length).rstrip(b"\0"))
+            attributes["path"] = _decode(read(data, data + length).rstrip(b"\0"))
         elif kind == b"x":  # POSIX: extended attributes
-            attributes = _pax(read(data, data + length))
-            name, size = attributes.get("path", name), int(attributes["size"]) if "size" in attributes else size
-        else:
-            if kind in b"0\0" and not _is_leftover(found := name or _header_name(header)):
-                yield Member(found, begin, data, length)
-            name, size, begin = None, None, end
+            attributes |= _pax(read(data, data + length))
+        elif kind not in EXTENDED:
+            name = attributes.get("GNU.sparse.name") or attributes.get("path") or _header_name(header)
+            if kind in FILES and not _is_leftover(name):
+                sparse = kind == SPARSE or any(key.startswith("GNU.sparse.") for key in attributes)
+                yield Member(name, begin, data, length, sparse)
+            attributes, begin = {}, end
         at = end
     if at != stop:  # beyond it: within the padding of the last member, and others may have followed
         raise tarfile.ReadError("is truncated")
@@ -188,14 +195,7 @@ def _pax(data: bytes) -> dict[str, str]:
 
 def _is_leftover(name: str) -> bool:
     base = os.path.basename(name)
-    return base.startswith("._") or base == ".DS_Store" or "__MACOSX/" in name
-
-
-def _text(name: str, data: bytes) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise BadRecord(f"caption {name!r} is not UTF-8") from error
+    return base.startswith("._") or base in ("", ".DS_Store") or "__MACOSX/" in name
 
 
 def _json(data: bytes) -> dict:

@@ -13,7 +13,6 @@ import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import google_crc32c
 import numpy as np
@@ -24,7 +23,7 @@ from jaxtyping import Int64
 from clip_jax.config import DataConfig
 from clip_jax.data.index import Read, Scan
 from clip_jax.data.sources.fields import Fields
-from clip_jax.data.sources.shards import LANES, WINDOW_BLOCKS, ShardSource
+from clip_jax.data.sources.shards import ShardSource
 from clip_jax.data.sources.synthetic import SyntheticSource
 from clip_jax.typing import BadRecord, Record
 
@@ -68,24 +67,6 @@ class TFRecordSource(ShardSource):
     """Records of TFRecord shards."""
 
     format = TFRecordFormat()
-    fields: Fields | None = None  # by default those of img2dataset
-
-    @classmethod
-    def from_config(
-        cls,
-        config: DataConfig,
-        image: str = "",
-        image_encoding: str = "file",
-        text_encoding: str = "utf-8",
-        order: Literal["", "records", "blocks"] = "",
-        lanes: int = LANES,
-        window_blocks: int = WINDOW_BLOCKS,
-    ) -> TFRecordSource:
-        source = super().from_config(config, order, lanes, window_blocks)
-        source.fields = Fields(
-            tuple(config.captions), image, image_encoding=image_encoding, text_encoding=text_encoding
-        )
-        return source
 
     @classmethod
     def tiny_config(cls, folder: Path) -> DataConfig:
@@ -100,11 +81,7 @@ class TFRecordSource(ShardSource):
         content = data[HEADER_BYTES:-FOOTER_BYTES]
         if data[-FOOTER_BYTES:] != _masked_crc(content):
             raise BadRecord("checksum mismatch")
-        return self._parse(content, index)
-
-    def _parse(self, data: bytes, index: int) -> Record:
-        self.fields = self.fields or Fields(self._captions)
-        return parse_example(data, self.fields, self.key(index))
+        return parse_example(content, self.fields, self.key(index))
 
 
 def parse_example(data: bytes, fields: Fields, key: str) -> Record:
@@ -148,8 +125,13 @@ def write_tfrecord(path: str | os.PathLike, records: Iterable[Mapping[str, Value
     """
     with tf.io.TFRecordWriter(os.fspath(path)) as writer:
         for record in records:
-            feature = {name: _feature(value) for name, value in record.items()}
-            writer.write(tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString())
+            writer.write(example(record))
+
+
+def example(record: Mapping[str, Values]) -> bytes:
+    """Return the serialized `tf.train.Example` of a record."""
+    feature = {name: _feature(value) for name, value in record.items()}
+    return tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString()
 
 
 def is_intact(path: str | os.PathLike) -> bool:
