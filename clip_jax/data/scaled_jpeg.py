@@ -36,7 +36,7 @@ def crop_box(height: int, width: int, draws: np.ndarray, min_area: float, size: 
     """
     one, (area, x, y) = np.float32(1), draws
     fraction = one - (one - np.float32(min_area)) * area
-    side = max(1, int(np.round(np.float32(min(height, width)) * np.sqrt(fraction))))
+    side = max(1, round(float(np.float32(min(height, width)) * np.sqrt(fraction))))
     factor = max(factor for factor in (1, 2, 4, MAX_FACTOR) if factor == 1 or side >= factor * size)
     top, left = (min(room, int(draw * np.float32(room + 1))) for draw, room in ((y, height - side), (x, width - side)))
     return top // factor * factor, left // factor * factor, side, factor
