@@ -118,6 +118,8 @@ def folder(tmp_path_factory):
         params = make_model(model, config.preprocess).init(jax.random.key(0))
         msgpack.write(folder / name, params, config)
     directory.write(folder / "written", params, config)
+    run(["-m", "clip_jax.embed", "--weights=runs/emoji/params.msgpack", "--images=my/images", "--out=embeddings"],
+        folder)  # fmt: skip
     shutil.copy(folder / "written/clip.pt", folder / "ViT-L-14.pt")
     return folder
 
@@ -126,6 +128,6 @@ def folder(tmp_path_factory):
 def test_documented_command_runs(words, folder, tmp_path):
     if "clip_jax.main" in words:
         words = (*words, f"--workdir={tmp_path}")
-    if "clip_jax.evaluate" in words:
+    if {"clip_jax.evaluate", "clip_jax.embed"} & {*words}:
         words = (*words, f"--out={tmp_path}")
     run(words, folder)

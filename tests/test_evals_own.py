@@ -89,7 +89,7 @@ def test_shards_are_read_as_those_of_the_registry(tmp_path):
 
 
 @pytest.mark.parametrize("folder", ["test", ""])
-def test_class_names_and_templates_are_read_beside_remote_shards(tmp_path, folder):
+def test_class_names_and_templates_of_remote_shards_are_read(tmp_path, folder):
     write_classes(tmp_path / "wds", [flat_image(10), flat_image(11)], [0, 1], ["10", "11"])
     files = {path.name: path for path in (tmp_path / "wds").rglob("*.t*") if path.is_file()}
     objects = {f"bucket/test/{name}": path.read_bytes() for name, path in files.items() if name.endswith(".tar")}

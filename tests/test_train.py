@@ -134,7 +134,7 @@ def test_extended_run_trains_on_and_prints_the_new_schedule(finished, tmp_path):
     assert (directory / "report_step_20.json").exists() and (directory / "report.json").exists()
     refused = runs.finish(runs.start(tmp_path / "new", "--extend"), code=2)[0]
     assert "has no run to extend" in refused
-    refused = runs.finish(runs.start(directory, "--config.train.total_steps=22", "--extend"), code=2)[0]
+    refused = runs.finish(runs.start(directory, "--config.train.total_steps=22", "--extend", *FLAGS), code=2)[0]
     assert "has a run of 24 steps: --extend expected at least as many, got 22" in refused
     assert configs.from_json((directory / "config.json").read_text()).train.total_steps == 24
 

@@ -104,6 +104,15 @@ def make_source(config: DataConfig) -> DataSource:
     return held_out.split(source, config.validation_fraction) if config.validation_fraction else source
 
 
+def open_images(config: DataConfig) -> DataSource:
+    """Open images to be embedded: all of a folder, or a training source with its captions. Raises as `make_source`.
+
+    Captions of a folder's images are optional.
+    """
+    config = recognize(config)
+    return FolderSource.of_images(config) if config.source == "folder" else make_source(config)
+
+
 def describe(source: DataSource, config: DataConfig) -> str:
     """Return e.g. '12,423,374 pairs in 1,243 files (tar), captions: txt' of a source of `recognize`'s config."""
     name = config.source

@@ -224,7 +224,7 @@ def fraction(bits: np.ndarray) -> np.ndarray:
 
 
 def augmentation_seeds(seed: int, epochs: np.ndarray, example_ids: np.ndarray) -> np.ndarray:
-    """Return int64[n, 2], seeds for TensorFlow's stateless random functions, one per example and epoch."""
+    """Return int64[n, 2], seeds of `philox.uniform`, one per example and epoch."""
     halves = [draw(AUGMENT, seed, epochs, example_ids, half) for half in (0, 1)]
     return np.stack(halves, axis=1).astype(np.int64)
 

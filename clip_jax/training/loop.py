@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -39,7 +39,7 @@ from clip_jax.training.checkpoint import Checkpoints
 from clip_jax.training.follow import REPORT
 from clip_jax.training.startup import StartUp
 from clip_jax.training.step import TrainState
-from clip_jax.typing import DataSource, EvalDataset, HostBatch, Params, Tokenizer, Unavailable
+from clip_jax.typing import Batch, DataSource, EvalDataset, HostBatch, Params, Tokenizer, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -232,10 +232,10 @@ def _train_steps(
         if _evaluation_is_due(run, first_step) and not evaluated:
             evaluate(first_step)  # the run was interrupted during this evaluation
             start_up.phase("evaluation")
-        batches = _batches(run, first_step, training_log.wait, activity)
-        for at, host_batch in zip(range(first_step + 1, total_steps + 1), batches, strict=False):
+        batches = _batches(run, first_step, training_log, activity)
+        for at, (host_batch, batch) in zip(range(first_step + 1, total_steps + 1), batches, strict=False):
             start_up.phase("first batch")
-            state, outputs = train_step(state, sharding.to_global(host_batch.batch, run.mesh))
+            state, outputs = train_step(state, batch)
             start_up.finish("first step", outputs)
             training_log.add(at, outputs, len(host_batch.replaced), host_batch.filtered)
             checkpoints.poll()
@@ -260,8 +260,14 @@ def _evaluation_is_due(run: Run, at: int) -> bool:
     return bool(every_steps) and at % every_steps == 0 and 0 < at < run.total_steps
 
 
-def _batches(run: Run, first_step: int, wait: Callable[[float], None], activity: data.Activity) -> Iterator[HostBatch]:
-    """Yield the host's batches after step `first_step`, and report the seconds of waiting for each."""
+def _batches(
+    run: Run, first_step: int, training_log: metrics.TrainingLog, activity: data.Activity
+) -> Iterator[tuple[HostBatch, Batch]]:
+    """Yield the batches after step `first_step`, as this host has read them and on the devices; log the waiting.
+
+    The loop reads metrics two steps late, so a batch is copied while the devices compute the steps before. They hold
+    at most three batches: of the last two steps, and the next.
+    """
     batches = data.batches(
         run.source,
         run.tokenizer,
@@ -275,9 +281,12 @@ def _batches(run: Run, first_step: int, wait: Callable[[float], None], activity:
     )
     while True:
         start = time.monotonic()
-        batch = next(batches)
-        wait(time.monotonic() - start)
-        yield batch
+        host_batch = next(batches)
+        read = time.monotonic()
+        training_log.wait(read - start)
+        batch = jax.block_until_ready(sharding.to_global(host_batch.batch, run.mesh))
+        training_log.transfer(time.monotonic() - read)
+        yield host_batch, batch
 
 
 def _pair_seconds(config: Config, devices: Sequence[Any]) -> float:

@@ -156,7 +156,7 @@ def _read(format: str, files: str, task: str, data: DataConfig) -> DatasetSplit:
 
 
 def _content(path: str | Path) -> bytes | None:
-    """Return the content of a file beside shards, also in an object store; None without the file."""
+    """Return the content of a file, also of an object store; None without the file."""
     from clip_jax.data import storage
 
     try:
