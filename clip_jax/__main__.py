@@ -15,6 +15,7 @@ COMMANDS = {
     "train": ("clip_jax.main", "train a model, or resume its run"),
     "evaluate": ("clip_jax.evaluate", "zero-shot, retrieval and linear-probe metrics of weights, with a report"),
     "search": ("clip_jax.search", "rank images by similarity to texts"),
+    "embed": ("clip_jax.embed", "embed a collection of images, in the layout of clip-retrieval"),
     "convert": ("clip_jax.convert", "convert weights between clip_jax, open_clip, transformers and OpenAI"),
     "plan": ("clip_jax.plan", "memory, time and cost of a training run on a slice that is not booked yet"),
     "index": ("clip_jax.index", "index training shards once for all hosts"),

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int32, UInt8
 
 import clip_jax.training  # noqa: F401 (registers the format of runs)
 from clip_jax.config import MODELS, Preprocess, TokenizerConfig, WeightsConfig, check_name, name_of
-from clip_jax.evals.embed import average_prompts
+from clip_jax.evals.embed import average_prompts, weights_fingerprint
 from clip_jax.interop import reading
 from clip_jax.models import make_model
 from clip_jax.models.params import count_parameters
@@ -55,6 +55,7 @@ class Clip:
     tokenizer: Tokenizer
     _encode_image: Callable[..., jax.Array]
     _encode_text: Callable[..., jax.Array]
+    _sharding: jax.sharding.NamedSharding | None = None  # of batches, over several devices
 
     def __reduce__(self) -> tuple[Callable[..., Clip], tuple[Any, ...]]:
         """Pickle without the compiled functions, which are made again from the configuration."""
@@ -78,6 +79,21 @@ class Clip:
             return preprocess_many(batch, size, self.config.preprocess, first=first)
 
         return self._encode(self._encode_image, prepare, _as_list(images, "image"))
+
+    def encode_pixels(self, pixels: np.ndarray) -> Float[np.ndarray, "n E"]:
+        """Return the embeddings of images that are preprocessed, e.g. by other threads or processes.
+
+        Args:
+          pixels: uint8[n H W 3] from `clip_jax.preprocess.preprocess_many`, of the model's image size.
+
+        Raises:
+          ValueError: for another dtype or shape.
+        """
+        self._check_parameters("image")
+        size = self.config.model.image.image_size
+        if pixels.dtype != np.uint8 or pixels.shape[1:] != (size, size, 3):
+            raise ValueError(f"pixels: expected uint8[n {size} {size} 3], got {pixels.dtype}{list(pixels.shape)}")
+        return self._encode(self._encode_image, lambda batch, first: batch, pixels)
 
     def encode_text(self, texts: Sequence[str]) -> Float[np.ndarray, "n E"]:
         """Return the embeddings of texts, L2-normalized.
@@ -130,6 +146,27 @@ class Clip:
         exp_nQ = np.exp(logits_nQ - logits_nQ.max(axis=1, keepdims=True))
         return exp_nQ / exp_nQ.sum(axis=1, keepdims=True)
 
+    def on_devices(self, devices: Sequence[jax.Device]) -> Clip:
+        """Return the model with its parameters on every one of the devices, which share each batch.
+
+        >>> model = random_model("emoji").on_devices(jax.local_devices())
+        >>> model.max_batch == 64 * jax.local_device_count()
+        True
+        """
+        mesh = jax.sharding.Mesh(np.array(devices), ("data",))
+        everywhere, divided = (jax.sharding.NamedSharding(mesh, jax.P(*axes)) for axes in ((), ("data",)))
+        return dataclasses.replace(self, params=jax.device_put(self.params, everywhere), _sharding=divided)
+
+    @property
+    def max_batch(self) -> int:
+        """The largest number of inputs that the devices encode at once."""
+        return _MAX_BATCH * (self._sharding.num_devices if self._sharding else 1)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the architecture, preprocessing, dtype and parameters: of all that embeddings depend on."""
+        return weights_fingerprint(self.config, self.params, _computation_dtype(self.params))
+
     @property
     def scale(self) -> np.float32:
         """The factor between cosines and logits, `exp(logit_scale)`."""
@@ -148,13 +185,18 @@ class Clip:
             )
 
     def _encode(
-        self, encode: Callable[..., jax.Array], prepare: Callable[[Any, int], np.ndarray], items: Sequence[Any]
+        self,
+        encode: Callable[..., jax.Array],
+        prepare: Callable[[Any, int], np.ndarray],
+        items: Sequence[Any] | np.ndarray,
     ) -> Float[np.ndarray, "n E"]:
         outputs = [np.zeros((0, self.config.model.embed_dim), np.float32)]
-        for start in range(0, len(items), _MAX_BATCH):
-            rows = prepare(items[start : start + _MAX_BATCH], start)
-            padding = (1 << (len(rows) - 1).bit_length()) - len(rows)  # up to a power of two
-            padded = np.pad(rows, [(0, padding)] + [(0, 0)] * (rows.ndim - 1), mode="edge")
+        devices = self.max_batch // _MAX_BATCH
+        for start in range(0, len(items), self.max_batch):
+            rows = prepare(items[start : start + self.max_batch], start)
+            padded_rows = devices << (-(-len(rows) // devices) - 1).bit_length()  # a power of two on each device
+            padding = [(0, padded_rows - len(rows))] + [(0, 0)] * (rows.ndim - 1)
+            padded = jax.device_put(np.pad(rows, padding, mode="edge"), self._sharding)
             outputs.append(np.asarray(encode(self.params, padded))[: len(rows)])
         return np.concatenate(outputs)
 

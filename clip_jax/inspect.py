@@ -44,7 +44,8 @@ def main(arguments: list[str]) -> int:
     found = dataclasses.replace(config.data, files=arguments[0], source="") if arguments else config.data
     if _SHEET.value:
         check_output("--sheet", _SHEET.value, ("a file",))
-    found = dataclasses.replace(data.recognize(found), max_bad_fraction=1.0)  # bad records are counted
+    # Bad records are counted; those that a run would hold out are read, too.
+    found = dataclasses.replace(data.recognize(found), max_bad_fraction=1.0, validation_fraction=0.0)
     source, text, size = data.make_source(found), config.model.text, config.model.image.image_size
     tokenizer = make_tokenizer(config.tokenizer, text)
     count_tokens = make_tokenizer(config.tokenizer, text, truncate=False).count

@@ -31,6 +31,7 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
 _WEIGHTS = flags.DEFINE_string("weights", None, "Weights, e.g. runs/emoji/params.msgpack.")
 _IMAGES = flags.DEFINE_string("images", "", "Folder, searched recursively for images. Empty: the emoji.")
+_EMBEDDINGS = flags.DEFINE_string("embeddings", "", "Instead of --images: OUT of clip-jax embed, by the same weights.")
 _TOP = flags.DEFINE_integer("top", 10, "Number of matches per query.", lower_bound=1)
 _weights_options = command.define_weights_flags()
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the parameters and the computation.")
@@ -44,12 +45,28 @@ def main(queries: list[str]) -> int:
         raise ValueError('expected --weights=FILE and a query, e.g. --weights=runs/emoji/params.msgpack "a happy dog"')
     model, top = load(_WEIGHTS.value, dtype=_DTYPE.value, **_weights_options()), _TOP.value
     text_nE = model.encode_text(queries)  # first, because it is fast and a query may be too long
-    images, names = images_in(_IMAGES.value) if _IMAGES.value else _emoji()
-    image_mE, names = _encode_readable(model, images, names)
+    image_mE, names = _embeddings(model)
     for query, text_E in zip(queries, text_nE, strict=True):
         order, similarity = ranking(image_mE, text_E)
         print(f"\n{query!r} among {len(names):,} images\n" + table(names, order[:top], similarity[:top]))
     return command.FINISHED
+
+
+def _embeddings(model: Clip) -> tuple[Float[np.ndarray, "m E"], list[str]]:
+    """Return the embeddings and names of the images that the flags choose."""
+    if not _EMBEDDINGS.value:
+        return _encode_readable(model, *(images_in(_IMAGES.value) if _IMAGES.value else _emoji()))
+    if _IMAGES.value:
+        raise ValueError("expected either --images or --embeddings, got both")
+    from clip_jax.embedding import read
+
+    manifest, image_mE, names = read(_EMBEDDINGS.value)
+    if manifest["weights"] != model.fingerprint:
+        raise ValueError(
+            f"--embeddings={_EMBEDDINGS.value} are of {manifest['model']}, got other weights or another --dtype:"
+            f" {model!r}; use the --weights and --dtype of clip-jax embed"
+        )
+    return image_mE, names
 
 
 def images_in(folder: str | os.PathLike[str]) -> tuple[list[str], list[str]]:

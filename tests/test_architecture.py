@@ -25,10 +25,11 @@ LAYERS = {
     **dict.fromkeys(["evals", "interop"], 4),
     "training": 5,
     **dict.fromkeys(["__main__", "command", "inference", "planner"], 6),
-    **dict.fromkeys(["completion", "convert", "evaluate", "index", "inspect", "main", "plan", "search"], 7),
-    "__init__": 8,  # re-exports lazily: the subprocess test below
+    "embedding": 7,
+    **dict.fromkeys(["completion", "convert", "embed", "evaluate", "index", "inspect", "main", "plan", "search"], 8),
+    "__init__": 9,  # re-exports lazily: the subprocess test below
 }
-COMMANDS = {name for name, layer in LAYERS.items() if layer == 7}
+COMMANDS = {name for name, layer in LAYERS.items() if layer == 8}
 
 # Heavy dependencies, each with the only paths (units or modules of clip_jax) that may import it.
 OWNERS = {
@@ -168,7 +169,7 @@ DOC = '"""What it is."""\n'
         (
             "clip_jax/training/loop.py",
             "from clip_jax.main import main",
-            r"\(layer 5\) imports main \(layer 7\)",
+            r"\(layer 5\) imports main \(layer 8\)",
         ),
         ("clip_jax/search.py", "from clip_jax import load", r"imports load \(layer None\)"),
         ("clip_jax/surprise.py", "", "'surprise' has no layer"),
@@ -178,7 +179,7 @@ DOC = '"""What it is."""\n'
         (
             "clip_jax/training/loop.py",
             "from absl import logging",
-            "absl, which belongs to command, completion, convert, evaluate, index, inspect, main, plan, search",
+            "absl, which belongs to command, completion, convert, embed, evaluate, index, inspect, main, plan, search",
         ),
         ("clip_jax/interop/openai.py", "import torch", "torch, which belongs to nobody"),
         ("configs/x.py", "import jax", "a config imports jax"),

@@ -25,7 +25,7 @@ from clip_jax.config import (
 from clip_jax.inference import _as_list, _as_texts, load
 from clip_jax.interop import directory, msgpack
 from clip_jax.models import make_model
-from clip_jax.preprocess import open_image, preprocess
+from clip_jax.preprocess import open_image, preprocess, preprocess_many
 from clip_jax.tokenizers import ClipBPE
 from tests.tiny_tokenizers import sentencepiece_model
 
@@ -93,6 +93,26 @@ def test_encoder_compiles_once_per_power_of_two(file, images):
     for count in (1, 2, 3, 4, 50, 64, 65, 100, 130, 3):  # batches of 1, 2, 4 and 64; 100 is 64 and 64 for 36
         model.encode_text(["a dog"] * count)
     assert model._encode_text._cache_size() == 4
+
+
+def test_devices_share_a_batch(model, images):
+    """On eight CPU devices, with batches that do not divide by eight."""
+    shared = model.on_devices(jax.devices())
+    assert (model.max_batch, shared.max_batch) == (64, 8 * 64)
+    assert all(len(leaf.sharding.device_set) == 8 for leaf in jax.tree.leaves(shared.params))
+    many = (images * 103)[:513]
+    np.testing.assert_allclose(shared.encode_image(images), model.encode_image(images), atol=ROUNDING)
+    np.testing.assert_allclose(shared.encode_image(many), model.encode_image(many), atol=ROUNDING)
+    np.testing.assert_allclose(shared.encode_text(TEXTS), model.encode_text(TEXTS), atol=ROUNDING)
+    assert shared.encode_image([]).shape == (0, 8)
+
+
+def test_preprocessed_pixels_are_encoded_unchanged(model, images):
+    pixels = preprocess_many(images, 16, CONFIG.preprocess)
+    np.testing.assert_array_equal(model.encode_pixels(pixels), model.encode_image(images))
+    for wrong in (pixels.astype(np.float32), pixels[:, :8], pixels[0]):
+        with pytest.raises(ValueError, match=r"pixels: expected uint8\[n 16 16 3\], got "):
+            model.encode_pixels(wrong)
 
 
 def test_empty_input_gives_empty_output(model):

@@ -20,7 +20,8 @@ from tests import runs
 pytestmark = pytest.mark.slow
 
 TOTAL, EVERY = 12, 4  # steps of a run; steps between two checkpoints, and between two evaluations
-DATA = [f"data/{x}" for x in ("storage", "tokenizer", "megabytes_per_second", "requests_per_second", "failed_requests")]
+STAGES = ("storage", "tokenizer", "transfer")
+DATA = [f"data/{x}" for x in (*STAGES, "megabytes_per_second", "requests_per_second", "failed_requests")]
 TIMES = ("images_per_second", "data_wait", "mfu", metrics.EVAL_SECONDS, *DATA)  # differ from run to run
 
 

@@ -22,6 +22,8 @@ from clip_jax.evals.suite import load_suite
 from clip_jax.training import loop, metrics, workdir
 from tests import commands, runs
 
+FLAGS = ["--config.data.validation_fraction=0.2", "--config.eval.batch_size=8", "--config.eval.every_steps=10"]
+
 
 @pytest.fixture(scope="module")
 def tiny():
@@ -32,7 +34,7 @@ def tiny():
 def finished(tmp_path_factory):
     """Run the command to its end; return the workdir, stdout and stderr."""
     directory = tmp_path_factory.mktemp("finished")
-    process = runs.start(directory, f"--export={directory / 'params.msgpack'}", "--config.train.total_steps=20")
+    process = runs.start(directory, f"--export={directory / 'params.msgpack'}", "--config.train.total_steps=20", *FLAGS)
     table, messages = process.communicate(timeout=240)
     assert process.returncode == 0, messages
     return directory, table, messages
@@ -54,9 +56,13 @@ def test_run_writes_config_versions_metrics_and_report(finished):
     report = json.loads((directory / "report.json").read_text())
     key = "retrieval/shapes/image_to_text/recall_at_1"
     assert 0 <= report[key] <= 1 and report[f"{key}/candidates"] > 1 and 0 < report[f"{key}/chance"] < 1
-    assert key in table
+    assert key in table and "validation/loss" in table
+    (evaluated,) = (line for line in metrics.read_lines(epath.Path(directory)) if line["step"] == 10 and key in line)
+    assert 0 < report["validation/loss"] != evaluated["validation/loss"] > 0
     assert "<html" in (directory / "report.html").read_text()
-    assert list((directory / "tensorboard").glob("events*"))
+    assert "Loss, held out" in (directory / "report.html").read_text()
+    (events,) = (directory / "tensorboard").glob("events*")
+    assert b"validation/loss" in events.read_bytes()
     assert messages.splitlines()[-1] == "finished"
     for tower in ("image", "text"):
         assert messages.count(f"attention of the {tower} tower: XLA: the kernel needs a TPU") == 1
@@ -71,7 +77,7 @@ def test_every_record_is_on_the_console_and_in_the_file(finished):
 
 
 def test_log_states_that_an_epoch_ends_within_a_batch(finished):
-    assert "100 examples are 6.25 batches of 16: an epoch ends within a batch" in finished[2]
+    assert "87 examples are 5.4375 batches of 16: an epoch ends within a batch" in finished[2]
 
 
 def test_export_loads_for_inference(finished):
@@ -84,7 +90,7 @@ def test_export_loads_for_inference(finished):
 def test_restarted_finished_run_only_evaluates(finished):
     directory, _, _ = finished
     before = (directory / "metrics.jsonl").read_text()
-    messages = runs.finish(runs.start(directory, "--config.train.total_steps=20"))[0]
+    messages = runs.finish(runs.start(directory, "--config.train.total_steps=20", *FLAGS))[0]
     assert "step 20/" not in messages and messages.splitlines()[-1] == "finished"
     assert (directory / "metrics.jsonl").read_text() == before
 
@@ -101,7 +107,7 @@ def test_workdir_alone_resumes_with_the_stored_config(finished, tmp_path):
 
 def test_workdir_of_another_config_is_refused(finished):
     directory, _, _ = finished
-    messages = runs.finish(runs.start(directory, "--config.train.seed=5"), code=2)[0]
+    messages = runs.finish(runs.start(directory, "--config.train.seed=5", *FLAGS), code=2)[0]
     assert "train.total_steps: expected 20, got 40" in messages and "train.seed: expected 0, got 5" in messages
     assert "--extend" not in messages  # would not help
 
@@ -118,7 +124,7 @@ def test_longer_run_is_refused_without_extend_and_other_changes_with_it(tiny):
 @pytest.mark.slow
 def test_extended_run_trains_on_and_prints_the_new_schedule(finished, tmp_path):
     directory = shutil.copytree(finished[0], tmp_path / "run")
-    messages = runs.finish(runs.start(directory, "--config.train.total_steps=24", "--extend"))[0]
+    messages = runs.finish(runs.start(directory, "--config.train.total_steps=24", "--extend", *FLAGS))[0]
     assert (
         "extended from 20 to 24 steps: the cosine ends at step 24; learning rate of step 21: 0.000105, was 0"
         in messages
@@ -128,7 +134,7 @@ def test_extended_run_trains_on_and_prints_the_new_schedule(finished, tmp_path):
     assert (directory / "report_step_20.json").exists() and (directory / "report.json").exists()
     refused = runs.finish(runs.start(tmp_path / "new", "--extend"), code=2)[0]
     assert "has no run to extend" in refused
-    refused = runs.finish(runs.start(directory, "--config.train.total_steps=22", "--extend"), code=2)[0]
+    refused = runs.finish(runs.start(directory, "--config.train.total_steps=22", "--extend", *FLAGS), code=2)[0]
     assert "has a run of 24 steps: --extend expected at least as many, got 22" in refused
     assert configs.from_json((directory / "config.json").read_text()).train.total_steps == 24
 

@@ -37,6 +37,7 @@ RANGES: dict[str, Range] = {
     "data.augment.flip_probability": _FRACTION,
     "data.augment.cutout": _FRACTION,
     "data.texts_per_caption": (1, 1000),
+    "data.validation_fraction": (0.0, 0.99),
     "data.max_bad_fraction": _FRACTION,
     "data.max_stall_seconds": (0.0, 1e6),
     "data.decode_threads": _COUNT_OR_ZERO,
@@ -71,6 +72,7 @@ RANGES: dict[str, Range] = {
     "checkpoint.keep_every_steps": _COUNT_OR_ZERO,
     "eval.every_steps": _COUNT_OR_ZERO,
     "eval.batch_size": COUNT,
+    "eval.validation_examples": COUNT,
     "eval.thresholds.*": (-1e9, 1e9),
 }
 

@@ -42,6 +42,15 @@ def _check_thresholds(config: Config) -> None:
             )
 
 
+def _check_validation(config: Config) -> None:
+    batch, examples = config.eval.batch_size, config.eval.validation_examples
+    if config.data.validation_fraction and not 2 <= batch <= examples:
+        raise ValueError(
+            f"eval.batch_size={batch} and eval.validation_examples={examples}: the validation loss is that of whole"
+            " batches of 2 pairs or more; use e.g. eval.batch_size=512 and eval.validation_examples=4096"
+        )
+
+
 def _check_checkpoints(checkpoint: CheckpointConfig) -> None:
     every, kept = checkpoint.every_steps, checkpoint.keep_every_steps
     if kept % every:
@@ -69,6 +78,7 @@ def resolve(config: Config, *, devices: int, processes: int = 1, examples: int |
     """
     check_local_paths(config)
     _check_thresholds(config)
+    _check_validation(config)
     _check_checkpoints(config.checkpoint)
     if config.train.batch_size == 1:
         raise ValueError("train.batch_size=1 has no negatives, so there is nothing to contrast; use at least 2")
@@ -204,6 +214,7 @@ def _check_unused(config: Config) -> None:
         "optim.stochastic_rounding": ("a half-precision optim.moment_dtype", optim.moment_dtype != "float32"),
         "optim.no_weight_decay": ("optim.weight_decay", optim.weight_decay > 0),
         "train.text_capacity": ("a causal text tower, whose captions are packed", text.supports_packing),
+        "eval.validation_examples": ("data.validation_fraction", config.data.validation_fraction > 0),
         "eval.baselines_dataset": (
             "a task of eval.tasks with the evaluator 'retrieval'",
             any(task.evaluator == "retrieval" for task in config.eval.tasks.values()),

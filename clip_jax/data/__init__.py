@@ -48,7 +48,7 @@ tf.config.set_visible_devices([], "GPU")
 tf.config.set_visible_devices([], "TPU")
 
 from clip_jax.config import DataConfig, check_known_options, check_name  # noqa: E402
-from clip_jax.data import index, storage  # noqa: E402
+from clip_jax.data import held_out, index, storage  # noqa: E402
 from clip_jax.data.activity import Activity  # noqa: E402
 from clip_jax.data.pipeline import batches  # noqa: E402
 from clip_jax.data.recognition import recognize  # noqa: E402
@@ -84,6 +84,8 @@ SOURCES: dict[str, type] = {
 def make_source(config: DataConfig) -> DataSource:
     """Open the training source that `config.source` names, or that reads `config.files`, or the mixture; log its size.
 
+    Without the pairs that `config.validation_fraction` holds out, which are then in `held_out` of the source.
+
     Raises:
       ValueError: for an unknown source or option, or from the source, e.g. if `data.files` matches no file.
 
@@ -98,7 +100,16 @@ def make_source(config: DataConfig) -> DataSource:
     source = SOURCES[config.source].from_config(config, **config.options)
     if config.files:
         log.info("%s: %s", config.files, describe(source, config))
-    return source
+    return held_out.split(source, config.validation_fraction) if config.validation_fraction else source
+
+
+def open_images(config: DataConfig) -> DataSource:
+    """Open images to be embedded: all of a folder, or a training source with its captions. Raises as `make_source`.
+
+    Captions of a folder's images are optional.
+    """
+    config = recognize(config)
+    return FolderSource.of_images(config) if config.source == "folder" else make_source(config)
 
 
 def describe(source: DataSource, config: DataConfig) -> str:

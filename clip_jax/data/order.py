@@ -27,7 +27,7 @@ import tensorflow as tf
 ROUNDS = 24
 
 # Purposes of draws. The numbers are part of the meaning of a seed: append, never renumber.
-FEATURE, VALUE, AUGMENT, REPLACE, COUNT, SHUFFLE = range(6)
+FEATURE, VALUE, AUGMENT, REPLACE, COUNT, SHUFFLE, HOLD_OUT = range(7)
 
 BLOCK_ATTEMPTS = 50  # replacements that are searched in the block of a damaged record
 
@@ -69,7 +69,7 @@ class BlockOrder:
         """
         self.block_records = block_records
         self._starts = np.concatenate([[0], np.cumsum(block_records)])  # first example of each block, and the end
-        self._examples, self._seed, self._batch_size, self._window = int(self._starts[-1]), seed, batch_size, window
+        self._examples, self._seed, self._batch_size, self.window = int(self._starts[-1]), seed, batch_size, window
         self.lanes = math.gcd(batch_size, lanes)
         self._epoch = functools.lru_cache(maxsize=4)(self._permuted_blocks)
         self._window_order = functools.lru_cache(maxsize=2 * self.lanes)(self._permuted_window)
@@ -122,7 +122,7 @@ class BlockOrder:
         epochs = (offsets * self.lanes + lanes) // self._examples
         begin, end = (-(-(epoch * self._examples - lanes) // self.lanes) for epoch in (epochs, epochs + 1))
         count, at = end - begin, offsets - begin
-        windows = np.maximum(1, count // self._window)
+        windows = np.maximum(1, count // self.window)
         window = ((at + 1) * windows - 1) // count
         first = window * count // windows
         size = (window + 1) * count // windows - first
@@ -234,7 +234,7 @@ def fraction(bits: np.ndarray) -> np.ndarray:
 
 
 def augmentation_seeds(seed: int, epochs: np.ndarray, example_ids: np.ndarray) -> np.ndarray:
-    """Return int64[n, 2], seeds for TensorFlow's stateless random functions, one per example and epoch."""
+    """Return int64[n, 2], seeds of `philox.uniform`, one per example and epoch."""
     halves = [draw(AUGMENT, seed, epochs, example_ids, half) for half in (0, 1)]
     return np.stack(halves, axis=1).astype(np.int64)
 

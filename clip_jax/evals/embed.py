@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Integer
 
+from clip_jax.config import WeightsConfig
 from clip_jax.devices import distributed
 from clip_jax.devices.distributed import DATA_ERRORS
 from clip_jax.evals.datasets.files import LazySequence
@@ -244,6 +245,16 @@ def _remove_abandoned(directory: pathlib.Path) -> None:
         with contextlib.suppress(OSError):  # renamed or removed meanwhile
             if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
                 path.unlink()
+
+
+def weights_fingerprint(config: WeightsConfig, params: Params, dtype: str) -> str:
+    """Return a hash of the architecture, preprocessing, dtype and parameters: of all that embeddings depend on."""
+    found = hashlib.sha256(repr((config.model, config.preprocess, dtype)).encode())
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    for name, array in sorted((jax.tree_util.keystr(path), array) for path, array in leaves):
+        found.update(name.encode())
+        found.update(np.ascontiguousarray(array).view(np.uint8))
+    return found.hexdigest()
 
 
 def embed_dataset(

@@ -9,7 +9,6 @@ import contextlib
 import csv
 import dataclasses
 import functools
-import hashlib
 import json
 import math
 import pathlib
@@ -25,7 +24,7 @@ from clip_jax.config import WeightsConfig, check_name, name_of
 from clip_jax.devices import distributed, sharding
 from clip_jax.evals import EVALUATORS
 from clip_jax.evals.analysis import bias, near_duplicates, robustness
-from clip_jax.evals.embed import DiskCachedEmbedder, FeatureCache, ModelEmbedder
+from clip_jax.evals.embed import DiskCachedEmbedder, FeatureCache, ModelEmbedder, weights_fingerprint
 from clip_jax.evals.load import LoadOptions, expand, find
 from clip_jax.evals.report.charts import overlap_chart, robustness_chart
 from clip_jax.evals.report.tables import model_card, open_clip_csv, text_table
@@ -121,7 +120,7 @@ class Evaluation:
           step: of the training run; its metrics are added to STEPS_FILE.
         """
         options = self.options
-        fingerprint = _fingerprint(config, params, options.dtype)
+        fingerprint = weights_fingerprint(config, params, options.dtype)
         with distributed.synchronized_errors(ValueError):
             if not options.out:
                 check_same_weights(options.directory, options.weights, fingerprint[:FINGERPRINT])
@@ -203,16 +202,6 @@ def _evaluated_model(
         name_of(config.model),
         f"{pixels} px, {spec.description} of {spec.implementation}, {options.dtype}",
     )
-
-
-def _fingerprint(config: WeightsConfig, params: Params, dtype: str) -> str:
-    """Return a hash of the architecture, preprocessing, dtype and parameters."""
-    found = hashlib.sha256(repr((config.model, config.preprocess, dtype)).encode())
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    for name, array in sorted((jax.tree_util.keystr(path), array) for path, array in leaves):
-        found.update(name.encode())
-        found.update(np.ascontiguousarray(array).view(np.uint8))
-    return found.hexdigest()
 
 
 def _read_steps(options: Options) -> list[dict[str, float]]:

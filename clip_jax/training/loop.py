@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ from clip_jax.evals.load import LoadOptions, load_dataset
 from clip_jax.evals.report.tables import text_table
 from clip_jax.evals.report.writing import write_report
 from clip_jax.evals.suite import Suite, load_suite
+from clip_jax.evals.validation import Validation, load_validation
 from clip_jax.interop.msgpack import write as write_weights
 from clip_jax.models import Model, attention_implementations
 from clip_jax.models.flops import training_flops
@@ -38,7 +39,7 @@ from clip_jax.training.checkpoint import Checkpoints
 from clip_jax.training.follow import REPORT
 from clip_jax.training.startup import StartUp
 from clip_jax.training.step import TrainState
-from clip_jax.typing import DataSource, EvalDataset, HostBatch, Params, Tokenizer, Unavailable
+from clip_jax.typing import Batch, DataSource, EvalDataset, HostBatch, Params, Tokenizer, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class Run:
     total_steps: int
     mesh: Mesh
     source: DataSource
+    validation: Validation
     tokenizer: Tokenizer
     model: Model
     optimizer: optax.GradientTransformation
@@ -147,7 +149,8 @@ def prepare(config: Config, directory: epath.Path, export: str | None = None) ->
         attention = attention_implementations(config.model, mesh, dtype=dtype, text_capacity=capacity)
         for tower, implementation in attention.items():
             log.info("attention of the %s tower: %s", tower, implementation)
-    return Run(config, total_steps, mesh, source, tokenizer, model, optimizer, directory, PreemptionMonitor())
+    validation, preemption = load_validation(source, config), PreemptionMonitor()
+    return Run(config, total_steps, mesh, source, validation, tokenizer, model, optimizer, directory, preemption)
 
 
 def _open_source(config: Config) -> data.DataSource:
@@ -220,7 +223,8 @@ def _train_steps(
 
     def evaluate(at: int) -> None:
         start = time.monotonic()
-        results = suite.evaluate(_embedder(run, state.eval_params))
+        embedder = _embedder(run, state.eval_params)
+        results = suite.evaluate(embedder) | run.validation(embedder)
         training_log.add_evaluation(at, results, time.monotonic() - start)
 
     try:
@@ -228,10 +232,10 @@ def _train_steps(
         if _evaluation_is_due(run, first_step) and not evaluated:
             evaluate(first_step)  # the run was interrupted during this evaluation
             start_up.phase("evaluation")
-        batches = _batches(run, first_step, training_log.wait, activity)
-        for at, host_batch in zip(range(first_step + 1, total_steps + 1), batches, strict=False):
+        batches = _batches(run, first_step, training_log, activity)
+        for at, (host_batch, batch) in zip(range(first_step + 1, total_steps + 1), batches, strict=False):
             start_up.phase("first batch")
-            state, outputs = train_step(state, sharding.to_global(host_batch.batch, run.mesh))
+            state, outputs = train_step(state, batch)
             start_up.finish("first step", outputs)
             training_log.add(at, outputs, len(host_batch.replaced), host_batch.filtered)
             checkpoints.poll()
@@ -256,8 +260,14 @@ def _evaluation_is_due(run: Run, at: int) -> bool:
     return bool(every_steps) and at % every_steps == 0 and 0 < at < run.total_steps
 
 
-def _batches(run: Run, first_step: int, wait: Callable[[float], None], activity: data.Activity) -> Iterator[HostBatch]:
-    """Yield the host's batches after step `first_step`, and report the seconds of waiting for each."""
+def _batches(
+    run: Run, first_step: int, training_log: metrics.TrainingLog, activity: data.Activity
+) -> Iterator[tuple[HostBatch, Batch]]:
+    """Yield the batches after step `first_step`, as this host has read them and on the devices; log the waiting.
+
+    The loop reads metrics two steps late, so a batch is copied while the devices compute the steps before. They hold
+    at most three batches: of the last two steps, and the next.
+    """
     batches = data.batches(
         run.source,
         run.tokenizer,
@@ -271,9 +281,12 @@ def _batches(run: Run, first_step: int, wait: Callable[[float], None], activity:
     )
     while True:
         start = time.monotonic()
-        batch = next(batches)
-        wait(time.monotonic() - start)
-        yield batch
+        host_batch = next(batches)
+        read = time.monotonic()
+        training_log.wait(read - start)
+        batch = jax.block_until_ready(sharding.to_global(host_batch.batch, run.mesh))
+        training_log.transfer(time.monotonic() - read)
+        yield host_batch, batch
 
 
 def _pair_seconds(config: Config, devices: Sequence[Any]) -> float:
@@ -287,9 +300,10 @@ def _pair_seconds(config: Config, devices: Sequence[Any]) -> float:
 
 def _finish(run: Run, params: Params, suite: Suite, baselines_dataset: EvalDataset | None, export: str | None) -> None:
     """Evaluate the final parameters, write the report and export the weights. Call it on all hosts."""
-    embedder = CachedEmbedder(_embedder(run, params))
-    results = suite.evaluate(embedder)
-    panels = suite.panels(embedder)
+    embedder = _embedder(run, params)
+    cached = CachedEmbedder(embedder)
+    results = suite.evaluate(cached) | run.validation(embedder)
+    panels = suite.panels(cached)
     gathered = sharding.gather(params, run.mesh) if export else None
     if distributed.is_main_process():
         if baselines_dataset is not None:

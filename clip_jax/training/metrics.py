@@ -77,7 +77,13 @@ class TrainingLog:
         self._pending: collections.deque[Mapping[str, jax.Array]] = collections.deque()
 
     def wait(self, seconds: float) -> None:
+        """Add time for which a step waited for its batch on the host."""
         self._meter.wait(seconds)
+
+    def transfer(self, seconds: float) -> None:
+        """Add the time in which a batch was copied to the devices, unless they computed the last step all along."""
+        if all(array.is_ready() for array in jax.tree.leaves(list(self._pending)[-1:])):
+            self._meter.wait(seconds, transfer=True)
 
     def add(
         self,
@@ -234,13 +240,14 @@ class Meter:
 
     def _reset(self) -> None:
         self._start = time.monotonic()
-        self._waited = 0.0
+        self._waited = self._transferred = 0.0
         self._steps = 0
         self._sums: dict[str, tuple[float, int]] = {}
 
-    def wait(self, seconds: float) -> None:
-        """Add time for which a step waited for its batch."""
+    def wait(self, seconds: float, *, transfer: bool = False) -> None:
+        """Add time for which a step waited for its batch, on the host or until it was on the devices."""
         self._waited += seconds
+        self._transferred += seconds if transfer else 0.0
 
     def add(self, metrics: Mapping[str, float]) -> None:
         """Add the metrics of one step; each metric is averaged over the steps that have it."""
@@ -254,14 +261,16 @@ class Meter:
         return dict(self._sums)
 
     def flush(self) -> dict[str, float]:
-        """Return means, images_per_second, data_wait (fraction of the time) and mfu (fraction), and start again.
+        """Return means, images_per_second and fractions of the time since the last call, and start again.
 
-        mfu is model FLOPs utilization (Chowdhery et al. 2022, appendix B).
+        data_wait is the fraction of waiting for batches, and data/transfer that of their copies to the devices, a part
+        of it. mfu is model FLOPs utilization (Chowdhery et al. 2022, appendix B).
         """
         elapsed = max(time.monotonic() - self._start, 1e-9)
         record = {name: total / steps for name, (total, steps) in self._sums.items()}
         record["images_per_second"] = self._steps * self._batch_size / elapsed
         record["data_wait"] = min(1.0, self._waited / elapsed)
+        record["data/transfer"] = min(1.0, self._transferred / elapsed)
         if self._pair_seconds:
             record["mfu"] = record["images_per_second"] * self._pair_seconds
         self._reset()
@@ -316,5 +325,7 @@ class Progress:
 
 def _limiting_stage(record: Mapping[str, float]) -> str:
     """Return the stage of the input pipeline for which steps wait."""
+    if record["data/transfer"] > record["data_wait"] / 2:
+        return "transfer"
     stages = {name: record[f"data/{name}"] for name in ("storage", "tokenizer")}
     return max(stages, key=stages.__getitem__) if sum(stages.values()) > _BUSY else "decode"

@@ -126,6 +126,23 @@ def test_keys_are_unique(source):
     assert len({source.key(index) for index in range(len(source))}) == len(source)
 
 
+def test_held_out_records_are_apart_from_the_others(source, config):
+    try:
+        part = data.make_source(dataclasses.replace(config, validation_fraction=0.5))
+    except ValueError as error:  # a single file that is read by blocks
+        assert "in 1 files, which are held out whole" in str(error)
+        return
+    found = [
+        f"{name}:{held.source.key(index)}" if name else held.source.key(index)
+        for name, held in part.held_out.items()
+        for index in held
+    ]
+    trained = [part.key(index) for index in range(len(part))]
+    keys = [source.key(index) for index in range(len(source))]
+    assert sorted(found + trained) == sorted(keys)
+    assert 10 < len(found) < len(source) - 10 and part.read(3) == source.read(keys.index(trained[3]))
+
+
 def test_index_out_of_range_raises(source):
     with pytest.raises(IndexError):
         source.read(len(source))

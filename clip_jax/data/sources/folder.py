@@ -24,9 +24,10 @@ class FolderSource:
 
     num_files = 1
 
-    def __init__(self, folder: str, fields: Fields):
+    def __init__(self, folder: str, fields: Fields, *, captions_required: bool = True):
         """List the folder. Raises ValueError if it has no images, or images with neither captions nor class folders."""
         self._folder, self._fields, digest = folder, fields, hashlib.sha256()
+        self._captions_required = captions_required
         parts: list[pa.Array] = []
         captions = self._classes = False
         for path, names in _walk(folder):
@@ -38,11 +39,11 @@ class FolderSource:
             parts.append(pa.array(found, pa.large_binary()))
             digest.update(os.fsencode("".join(f"{name} {_size(f'{path}/{name}')}\n" for name in images)))
         self._paths = pa.concat_arrays([pa.array([], pa.large_binary()), *parts])
-        self._classes &= not captions
+        self._classes &= captions_required and not captions
         self._fingerprint = digest.hexdigest()[:16]
         if not len(self):
             raise ValueError(f"data.files={folder!r}: expected images ({', '.join(EXTENSIONS)}), got none")
-        if not captions and not self._classes:
+        if captions_required and not captions and not self._classes:
             raise ValueError(
                 f"data.files={folder!r}: {len(self)} images have no captions; expected {self.key(0)} with a"
                 " .txt or .json of the same name, or a folder for each class"
@@ -54,6 +55,13 @@ class FolderSource:
         cls.check_files(config)
         fields = Fields(tuple(config.captions), templates=tuple(templates))
         return cls(os.path.expanduser(config.files).rstrip("/"), fields)
+
+    @classmethod
+    def of_images(cls, config: DataConfig) -> FolderSource:
+        """Open a folder of images that may have captions, as `name.txt` or `name.json`."""
+        cls.check_files(config)
+        folder = os.path.expanduser(config.files).rstrip("/")
+        return cls(folder, Fields(tuple(config.captions)), captions_required=False)
 
     @classmethod
     def check_files(cls, config: DataConfig) -> None:
@@ -86,7 +94,12 @@ class FolderSource:
             raise BadRecord(f"unreadable: {error}") from error
         if not image:
             raise BadRecord("empty image")
-        return Record(self.key(index), image, self._captions(path))
+        try:
+            return Record(self.key(index), image, self._captions(path))
+        except BadRecord:
+            if self._captions_required:
+                raise
+            return Record(self.key(index), image, {})
 
     def fingerprint(self) -> str:
         return self._fingerprint

@@ -65,6 +65,7 @@ class MixtureSource:
         self._starts = np.concatenate([[0], np.cumsum([len(dataset) for dataset in self._datasets], dtype=np.int64)])
         self.in_memory = all(getattr(dataset, "in_memory", False) for dataset in self._datasets)
         self._first_blocks = np.zeros(len(datasets) + 1, np.int64)  # number of the first block of each dataset
+        self.held_out = {name: part for name in datasets for part in getattr(datasets[name], "held_out", {}).values()}
 
     @classmethod
     def from_config(cls, config: DataConfig, open_source: Callable[[DataConfig], DataSource]) -> MixtureSource:

@@ -194,7 +194,7 @@ def _check_complete(index: Index, records: int, format: Format, max_bad_fraction
             log.warning("%s is empty", shard.file.path)
             lost.append((sum(sizes) / max(1, len(sizes)), shard.file.path, "is empty"))
         elif shard.problem:
-            _check_compression(shard.file)
+            check_compression(shard.file)
             found = int(shard.records.sum())
             if not skipped:
                 log.warning("%s %s; its %d records are used", shard.file.path, shard.problem, found)
@@ -219,7 +219,8 @@ def _check_complete(index: Index, records: int, format: Format, max_bad_fraction
         )
 
 
-def _check_compression(file: File) -> None:
+def check_compression(file: File) -> None:
+    """Raise ValueError if a file begins as one of gzip, zstd or bzip2, which is not decompressed."""
     head = storage.read_range(file.path, 0, 4)
     for magic, (name, command) in COMPRESSION.items():
         if head.startswith(magic):

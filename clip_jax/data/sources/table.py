@@ -31,6 +31,7 @@ from clip_jax.config import DataConfig
 from clip_jax.data import order, storage
 from clip_jax.data.sources.blocks import BlockCache, place
 from clip_jax.data.sources.fields import IMAGE_FIELDS, REFERENCE_FIELDS, TEMPLATE, Fields
+from clip_jax.data.sources.shards import check_compression
 from clip_jax.data.sources.synthetic import SyntheticSource
 from clip_jax.data.storage import File
 from clip_jax.paths import is_url
@@ -157,6 +158,8 @@ class TableSource:
             return open_parquet(files, fields, memory_bytes)
         if "parquet" in kinds:
             raise ValueError(f"data.files={config.files!r} has Parquet and {', '.join(sorted(kinds - {'parquet'}))}")
+        for file in files:
+            check_compression(file)
         rows = [
             JsonRows(file) if _kind(file.path) == "jsonl" else _read_csv(file, fields, columns, delimiter, quotes)
             for file in files
@@ -175,7 +178,8 @@ class TableSource:
     def _list(cls, config: DataConfig) -> list[File]:
         files = sorted(storage.list_files(config.files), key=File.name_and_path)
         if other := [file.path for file in files if _kind(file.path) not in READERS]:
-            raise ValueError(f"data.files: {other[0]}: expected a table: {', '.join(f'.{name}' for name in READERS)}")
+            expected = ", ".join(f".{name}" for name in READERS)
+            raise ValueError(f"data.files: {other[0]}: expected a table, {expected}, not compressed")
         return files
 
     @classmethod
@@ -401,7 +405,7 @@ def _read_csv(file: File, fields: Fields, columns: Sequence[str], delimiter: str
             strings_can_be_null=True,
         )
         table = pa.csv.read_csv(io.BytesIO(data), read, parse, convert)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
         raise ValueError(f"data.files: {file.path}: {error}") from error
     return ArrowRows(table, hashlib.sha256(data).hexdigest()[:16])
 

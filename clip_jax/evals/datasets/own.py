@@ -111,6 +111,7 @@ def _open(
         captions=dict.fromkeys(captions, 1.0),
         options=data.options if data.source == source else {},
         max_bad_fraction=0.0,
+        validation_fraction=0.0,
     )
     try:
         return check_files(config) if only_check else make_source(config)

@@ -144,7 +144,7 @@ def _charts(curves: Sequence[Mapping[str, Number | None]]) -> list[tuple[str, li
         points: Points = [(r["step"], tables.or_nan(r[key])) for r in curves if key in r and "loss" in r]
         charts.append((title, [], line_chart({title: points}, title)))
     evaluations = [r for r in curves if "loss" not in r]
-    for metric in ("image_to_text/recall_at_5", "top1"):
+    for metric in ("loss", "image_to_text/recall_at_5", "top1"):
         keys = dict.fromkeys(k for r in evaluations for k in r if k.endswith(f"/{metric}"))
         series = {
             tables.format_key(k.split("/")[1]): [(r["step"], tables.or_nan(r[k])) for r in evaluations if k in r]
