@@ -3,6 +3,7 @@
 # make test-all      `make test`, then the tests marked slow
 # make test-lowest   all tests with the lowest versions that setup.py allows
 # make test-peers    features, gradients, files and inputs against open_clip, transformers and OpenAI's code
+# make docs          the documentation site in build/docs, warnings as errors
 # make mutate        mutation testing of a sample, MUTANTS=240 SEED=0: some hours on 2 cores (docs/testing.md)
 # make bench-tokenizer  the speed of the CLIP tokenizer against open_clip's, the ratio in the last line
 # make bench-train      a training step of ViT-B/32 against open_clip's on torch, the ratio in the last line
@@ -33,7 +34,7 @@ BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all test-lowest test-peers mutate bench-tokenizer bench-train bench-loss bench-loading bench-probe \
+.PHONY: demo test test-all test-lowest test-peers docs mutate bench-tokenizer bench-train bench-loss bench-loading bench-probe \
 	bench-published bench-input bench-storage bench-corruption bench-truth accelerator plan-all clean
 .DELETE_ON_ERROR:
 
@@ -55,6 +56,9 @@ test-lowest: $(LOWEST)/.installed-test
 
 test-peers: $(PEERS)/.installed-peers
 	$(PEERS)/bin/python -m pytest tests/peers
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m sphinx -W --keep-going --quiet -b html docs build/docs
 
 mutate: $(VENV)/.installed-test $(VENV)/.installed-mutate
 	@$(BIN)/python tests/mutate.py --mutants=$(MUTANTS) --seed=$(SEED)

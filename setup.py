@@ -95,6 +95,8 @@ EXTRAS = {
         # Not a peer: here because it pins older versions of Pillow and protobuf than the other tests use.
         "apache-beam==2.77.0",
     ],
+    # The documentation site: `make docs`.
+    "docs": ["sphinx>=8.2", "myst-parser>=4", "furo>=2025.7"],
     # Mutation testing: `make mutate`.
     "mutate": ["cosmic-ray>=8.7"],
     # libtpu. On machines without a TPU it costs 1.5 s and some error lines at every start.

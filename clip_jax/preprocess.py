@@ -6,15 +6,16 @@ is then smaller than `size` is padded. Pillow antialiases and rounds to uint8 be
 of TensorFlow, JAX or torch gives other bytes. The width is resized first, as in the code that published models were
 trained with, whatever Pillow is installed: Pillow 13 resizes the height of images more than twice as high as wide
 first, which changes a few levels. `preprocess.implementation` selects the pipeline:
-  * openai: resize in the image's own mode (palette: nearest pixel), crop at `round((side - size) / 2)`, half to even,
-    then convert to RGB. Alpha is dropped, so the hidden color of transparent pixels shows; 16-bit gray is clipped at
-    255, which makes nearly every such image white. An odd padding has its larger half on the right and at the bottom.
-    OpenAI's and open_clip's weights were trained with this.
-  * huggingface: composite on white and convert to RGB, then resize; crop at `(side - size) // 2`, which differs
-    if the margin is odd; an odd padding has its larger half on the left and at the top. This is the processor on PIL.
-    The one on torchvision is at most 2 of 255 apart and pads as openai; with resample 0 (nearest) it has the other
-    neighbor where a pixel's center is exactly between two.
-  * clip_jax: as openai, but transparency is composited on white and 16-bit gray keeps its high byte, as in training.
+
+* openai: resize in the image's own mode (palette: nearest pixel), crop at `round((side - size) / 2)`, half to even,
+  then convert to RGB. Alpha is dropped, so the hidden color of transparent pixels shows; 16-bit gray is clipped at
+  255, which makes nearly every such image white. An odd padding has its larger half on the right and at the bottom.
+  OpenAI's and open_clip's weights were trained with this.
+* huggingface: composite on white and convert to RGB, then resize; crop at `(side - size) // 2`, which differs
+  if the margin is odd; an odd padding has its larger half on the left and at the top. This is the processor on PIL.
+  The one on torchvision is at most 2 of 255 apart and pads as openai; with resample 0 (nearest) it has the other
+  neighbor where a pixel's center is exactly between two.
+* clip_jax: as openai, but transparency is composited on white and 16-bit gray keeps its high byte, as in training.
 
 None of them applies EXIF orientation; to apply it, call `PIL.ImageOps.exif_transpose` first. Sources: openai/CLIP
 `clip/clip.py` (`_transform`) with torchvision's Resize and CenterCrop; open_clip `transform.py` (`ResizeKeepRatio`,

@@ -1,7 +1,7 @@
 """Types that several packages share, and the axis letters of arrays.
 
 The same letters name axes in suffixes (`x_BLD`), einsum strings (`'BLD,DNK->BLNK'`) and annotations
-(`Float[Array, "B L D"]`):
+(`Float[Array, "B L D"]`)::
 
     B  global batch        L  tokens or patches    V  vocabulary
     b  per-device batch    D  width                E  embedding

@@ -11,7 +11,7 @@ import tensorflow as tf
 from PIL import Image, features
 
 from clip_jax.config import AugmentConfig
-from clip_jax.data import images
+from clip_jax.data import images, philox
 
 EXACT = 0  # the same library with the same settings
 COMPOSITE_TOLERANCE = 1  # Pillow's blend does not round to nearest
@@ -206,7 +206,14 @@ def test_good_image_has_no_decoding_error():
 
 def _augment(config, image=None, size=16, seed=SEED):
     image = np.asarray(_pixels(40, 60, 3)) if image is None else image
-    return images.augment(tf.constant(image), size, tf.constant(seed), config).numpy()
+    draws = philox.uniform(seed[None], images.DRAWS)[0]
+    return images.augment(tf.constant(image), size, tf.constant(draws), config).numpy()
+
+
+def test_draws_are_those_of_tensorflow():
+    seeds = np.random.default_rng(0).integers(-(2**63), 2**63, (20, 2))
+    expected = [tf.random.stateless_uniform([images.DRAWS], seed, alg="philox") for seed in seeds]
+    np.testing.assert_array_equal(philox.uniform(seeds, images.DRAWS), expected)
 
 
 def test_no_augmentation_is_resizing_only():

@@ -183,3 +183,13 @@ def test_block_order_separates_neighbours():
     assert abs(np.corrcoef(ids[:-1024], ids[1024:])[0, 1]) < 2 * CORRELATION_BOUND + 0.25
     distinct = np.mean([len(set(blocks[at : at + 1024].tolist())) for at in range(0, len(blocks), 1024)])
     assert distinct > 200  # of at most 64 lanes × 4 blocks of a window
+
+
+def test_windows_are_permuted_without_cycle_walking(monkeypatch):
+    """The cipher has at least 2^16 values: 30 µs for each record of a window of 60."""
+    ordered = order.BlockOrder(np.full(20, 30), 0, 60, 2, 60)
+    ordered._epoch(0)
+    monkeypatch.setattr(order, "_shuffled", None)
+    epochs, examples = ordered(np.arange(600))
+    assert not epochs.any() and sorted(examples.tolist()) == list(range(600))
+    assert np.corrcoef(np.arange(60), ordered(np.arange(600))[1][:60] % 60)[0, 1] < 0.5

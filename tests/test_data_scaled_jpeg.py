@@ -9,8 +9,8 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from clip_jax.config import AugmentConfig
-from clip_jax.data import images, pipeline, scaled_jpeg
+from clip_jax.config import AugmentConfig, DataConfig
+from clip_jax.data import images, philox, pipeline, scaled_jpeg
 
 SIZE = 64
 CROP = AugmentConfig(min_crop_area=0.5)
@@ -64,11 +64,14 @@ def _seeds(count, first=0):
 
 
 def _chunk(encoded, decode, config=CROP, size=SIZE):
-    count = len(encoded)
+    ids, filtered = np.arange(len(encoded)), np.zeros(0)
+    tokens, ok = np.zeros((len(ids), 4), np.int32), np.ones(len(ids), bool)
+    draws = philox.uniform(_seeds(len(ids)), images.DRAWS)
+    fetched = ids, np.array(encoded, object), tokens, ok, draws, filtered
+    data_config = DataConfig(decode=decode, augment=config)
+    _, *fetched, _ = pipeline._fetch_crops(lambda *_: fetched, size, data_config, ids, ids)
     prepare = pipeline._prepare_function(size, 4, config, decode)
-    ids, tokens = np.arange(count), np.zeros((count, 4), np.int32)
-    arguments = ids, ids, np.array(encoded, object), tokens, np.ones(count, bool), _seeds(count)
-    image, _, ok, _, _ = prepare(*(tf.constant(a) for a in arguments))
+    image, _, ok, _, _ = prepare(*(tf.constant(a) for a in (ids, ids, *fetched)))
     return image.numpy(), ok.numpy()
 
 

@@ -47,6 +47,25 @@ def test_records_of_every_tar_format(tmp_path, format):
         assert record.key == f"{number:03d}"
 
 
+@pytest.mark.parametrize("long_names", [False, True])
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_the_walk_of_plain_headers_finds_the_records_of_the_scan(tmp_path, format, long_names, monkeypatch):
+    records = [(f"a/b.c/{'long/' * 20 * long_names}{name}", content) for name, content in _records(5)]
+    archive = _write(tmp_path / "a.tar", records, format).read_bytes()
+    scan = TarFormat().scan(lambda start, stop: archive[start:stop], 0, len(archive)).offsets
+    if not long_names:
+        monkeypatch.setattr(TarFormat, "scan", None)  # not called
+    assert TarFormat().offsets(archive[: scan[-1]]).tolist() == scan.tolist()
+
+
+@pytest.mark.parametrize("at", range(0, 512, 37))
+def test_a_changed_byte_of_a_header_is_damage(tmp_path, at):
+    archive = bytearray(_write(tmp_path / "a.tar", _records(1)).read_bytes())
+    archive[at] ^= 1
+    found = TarFormat().scan(lambda start, stop: bytes(archive[start:stop]), 0, len(archive))
+    assert found.problem == "has a damaged header"
+
+
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_long_and_foreign_names(tmp_path, format):
     members = [(f"{stem}.{field}", content) for stem in (LONG, "写真/犬", "ä.b/c") for field, content in _fields(1)]

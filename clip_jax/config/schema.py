@@ -52,7 +52,7 @@ class AugmentConfig:
     contrast: float = 0.0  # maximum, as a fraction
     saturation: float = 0.0  # maximum, as a fraction
     hue_degrees: float = 0.0  # maximum, in both directions
-    grayscale_probability: float = 0.0
+    grayscale_probability: float = 0.0  # of an image without colors
     flip_probability: float = 0.0  # left to right; captions with "left" or "right" become wrong
     cutout: float = 0.0  # maximum side of an erased square, as a fraction
 
@@ -63,7 +63,7 @@ class FilterConfig:
 
     min_image_size: int = 0  # of the shorter side, in pixels
     max_aspect_ratio: float = 0.0  # longer side / shorter side; 0: any
-    min_caption_characters: int = 0
+    min_caption_characters: int = 0  # of a caption; shorter ones are dropped
     max_caption_characters: int = 0  # 0: any
     # Unicode scripts, e.g. ('Han', 'Hiragana', 'Katakana'), that have more than half of a caption's letters; (): any.
     caption_scripts: tuple[str, ...] = ()
@@ -123,7 +123,7 @@ class DataConfig:
     max_bad_fraction: float = 0.01  # bad records / records read; above it the run stops and lists some of them
     max_stall_seconds: float = 600.0  # how long a store that does not answer is waited for, before the run stops
     decode_threads: int = 0  # 0: one per core
-    prefetch_batches: int = 2
+    prefetch_batches: int = 2  # prepared in advance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +154,7 @@ class TeacherConfig:
 class OptimConfig:
     """Optimizer with linear warm-up and cosine decay to zero. The defaults are the paper's for ViT models."""
 
-    name: Literal["adamw", "adafactor", "lion"] = "adamw"
+    name: Literal["adamw", "adafactor", "lion"] = "adamw"  # the update rule
     learning_rate: float = 5e-4  # peak; lion: 3 to 10 times smaller, with a weight decay 3 to 10 times larger
     warmup_steps: int = 2000  # the rate of step n, counted from 1, is n / warmup_steps of the peak
     b1: float = 0.9  # adafactor: 0 for no first moment
@@ -165,7 +165,7 @@ class OptimConfig:
     stochastic_rounding: bool = True  # of half-precision moments; False: round to nearest
     # Regular expression of parameters stored in bfloat16, rounded stochastically after each update; paper: '^text/'.
     half_precision_params: str = ""
-    weight_decay: float = 0.2
+    weight_decay: float = 0.2  # times the learning rate, of every step; decoupled from the gradient
     # Regular expression of parameters without weight decay, or 'open_clip': class and position embeddings. Gains,
     # biases and the logit scale never have it (paper).
     no_weight_decay: str = ""
@@ -182,10 +182,10 @@ class TrainConfig:
     """Duration, batch and computation. Set exactly one of total_steps, total_epochs and total_examples."""
 
     batch_size: int = 32_768  # pairs in the global batch
-    total_steps: int = 0
-    total_epochs: float = 0.0
-    total_examples: int = 0
-    seed: int = 0
+    total_steps: int = 0  # steps of the run; 0: by one of the next two
+    total_epochs: float = 0.0  # passes over the training data
+    total_examples: int = 0  # pairs seen, with repetitions
+    seed: int = 0  # of the initialization, the data order, augmentation and stochastic rounding
     # Of the computation; parameters are float32. float32 uses full-precision matmuls, which are slow on TPUs.
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     micro_batches: int = 1  # encoded one after another to save memory; the loss is of the global batch
@@ -196,7 +196,7 @@ class TrainConfig:
     # Packed captions, for causal towers: positions as a fraction of the batch's text positions. A batch that needs more
     # (metric text/filled) is encoded padded (metric text/padded). 1: no packing.
     text_capacity: float = 0.35
-    log_every_steps: int = 50
+    log_every_steps: int = 50  # steps between two records of metrics, which are means over them
     max_nonfinite_steps: int = 10  # consecutive steps with a non-finite loss or gradient, after which the run stops
     patch_dropout: float = 0.0  # fraction of an image's patches dropped in training (Li et al. 2023)
 
@@ -213,7 +213,7 @@ class MeshConfig:
 class CheckpointConfig:
     """Checkpoint schedule."""
 
-    every_steps: int = 1000
+    every_steps: int = 1000  # steps between two checkpoints; the last step has one, too
     keep: int = 3  # number of newest checkpoints to keep
     keep_every_steps: int = 0  # keep every multiple of this, a multiple of every_steps, permanently; 0: none
 
@@ -237,6 +237,7 @@ class EvalConfig:
     data_dir: str = ""  # directory of stored datasets: webdataset folders, class folders, TFDS
     baselines_dataset: str = ""  # key of DATASETS that the baselines are fitted to; '': no baselines
     thresholds: Mapping[str, float] = dataclasses.field(default_factory=dict)  # required values, by metric key
+    # By the name of the dataset in metrics, e.g. {'cifar10': {'evaluator': 'zeroshot', 'dataset': 'cifar10'}}.
     tasks: Mapping[str, EvalTask] = dataclasses.field(default_factory=dict)
 
 

@@ -9,13 +9,12 @@ from collections.abc import Iterator
 
 from clip_jax.data import storage
 
-THREADS = 2  # that read and tokenize chunks
-
 
 class Activity:
     """Seconds of the stages of one pipeline. Thread-safe."""
 
     def __init__(self) -> None:
+        self.threads = 1  # that the pipeline runs at the same time for these stages
         self._lock = threading.Lock()
         self._start_again(storage.counters.bytes, storage.counters.requests)
 
@@ -37,11 +36,11 @@ class Activity:
         """Return rates and fractions of time since the last call.
 
         `data/storage` and `data/tokenizer` are fractions of the time of the threads that read and tokenize; for the
-        rest, these threads wait for the decoding.
+        rest, these threads decode or wait for the decoding.
         """
         with self._lock:
             elapsed, counters = max(time.monotonic() - self._start, 1e-9), storage.counters
-            rates = {f"data/{name}": seconds / elapsed / THREADS for name, seconds in self._seconds.items()}
+            rates = {f"data/{name}": seconds / elapsed / self.threads for name, seconds in self._seconds.items()}
             rates["data/megabytes_per_second"] = (counters.bytes - self._read) / elapsed / 1e6
             rates["data/requests_per_second"] = (counters.requests - self._requests) / elapsed
             rates["data/failed_requests"] = float(counters.failures)

@@ -9,7 +9,7 @@ Decoding agrees with Pillow's, except where noted:
 * GIF, BMP, TIFF, AVIF, animated WebP (first frame) and PNG of fewer than 8 bits per channel, which TensorFlow 2.21
   decodes with an alpha of 1 of 255, are decoded by Pillow inside the graph.
 
-The default augmentation is the paper's (section 2.5): a random square crop. All draws are stateless.
+The default augmentation is the paper's (section 2.5): a random square crop. All draws are arguments.
 """
 
 from __future__ import annotations
@@ -24,14 +24,13 @@ import tensorflow as tf
 from PIL import Image
 
 from clip_jax.config import AugmentConfig
-from clip_jax.data import scaled_jpeg
 
 # A 1.2 MB PNG can hold 20,000² pixels: 1.2 GB in each decoding thread. 100 Mpx are 300 MB.
 MAX_PIXELS = 100_000_000
 PILLOW_FORMATS = ("GIF", "BMP", "WEBP", "PNG", "TIFF", "AVIF")  # AVIF: Pillow 11.3
 HEADER_BYTES = 32  # contains width and height in all formats except JPEG
 
-# Indices of the uniform draws of one stateless call: switching one augmentation off does not change the others.
+# Indices of the uniform draws of an image: switching one augmentation off does not change the others.
 CROP_AREA, CROP_X, CROP_Y, ROTATE, ZOOM, SHIFT_X, SHIFT_Y, BRIGHTNESS, CONTRAST, SATURATION, HUE = range(11)
 GRAYSCALE, FLIP, CUTOUT_SIDE, CUTOUT_X, CUTOUT_Y = range(11, 16)
 DRAWS = 16
@@ -167,41 +166,24 @@ def _check_bits(image: Image.Image) -> None:
         raise ValueError(f"{image.format} of mode {image.mode!r}: expected 8 or 16 bits per channel, got 32")
 
 
-def augment(image: tf.Tensor, size: int, seed: tf.Tensor, config: AugmentConfig) -> tf.Tensor:
+def augment(image: tf.Tensor, size: int, draws: tf.Tensor, config: AugmentConfig) -> tf.Tensor:
     """Return a random square crop of uint8[H W 3], resized and augmented, uint8[size size 3].
 
-    The result is a function of the arguments; `seed`, int64[2], is for TensorFlow's stateless random functions.
+    Args:
+      draws: uniform in [0, 1), float32[DRAWS], of which the result is a function.
     """
-    uniform = _draws(seed)
-    return _adjust(_resize(_random_square(image, uniform, config.min_crop_area, size), size), size, uniform, config)
+    return _adjust(_resize(_random_square(image, draws, config.min_crop_area, size), size), size, draws, config)
 
 
-def augment_jpegs(
-    encoded: tf.Tensor, size: int, seeds: tf.Tensor, config: AugmentConfig
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """Return `augment` of `decode` by scaled decoding, uint8[n size size 3], and which images were JPEGs, bool[n].
+def adjust_crops(crops: tf.Tensor, draws: tf.Tensor, config: AugmentConfig) -> tf.Tensor:
+    """Apply all augmentations but the crop to uint8[n size size 3]; `draws` are float32[n DRAWS]."""
+    if dataclasses.replace(config, min_crop_area=1.0) == AugmentConfig(min_crop_area=1.0):
+        return crops
 
-    The draws are those of `augment`. Images that `scaled_jpeg` does not decode are black.
-    """
-    uniform = tf.map_fn(_draws, seeds, fn_output_signature=tf.float32)
+    def adjust(row: tuple[tf.Tensor, tf.Tensor]) -> tf.Tensor:
+        return _adjust(tf.cast(row[0], tf.float32), crops.shape[1], row[1], config)
 
-    def crop(encoded: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return scaled_jpeg.random_crops(encoded, draws, size, config.min_crop_area, MAX_PIXELS)
-
-    draws = tf.gather(uniform, [CROP_AREA, CROP_X, CROP_Y], axis=1)
-    pixels, done = tf.numpy_function(crop, [encoded, draws], (tf.uint8, tf.bool), stateful=False)
-    pixels, done = tf.ensure_shape(pixels, [None, size, size, 3]), tf.ensure_shape(done, [None])
-    if dataclasses.replace(config, min_crop_area=1.0) != AugmentConfig(min_crop_area=1.0):
-
-        def adjust(row: tuple[tf.Tensor, tf.Tensor]) -> tf.Tensor:
-            return _adjust(tf.cast(row[0], tf.float32), size, row[1], config)
-
-        pixels = tf.map_fn(adjust, (pixels, uniform), fn_output_signature=tf.uint8)
-    return pixels, done
-
-
-def _draws(seed: tf.Tensor) -> tf.Tensor:
-    return tf.random.stateless_uniform([DRAWS], seed, alg="philox")
+    return tf.map_fn(adjust, (crops, draws), fn_output_signature=tf.uint8)
 
 
 def _adjust(pixels: tf.Tensor, size: int, uniform: tf.Tensor, config: AugmentConfig) -> tf.Tensor:

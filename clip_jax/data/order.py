@@ -72,6 +72,7 @@ class BlockOrder:
         self._examples, self._seed, self._batch_size, self.window = int(self._starts[-1]), seed, batch_size, window
         self.lanes = math.gcd(batch_size, lanes)
         self._epoch = functools.lru_cache(maxsize=4)(self._permuted_blocks)
+        self._window_order = functools.lru_cache(maxsize=2 * self.lanes)(self._permuted_window)
 
     def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return epoch and example of each position, int64[n] each."""
@@ -80,7 +81,7 @@ class BlockOrder:
         lanes, rows = np.divmod(rows, lane_rows)
         offsets = steps * lane_rows + rows  # in the infinite sequence of the lane
         epochs, first, size, at = self._windows(lanes, offsets)
-        numbers = first + _shuffled(at, size, self._seed, epochs, 1 + lanes, first)  # in the epoch's blocks
+        numbers = first + self._permuted(epochs, first, size, at)  # in the epoch's blocks
         examples = np.empty_like(numbers)
         for epoch in np.unique(epochs):
             blocks, ends = self._epoch(int(epoch))
@@ -127,6 +128,18 @@ class BlockOrder:
         size = (window + 1) * count // windows - first
         before = self._dealt((epochs + 1) * self._examples, lanes) - self._dealt(epochs * self._examples, lanes)
         return epochs, before + first, size, at - first
+
+    def _permuted(self, epochs: np.ndarray, first: np.ndarray, size: np.ndarray, at: np.ndarray) -> np.ndarray:
+        """Return the place in its window that each place is permuted to."""
+        found = np.empty_like(at)
+        for row in np.unique(epochs * self._examples + first, return_index=True)[1].tolist():
+            same = (epochs == epochs[row]) & (first == first[row])
+            found[same] = self._window_order(int(epochs[row]), int(first[row]), int(size[row]))[at[same]]
+        return found
+
+    def _permuted_window(self, epoch: int, first: int, size: int) -> np.ndarray:
+        """Sort by hashes, 0.1 µs a record; cycle walking takes 30 µs in windows of 60."""
+        return np.argsort(draw(SHUFFLE, self._seed, epoch, first, np.arange(size)), kind="stable").astype(np.int32)
 
     def _dealt(self, examples: np.ndarray, lanes: np.ndarray) -> np.ndarray:
         """Return how many of the first examples of the infinite sequence go to the lanes before each lane."""
@@ -199,12 +212,9 @@ class MixtureOrder:
 Order = RecordOrder | BlockOrder | MixtureOrder
 
 
-def _shuffled(
-    index: np.ndarray, count: np.ndarray | int, seed: int, epoch: np.ndarray | int, *words: np.ndarray
-) -> np.ndarray:
+def _shuffled(index: np.ndarray, count: int, seed: int, epoch: np.ndarray | int) -> np.ndarray:
     """Return the image of each index under a keyed permutation of [0, count), int64[n]; arguments broadcast."""
-    last = draw(SHUFFLE, *words)[: len(index)].astype(np.int64) if words else 0
-    key = np.stack(np.broadcast_arrays(np.int64(seed), epoch, last, index)[:3], axis=1)
+    key = np.stack(np.broadcast_arrays(np.int64(seed), epoch, np.int64(0), index)[:3], axis=1)
     count = np.broadcast_to(np.int64(count) - 1, index.shape)
     return tf.raw_ops.RandomIndexShuffle(index=index, seed=key, max_index=count, rounds=ROUNDS).numpy()
 
@@ -224,7 +234,7 @@ def fraction(bits: np.ndarray) -> np.ndarray:
 
 
 def augmentation_seeds(seed: int, epochs: np.ndarray, example_ids: np.ndarray) -> np.ndarray:
-    """Return int64[n, 2], seeds for TensorFlow's stateless random functions, one per example and epoch."""
+    """Return int64[n, 2], seeds of `philox.uniform`, one per example and epoch."""
     halves = [draw(AUGMENT, seed, epochs, example_ids, half) for half in (0, 1)]
     return np.stack(halves, axis=1).astype(np.int64)
 

@@ -1,26 +1,28 @@
 """From a source to the host's batches: read, choose a caption, tokenize, decode, augment.
 
 The only state is the number of the next step. Positions of the infinite sequence of examples go through
-an order; Python reads and tokenizes records in chunks; TensorFlow decodes and augments chunks in parallel, in
-order. A bad record (wrong checksum, undecodable image, no usable caption) becomes a blank row with `ok` False, which
-`_Repair` fills with another record, selected by a hash of the bad record's index and prepared by the same functions.
+an order; Python reads and tokenizes records in chunks, and crops their JPEGs if `data.decode` is "fast"; TensorFlow
+decodes the other images and augments chunks in parallel, in order. A bad record (wrong checksum, undecodable image, no
+usable caption) becomes a blank row with `ok` False, which `_Repair` fills with another record, selected by a hash of
+the bad record's index and prepared by the same functions.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import tensorflow as tf
 
 from clip_jax.config import AugmentConfig, DataConfig
-from clip_jax.data import images, order
-from clip_jax.data.activity import THREADS, Activity
+from clip_jax.data import images, order, philox, scaled_jpeg
+from clip_jax.data.activity import Activity
 from clip_jax.data.captions import caption_draws, choose_caption
 from clip_jax.data.filters import FILTERS, Filters, by_name
 from clip_jax.typing import BadRecord, Batch, DataSource, HostBatch, Record, Replaced, Tokenizer
@@ -28,13 +30,14 @@ from clip_jax.typing import BadRecord, Batch, DataSource, HostBatch, Record, Rep
 log = logging.getLogger(__name__)
 
 CHUNK = 64  # records that are read and decoded together
+FETCH_CALLS = 2  # chunks that are read at the same time, in addition to those whose JPEGs are cropped
 READ_THREADS = 16  # they wait for disk or network
 MAX_ATTEMPTS = 100  # replacements that are tried for one bad record
 MIN_READS = 100  # before the fraction of bad records is checked
 UNSTABLE = "failed twice when it was read for the batch, although it was good when checked"
 
-# Example ids int64[n], encoded images as objects [n], tokens int32[n L], ok bool[n], augmentation seeds int64[n 2],
-# records filtered by each filter int64[n f].
+# Example ids int64[n], encoded images as objects [n], tokens int32[n L], ok bool[n], uniform draws of the augmentation
+# float32[n images.DRAWS], records filtered by each filter int64[n f].
 Fetched = tuple[np.ndarray, ...]
 Fetch = Callable[[np.ndarray, np.ndarray], Fetched]  # of example ids int64[n] and epochs int64[n]
 
@@ -82,7 +85,9 @@ def batches(
             "data.captions names no feature with a weight above 0, so no record would have a caption;"
             " img2dataset's are {'txt': 1.0, 'caption': 1.0}"
         )
-    fetch = functools.partial(_fetch, source, tokenizer, config, seed, activity or Activity())
+    activity = activity or Activity()
+    activity.threads = min(_fetch_calls(config), _threads(config))
+    fetch = functools.partial(_fetch, source, tokenizer, config, seed, activity)
     generator = _batches(
         source, tokenizer, config, fetch, image_size, batch_size, seed, start_step, first, last - first
     )
@@ -98,6 +103,7 @@ def _batches(source, tokenizer, config, fetch, image_size, batch_size, seed, sta
     with ThreadPoolExecutor(READ_THREADS, "clip_jax-read") as pool:
         ordered = source.order(seed, batch_size) if hasattr(source, "order") else order.RecordOrder(len(source), seed)
         fetch = functools.partial(fetch, pool, Filters(config, source, ordered))
+        fetch = functools.partial(_fetch_crops, fetch, image_size, config)
         prepare = _prepare_function(image_size, tokenizer.length, config.augment, config.decode)
         prefetch = _Prefetch(source, ordered, slice(first_row, first_row + host_batch_size))
 
@@ -113,7 +119,8 @@ def _batches(source, tokenizer, config, fetch, image_size, batch_size, seed, sta
 
         dataset = _positions(start_step, batch_size, first_row, host_batch_size)
         dataset = dataset.map(
-            _no_autograph(functools.partial(_fetch_op, fetch_positions, tokenizer.length)), num_parallel_calls=THREADS
+            _no_autograph(functools.partial(_fetch_op, fetch_positions, tokenizer.length, image_size)),
+            num_parallel_calls=_fetch_calls(config),
         )
         dataset = dataset.map(
             _no_autograph(lambda *fetched: (*prepare(*fetched[:-1]), fetched[-1])), num_parallel_calls=_threads(config)
@@ -152,6 +159,11 @@ def _options(config: DataConfig) -> tf.data.Options:
     return options
 
 
+def _fetch_calls(config: DataConfig) -> int:
+    """Return the number of chunks that are fetched at the same time, on `_threads` threads."""
+    return FETCH_CALLS + (_threads(config) if config.decode == "fast" else 0)
+
+
 def _threads(config: DataConfig) -> int:
     return config.decode_threads or os.cpu_count() or 1
 
@@ -173,11 +185,8 @@ def _fetch(
     epochs: np.ndarray,
 ) -> Fetched:
     """Read records, choose a caption for each and tokenize it; a bad record gets empty bytes and zero tokens."""
-    read_each = map if getattr(source, "in_memory", False) else pool.map
     with activity.stage("storage"):
-        records, example_ids, filtered = filters.select(
-            lambda examples: list(read_each(functools.partial(_read, source), examples)), example_ids, epochs
-        )
+        records, example_ids, filtered = filters.select(functools.partial(_read_all, source, pool), example_ids, epochs)
     draws = caption_draws(config.texts_per_caption, seed, epochs, example_ids)
     captions = [
         choose_caption(record, config.captions, *row) if record else None
@@ -189,7 +198,33 @@ def _fetch(
         with activity.stage("tokenizer"):
             tokens[ok] = tokenizer([caption for caption in captions if caption is not None])
     encoded = np.array([record.image if good else b"" for record, good in zip(records, ok, strict=True)], object)
-    return example_ids, encoded, tokens, ok, order.augmentation_seeds(seed, epochs, example_ids), filtered
+    draws = philox.uniform(order.augmentation_seeds(seed, epochs, example_ids), images.DRAWS)
+    return example_ids, encoded, tokens, ok, draws, filtered
+
+
+def _fetch_crops(fetch: Fetch, size: int, config: DataConfig, example_ids: np.ndarray, epochs: np.ndarray) -> Fetched:
+    """Add to the fetched arrays, before the last: crops uint8[n size size 3], and which images they show, bool[n].
+
+    With `data.decode="exact"` these are none. TensorFlow gets only the bytes of the other images: two copies fewer.
+    """
+    *fetched, draws, filtered = fetch(example_ids, epochs)
+    if config.decode == "exact":
+        crops, cropped = np.zeros((0, size, size, 3), np.uint8), np.zeros(len(draws), bool)
+    else:
+        used = draws[:, [images.CROP_AREA, images.CROP_X, images.CROP_Y]]
+        crops, cropped = scaled_jpeg.random_crops(
+            fetched[1], used, size, config.augment.min_crop_area, images.MAX_PIXELS
+        )
+        fetched[1][cropped] = b""
+    return *fetched, draws, crops, cropped, filtered
+
+
+def _read_all(source: DataSource, pool: ThreadPoolExecutor, examples: Sequence[int]) -> list[Record | None]:
+    if getattr(source, "in_memory", False):
+        return [_read(source, example) for example in examples]
+    each = -(-len(examples) // READ_THREADS)
+    parts = [examples[first : first + each] for first in range(0, len(examples), each)]
+    return list(itertools.chain.from_iterable(pool.map(lambda part: [_read(source, e) for e in part], parts)))
 
 
 def _read(source: DataSource, example: int) -> Record | None:
@@ -213,21 +248,24 @@ class _Prefetch:
                 self._source.prefetch(np.concatenate(blocks))
 
 
-def _fetch_op(fetch: Callable, length: int, positions: tf.Tensor) -> tuple[tf.Tensor, ...]:
-    types = (tf.int64, tf.int64, tf.string, tf.int32, tf.bool, tf.int64, tf.int64)
-    shapes = ([None], [None], [None], [None, length], [None], [None, 2], [None, len(FILTERS)])
-    fetched = tf.numpy_function(fetch, [positions], types, stateful=False)
-    return tuple(map(tf.ensure_shape, fetched, shapes))
+def _fetched_spec(length: int, size: int) -> list[tf.TensorSpec]:
+    """Return shapes and dtypes of example ids, epochs, and the arrays of `_fetch_crops` but the last."""
+    shapes = [], [], [], [length], [], [images.DRAWS], [size, size, 3], []
+    dtypes = tf.int64, tf.int64, tf.string, tf.int32, tf.bool, tf.float32, tf.uint8, tf.bool
+    return [tf.TensorSpec([None, *shape], dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+
+
+def _fetch_op(fetch: Callable, length: int, size: int, positions: tf.Tensor) -> tuple[tf.Tensor, ...]:
+    specs = [*_fetched_spec(length, size), tf.TensorSpec([None, len(FILTERS)], tf.int64)]
+    fetched = tf.numpy_function(fetch, [positions], [spec.dtype for spec in specs], stateful=False)
+    return tuple(tf.ensure_shape(tensor, spec.shape) for tensor, spec in zip(fetched, specs, strict=True))
 
 
 @functools.lru_cache(maxsize=16)
 def _prepare_function(size: int, length: int, config: AugmentConfig, decode: str) -> Callable:
     """Return `_decode_chunk` traced once: the dataset, replacements and later pipelines share the graph."""
-    signature = [tf.TensorSpec([None], dtype) for dtype in (tf.int64, tf.int64, tf.string)]
-    signature += [tf.TensorSpec([None, length], tf.int32), tf.TensorSpec([None], tf.bool)]
-    signature += [tf.TensorSpec([None, 2], tf.int64)]
     prepare = functools.partial(_decode_chunk, size=size, config=config, decode=decode)
-    return tf.function(prepare, signature, autograph=False).get_concrete_function()
+    return tf.function(prepare, _fetched_spec(length, size), autograph=False).get_concrete_function()
 
 
 def _decode_chunk(
@@ -236,7 +274,9 @@ def _decode_chunk(
     encoded: tf.Tensor,
     tokens: tf.Tensor,
     ok: tf.Tensor,
-    seeds: tf.Tensor,
+    draws: tf.Tensor,
+    crops: tf.Tensor,
+    cropped: tf.Tensor,
     *,
     size: int,
     config: AugmentConfig,
@@ -245,23 +285,22 @@ def _decode_chunk(
     """Return image uint8[n size size 3], tokens, ok, example ids, epochs; undecodable images are black, ok is False."""
 
     def exact(rows: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        return _decode_rows(rows, encoded, seeds, size, config)
+        return _decode_rows(rows, encoded, draws, size, config)
+
+    def others() -> tuple[tf.Tensor, tf.Tensor]:
+        image, decodable = exact(tf.cast(tf.where(~cropped)[:, 0], tf.int32))
+        return tf.where(cropped[:, None, None, None], adjusted, image), cropped | decodable
 
     if decode == "exact":
         image, decodable = exact(tf.range(tf.size(example_ids)))
     else:
-        jpegs, done = images.augment_jpegs(encoded, size, seeds, config)
-
-        def others() -> tuple[tf.Tensor, tf.Tensor]:
-            image, decodable = exact(tf.cast(tf.where(~done)[:, 0], tf.int32))
-            return tf.where(done[:, None, None, None], jpegs, image), done | decodable
-
-        image, decodable = tf.cond(tf.reduce_all(done), lambda: (jpegs, done), others)
+        adjusted = images.adjust_crops(crops, draws, config)
+        image, decodable = tf.cond(tf.reduce_all(cropped), lambda: (adjusted, cropped), others)
     return tf.ensure_shape(image, [None, size, size, 3]), tokens, ok & decodable, example_ids, epochs
 
 
 def _decode_rows(
-    rows: tf.Tensor, encoded: tf.Tensor, seeds: tf.Tensor, size: int, config: AugmentConfig
+    rows: tf.Tensor, encoded: tf.Tensor, draws: tf.Tensor, size: int, config: AugmentConfig
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Decode and augment rows of a chunk; return uint8[n size size 3] and bool[n] of the chunk, the others blank.
 
@@ -269,10 +308,10 @@ def _decode_rows(
     """
     count = tf.size(encoded)
 
-    def prepare(row: tf.Tensor, image: tf.Tensor, key: tf.Tensor):
-        return row, images.augment(images.decode(image), size, key, config)
+    def prepare(row: tf.Tensor, image: tf.Tensor, draws: tf.Tensor):
+        return row, images.augment(images.decode(image), size, draws, config)
 
-    chunk = tf.data.Dataset.from_tensor_slices((rows, tf.gather(encoded, rows), tf.gather(seeds, rows)))
+    chunk = tf.data.Dataset.from_tensor_slices((rows, tf.gather(encoded, rows), tf.gather(draws, rows)))
     decoded = chunk.map(_no_autograph(prepare)).ignore_errors(log_warning=False)
     # One blank row at the end, so that `batch` yields an element even if every row failed.
     blank = tf.data.Dataset.from_tensors((count, tf.zeros([size, size, 3], tf.uint8)))

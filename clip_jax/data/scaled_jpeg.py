@@ -9,6 +9,7 @@ tests/test_data_scaled_jpeg.py bounds the difference, `benchmarks/input.py --qua
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -35,7 +36,7 @@ def crop_box(height: int, width: int, draws: np.ndarray, min_area: float, size: 
     """
     one, (area, x, y) = np.float32(1), draws
     fraction = one - (one - np.float32(min_area)) * area
-    side = max(1, int(np.round(np.float32(min(height, width)) * np.sqrt(fraction))))
+    side = max(1, round(float(np.float32(min(height, width)) * np.sqrt(fraction))))
     factor = max(factor for factor in (1, 2, 4, MAX_FACTOR) if factor == 1 or side >= factor * size)
     top, left = (min(room, int(draw * np.float32(room + 1))) for draw, room in ((y, height - side), (x, width - side)))
     return top // factor * factor, left // factor * factor, side, factor
@@ -52,12 +53,20 @@ def random_crops(
       draws: area, x and y of `crop_box`, float32[n 3].
       size: height and width of the crops in pixels.
     """
-    crops = np.zeros((len(encoded), size, size, 3), np.uint8)
+    crops = _aligned_zeros(len(encoded), size, size, 3)
     done = np.zeros(len(encoded), bool)
     for row, image in enumerate(encoded):
         if image[:3] == b"\xff\xd8\xff":
             done[row] = _crop_into(crops[row], image, draws[row], min_area, max_pixels)
     return crops, done
+
+
+def _aligned_zeros(*shape: int) -> np.ndarray:
+    """Return zeros, uint8, that begin at a multiple of 64 bytes: TensorFlow copies other arrays."""
+    size = math.prod(shape)
+    content = np.zeros(size + 64, np.uint8)
+    start = -content.ctypes.data % 64
+    return content[start : start + size].reshape(shape)
 
 
 @functools.cache
@@ -96,6 +105,12 @@ def _decode(encoded: bytes, height: int, width: int, factor: int) -> np.ndarray:
         return decode(encoded, strict=False, **scaled)
 
 
+@functools.lru_cache(maxsize=4096)
+def _taps(ratio: float) -> np.ndarray:
+    near, far = np.interp(ratio, RATIOS, TAP_1), np.interp(ratio, RATIOS, TAP_2)
+    return np.array([far, near, 1 - 2 * (near + far), near, far], np.float32)
+
+
 def _resize_into(result: np.ndarray, pixels: np.ndarray, side: float) -> None:
     """Resize a square, uint8[n n 3] with n = side, rounded, to uint8[size size 3] by the factor size / side."""
     cv2, _ = _libraries()
@@ -105,8 +120,7 @@ def _resize_into(result: np.ndarray, pixels: np.ndarray, side: float) -> None:
         cv2.resize(pixels, (size, size), dst=result, interpolation=cv2.INTER_AREA)
         return
     if ratio > 1:
-        near, far = np.interp(ratio, RATIOS, TAP_1), np.interp(ratio, RATIOS, TAP_2)
-        taps = np.array([far, near, 1 - 2 * (near + far), near, far], np.float32)
+        taps = _taps(ratio)
         pixels = cv2.sepFilter2D(pixels, -1, taps, taps, borderType=cv2.BORDER_REPLICATE)
     # A given size would replace the factor by size / n.
     cv2.resize(pixels, None, dst=result, fx=1 / ratio, fy=1 / ratio, interpolation=cv2.INTER_CUBIC)

@@ -93,13 +93,15 @@ def read_range(path: str, start: int, stop: int, max_stall_seconds: float = 600.
 
 def _read_range(path: str, start: int, stop: int) -> bytes:
     if not is_url(path):
-        with open(path, "rb", buffering=0) as file:
-            file.seek(start)
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # `open` takes twice the time
+        try:
             parts = []
-            while start < stop and (part := file.read(stop - start)):
+            while start < stop and (part := os.pread(file, stop - start, start)):
                 parts.append(part)
                 start += len(part)
             return parts[0] if len(parts) == 1 else b"".join(parts)
+        finally:
+            os.close(file)
     import obstore  # 0.1 s, for URLs only
 
     store, key = _store_and_key(path)

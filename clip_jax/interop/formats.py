@@ -31,12 +31,13 @@ _INDEX = re.compile(r"\.index(\.\w+)?\.json$")  # with the variant, e.g. model.s
 class Format:
     """A weight format.
 
-    detect: (path, first 16 bytes, empty for a directory) -> whether the path has this format.
-    read: path -> (parameters, config); or (tensors by the names of the library that wrote them, None) for formats
-      without a clip_jax config. Raises ValueError, `<file>: …`, for a damaged or unsafe file.
-    write: (path, parameters, config) -> None, or by library the call that loads the result,
-      and by topic its differences. None: read-only.
-    writes_urls: whether the path of `write` may be a URL of an object store.
+    Attributes:
+      detect: (path, first 16 bytes, empty for a directory) -> whether the path has this format.
+      read: path -> (parameters, config); or (tensors by the names of the library that wrote them, None) for formats
+        without a clip_jax config. Raises ValueError, `<file>: …`, for a damaged or unsafe file.
+      write: (path, parameters, config) -> None, or by library the call that loads the result, and by topic its
+        differences. None: read-only.
+      writes_urls: whether the path of `write` may be a URL of an object store.
     """
 
     detect: Callable[[pathlib.Path, bytes], bool]

@@ -28,12 +28,12 @@ from clip_jax.typing import ArrayLike, Metrics, Params
 class Model(NamedTuple):
     """A CLIP model as functions of `params`, a nested dict with these keys:
 
-    image, text: parameters of the towers.
-    logit_scale: natural logarithm of the logit scale, float32 scalar.
-    logit_bias: float32 scalar, if the architecture has one.
-    batch_stats: running averages of batch norm, if the image tower has it; stored with the weights and not trained.
+    * image, text: parameters of the towers.
+    * logit_scale: natural logarithm of the logit scale, float32 scalar.
+    * logit_bias: float32 scalar, if the architecture has one.
+    * batch_stats: running averages of batch norm, if the image tower has it; stored with the weights and not trained.
 
-    Functions:
+    Attributes:
       init: key -> params, float32.
       encode_image: (params, uint8[B, H, W, 3]) -> float32[B, E], unit norm.
       image_features: (params, uint8[B, H, W, 3]) -> float32[B, D], the input of the image tower's projection without

@@ -241,7 +241,7 @@ class TransformerConfig:
     # OpenAI's weights need 'quick_gelu', most others 'gelu'; the wrong one costs 2.7 points of ImageNet accuracy
     # without an error. SigLIP: 'gelu_tanh' in Hugging Face's copies, 'gelu' in some of open_clip's.
     activation: Activation = "quick_gelu"
-    norm_epsilon: float = 1e-5
+    norm_epsilon: float = 1e-5  # of the layer norms
     layer_scale: float = 0.0  # initial gain of the residual branches; 0: no layer scale
 
     stacked: ClassVar[str] = r"transformer/blocks/.*"

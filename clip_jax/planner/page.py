@@ -8,7 +8,7 @@ from clip_jax.config import name_of
 from clip_jax.planner.predict import Plan
 from clip_jax.typing import Number
 
-IMAGES_PER_CORE_SECOND = 254  # decode, crop and resize of 512 px JPEG by tf.data: docs/performance.md
+IMAGES_PER_CORE_SECOND = 865  # 512 px JPEG to 224 px, data.decode = "fast": docs/performance.md
 RESOURCES = {
     "compute": "compute",
     "hbm": "HBM bandwidth",

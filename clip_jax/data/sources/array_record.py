@@ -81,7 +81,7 @@ class ArrayRecordSource:
             (data,) = self._readers[file].read([number])
         except (RuntimeError, ValueError, IndexError) as error:
             raise BadRecord(f"unreadable: {error}") from error
-        return parse_example(data, self._fields, self.key(index))
+        return parse_example(data, self._fields, lambda: self.key(index))
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()

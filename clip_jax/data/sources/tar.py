@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import tarfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +28,9 @@ from clip_jax.typing import BadRecord, Record
 BLOCK = 512
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp", "image", "gif", "bmp", "tif", "tiff", "avif")
 END = bytes(BLOCK)
+ADLER_BASE = (
+    65_521  # the low half of `zlib.adler32` is 1 plus the sum of the bytes modulo this; `sum` takes 10 times as long
+)
 # Kinds of members, as in Python's tarfile, which also reads no data of links, devices and directories.
 FILES, SPARSE, LINKS, EXTENDED = b"0\x007S", b"S", b"123456", b"LKxg"
 
@@ -82,7 +85,21 @@ class TarFormat:
         return Scan(np.array(offsets, np.int64), digest.hexdigest()[:16], problem)
 
     def offsets(self, block: bytes) -> Int64[np.ndarray, "n"] | None:
-        return self.scan(lambda start, stop: block[start:stop], 0, len(block)).offsets
+        """As those of `scan`, which takes six times as long, if all headers are plain: files with short names."""
+        offsets, key, at = [], None, 0
+        while at < len(block):
+            path, size = block[at : at + 100].partition(b"\0")[0], block[at + 124 : at + 135]
+            folder, _, name = path.rpartition(b"/")
+            is_file = block[at + 156 : at + 157] in FILES[:2] and block[at + 345 : at + 346] == b"\0"  # no long name
+            if not (is_file and size and not size.strip(b"01234567") and name and not _is_leftover(_decode(path))):
+                break
+            if (folder, name.partition(b".")[0]) != key:
+                offsets.append(at)
+                key = folder, name.partition(b".")[0]
+            at += BLOCK + -(-int(size, 8) // BLOCK) * BLOCK
+        if at != len(block):
+            return self.scan(lambda start, stop: block[start:stop], 0, len(block)).offsets
+        return np.array([*offsets, at], np.int64)
 
 
 class TarSource(ShardSource):
@@ -158,10 +175,12 @@ def _parse_header(header: bytes) -> tuple[bytes, int]:
     """Return type and size of a member. Raises tarfile.TarError if the checksum is wrong."""
     try:
         expected = int(header[148:156].strip(b" \0") or b"0", 8)
-        size = tarfile.nti(header[124:136])  # octal, or GNU's base 256
+        octal = header[124:136].rstrip(b" \0")
+        size = int(octal, 8) if octal.isdigit() else tarfile.nti(header[124:136])  # GNU's base 256
     except ValueError as error:
         raise tarfile.ReadError("has a damaged header") from error
-    if sum(header) - sum(header[148:156]) + 8 * ord(" ") != expected or size < 0:
+    total = expected + sum(header[148:156]) - 8 * ord(" ")
+    if (1 + total) % ADLER_BASE != zlib.adler32(header) & 0xFFFF or size < 0:
         raise tarfile.ReadError("has a damaged header")
     return header[156:157], size
 
@@ -194,7 +213,7 @@ def _pax(data: bytes) -> dict[str, str]:
 
 
 def _is_leftover(name: str) -> bool:
-    base = os.path.basename(name)
+    base = name.rpartition("/")[2]
     return base.startswith("._") or base in ("", ".DS_Store") or "__MACOSX/" in name
 
 

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import os
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import google_crc32c
@@ -81,11 +81,11 @@ class TFRecordSource(ShardSource):
         content = data[HEADER_BYTES:-FOOTER_BYTES]
         if data[-FOOTER_BYTES:] != _masked_crc(content):
             raise BadRecord("checksum mismatch")
-        return parse_example(content, self.fields, self.key(index))
+        return parse_example(content, self.fields, lambda: self.key(index))
 
 
-def parse_example(data: bytes, fields: Fields, key: str) -> Record:
-    """Return the record of a serialized `tf.train.Example`; its feature 'key', if any, instead of `key`.
+def parse_example(data: bytes, fields: Fields, key: Callable[[], str]) -> Record:
+    """Return the record of a serialized `tf.train.Example`, with its feature 'key', or else `key()`.
 
     Raises:
       BadRecord: if it is no Example, or has no image.
@@ -94,13 +94,17 @@ def parse_example(data: bytes, fields: Fields, key: str) -> Record:
         features = tf.train.Example.FromString(data).features.feature
     except DecodeError as error:
         raise BadRecord("not a tf.train.Example") from error
-    image = fields.image_field([name for name in features if features[name].bytes_list.value])
+    image = fields.image_field(features)
+    if image is not None and not features[image].bytes_list.value:
+        image = fields.image_field([name for name in features if features[name].bytes_list.value])
     if image is None:
         raise BadRecord(f"no image feature; features are {', '.join(sorted(features))}")
     row = {name: _values(features[name]) for name in fields.caption_fields(features).values()}
     keys = features["key"].bytes_list.value if "key" in features else ()
-    key = (keys and keys[0].decode("utf-8", "replace")) or key
-    return Record(key, fields.image_of({image: features[image].bytes_list.value[0]}), fields.captions_of(row))
+    own_key = keys[0].decode("utf-8", "replace") if keys else ""
+    return Record(
+        own_key or key(), fields.image_of({image: features[image].bytes_list.value[0]}), fields.captions_of(row)
+    )
 
 
 def _values(feature: tf.train.Feature) -> Sequence[bytes | int | float]:

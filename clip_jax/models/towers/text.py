@@ -29,9 +29,9 @@ class TextTransformer(TransformerConfig, TextTower):
     context_length: int = 77  # tokens, start and end tokens included
     eos_id: int = 49_407  # end token; the tokenizer must have the same
     width: int = 512
-    layers: int = 12
-    heads: int = 8
-    causal: bool = True
+    layers: int = 12  # transformer blocks
+    heads: int = 8  # attention heads; they divide the width
+    causal: bool = True  # attention to earlier tokens only
     pool: Literal["end", "last"] = "end"  # first end token, or last position, padding or not (SigLIP, CLIPA)
     projection: Literal["linear", "bias", "none"] = "linear"  # 'none': `width` must be `embed_dim`
     kind: Literal["transformer"] = "transformer"

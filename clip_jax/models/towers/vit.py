@@ -35,13 +35,13 @@ class ViT(TransformerConfig, ImageTower):
     image_size: int = 224  # px
     patch_size: int = 32  # px
     width: int = 768
-    layers: int = 12
-    heads: int = 12
+    layers: int = 12  # transformer blocks
+    heads: int = 12  # attention heads; they divide the width
     # 'class': class token. 'mean': mean of the patches; the class token exists and is not pooled (CLIPA).
     # 'attention': learned query and MLP, no class token (SigLIP).
     pool: Literal["class", "mean", "attention"] = "class"
     norm_pre: bool = True  # layer norm before the first block
-    patch_bias: bool = False
+    patch_bias: bool = False  # of the patch embedding
     projection: bool = True  # False: the output has size `width`, which must be `embed_dim`
     kind: Literal["vit"] = "vit"
 
