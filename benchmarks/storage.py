@@ -2,13 +2,14 @@
 
 The store is another process that answers each request after 80 ms, and fails 2 % of them (429, 503, cut connections).
 Printed: records per second that are fetched, with and without failures; bytes fetched per byte used; requests per
-second at the rate of the fastest hosts; start and positions of an index of two billion records; records per second of
-TFRecord and tar that two threads read from local disk, check, parse and tokenize, of which the last line has the lower.
-See docs/performance.md.
+second of 64 simulated hosts at the rate of the fastest; start and positions of an index of two billion records;
+records per second of TFRecord and tar that two threads read from local disk, check, parse and tokenize, of which the
+last line has the lower. See docs/performance.md.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
 import json
@@ -110,8 +111,8 @@ def _row(rng: np.random.Generator, words: list[str], key: str) -> tuple[bytes, d
     return image, {**texts, **sizes, "error_message": "", "exif": "{}", "sha256": rng.bytes(32).hex()}
 
 
-def fetch(folder: str, fraction: float) -> None:
-    """Print the rate of an epoch of records, without parsing."""
+def fetch(folder: str, fraction: float) -> str:
+    """Print the rate of an epoch of records, without parsing; return a hash of the records in their order."""
     from clip_jax import data
     from clip_jax.config import DataConfig
     from clip_jax.data.pipeline import _Prefetch
@@ -122,11 +123,13 @@ def fetch(folder: str, fraction: float) -> None:
     source = data.make_source(config)
     order = source.order(0, BATCH)
     prefetch = _Prefetch(source, order, slice(0, BATCH))
-    before, start, seen = server.counts(), time.monotonic(), 0
+    before, start, seen, content = server.counts(), time.monotonic(), 0, hashlib.sha256()
     for step in range(RECORDS // BATCH):
         prefetch(step)
         for index in order(np.arange(step * BATCH, (step + 1) * BATCH))[1].tolist():
-            seen += len(source._read(*place(source._starts, index)))
+            record = source._read(*place(source._starts, index))
+            seen += len(record)
+            content.update(index.to_bytes(8) + record[:64])
     seconds, after = time.monotonic() - start, server.counts()
     records, fetched = RECORDS // BATCH * BATCH, after[1] - before[1]
     print(
@@ -136,6 +139,7 @@ def fetch(folder: str, fraction: float) -> None:
         flush=True,
     )
     server.close()
+    return content.hexdigest()
 
 
 def parse(folder: str, kind: str) -> float:
@@ -203,6 +207,28 @@ def billions(folder: str) -> None:
     server.close()
 
 
+def simulated(records: int, steps: range, hosts: range, batch: int = 32_768) -> None:
+    """Print the requests and bytes of some of 64 hosts that read blocks of 2,000 records, without data."""
+    import simulated_hosts
+
+    from clip_jax.data.order import BlockOrder
+    from clip_jax.data.sources.shards import LANES, WINDOW_BLOCKS
+
+    size = BILLIONS[1] // BILLIONS[2]
+    ordered = BlockOrder(np.full(records // size, size), 0, batch, LANES, WINDOW_BLOCKS * size)
+    found = simulated_hosts.requested_blocks(ordered, batch, 64, steps, hosts)
+    examples = np.concatenate([examples for _, examples in found.values()])
+    assert len(np.unique(examples)) == min(len(examples), records)  # none missing, none twice in an epoch
+    ratios = np.array([len(requests) * size / len(examples) for requests, examples in found.values()])
+    requests = ratios * HOST_IMAGES_PER_SECOND / size
+    print(
+        f"{len(hosts)} of 64 hosts, steps {steps[0]:,} to {steps[-1]:,} of {records:,} records, simulated:"
+        f" bytes fetched / used {ratios.max():.3f} at most; at {HOST_IMAGES_PER_SECOND:,} images/s a host"
+        f" {requests.max():.1f} requests/s",
+        flush=True,
+    )
+
+
 def start_from_index(config) -> str:
     """Open the source as the first thing of a process; return the seconds and the memory."""
     from clip_jax import data
@@ -223,14 +249,13 @@ def _resident() -> float:
 
 
 def main() -> None:
-    from clip_jax.data import index
-
     with tempfile.TemporaryDirectory() as folder:
         write_shards(folder, "tfrecord")
-        for fraction in (0.0, FAILURES):
-            fetch(folder, fraction)
-        requests = HOST_IMAGES_PER_SECOND * RECORD_BYTES / index.MAX_BLOCK_BYTES
-        print(f"{HOST_IMAGES_PER_SECOND:,} images/s a host in blocks of 64 MiB: {requests:.0f} requests/s")
+        contents = [fetch(folder, fraction) for fraction in (0.0, FAILURES)]
+        assert contents[0] == contents[1]
+        print("with failures the same records in the same order, none lost", flush=True)
+        simulated(2_000_000_000, range(300_000, 302_000), range(0, 64, 16))
+        simulated(12_400_000, range(379), range(64))  # an epoch
         billions(folder)
         write_shards(folder, "tar")
         rate = min(parse(folder, kind) for kind in ("tfrecord", "tar"))

@@ -5,6 +5,7 @@ import pytest
 
 from clip_jax.data import order, pipeline
 from clip_jax.data.sources.synthetic import SyntheticSource
+from tests import simulated_hosts
 
 # 5 standard deviations: the correlation of 100,000 independent pairs has a standard deviation of 0.003.
 CORRELATION_BOUND = 0.016
@@ -155,6 +156,21 @@ def test_resuming_permutes_the_blocks_of_no_other_epoch(monkeypatch):
     ordered(step * 32_768 + np.arange(512, 1024))
     assert permuted == [step * 32_768 // 2_000_000_000] and len(prefetched) == 1
     assert len(prefetched[0]) <= 2 * 3  # a window of two blocks and the next one, which are parts of three
+
+
+def test_64_hosts_read_every_example_once():
+    ordered = order.BlockOrder(np.full(640, 10), 0, 640, 64, 20)
+    found = simulated_hosts.requested_blocks(ordered, 640, 64, range(10))
+    examples = np.concatenate([examples for _, examples in found.values()])
+    np.testing.assert_array_equal(np.sort(examples), np.arange(6400))
+
+
+@pytest.mark.parametrize("host", [0, 63])
+def test_each_of_64_hosts_requests_its_blocks_once_an_epoch(host):
+    """100 blocks, of which it shares the first and the last with other hosts."""
+    ordered = order.BlockOrder(np.full(6400, 5), 0, 640, 64, 10)
+    ((requests, examples),) = simulated_hosts.requested_blocks(ordered, 640, 64, range(100), [host]).values()
+    assert 1.0 <= len(requests) * 5 / len(examples) <= 1.05
 
 
 def test_block_order_separates_neighbours():
