@@ -302,3 +302,11 @@ def test_flip_of_probability_one_mirrors_left_and_right():
     np.testing.assert_array_equal(
         _augment(dataclasses.replace(NONE, flip_probability=1.0), image), _augment(NONE, image)[:, ::-1]
     )
+
+
+@pytest.mark.parametrize("kind", ["short", "truncated jpeg", "header only", "extraneous bytes"])
+def test_damaged_jpegs_print_nothing(decode, kind, capfd):
+    jpeg = FILES["jpeg"][0]
+    damaged = BAD | {"header only": jpeg[:170], "extraneous bytes": jpeg[:-2] + bytes(50) + jpeg[-2:]}
+    images.decoding_error(damaged[kind])
+    assert "jpeg" not in capfd.readouterr().err.lower()

@@ -117,8 +117,8 @@ def test_damage_that_libjpeg_only_warns_of_is_decoded_as_by_pillow_without_outpu
 
 def test_large_crops_are_decoded_at_a_fraction(monkeypatch):
     factors = []
-    decode = scaled_jpeg._decode
-    monkeypatch.setattr(scaled_jpeg, "_decode", lambda *a: factors.append(a[-1]) or decode(*a))
+    decode = scaled_jpeg.decode
+    monkeypatch.setattr(scaled_jpeg, "decode", lambda *a: factors.append(a[-1]) or decode(*a))
     for side in (127, 128, 256, 512, 1024):
         _, done = scaled_jpeg.random_crops(
             [_jpeg(_photograph(side, side))], np.zeros((1, 3), np.float32), 64, 1.0, 10**8

@@ -24,10 +24,11 @@ import tensorflow as tf
 from PIL import Image
 
 from clip_jax.config import AugmentConfig
+from clip_jax.data import scaled_jpeg
 
 # A 1.2 MB PNG can hold 20,000² pixels: 1.2 GB in each decoding thread. 100 Mpx are 300 MB.
 MAX_PIXELS = 100_000_000
-PILLOW_FORMATS = ("GIF", "BMP", "WEBP", "PNG", "TIFF", "AVIF")  # AVIF: Pillow 11.3
+PILLOW_FORMATS = ("JPEG", "GIF", "BMP", "WEBP", "PNG", "TIFF", "AVIF")  # AVIF: Pillow 11.3
 HEADER_BYTES = 32  # contains width and height in all formats except JPEG
 
 # Indices of the uniform draws of an image: switching one augmentation off does not change the others.
@@ -97,9 +98,17 @@ def _check_size(width: tf.Tensor, height: tf.Tensor) -> tf.Operation | None:
 
 
 def _decode_jpeg(encoded: tf.Tensor) -> tf.Tensor:
-    shape = tf.io.extract_jpeg_shape(encoded)
-    with tf.control_dependencies([_check_size(shape[1], shape[0])]):
-        return tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE")
+    return tf.numpy_function(_jpeg_rgb, [encoded], tf.uint8, stateful=False)
+
+
+def _jpeg_rgb(encoded: bytes) -> np.ndarray:
+    """Decode by libjpeg-turbo with errors as exceptions; TensorFlow's decoder prints them to stderr, without a name."""
+    height, width, colorspace = scaled_jpeg.header(encoded)
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"[width and height:] [{width}] [{height}]")  # as `_check_size`
+    if colorspace in scaled_jpeg.FOUR_CHANNELS:
+        return _pillow_rgb(encoded)
+    return scaled_jpeg.decode(encoded, height, width, 1)
 
 
 def _decode_png(encoded: tf.Tensor, byte: tf.Tensor) -> tf.Tensor:

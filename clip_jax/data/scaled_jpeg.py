@@ -16,6 +16,9 @@ from types import ModuleType
 import numpy as np
 
 MAX_FACTOR = 8
+FOUR_CHANNELS = ("CMYK", "YCCK")
+# Of damage that leaves an image, in libjpeg's jerror.h; "Premature end of JPEG file" is the only other warning.
+WARNINGS = ("Corrupt JPEG data", "Warning:", "Invalid SOS parameters", "Inconsistent progression", "Unknown Adobe")
 # Taps 1 and 2 pixels from the center, by input pixels per output pixel; maximum PSNR on scikit-learn's photographs,
 # decoded at 1, 1/2 and 1/4, together with INTER_CUBIC.
 RATIOS = (1.0, 1.06, 1.12, 1.25, 1.39, 1.65, 1.92)
@@ -81,11 +84,11 @@ def _libraries() -> tuple[ModuleType, ModuleType]:
 def _crop_into(result: np.ndarray, encoded: bytes, draws: np.ndarray, min_area: float, max_pixels: int) -> bool:
     size = len(result)
     try:
-        height, width, colorspace, _ = _libraries()[1].decode_jpeg_header(encoded)
-        if colorspace in ("CMYK", "YCCK") or height * width > max_pixels:
+        height, width, colorspace = header(encoded)
+        if colorspace in FOUR_CHANNELS or height * width > max_pixels:
             return False
         top, left, side, factor = crop_box(height, width, draws, min_area, size)
-        pixels = _decode(encoded, height, width, factor)
+        pixels = decode(encoded, height, width, factor)
     except ValueError:
         return False
     row, column, length = top // factor, left // factor, max(1, int(side / factor + 0.5))
@@ -93,16 +96,24 @@ def _crop_into(result: np.ndarray, encoded: bytes, draws: np.ndarray, min_area: 
     return True
 
 
-def _decode(encoded: bytes, height: int, width: int, factor: int) -> np.ndarray:
-    """Decode at 1/factor. Raises ValueError if data are missing; other damage is accepted, as by Pillow."""
-    decode = _libraries()[1].decode_jpeg
+def header(encoded: bytes) -> tuple[int, int, str]:
+    """Return height, width and color space of a JPEG. Raises ValueError."""
+    return _libraries()[1].decode_jpeg_header(encoded)[:3]
+
+
+def decode(encoded: bytes, height: int, width: int, factor: int) -> np.ndarray:
+    """Decode at 1/factor, uint8[h w 3].
+
+    Raises ValueError for libjpeg's errors and if data are missing; its other warnings are accepted, as by Pillow.
+    """
+    decode_jpeg = _libraries()[1].decode_jpeg
     scaled = {"min_height": -(-height // factor), "min_width": -(-width // factor), "min_factor": factor}
     try:
-        return decode(encoded, **scaled)
+        return decode_jpeg(encoded, **scaled)
     except ValueError as error:
-        if "premature end of jpeg file" in str(error).lower():
+        if not str(error).startswith(WARNINGS):
             raise
-        return decode(encoded, strict=False, **scaled)
+        return decode_jpeg(encoded, strict=False, **scaled)
 
 
 @functools.lru_cache(maxsize=4096)
