@@ -11,6 +11,7 @@ import hashlib
 import http.server
 import os
 import random
+import ssl
 import threading
 import time
 import urllib.parse
@@ -138,15 +139,22 @@ def _listing(objects: Mapping[str, bytes], bucket: str, query: Mapping[str, str]
 
 
 @contextlib.contextmanager
-def serve(objects: MutableMapping[str, bytes], latency: float = 0.0) -> Iterator[ObjectStore]:
-    """Serve objects, which obstore finds at gs:// and s3:// in this process and its children."""
+def serve(objects: MutableMapping[str, bytes], latency: float = 0.0, certificate: str = "") -> Iterator[ObjectStore]:
+    """Serve objects, which obstore finds at gs:// and s3:// in this process and its children.
+
+    certificate: PEM file with a key and a certificate of localhost, to serve https:// at `url`.
+    """
     store = ObjectStore(objects, latency)
     handler = type("Handler", (_Handler,), {"store": store})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
+    if certificate:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
-    store.url = f"http://127.0.0.1:{server.server_port}"
+    store.url = f"https://localhost:{server.server_port}" if certificate else f"http://127.0.0.1:{server.server_port}"
     before = {name: os.environ.get(name) for name in ENVIRONMENT}
     os.environ |= {name: value.format(url=store.url) for name, value in ENVIRONMENT.items()}
     from clip_jax.data import storage

@@ -1,10 +1,13 @@
 """Byte ranges and listings of files and object stores."""
 
 import logging
+import subprocess
 
 import pytest
 
 from clip_jax.data import storage
+from clip_jax.data.sources import table
+from clip_jax.typing import BadRecord
 from tests import object_store
 
 CONTENT = bytes(range(256)) * 40
@@ -129,6 +132,28 @@ def test_files_of_hugging_face_are_read_with_their_revision(store, monkeypatch):
     assert storage.read_range("hf://datasets/owner/name@v1/data/a.tar", 2, 9) == CONTENT[2:9]
     with pytest.raises(ValueError, match="expected hf://datasets"):
         storage.read_range("hf://name", 0, 1)
+
+
+def test_a_private_certificate_is_refused_at_once_and_accepted_by_ssl_cert_file(tmp_path, monkeypatch):
+    certificate, both = tmp_path / "certificate.pem", tmp_path / "both.pem"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=localhost"
+    command += f" -addext subjectAltName=DNS:localhost -addext basicConstraints=CA:FALSE -keyout {both}"
+    subprocess.run([*command.split(), "-out", str(certificate)], check=True, capture_output=True)
+    both.write_text(both.read_text() + certificate.read_text())
+    monkeypatch.setattr(storage, "RETRIES", {"max_retries": 0})
+    with object_store.serve({"bucket/top.tar": CONTENT}, certificate=str(both)) as served:
+        path = f"{served.url}/bucket/top.tar"
+        with pytest.raises(
+            storage.StorageError, match="TLS certificate is not trusted: UnknownIssuer; .*SSL_CERT_FILE"
+        ):
+            storage.read_range(path, 2, 9, max_stall_seconds=1.0)
+        with pytest.raises(BadRecord, match="certificate verify failed"):
+            table.load(path, "table.csv")
+        storage._store.cache_clear()
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        assert storage.read_range(path, 2, 9, max_stall_seconds=1.0) == CONTENT[2:9]
+        assert table.load(path, "table.csv") == CONTENT
+    storage._store.cache_clear()
 
 
 def test_a_folder_is_listed_once_within_the_block_and_again_after_it(store):

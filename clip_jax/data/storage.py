@@ -280,6 +280,11 @@ def _persistently(request: Callable[[], Result], path: str, max_stall_seconds: f
             return request()
         except Exception as error:
             if not is_transient(error):
+                if problem := _certificate_problem(error):
+                    raise StorageError(
+                        f"{path}: its TLS certificate is not trusted: {problem}; expected one of a known issuer, or"
+                        " the environment variable SSL_CERT_FILE with the PEM file of its issuer"
+                    ) from error
                 if type(error).__module__.startswith("obstore"):
                     raise StorageError(f"{path}: {_first_line(error)}; check address and credentials") from error
                 raise
@@ -303,8 +308,16 @@ def is_transient(error: Exception) -> bool:
         return error.errno in TRANSIENT
     if type(error).__name__ != "GenericError":  # obstore's others: permissions, names, preconditions
         return False
+    if _certificate_problem(error):
+        return False
     status = re.search(r"status code: (\d{3})", str(error))
     return not status or status[1] in ("408", "429", "500", "502", "503", "504")
+
+
+def _certificate_problem(error: Exception) -> str:
+    """Return why obstore's client refused a server's certificate, such as 'UnknownIssuer' or 'Expired'; else ''."""
+    found = re.search(r"InvalidCertificate\(\s*(\w+)", str(error))
+    return found[1] if found else ""
 
 
 def _first_line(error: Exception) -> str:
