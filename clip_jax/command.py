@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import importlib
 import inspect
 import itertools
 import logging
 import pathlib
+import re
 import sys
 import textwrap
 import traceback
@@ -32,6 +35,9 @@ _WEIGHTS_FLAGS = {
     "tokenizer": "SentencePiece .model or tokenizer.json, for weights without a tokenizer.",
     "prefix": "Prefix of the model's tensors, for files with several models, e.g. state_dict_ema.",
 }
+
+# Values of --config flags for names of the user's, by dotted key: `ml_collections` sets keys of the config file only.
+_MAPPING_VALUES: dict[str, Any] = {}
 
 Main = Callable[[list[str]], int]  # (positional arguments) -> exit code
 
@@ -64,7 +70,8 @@ def run(
             sys.exit(FINISHED)
         try:
             _refuse_repeated(argv)
-            return flags.FLAGS(argv)
+            sys.argv = _without_mapping_values(argv)  # where `ml_collections` reads its flags
+            return flags.FLAGS(sys.argv)
         except flags.Error as error:
             _exit(REFUSED, str(error), leave)
         except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
@@ -115,12 +122,16 @@ def define_weights_flags() -> Callable[[], dict[str, Any]]:
 
 
 def checked_config(value: ConfigDict | None) -> configs.Config:
-    """Return the checked config of the --config flag. Raises ValueError if there is no such file."""
+    """Return the checked config of the --config flags. Raises ValueError if there is no such file."""
     if not isinstance(value, ConfigDict):
         path = pathlib.Path(flags.FLAGS["config"].config_filename)
         near = configs.did_you_mean(str(path), map(str, path.parent.glob("*.py")))
         raise ValueError(f"there is no config file {path}{near or '; give e.g. configs/emoji.py'}")
-    return configs.from_config_dict(value)
+    tree = value.to_dict()
+    for key, given in _MAPPING_VALUES.items():
+        *sections, name = key.split(".")
+        functools.reduce(lambda inner, section: inner.setdefault(section, {}), sections, tree)[name] = given
+    return configs.from_config_dict(tree)
 
 
 def _given_flags(argv: list[str]) -> Iterator[tuple[str, str]]:
@@ -140,6 +151,25 @@ def _refuse_repeated(argv: list[str]) -> None:
         if name in given:
             raise flags.Error(f"--{name} is given twice, as {given[name]} and {argument}; give it once")
         given[name] = argument
+
+
+def _without_mapping_values(argv: list[str]) -> list[str]:
+    """Return the arguments without those for a mapping's names, such as --config.data.options.image=photo; keep these.
+
+    A value is a Python literal, e.g. 2.5 or ('a','b'), or else a string.
+    """
+    prefixes = tuple(f"--config.{key}." for key in configs.mapping_keys())
+    end = argv.index("--") if "--" in argv else len(argv)
+    for argument in argv[:end]:
+        if argument.startswith(prefixes):
+            name, _, text = argument.removeprefix("--config.").partition("=")
+            try:
+                _MAPPING_VALUES[name] = ast.literal_eval(text)
+            except (ValueError, SyntaxError):
+                _MAPPING_VALUES[name] = text
+    if _MAPPING_VALUES and not any(re.match("--?config(=|$)", argument) for argument in argv[:end]):
+        raise flags.Error(f"--config.{next(iter(_MAPPING_VALUES))} needs --config, whose values it changes")
+    return [argument for argument in argv[:end] if not argument.startswith(prefixes)] + argv[end:]
 
 
 def _unknown_key(argv: list[str]) -> str:

@@ -85,9 +85,13 @@ def fingerprint(workdir: Path, step: int) -> int:
     return json.loads((workdir / "checkpoints" / str(step) / "info" / "metadata").read_text())["fingerprint"]
 
 
+def tiny_config_dict():
+    return runpy.run_path(str(ROOT / TINY))["get_config"]()
+
+
 def tiny_model():
     """Return the config of TINY, and its architecture."""
-    config = from_config_dict(runpy.run_path(str(ROOT / TINY))["get_config"]())
+    config = from_config_dict(tiny_config_dict())
     return config, config.model
 
 

@@ -12,7 +12,7 @@ import pytest
 
 import clip_jax
 from clip_jax.__main__ import COMMANDS
-from clip_jax.config import MODELS, Config, TokenizerConfig, WeightsConfig, default_config
+from clip_jax.config import MODELS, Config, TokenizerConfig, WeightsConfig, default_config, mapping_keys
 from clip_jax.interop import msgpack
 from clip_jax.models import make_model
 from tests.commands import run
@@ -93,10 +93,10 @@ def test_module_flags_configs_and_keys_of_a_command_exist(words):
 def test_config_keys_in_the_text_exist():
     sections = "|".join(default_config())
     named = set(re.findall(rf"`(?:--config\.)?((?:{sections})\.\w+(?:\.\w+)*)(?:=[^`]*)?`", ALL))
-    files, groups = {"config.json", "tokenizer.json"}, {"data.options", "data.captions", "data.filters", "data.mixture"}
+    files, groups = {"config.json", "tokenizer.json"}, {"data.filters", *mapping_keys()}
     assert len(named) > 20
-    of_datasets = {key for key in named if key.startswith("data.mixture.")}  # by names of the user's
-    assert named - files - of_datasets <= config_keys(default_config()) | groups
+    of_users = {key for key in named if key.startswith(tuple(f"{group}." for group in mapping_keys()))}
+    assert named - files - of_users <= config_keys(default_config()) | groups
 
 
 @pytest.mark.slow

@@ -36,6 +36,10 @@ def test_dry_run_prints_a_summary():
         ("--config.optim.learning_rate=nan", "optim.learning_rate=nan is not a finite number"),
         ("--config.train.batch_size=0", "train.batch_size=0 is out of range"),
         ("--config.loss.name=sofmax", "did you mean 'softmax'?"),
+        ("--config.data.options.exmples=5", "'synthetic' has no option 'exmples'; did you mean 'examples'?"),
+        ("--config.data.options.examples=five", "data.source='synthetic': examples='five' is a str, expected int"),
+        ("--config.data.captions.txt=often", "data.captions.txt='often' is a str, expected float"),
+        ("--config.eval.tasks.shapes.dataste=x", "did you mean 'eval.tasks.shapes.dataset'?"),
         ("--config.init.weights=gs://bucket/w.msgpack", "init.weights=gs://bucket/w.msgpack: expected a local path"),
         (
             "--config.init.weights=/nowhere.pt:img",
@@ -47,6 +51,34 @@ def test_dry_run_prints_a_summary():
 def test_wrong_flag_is_refused_with_one_sentence(flag, message):
     _, messages = _run(flag, "--dry_run", code=2)
     assert message in messages and "Traceback" not in messages
+
+
+def test_flags_set_values_of_mappings():
+    """Of names that the config file does not have, and those that it has."""
+    names = ("data.options.examples=77", "data.captions.title=2", "eval.tasks.digits.dataset=digits")
+    names += (
+        "eval.tasks.digits.options.labels=('a','b')",
+        "eval.tasks.shapes.options.batch=0x10",
+        "eval.thresholds.a/b=.5",
+    )
+    command._MAPPING_VALUES.clear()
+    rest = command._without_mapping_values(["x", "--config=y", *(f"--config.{name}" for name in names), "--", *names])
+    found = command.checked_config(runs.tiny_config_dict())
+    command._MAPPING_VALUES.clear()
+    assert rest == ["x", "--config=y", "--", *names]
+    assert found.data.options == {"examples": 77} and found.data.captions == {"txt": 1.0, "caption": 1.0, "title": 2.0}
+    assert {name: task.dataset for name, task in found.eval.tasks.items()} == {
+        "shapes": "synthetic",
+        "digits": "digits",
+    }
+    assert found.eval.tasks["digits"].options == {"labels": ("a", "b")}
+    assert found.eval.tasks["shapes"].options == {"batch": 16} and found.eval.thresholds == {"a/b": 0.5}
+
+
+def test_values_of_mappings_need_a_config():
+    with pytest.raises(flags.Error, match=r"--config\.data\.options\.image needs --config, whose values it changes"):
+        command._without_mapping_values(["x", "--config.data.options.image=photo"])
+    command._MAPPING_VALUES.clear()
 
 
 def test_wrong_workdir_is_refused_with_one_sentence():

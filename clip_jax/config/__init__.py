@@ -10,6 +10,7 @@ from clip_jax.config.build import (
     flatten,
     from_config_dict,
     from_json,
+    mapping_keys,
     schema_keys,
     to_config_dict,
     to_json,

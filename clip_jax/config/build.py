@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -13,7 +14,7 @@ import inspect
 import json
 import math
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import ml_collections
@@ -88,6 +89,24 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 @functools.cache
+def mapping_keys() -> tuple[str, ...]:
+    """Return the dotted keys whose values are mappings from names of the user's.
+
+    >>> mapping_keys()
+    ('data.mixture', 'data.captions', 'data.options', 'eval.thresholds', 'eval.tasks')
+    """
+
+    def keys(kind: type, prefix: str) -> Iterator[str]:
+        for name, hint in typing.get_type_hints(kind).items():
+            if typing.get_origin(hint) is Mapping:
+                yield prefix + name
+            elif dataclasses.is_dataclass(hint):
+                yield from keys(hint, f"{prefix}{name}.")
+
+    return tuple(keys(Config, ""))
+
+
+@functools.cache
 def schema_keys() -> tuple[str, ...]:
     """Return the dotted keys of the default config, in order of definition."""
     return tuple(flatten(dataclasses.asdict(Config())))
@@ -102,15 +121,30 @@ def check_name(key: str, name: object, names: Iterable[str]) -> None:
         )
 
 
-def check_known_options(owner: str, options: Iterable[str], function: Callable[..., Any], first: int) -> None:
+def check_known_options(owner: str, options: Mapping[str, Any], function: Callable[..., Any], first: int) -> None:
     """Raise ValueError for an option that `function` has not among its parameters from number `first` on.
 
+    Values of parameters that are annotated as numbers, strings, sequences of them or literals are checked, too.
     `owner` begins the message: the key of the options, and the source or evaluator that they are for.
+
+    >>> def source(config, columns: Sequence[str] = ()): ...
+    >>> check_known_options("data.options", {"columns": "a,b"}, source, first=1)
+    Traceback (most recent call last):
+    ValueError: data.options: columns='a,b' should be a sequence, e.g. (1, 2) or ('a', 'b')
     """
-    known = list(inspect.signature(function).parameters)[first:]
-    for name in options:
+    known, hints = list(inspect.signature(function).parameters)[first:], {}
+    with contextlib.suppress(NameError):  # of names that are imported for type checkers only
+        hints = typing.get_type_hints(function)
+    for name, value in options.items():
         if name not in known:
-            raise ValueError(f"{owner} has no option {name!r}; its options: {', '.join(known) or 'none'}")
+            near = did_you_mean(name, known)
+            raise ValueError(f"{owner} has no option {name!r}{near}; its options: {', '.join(known) or 'none'}")
+        hint = hints.get(name)
+        if hint in (bool, int, float, str) or typing.get_origin(hint) in (Literal, tuple, Sequence):
+            try:
+                build(hint, value, name)
+            except ValueError as error:
+                raise ValueError(f"{owner}: {error}") from None
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
@@ -174,9 +208,9 @@ def build(hint: Any, value: Any, path: str = "") -> Any:
                 f"{path}={value!r} is none of {', '.join(map(repr, options))}{did_you_mean(str(value), options)}"
             )
         return value
-    if origin is tuple:
+    if origin in (tuple, Sequence):
         if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
-            raise ValueError(f"{path}={value!r} should be a sequence, e.g. (1, 2)")
+            raise ValueError(f"{path}={value!r} should be a sequence, e.g. (1, 2) or ('a', 'b')")
         return tuple(build(options[0], item, f"{path}[{i}]") for i, item in enumerate(value))
     if isinstance(origin, type) and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
