@@ -1,5 +1,6 @@
 """The emoji source: the split keeps families together, and the cache of rendered shards is complete or absent."""
 
+import functools
 import importlib.metadata
 
 import pytest
@@ -110,6 +111,7 @@ def test_failed_rendering_leaves_no_files(tmp_path, monkeypatch):
 
     _use_three_concepts(monkeypatch)
     monkeypatch.setattr(emoji, "_write_shards", write)
+    monkeypatch.setattr(emoji, "_temporary_folder", functools.cache(emoji._temporary_folder.__wrapped__))
     with pytest.raises(OSError, match="No space left"):
         emoji._rendered(tmp_path, "twemoji")
     assert not _files(tmp_path)

@@ -1,6 +1,8 @@
 """Shards in object stores: order, prefetching, faults, and losses in damaged shards."""
 
+import dataclasses
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -179,6 +181,33 @@ def test_a_changed_shard_is_indexed_again_and_changes_the_fingerprint(config, st
     after = data.make_source(config)
     assert "1 shards changed since they were indexed and are indexed again: 00001.tfrecord" in caplog.text
     assert len(after) == len(before)
+
+
+@pytest.mark.parametrize("base", ["", "gs://bucket"])
+def test_shards_of_a_wids_index_are_read_and_its_counts_compared(content, store, config, caplog, base):
+    shards = [{"url": f"{shard:05d}.tfrecord", "nsamples": 100 + shard} for shard in (3, 1, 0)]
+    index = {"wids_version": 1, "shardlist": shards} | ({"base_path": base} if base else {})
+    place = "other/index.json" if base else "bucket/index.json"
+    store.objects[place] = json.dumps(index).encode()
+    source = data.make_source(dataclasses.replace(config, files=f"gs://{place}", cache_dir=""))
+    assert [source.key(row).rpartition("/")[2] for row in (0, 100, 200)] == [f"0000{i}.tfrecord#0" for i in (0, 1, 3)]
+    assert len(source) == 300
+    assert "00003.tfrecord: expected 103 records, as the index of wids has it, got 100" in caplog.text
+    assert "00001.tfrecord: expected 101" in caplog.text and "00000.tfrecord: expected" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"{damaged", "expected an index of wids, with a 'shardlist' of 'url' and 'nsamples', got JSONDecodeError"),
+        (b'{"files": []}', "expected an index of wids.* got KeyError: 'shardlist'"),
+        (b'{"shardlist": [{"url": "9.tar"}]}', "1 of its 1 shards do not exist: gs://bucket/9.tar"),
+    ],
+)
+def test_wrong_wids_indices_are_refused(store, text, message):
+    store.objects["bucket/index.json"] = text
+    with pytest.raises(ValueError, match=message):
+        storage.list_files("gs://bucket/index.json")
 
 
 def test_wrong_counts_of_img2dataset_are_named(content, store, config, caplog):

@@ -89,7 +89,8 @@ def test_what_the_package_imports_is_required_and_what_is_required_is_imported()
 
 
 def test_every_extra_of_the_readme_exists():
-    assert set(SETUP["EXTRAS"]) == {"demo", "test", "tpu", "gpu", "eval", "interop", "data", "beam", "peers", "mutate"}
+    extras = {"demo", "test", "tpu", "gpu", "eval", "interop", "data", "beam", "docs", "peers", "mutate"}
+    assert set(SETUP["EXTRAS"]) == extras
 
 
 def test_the_version_is_the_package_s():

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 
 import jax
@@ -105,6 +106,7 @@ def test_unreadable_shards_are_named_and_a_cache_is_done_without(tmp_path, denie
 def test_emoji_are_rendered_to_a_temporary_folder(denied, monkeypatch, caplog):
     three = emoji.concepts()[:3]
     monkeypatch.setattr(emoji, "concepts", lambda: three)
+    monkeypatch.setattr(emoji, "_temporary_folder", functools.cache(emoji._temporary_folder.__wrapped__))
     folder = as_user(emoji._rendered, denied, "twemoji")
     assert list(folder.glob("*.tfrecord")) and f"{denied}: not cached: [Errno 13]" in caplog.text
 

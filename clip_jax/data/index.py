@@ -172,10 +172,16 @@ def build(
 
 
 def _check_counts(shards: Sequence[Shard]) -> None:
-    """Warn of shards that have another number of records than img2dataset's `<shard>_stats.json` states.
+    """Warn of shards that have another number of records than wids' index or img2dataset's `<shard>_stats.json` states.
 
-    It has no offsets, so the records are counted nevertheless (`successes`, img2dataset/logger.py).
+    They have no offsets, so the records are counted nevertheless (`successes`, img2dataset/logger.py).
     """
+    for shard in shards:
+        expected, count = shard.file.records, int(shard.records.sum())
+        if expected not in (None, count):
+            log.warning(
+                "%s: expected %s records, as the index of wids has it, got %d", shard.file.path, expected, count
+            )
     for folder in {os.path.dirname(shard.file.path) for shard in shards}:
         if is_url(folder) and not folder.startswith(WRITABLE):  # a web server has no listing
             continue

@@ -13,6 +13,7 @@ import errno
 import fnmatch
 import functools
 import glob
+import json
 import logging
 import os
 import random
@@ -50,6 +51,7 @@ class File:
     path: str
     size: int  # bytes
     version: str
+    records: int | None = None  # as an index of wids has it
 
     def name_and_path(self) -> tuple[str, str]:
         """Return the key by which the files of a source are sorted."""
@@ -142,7 +144,8 @@ def _stat(path: str) -> File:
 def list_files(files: str) -> list[File]:
     """Return the files of a path, a glob, a brace range or a comma-separated list of these, in the order of the list.
 
-    A folder of an object store is listed once, 1,000 names per request, whatever the number of names in a range.
+    A `.json` file is an index of webdataset's wids, whose shards are returned. A folder of an object store is listed
+    once, 1,000 names per request, whatever the number of names in a range.
 
     Raises:
       ValueError: if a pattern matches no file, or names one that does not exist.
@@ -153,6 +156,8 @@ def list_files(files: str) -> list[File]:
     """
     if not files.strip():
         raise ValueError(f"data.files is empty; give files such as {EXAMPLES}")
+    if files.lower().endswith(".json") and not glob.has_magic(files):
+        return _wids_shards(os.path.expanduser(files))
     if not is_url(files) and os.path.isfile(os.path.expanduser(files)):  # a name with a comma or brackets
         return [stat(os.path.expanduser(files))]
     found: list[File] = []
@@ -165,6 +170,26 @@ def list_files(files: str) -> list[File]:
             raise ValueError(f"data.files={files!r}: {missing[0]!r} {problem}{more}. Give files such as {EXAMPLES}")
         found += (file for matches in listed for file in matches)
     return found
+
+
+def _wids_shards(path: str) -> list[File]:
+    """Return the shards of an index of webdataset's wids (`widsindex create`), relative to its base or its folder."""
+    try:
+        index = json.loads(read_file(path))
+        shards = [(str(shard["url"]), shard.get("nsamples")) for shard in index["shardlist"]]
+        base = str(index.get("base_path") or os.path.dirname(path))
+    except FileNotFoundError as error:
+        raise ValueError(f"data.files={path!r} does not exist. Give files such as {EXAMPLES}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"data.files={path!r}: expected an index of wids, with a 'shardlist' of 'url' and 'nsamples', got"
+            f" {type(error).__name__}: {error}. Give files such as {EXAMPLES}"
+        ) from error
+    paths = [url if is_url(url) else os.path.join(base, url) for url, _ in shards]
+    found = list(_matches([glob.escape(path) if not is_url(path) else path for path in paths]))
+    if missing := [path for path, matches in zip(paths, found, strict=True) if not matches]:
+        raise ValueError(f"data.files={path!r}: {len(missing)} of its {len(paths)} shards do not exist: {missing[0]}")
+    return [dataclasses.replace(file, records=count) for (file,), (_, count) in zip(found, shards, strict=True)]
 
 
 @contextlib.contextmanager
