@@ -93,8 +93,11 @@ def pretrained(run):
 
 
 def batches(run):
-    stream = loop._batches(run, 0, lambda seconds: None, data.Activity())
-    found = [next(stream).batch for _ in range(2)]
+    log = metrics.TrainingLog(
+        run.workdir, run.config.train, lambda at: 0.1, first_step=0, total_steps=2, epoch_examples=16, active=False
+    )
+    stream = loop._batches(run, 0, log, data.Activity())
+    found = [next(stream)[0].batch for _ in range(2)]
     return [(x.image.tobytes(), x.text.tobytes()) for x in found]
 
 
