@@ -164,7 +164,7 @@ def test_added_data_is_refused_without_extend_and_continues_in_the_new_order(con
         data=dataclasses.replace(config.data, options={"examples": 150}),
         train=dataclasses.replace(config.train, total_steps=TOTAL + EVERY),
     )
-    with pytest.raises(ValueError, match="not the data of the run .* add --extend if shards were added"):
+    with pytest.raises(ValueError, match="not the data of the run .* add --extend if data was added"):
         loop.train(config, str(directory))
     assert loop.train(config, str(directory), extend=True)
     assert "from 100 to 150 pairs, in a new order: step 13 is at pair 42 of epoch 1 of the new data" in caplog.text
