@@ -213,7 +213,10 @@ def test_missing_baselines_dataset_is_refused_before_the_first_step(tiny):
 
 def test_unknown_option_of_an_evaluator_is_refused_before_the_first_step(tiny):
     task = configs.EvalTask("few_shot", "synthetic", {"shot": [1]})
-    message = r"eval\.tasks\.x\.options: evaluator 'few_shot' has no option 'shot'; its options: shots, seeds"
+    message = (
+        r"eval\.tasks\.x\.options: evaluator 'few_shot' has no option 'shot'; did you mean 'shots'\? Its options: "
+    )
+    message += "shots, seeds"
     with pytest.raises(ValueError, match=message):
         load_suite(configs.EvalConfig(tasks={"x": task}), tiny.data)
 

@@ -138,7 +138,8 @@ def check_known_options(owner: str, options: Mapping[str, Any], function: Callab
     for name, value in options.items():
         if name not in known:
             near = did_you_mean(name, known)
-            raise ValueError(f"{owner} has no option {name!r}{near}; its options: {', '.join(known) or 'none'}")
+            its = f"{near} Its" if near else "; its"
+            raise ValueError(f"{owner} has no option {name!r}{its} options: {', '.join(known) or 'none'}")
         hint = hints.get(name)
         if hint in (bool, int, float, str) or typing.get_origin(hint) in (Literal, tuple, Sequence):
             try:

@@ -213,7 +213,7 @@ def test_contract_fails_for_a_source_that_is_not_deterministic(monkeypatch):
     ("source", "options", "message"),
     [
         ("tfrecords", {}, "data.source='tfrecords' is none of tfrecord, .*did you mean 'tfrecord'"),
-        ("synthetic", {"exampels": 5}, "has no option 'exampels'; its options: examples"),
+        ("synthetic", {"exampels": 5}, "has no option 'exampels'; did you mean 'examples'\\? Its options: examples"),
         ("synthetic", {"examples": 0}, "data.options.examples=0: expected at least 1"),
         ("emoji", {"examples": 5}, "has no option 'examples'; its options: none"),
     ],
