@@ -10,28 +10,16 @@ from PIL import Image
 
 import clip_jax
 from clip_jax import data, embedding, inference
-from clip_jax.config import Architecture, DataConfig, EdgeNet, TextTransformer, WeightsConfig
+from clip_jax.config import DataConfig
 from clip_jax.embedding import Summary, embed
-from clip_jax.interop import msgpack
-from clip_jax.models import make_model
-from tests import commands
+from tests import commands, tiny_models
 
-TINY = Architecture(
-    EdgeNet(image_size=16, width=8),
-    TextTransformer(vocab_size=600, context_length=12, eos_id=599, width=32, layers=1, heads=2),
-    embed_dim=8,
-)
 NAMES = ["a.png", "b.jpg", "below/c.webp", "below/it/d.png", "e.png", "f.bmp"]
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "tiny.msgpack"
-    shapes = jax.eval_shape(make_model(TINY).init, jax.random.key(0))
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(leaf.dtype), shapes)
-    msgpack.write(path, params, WeightsConfig(TINY))
-    return path
+    return tiny_models.write_edgenet(tmp_path_factory.mktemp("weights") / "tiny.msgpack")
 
 
 @pytest.fixture(scope="module")

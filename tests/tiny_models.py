@@ -5,7 +5,17 @@ import math
 import jax
 import numpy as np
 
-from clip_jax.config import Architecture, ResNet, TextTransformer, ViT, siglip_image, with_activation
+from clip_jax.config import (
+    Architecture,
+    EdgeNet,
+    ResNet,
+    TextTransformer,
+    ViT,
+    WeightsConfig,
+    siglip_image,
+    with_activation,
+)
+from clip_jax.interop import msgpack
 from clip_jax.models import make_model
 
 _TEXT = TextTransformer(width=64, heads=1, layers=2)
@@ -59,6 +69,22 @@ ARCHITECTURES = {
         logit_bias=True,
     ),
 }
+
+
+EDGENET = Architecture(
+    EdgeNet(image_size=16, width=8),
+    TextTransformer(vocab_size=600, context_length=12, eos_id=599, width=32, layers=1, heads=2),
+    embed_dim=8,
+)
+
+
+def write_edgenet(path):
+    """Write a msgpack file of EDGENET with normally distributed parameters; return the path."""
+    shapes = jax.eval_shape(make_model(EDGENET).init, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(leaf.dtype), shapes)
+    msgpack.write(path, params, WeightsConfig(EDGENET))
+    return path
 
 
 def params(architecture, seed=0):
