@@ -110,13 +110,11 @@ def embed(
             total += Summary(earlier=len(examples))
             progress(total)
             continue
-        before = total
         columns = collections.defaultdict(list)
         for batch in _prepared(model, source, examples):
             total += _encode(model, batch, columns, with_text)
             progress(total)
         _write_part(paths, columns, model.config.model.embed_dim, dtype)
-        assert len(examples) == total.embedded + total.unreadable - before.embedded - before.unreadable
     return total
 
 

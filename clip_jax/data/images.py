@@ -104,8 +104,7 @@ def _decode_jpeg(encoded: tf.Tensor) -> tf.Tensor:
 def _jpeg_rgb(encoded: bytes) -> np.ndarray:
     """Decode by libjpeg-turbo with errors as exceptions; TensorFlow's decoder prints them to stderr, without a name."""
     height, width, colorspace = scaled_jpeg.header(encoded)
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"[width and height:] [{width}] [{height}]")  # as `_check_size`
+    _check_pixels(width, height)
     if colorspace in scaled_jpeg.FOUR_CHANNELS:
         return _pillow_rgb(encoded)
     return scaled_jpeg.decode(encoded, height, width, 1)
@@ -159,8 +158,7 @@ def _decode_with_pillow(encoded: tf.Tensor, header: tf.Tensor, byte: tf.Tensor) 
 
 def _pillow_rgb(encoded: bytes) -> np.ndarray:
     with Image.open(io.BytesIO(encoded), formats=PILLOW_FORMATS) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"[width and height:] [{image.width}] [{image.height}]")  # as `_check_size`
+        _check_pixels(image.width, image.height)
         _check_bits(image)
         if image.mode.startswith("I;16"):
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -168,6 +166,12 @@ def _pillow_rgb(encoded: bytes) -> np.ndarray:
     white = Image.new("RGBA", rgba.size, "white")
     white.alpha_composite(rgba)
     return np.asarray(white.convert("RGB"))
+
+
+def _check_pixels(width: int, height: int) -> None:
+    """As `_check_size`, outside the graph."""
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"[width and height:] [{width}] [{height}]")
 
 
 def _check_bits(image: Image.Image) -> None:
